@@ -1,0 +1,1 @@
+"""What is remembered: settings, tables, sessions, every SQL statement, migrations. Imports no other room."""

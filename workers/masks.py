@@ -1,0 +1,72 @@
+"""Mask geometry: the `Mask` value that every model returns, and its run-length codec.
+
+The frame is always the upright image (EXIF applied). Run lengths are COCO's compressed string: column-major,
+starting with background, as pycocotools reads and writes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+BoolMask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """One object's pixels with its scores, in the upright image's frame.
+
+    counts: COCO compressed run lengths. size_hw: the frame in pixels. bbox_xywh: pixels, COCO's convention
+    (x, y of the first pixel, then widths that include the last one). predicted_iou: the model's own estimate, about
+    0..1 (SAM may exceed 1). stability_score: 0..1, None where the mask came from a prompt. prompt: what led to this
+    mask as stored in the database, e.g. {"points": [[x, y, 1]]} in upright pixels.
+    """
+
+    counts: str
+    size_hw: tuple[int, int]
+    bbox_xywh: tuple[float, float, float, float]
+    area_px: int
+    predicted_iou: float
+    stability_score: float | None = None
+    label: str | None = None
+    prompt: dict[str, Any] | None = None
+
+
+def encode_counts(mask: BoolMask) -> str:
+    """Encode one mask, (H, W) bool, as COCO compressed run lengths.
+
+    Raises ValueError for any other shape or dtype.
+    """
+    if mask.ndim != 2 or mask.dtype != np.bool_:
+        raise ValueError(f"mask has shape {mask.shape} and dtype {mask.dtype}, expected (H, W) bool")
+    counts: bytes = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))["counts"]
+    return counts.decode("ascii")
+
+
+def decode_counts(counts: str, size_hw: tuple[int, int]) -> BoolMask:
+    """Decode COCO compressed run lengths to (H, W) bool."""
+    decoded: NDArray[np.uint8] = coco_mask.decode({"size": list(size_hw), "counts": counts.encode("ascii")})
+    return decoded.view(np.bool_)
+
+
+def mask_from_pixels(
+    pixels: BoolMask, *, predicted_iou: float, stability_score: float | None = None, label: str | None = None
+) -> Mask:
+    """Make a Mask from (H, W) bool pixels; area and box are computed from them."""
+    height, width = pixels.shape
+    counts = encode_counts(pixels)
+    rle = {"size": [height, width], "counts": counts.encode("ascii")}
+    x, y, w, h = (float(v) for v in coco_mask.toBbox(rle))
+    return Mask(
+        counts=counts,
+        size_hw=(height, width),
+        bbox_xywh=(x, y, w, h),
+        area_px=int(coco_mask.area(rle)),
+        predicted_iou=predicted_iou,
+        stability_score=stability_score,
+        label=label,
+    )

@@ -1,0 +1,111 @@
+"""What a job may ask of a model by name: SamAutomaticMaskGenerator's parameters plus our three filters.
+
+Torch-free, so that the command line can check a job before any worker sees it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+
+class ParamError(ValueError):
+    """A parameter is unknown, or its value is not one it can have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutomaticParams:
+    """Parameters of automatic masks, with SamAutomaticMaskGenerator's names, meanings and defaults.
+
+    The last three are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
+    part of the image, max_masks keeps the best by predicted IoU; 0 means no limit.
+    """
+
+    points_per_side: int = 32
+    points_per_batch: int = 64
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    crop_nms_thresh: float = 0.7
+    crop_overlap_ratio: float = 512 / 1500
+    crop_n_points_downscale_factor: int = 1
+    point_grids: tuple[tuple[tuple[float, float], ...], ...] | None = None
+    min_mask_region_area: int = 0
+    min_area_px: int = 0
+    max_area_fraction: float = 1.0
+    max_masks: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
+            if getattr(self, name) < 1:
+                raise ParamError(f"{name}={getattr(self, name)}: expected a whole number of at least 1")
+        for name in ("crop_n_layers", "min_mask_region_area", "min_area_px", "max_masks"):
+            if getattr(self, name) < 0:
+                raise ParamError(f"{name}={getattr(self, name)}: expected a whole number of at least 0")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ParamError(f"{field.name}={value}: expected a finite number")
+        if not 0 < self.max_area_fraction <= 1:
+            raise ParamError(f"max_area_fraction={self.max_area_fraction}: expected more than 0 and at most 1")
+        if not 0 <= self.crop_overlap_ratio < 1:
+            raise ParamError(f"crop_overlap_ratio={self.crop_overlap_ratio}: expected 0 or more and less than 1")
+        if self.crop_n_layers > 4:
+            raise ParamError(f"crop_n_layers={self.crop_n_layers}: {4**self.crop_n_layers} crops an image; at most 4")
+
+
+PARAM_NAMES = tuple(field.name for field in dataclasses.fields(AutomaticParams))
+
+
+def parse_params(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Read `name=value` texts of the command line into typed values, and check them together.
+
+    Raises ParamError naming the parameter, what was given and what is expected.
+    """
+    hints = get_type_hints(AutomaticParams)
+    values: dict[str, Any] = {}
+    for name, text in texts.items():
+        if name not in hints:
+            raise ParamError(f"unknown parameter {name!r}; known: {', '.join(PARAM_NAMES)}")
+        values[name] = _parse_grids(text) if name == "point_grids" else _parse_number(name, text, hints[name])
+    AutomaticParams(**values)
+    return values
+
+
+def automatic_params(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> AutomaticParams:
+    """The model's own defaults overridden by what the job asked (both JSON-safe)."""
+    values = {**defaults, **asked}
+    if values.get("point_grids") is not None:
+        values["point_grids"] = _check_grids(values["point_grids"])
+    return AutomaticParams(**values)
+
+
+def _parse_number(name: str, text: str, kind: type) -> int | float:
+    try:
+        return int(text) if kind is int else float(text)
+    except ValueError as error:
+        expected = "a whole number" if kind is int else "a number"
+        raise ParamError(f"{name}={text!r}: expected {expected}") from error
+
+
+def _parse_grids(text: str) -> tuple[tuple[tuple[float, float], ...], ...]:
+    try:
+        return _check_grids(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ParamError(f"point_grids: not JSON ({error}); expected one list of [x, y] in 0..1 a crop layer") from error
+
+
+def _check_grids(grids: Any) -> tuple[tuple[tuple[float, float], ...], ...]:
+    try:
+        checked = tuple(tuple((float(x), float(y)) for x, y in grid) for grid in grids)
+    except (TypeError, ValueError) as error:
+        raise ParamError("point_grids: expected one list of [x, y] in 0..1 a crop layer") from error
+    if not all(0 <= v <= 1 for grid in checked for point in grid for v in point):
+        raise ParamError("point_grids: every coordinate must lie in 0..1, a fraction of the crop")
+    return checked
