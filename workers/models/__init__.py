@@ -1,0 +1,202 @@
+"""The models a job may name, and where their weights are. One file a family; this one never loads torch.
+
+`MODELS` is the whole list: a name that is not in it is an error that names the known ones. `load` turns a name into a
+`Model`, the stateless object that the pipeline drives, and is called in the worker's child process only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from db.settings import settings
+from workers.masks import Mask
+from workers.params import AutomaticParams
+
+RgbImage: TypeAlias = NDArray[np.uint8]
+# What a model remembers of one image between its encoder and its decoder; only the family that made it looks inside.
+Embedding: TypeAlias = Any
+PromptKind = Literal["box", "points", "text", "exemplar"]
+
+
+class ModelError(Exception):
+    """A model cannot be had. The message says which, what was found and what to do."""
+
+
+class UnknownModelError(ModelError):
+    """The name is in no registry entry."""
+
+
+class WeightsError(ModelError):
+    """The weights are absent, damaged, another model's, or cannot be downloaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What is known of a model without loading it.
+
+    loader: "module:function", called as function(spec, device). weights_file: name in the weights folder, or beside
+    this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
+    takes besides automatic masks. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration: too
+    small for real work, and said so wherever its masks are shown.
+    """
+
+    name: str
+    family: str
+    loader: str
+    weights_file: str
+    url: str | None
+    sha256: str
+    size_bytes: int
+    parameter_count: int
+    prompts: tuple[PromptKind, ...]
+    licence: str
+    defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    demonstration: bool = False
+
+
+class Model(Protocol):
+    """What the pipeline needs of any family. Stateless: nothing remembers "the current image".
+
+    Images are (H, W, 3) uint8 RGB, upright. Any call may raise torch.cuda.OutOfMemoryError, which leaves the model
+    usable: the pipeline asks again with fewer images. Any other CUDA error leaves the process unusable.
+    """
+
+    def embed(self, images: Sequence[RgbImage]) -> list[Embedding]:
+        """Encode the images, of any sizes, in one pass; one embedding an image, in their order."""
+        ...
+
+    def automatic(self, image: RgbImage, embedding: Embedding, params: AutomaticParams) -> list[Mask]:
+        """Every object of one image, without prompts; `embedding` is what `embed` gave for this image."""
+        ...
+
+
+_SAM_PROMPTS: tuple[PromptKind, ...] = ("box", "points")
+
+MODELS: dict[str, ModelSpec] = {
+    "sam_vit_h": ModelSpec(
+        name="sam_vit_h",
+        family="segment-anything",
+        loader="workers.models.sam:load",
+        weights_file="sam_vit_h_4b8939.pth",
+        url="https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth",
+        sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        size_bytes=2_564_550_879,
+        parameter_count=641_090_608,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+    ),
+    "sam_vit_l": ModelSpec(
+        name="sam_vit_l",
+        family="segment-anything",
+        loader="workers.models.sam:load",
+        weights_file="sam_vit_l_0b3195.pth",
+        url="https://dl.fbaipublicfiles.com/segment_anything/sam_vit_l_0b3195.pth",
+        sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        size_bytes=1_249_524_607,
+        parameter_count=312_342_832,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+    ),
+    "sam_vit_b": ModelSpec(
+        name="sam_vit_b",
+        family="segment-anything",
+        loader="workers.models.sam:load",
+        weights_file="sam_vit_b_01ec64.pth",
+        url="https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth",
+        sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        size_bytes=375_042_383,
+        parameter_count=93_735_472,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+    ),
+    "sam_nano": ModelSpec(
+        name="sam_nano",
+        family="segment-anything",
+        loader="workers.models.sam:load",
+        weights_file="sam_nano.safetensors",
+        url=None,
+        sha256="0" * 64,
+        size_bytes=0,
+        parameter_count=0,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+        defaults={},
+        demonstration=True,
+    ),
+}
+
+_loaded: dict[tuple[str, str, str], Model] = {}
+_loading = threading.Lock()
+
+
+def find(name: str) -> ModelSpec:
+    """The registry entry of this name. Raises UnknownModelError naming the known ones."""
+    if name not in MODELS:
+        raise UnknownModelError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def weights_path(spec: ModelSpec) -> Path:
+    """Where this model's weights are, or would be once pulled; nothing is looked at."""
+    if spec.url is None:
+        return Path(__file__).with_name(spec.weights_file)
+    return weights_dir() / spec.weights_file
+
+
+def weights_dir() -> Path:
+    """The folder of pulled weights: MASKFLEET_WEIGHTS_DIR, else maskfleet/weights in the user's cache folder."""
+    configured = settings().weights_dir
+    if configured is not None:
+        return configured.expanduser()
+    # The XDG rules have a relative or empty XDG_CACHE_HOME ignored.
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = xdg if xdg.is_absolute() else Path.home() / ".cache"
+    return cache / "maskfleet" / "weights"
+
+
+def is_present(spec: ModelSpec) -> bool:
+    """Whether a file lies where the weights belong; whether it is the right one is for `weights.verify` and `load`."""
+    return weights_path(spec).is_file()
+
+
+def largest_present() -> ModelSpec:
+    """The largest official SAM whose weights are present, else sam_nano."""
+    official = [spec for spec in MODELS.values() if spec.family == "segment-anything" and not spec.demonstration]
+    present = [spec for spec in official if is_present(spec)]
+    return max(present, key=lambda spec: spec.parameter_count, default=MODELS["sam_nano"])
+
+
+def model_version(spec: ModelSpec, asked: Mapping[str, Any]) -> str:
+    """`<model>@<first 8 of the weights' sha256>+<first 8 of the sha256 of asked>`: equal exactly when answers are.
+
+    asked: JSON-safe; the mode, the prompts and the parameters in force, that is with spec.defaults filled in, so that
+    a release with other defaults is another version. Its key order does not matter. Raises ValueError for NaN or
+    infinity and TypeError for what JSON cannot hold.
+    """
+    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return f"{spec.name}@{spec.sha256[:8]}+{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+
+def load(spec: ModelSpec, device: str) -> Model:
+    """The model on this device ("cpu", "cuda", "cuda:1"), loaded on the first call and kept. Threads may call it.
+
+    Raises WeightsError where the file is absent, damaged or another model's, torch.cuda.OutOfMemoryError where the
+    device has no room for it.
+    """
+    key = (spec.name, spec.sha256, device)
+    with _loading:
+        if key not in _loaded:
+            module, function = spec.loader.split(":")
+            _loaded[key] = cast(Model, getattr(importlib.import_module(module), function)(spec, device))
+        return _loaded[key]

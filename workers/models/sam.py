@@ -1,0 +1,152 @@
+"""The segment_anything family: the official vit_h, vit_l and vit_b checkpoints, and our sam_nano, as a `Model`.
+
+The architectures are segment_anything's own modules. A checkpoint is loaded only where every name and shape fits and
+its sha256 is the pinned one, so that a model_version never stands for other weights.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from workers.masks import Mask
+from workers.models import ModelSpec, RgbImage, WeightsError, weights_path
+from workers.models.nano import build_sam_nano
+from workers.models.weights import Verified, WeightsState, remedy, verify
+from workers.params import AutomaticParams
+
+Architecture = Callable[[], Sam]
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "sam_vit_h": build_sam_vit_h,
+    "sam_vit_l": build_sam_vit_l,
+    "sam_vit_b": build_sam_vit_b,
+    "sam_nano": build_sam_nano,
+}
+
+
+class SamModel:
+    """One loaded Sam. Stateless: every call is given its image, and threads may share the model."""
+
+    def __init__(self, sam: Sam) -> None:
+        self.sam = sam
+
+    def embed(self, images: Sequence[RgbImage]) -> list[Tensor]:
+        """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass; one embedding an image, on the device.
+
+        May raise torch.cuda.OutOfMemoryError; fewer images need less.
+        """
+        from workers import automatic
+
+        return automatic.embed(self.sam, images)
+
+    def automatic(self, image: RgbImage, embedding: Tensor, params: AutomaticParams) -> list[Mask]:
+        """Every object of one image that passes `params`, in the frame of `image`. `embedding` is this image's.
+
+        Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
+        """
+        from workers import automatic
+
+        return automatic.automatic_masks(self.sam, image, params, embedding=embedding)
+
+
+def load(spec: ModelSpec, device: str) -> SamModel:
+    """The named model with its weights on `device`. Raises what `load_sam` raises."""
+    return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device))
+
+
+def load_sam(spec: ModelSpec, architecture: Architecture, device: str) -> Sam:
+    """Build `architecture` with the weights of spec's file: float32, frozen, in evaluation mode, on `device`.
+
+    Raises WeightsError where the file is absent, unreadable, truncated, another model's or not the pinned one, naming
+    the file, what it is and the command that mends it; torch.cuda.OutOfMemoryError where it does not fit.
+    """
+    verified = verify(spec)
+    state = _read_weights(spec, verified)
+    # Without memory of its own: the weights take their places as they are, and nothing is initialised to be replaced.
+    with torch.device("meta"):
+        sam = architecture()
+    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state))
+    if not verified.ok:
+        raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
+    # Copied out of the mapped file, so that the file may be replaced while the model is in use.
+    weights = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in state.items()}
+    sam.load_state_dict(weights, strict=True, assign=True)
+    return sam.to(device).eval().requires_grad_(False)
+
+
+def _read_weights(spec: ModelSpec, verified: Verified) -> dict[str, Tensor]:
+    """Read tensors by name, mapped from the file; nothing in it is run."""
+    path = verified.path
+    if verified.state is WeightsState.ABSENT:
+        raise WeightsError(f"{spec.name}: no weights at {path}; {remedy(spec)}")
+    try:
+        state = _read_tensors(path)
+    except pickle.UnpicklingError as error:
+        found = "holds pickled objects other than tensors, which are not loaded because they could run code"
+        raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
+    except (SafetensorError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
+        found = f"cannot be read ({error})" if verified.ok else verified.found
+        raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        held = f"entries {_some(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise WeightsError(f"{path}: holds {held}, expected the tensors of {spec.name} by name; {remedy(spec)}")
+    return state
+
+
+def _read_tensors(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _shapes(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _require_same_shapes(spec: ModelSpec, *, expected: Shapes, found: Shapes) -> None:
+    if found == expected:
+        return
+    differences = _name_other_model(found) or _describe_differences(expected, found)
+    raise WeightsError(f"{weights_path(spec)}: {differences}, expected the weights of {spec.name}; {remedy(spec)}")
+
+
+def _name_other_model(found: Shapes) -> str | None:
+    for name, architecture in ARCHITECTURES.items():
+        with torch.device("meta"):
+            shapes = _shapes(architecture().state_dict())
+        if shapes == found:
+            return f"holds the weights of {name}"
+    return None
+
+
+def _describe_differences(expected: Shapes, found: Shapes) -> str:
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} {found[name]}, not {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    parts = [
+        f"{len(names)} {what} ({_some(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if names
+    ]
+    return "holds another model's weights: " + ", ".join(parts)
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
