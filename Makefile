@@ -1,0 +1,69 @@
+# Every command of this repository. A machine needs Python 3.11 or newer with venv, make, and a way to PyPI.
+# Whatever is installed stays in this folder: deleting it leaves nothing behind.
+
+OUT ?= maskfleet-demo
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+# 3.12 and 3.11 come first because the wheel with the test suite's Redis ends at 3.12. Each candidate is run, for a
+# name on PATH may be a version manager's shim with nothing behind it.
+PYTHON = $(shell for python in python3.12 python3.11 python3.13 python3; do \
+	"$$python" -c 'import sys, ensurepip, venv; assert sys.version_info >= (3, 11); print(sys.executable)' 2>/dev/null && break; done)
+
+# The project's own uv, when there is none on PATH. Its cache is in this folder then (hard links, so it takes no room).
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+ifeq ($(UV),.uv/bin/uv)
+export UV_CACHE_DIR ?= $(CURDIR)/.uv/cache
+endif
+export UV_PYTHON_DOWNLOADS := never
+export UV_PROJECT_ENVIRONMENT := .venv
+
+# pip and uv bring certificates of their own, which do not know a company's authority: the system's bundle does.
+CA_BUNDLE := $(firstword $(wildcard $(SSL_CERT_FILE) /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
+	/etc/ssl/ca-bundle.pem /etc/ssl/cert.pem))
+ifneq ($(CA_BUNDLE),)
+CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
+endif
+
+.PHONY: help setup demo test lint bench
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
+		| while read -r name what; do printf '  make %-9s %s\n' "$$name" "$$what"; done
+
+setup: $(UV)  ## Make .venv with everything for development, or bring it up to date
+	@test -n "$(PYTHON)" || { echo "make setup: no Python 3.11 or newer with venv on PATH (on Debian: python3-venv)" >&2; exit 2; }
+	$(CERTIFICATES) UV_PYTHON="$(PYTHON)" $(UV) sync --frozen
+	@touch .venv/.complete
+
+.uv/bin/uv:
+	@test -n "$(PYTHON)" || { echo "make setup: no Python 3.11 or newer with venv on PATH (on Debian: python3-venv)" >&2; exit 2; }
+	"$(PYTHON)" -m venv .uv
+	$(CERTIFICATES) .uv/bin/pip install --quiet --no-cache-dir --disable-pip-version-check uv
+
+.venv/.complete: pyproject.toml uv.lock
+	@$(MAKE) --no-print-directory setup
+
+# Exit status 1 says that some assets failed, and the demo holds a few that must.
+demo: .venv/.complete  ## Label the sample scenes and write a gallery (OUT=folder, maskfleet-demo by default)
+	@.venv/bin/maskfleet demo --out "$(OUT)" || [ $$? -eq 1 ]
+	@test -s "$(OUT)/index.html"
+	@echo "Gallery: $$(cd "$(OUT)" && pwd)/index.html"
+
+test: .venv/.complete  ## Run every test that needs no GPU (PYTEST_ARGS="-x tests/unit" and the like)
+	.venv/bin/pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: .venv/.complete  ## Check style, types and who imports whom
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+bench: .venv/.complete  ## Time what is timed: every script of tests/benchmarks (JSON=1 for documents)
+	@failed=0; for script in tests/benchmarks/[a-z]*.py; do \
+		echo "# $$script" >&2; .venv/bin/python "$$script" $(if $(JSON),--json) || failed=1; done; exit $$failed
+
+ifneq ($(wildcard tests/faults/campaign.py),)
+.PHONY: campaign
+campaign: .venv/.complete  ## Kill processes at random and count what is lost (ASSETS=n FAULTS=n JSON=1)
+	@.venv/bin/python -m tests.faults.campaign $(if $(ASSETS),--assets $(ASSETS)) $(if $(FAULTS),--faults $(FAULTS)) $(if $(JSON),--json)
+endif
