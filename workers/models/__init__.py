@@ -16,14 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from db.settings import settings
+from workers.images import RgbImage
 from workers.masks import Mask
 from workers.params import AutomaticParams
 
-RgbImage: TypeAlias = NDArray[np.uint8]
 # What a model remembers of one image between its encoder and its decoder; only the family that made it looks inside.
 Embedding: TypeAlias = Any
 PromptKind = Literal["box", "points", "text", "exemplar"]

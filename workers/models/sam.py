@@ -17,8 +17,9 @@ from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_s
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from workers.images import RgbImage
 from workers.masks import Mask
-from workers.models import ModelSpec, RgbImage, WeightsError, weights_path
+from workers.models import Model, ModelSpec, WeightsError, weights_path
 from workers.models.nano import build_sam_nano
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams
@@ -58,7 +59,7 @@ class SamModel:
         return automatic.automatic_masks(self.sam, image, params, embedding=embedding)
 
 
-def load(spec: ModelSpec, device: str) -> SamModel:
+def load(spec: ModelSpec, device: str) -> Model:
     """The named model with its weights on `device`. Raises what `load_sam` raises."""
     return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device))
 
