@@ -1,0 +1,174 @@
+"""The tables. `migrations/` builds exactly these; a test compares the two.
+
+Postgres is the truth: a Celery message carries a chunk id and may be lost, late or doubled without harm.
+Times are the database's clock.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    Sequence,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, REAL
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+asset_id_seq = Sequence("asset_id_seq")
+
+
+class JobState(StrEnum):
+    LISTING = "listing"  # its source is still being listed; chunks already run
+    RUNNING = "running"  # listed; chunks remain
+    DONE = "done"  # every asset has an outcome
+    CANCELLED = "cancelled"  # by a person; `resume` goes on
+    FAILED = "failed"  # its source could not be listed; `resume` tries again
+
+
+class ChunkState(StrEnum):
+    NEW = "new"  # waits for room in the queue
+    SENT = "sent"  # a message is on its way, or was lost
+    RUNNING = "running"  # a worker holds its lease
+    DONE = "done"  # every asset of it has an outcome
+
+
+def _one_of(column: str, states: type[StrEnum]) -> str:
+    return f"{column} IN ({', '.join(repr(str(state)) for state in states)})"
+
+
+class Base(DeclarativeBase):
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        str: Text,
+        int: BigInteger,
+        datetime: DateTime(timezone=True),
+        dict[str, Any]: JSONB,
+    }
+
+
+class Job(Base):
+    """One submission: what was asked, how far its listing is."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", JobState), name="job_state"),
+        Index("job_answers", "source", "model_version"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    name: Mapped[str]
+    state: Mapped[str] = mapped_column(server_default=JobState.LISTING)
+    source: Mapped[str]
+    model: Mapped[str]
+    model_version: Mapped[str]
+    asked: Mapped[dict[str, Any]]  # mode, parameters, labels, filters, limit: all that `submit` was told
+    fresh: Mapped[bool] = mapped_column(server_default=text("false"))
+    list_cursor: Mapped[str | None] = mapped_column(Text(collation="C"))
+    list_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    asset_count: Mapped[int] = mapped_column(server_default=text("0"))
+    skipped: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    error: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    listed_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Asset(Base):
+    """One object of the source. Written once by the listing, never updated."""
+
+    __tablename__ = "asset"
+    __table_args__ = (UniqueConstraint("job_id", "key", name="asset_once_a_job"),)
+
+    id: Mapped[int] = mapped_column(asset_id_seq, server_default=asset_id_seq.next_value(), primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
+    key: Mapped[str] = mapped_column(Text(collation="C"))
+    size_bytes: Mapped[int]
+    etag: Mapped[str]
+
+
+class Chunk(Base):
+    """The run of assets one message stands for: those of its job with first_asset_id <= id <= last_asset_id."""
+
+    __tablename__ = "chunk"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", ChunkState), name="chunk_state"),
+        # Without this a lease of NULL would never expire and its chunk would run for ever.
+        CheckConstraint("state <> 'running' OR lease_until IS NOT NULL", name="chunk_running_has_lease"),
+        Index("chunk_new", "job_id", "id", postgresql_where=text("state = 'new'")),
+        Index("chunk_sent", "sent_at", postgresql_where=text("state = 'sent'")),
+        Index("chunk_running", "id", postgresql_where=text("state = 'running'")),
+        Index("chunk_open", "job_id", postgresql_where=text("state <> 'done'")),
+        {"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.01"}},
+    )
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
+    first_asset_id: Mapped[int]
+    last_asset_id: Mapped[int]
+    state: Mapped[str] = mapped_column(server_default=ChunkState.NEW)
+    token: Mapped[int] = mapped_column(server_default=text("0"))  # fences every write of a worker
+    lease_until: Mapped[datetime | None]
+    sent_at: Mapped[datetime | None]
+    ready_at: Mapped[datetime | None]  # not before this, after a transient failure
+    transient_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    in_flight: Mapped[list[int]] = mapped_column(ARRAY(BigInteger), server_default=text("'{}'"))
+    worker: Mapped[str | None]
+
+
+class Suspect(Base):
+    """An asset that was in flight when its process died, and how often that happened while it was alone."""
+
+    __tablename__ = "suspect"
+
+    asset_id: Mapped[int] = mapped_column(ForeignKey("asset.id", ondelete="CASCADE"), primary_key=True)
+    deaths_alone: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+
+
+class Outcome(Base):
+    """What became of one asset: labeled (error_kind is null) or failed. At most one, by its primary key."""
+
+    __tablename__ = "outcome"
+    __table_args__ = (Index("outcome_of_job", "job_id", "error_kind", postgresql_include=["mask_count"]),)
+
+    asset_id: Mapped[int] = mapped_column(ForeignKey("asset.id", ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[int]
+    error_kind: Mapped[str | None]
+    error: Mapped[str | None]
+    width: Mapped[int | None] = mapped_column(Integer)  # of the upright image, pixels
+    height: Mapped[int | None] = mapped_column(Integer)
+    mask_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    segment_ms: Mapped[int | None] = mapped_column(Integer)
+    worker: Mapped[str | None]
+    answered_by: Mapped[int | None]  # asset of an earlier job with the same bytes and model_version
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class MaskRow(Base):
+    """One mask of a labeled asset, in the upright image's frame. `n` counts from 0 in the model's order."""
+
+    __tablename__ = "mask"
+
+    asset_id: Mapped[int] = mapped_column(ForeignKey("outcome.asset_id", ondelete="CASCADE"), primary_key=True)
+    n: Mapped[int] = mapped_column(Integer, primary_key=True)
+    counts: Mapped[str]  # COCO compressed run lengths
+    bbox_x: Mapped[int] = mapped_column(Integer)
+    bbox_y: Mapped[int] = mapped_column(Integer)
+    bbox_w: Mapped[int] = mapped_column(Integer)
+    bbox_h: Mapped[int] = mapped_column(Integer)
+    area_px: Mapped[int] = mapped_column(Integer)
+    predicted_iou: Mapped[float] = mapped_column(REAL)
+    stability_score: Mapped[float | None] = mapped_column(REAL)
+    label: Mapped[str | None]
+    prompt: Mapped[dict[str, Any] | None]

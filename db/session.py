@@ -1,0 +1,62 @@
+"""Connections to Postgres, and the migrations that build its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.engine import URL
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class DatabaseNotReady(RuntimeError):
+    """The database has not the tables this version works with."""
+
+
+def open_engine(url: str, *, pool_size: int = 4, statement_timeout_seconds: float = 60) -> Engine:
+    """An engine whose connections check themselves, give up on a hung server, and never sit in a transaction.
+
+    statement_timeout_seconds: 0 for work without a bound, such as migrations and exports.
+    """
+    milliseconds = int(statement_timeout_seconds * 1000)
+    options = f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={milliseconds} -c jit=off"
+    return create_engine(
+        psycopg2_url(url),
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        connect_args={"connect_timeout": 10, "options": options, "application_name": "maskfleet"},
+    )
+
+
+def psycopg2_url(url: str) -> URL:
+    """The same address with the driver we use; postgres:// and postgresql:// are both taken."""
+    return make_url(url.replace("postgres://", "postgresql://", 1)).set(drivername="postgresql+psycopg2")
+
+
+def migrate(url: str) -> None:
+    """Bring the tables to this version; safe to run twice at once (an advisory lock lets one through)."""
+    command.upgrade(migration_config(url), "head")
+
+
+def migration_config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["url"] = url
+    return config
+
+
+def check_migrated(engine: Engine) -> None:
+    """Raise DatabaseNotReady unless the tables are those of this version."""
+    script = ScriptDirectory(str(_MIGRATIONS))
+    with engine.connect() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    if found != script.get_current_head():
+        raise DatabaseNotReady(
+            f"database {engine.url.render_as_string()} is at migration {found}, expected "
+            f"{script.get_current_head()}: run `maskfleet migrate`"
+        )

@@ -1,0 +1,40 @@
+"""Deployment settings, read from `MASKFLEET_*` environment variables. What a job was asked is on its row instead."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One field a setting; the description is what the README and `maskfleet doctor` show."""
+
+    model_config = SettingsConfigDict(env_prefix="MASKFLEET_", frozen=True, extra="ignore")
+
+    database_url: SecretStr | None = Field(None, description="PostgreSQL, postgresql://user:password@host:5432/name")
+    broker_url: SecretStr | None = Field(None, description="Celery broker, redis://:password@host:6379/0")
+    s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store; unset means AWS")
+    label_studio_url: str | None = Field(None, description="Label Studio, http://host:8080")
+    label_studio_api_key: SecretStr | None = Field(None, description="Label Studio legacy or personal access token")
+    weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
+    state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")
+    model: str | None = Field(None, description="Model that `submit` takes when --model is not given")
+    chunk_size: int = Field(64, ge=1, le=10_000, description="Assets one Celery message stands for")
+    batch_size: int = Field(4, ge=1, le=256, description="Assets in flight together inside a chunk")
+    window_chunks: int = Field(64, ge=1, description="Chunks kept in the queue at most")
+    lease_seconds: float = Field(60, gt=0, description="How long a silent worker keeps its chunk")
+    resend_seconds: float = Field(300, gt=0, description="A queued chunk not claimed for this long is sent again")
+    hang_seconds: float = Field(900, gt=0, description="A worker that finishes no asset for this long is given up")
+    drain_seconds: float = Field(50, gt=0, description="Time a worker has to finish its batch after SIGTERM")
+    max_pixels: int = Field(100_000_000, ge=1, description="Larger images are refused from their header")
+    max_object_bytes: int = Field(200 * 1024 * 1024, ge=1, description="Larger objects are refused unread")
+    points_memory_mb: int = Field(2048, ge=64, description="Memory the mask decoder may take for one batch of points")
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return Settings()

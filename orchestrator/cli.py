@@ -1,0 +1,552 @@
+"""The command line. Results go to stdout, progress and logs to stderr; exit 0 done, 1 some assets failed, 2 usage or
+environment, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+
+from db import queries
+from db.models import JobState
+from db.session import DatabaseNotReady, check_migrated, open_engine
+from db.session import migrate as migrate_database
+from db.settings import settings
+from orchestrator import watch as watching
+from orchestrator.doctor import examine
+from orchestrator.embedded import INTERRUPTED, RunError
+from orchestrator.embedded import run as run_embedded
+from orchestrator.postgres import PostgresFailed
+from orchestrator.submit import Request, select, submit_job
+from workers import models
+from workers.errors import ErrorKind, SourceError, TransientError, redact
+from workers.models import ModelError
+from workers.params import ParamError, parse_params
+from workers.storage import open_source
+
+USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
+
+app = typer.Typer(
+    name="maskfleet",
+    help="Masks on every image of a folder or bucket before people start work.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="The models, and their weights on this machine.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+err = watching.stderr_console()
+
+
+class ExportFormat(StrEnum):
+    COCO = "coco"
+    PNG = "png"
+    LABEL_STUDIO = "label-studio"
+
+
+# ------------------------------------------------------------------------------------------------------- job options
+
+SourceArgument = Annotated[str, typer.Argument(help="A folder, or s3://bucket/prefix.", show_default=False)]
+JobArgument = Annotated[int, typer.Argument(help="The job's number, as `maskfleet jobs` shows it.", show_default=False)]
+ModelOption = Annotated[str | None, typer.Option("--model", help="A name that `maskfleet models list` knows.")]
+ParamOption = Annotated[
+    list[str] | None,
+    typer.Option("--param", help="name=value, with SAM's own names: points_per_side, pred_iou_thresh, …; repeatable."),
+]
+LabelOption = Annotated[str | None, typer.Option("--label", help="The class of every mask, for jobs with one class.")]
+IncludeOption = Annotated[
+    list[str] | None, typer.Option("--include", help="Take keys that match this glob, whatever their suffix.")
+]
+ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Leave out keys that match this glob.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Take this many assets at most.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be taken, and store nothing.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier job has answered.")]
+NameOption = Annotated[str, typer.Option("--name", help="What people call the job.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
+
+
+@app.command(epilog="Example: `maskfleet demo --out maskfleet-demo`")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where the results go.")] = Path("maskfleet-demo"),
+    devices: DevicesOption = "all",
+    as_json: JsonOption = False,
+) -> None:
+    """Label the sample scenes that ship with maskfleet, some of them broken on purpose."""
+    scenes = Path(__file__).parent / "scenes"
+    request = Request(source=str(scenes), model="sam_nano", name="demo")
+    _run(request, out, devices, as_json, notice=_demonstration_notice())
+
+
+@app.command(epilog="Example: `maskfleet run ./photos --out out --param points_per_side=16`")
+def run(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option("--out", help="Where the results go.", show_default=False)],
+    model: ModelOption = None,
+    param: ParamOption = None,
+    label: LabelOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    limit: LimitOption = None,
+    dry_run: DryRunOption = False,
+    fresh: FreshOption = False,
+    name: NameOption = "",
+    devices: DevicesOption = "all",
+    as_json: JsonOption = False,
+) -> None:
+    """Label a folder or bucket on this machine alone, with nothing installed or started.
+
+    Ctrl-C leaves a job that the same command resumes.
+    """
+    chosen = models.find(model) if model else models.largest_present()
+    request = _request(source, chosen.name, param, label, include, exclude, limit, fresh, name)
+    if dry_run:
+        _dry_run(request, as_json)
+        return
+    notice = _demonstration_notice() if chosen.demonstration else None
+    if notice and not model:
+        err.print(notice, style="yellow")
+    summary = _run(request, out, devices, as_json, notice=notice)
+    if summary["assets"]["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `maskfleet submit s3://bucket/street --model sam_vit_h`")
+def submit(
+    source: SourceArgument,
+    model: ModelOption = None,
+    param: ParamOption = None,
+    label: LabelOption = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    limit: LimitOption = None,
+    dry_run: DryRunOption = False,
+    fresh: FreshOption = False,
+    name: NameOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a job on the deployment; prints its number."""
+    wanted = model or settings().model
+    if wanted is None:
+        _fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(models.MODELS)}")
+    request = _request(source, models.find(wanted).name, param, label, include, exclude, limit, fresh, name)
+    if dry_run:
+        _dry_run(request, as_json)
+        return
+    open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
+    engine = _engine()
+    with engine.begin() as db:
+        job = submit_job(db, request)
+    if as_json:
+        _print_json(watching.job_as_json(*watching.read_job(engine, job.id)))
+    else:
+        print(job.id)
+        err.print(f"maskfleet watch {job.id}    follows it", style="dim")
+
+
+@app.command(epilog="Example: `maskfleet watch 12`")
+def watch(
+    job: JobArgument,
+    once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Follow a job until it is over; exits 1 when assets failed."""
+    engine = _engine()
+    if not once:
+        watching.follow_job(engine, job, console=err, refresh_seconds=1.0)
+    found, counts = watching.read_job(engine, job)
+    if as_json:
+        _print_json(watching.job_as_json(found, counts))
+    else:
+        print(watching.one_line(found, counts))
+    if counts.failed or found.state is JobState.FAILED:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `maskfleet jobs --limit 5`")
+def jobs(
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many of the newest.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List the newest jobs."""
+    engine = _engine()
+    with engine.begin() as db:
+        found = [(job, queries.count_job(db, job_id=job.id)) for job in queries.list_jobs(db, limit=limit)]
+    if as_json:
+        _print_json([watching.job_as_json(job, counts) for job, counts in found])
+    else:
+        Console().print(watching.jobs_table(found))
+
+
+@app.command(epilog="Example: `maskfleet show 12 --failed`")
+def show(
+    job: JobArgument,
+    failed: Annotated[bool, typer.Option("--failed", help="List the failed assets with their reasons.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one job: how far it is, what was skipped, what failed and why."""
+    engine = _engine()
+    found, counts = watching.read_job(engine, job)
+    with engine.begin() as db:
+        failures = queries.failed_assets(db, job_id=job) if failed else []
+    if as_json:
+        listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
+        _print_json(watching.job_as_json(found, counts) | ({"failed": listed} if failed else {}))
+    else:
+        watching.print_job(Console(), found, counts, failures)
+
+
+@app.command(epilog="Example: `maskfleet cancel 12`")
+def cancel(job: JobArgument) -> None:
+    """Stop a job; what is labeled stays, and `resume` goes on."""
+    engine = _engine()
+    with engine.begin() as db:
+        done = queries.cancel_job(db, job_id=job)
+    found, _ = watching.read_job(engine, job)
+    if not done:
+        _fail(f"job {job} is {found.state}: only a listing or running job can be cancelled")
+    err.print(f"job {job} is cancelled; maskfleet resume {job} goes on")
+
+
+@app.command(epilog="Example: `maskfleet resume 12`")
+def resume(job: JobArgument) -> None:
+    """Let a cancelled or failed job go on where it stopped."""
+    engine = _engine()
+    with engine.begin() as db:
+        done = queries.resume_job(db, job_id=job)
+    found, _ = watching.read_job(engine, job)
+    if not done:
+        _fail(f"job {job} is {found.state}: only a cancelled or failed job can be resumed")
+    err.print(f"job {job} goes on; maskfleet watch {job} follows it")
+
+
+@app.command(epilog="Example: `maskfleet retry 12 --kind not_found`")
+def retry(
+    job: JobArgument,
+    kind: Annotated[ErrorKind | None, typer.Option("--kind", help="Only assets that failed for this reason.")] = None,
+) -> None:
+    """Try a job's failed assets again."""
+    engine = _engine()
+    watching.read_job(engine, job)
+    with engine.begin() as db:
+        count = queries.retry_failed(db, job_id=job, error_kind=kind)
+    err.print(f"{count} assets of job {job} run again" if count else f"job {job} has no such failed assets")
+
+
+@app.command(epilog="Example: `maskfleet export 12 --format coco --out coco.json`")
+def export(
+    job: JobArgument,
+    file_format: Annotated[ExportFormat, typer.Option("--format", help="What to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="File, or folder for png.", show_default=False)],
+) -> None:
+    """Write a job's masks as COCO, PNG files or Label Studio tasks, streaming."""
+    from orchestrator import export as exporting
+
+    write: dict[ExportFormat, Callable[..., Any]] = {
+        ExportFormat.COCO: exporting.export_coco,
+        ExportFormat.PNG: exporting.export_png,
+        ExportFormat.LABEL_STUDIO: exporting.export_label_studio,
+    }
+    engine = _engine(statement_timeout_seconds=0)
+    found, counts = watching.read_job(engine, job)
+    if counts.pending:
+        err.print(f"job {job} is {found.state}: {counts.pending} assets are not in the export yet", style="yellow")
+    with engine.connect() as db:
+        write[file_format](db, found, out)
+    err.print(f"wrote {out}")
+
+
+@app.command(epilog="Example: `maskfleet worker --devices 0,1`")
+def worker(
+    devices: DevicesOption = "all",
+    parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
+) -> None:
+    """Run one worker process on each CUDA device (or the CPU), restarting dead ones; SIGTERM drains them."""
+    from workers.devices import DeviceError, find_devices, serve
+    from workers.tasks import top_up
+
+    _log_to_stderr()
+    _require_broker()
+    engine = _engine()
+
+    def keep_going() -> None:
+        try:
+            top_up(engine)
+        except OperationalError as error:
+            logging.getLogger(__name__).warning("Postgres did not answer: %s", redact(str(error)))
+
+    try:
+        found = find_devices(devices)
+    except DeviceError as error:
+        _fail(str(error))
+    raise typer.Exit(serve(found, drain_seconds=settings().drain_seconds, top_up=keep_going, parent_pid=parent))
+
+
+@app.command(epilog="Example: `maskfleet dispatch`")
+def dispatch() -> None:
+    """List new jobs, keep the queue topped up, take back what dead workers held."""
+    from orchestrator.dispatch import dispatch as run_dispatcher
+
+    _log_to_stderr()
+    _require_broker()
+    engine = _engine()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    run_dispatcher(engine, stop)
+
+
+@app.command(epilog="Example: `maskfleet migrate`")
+def migrate() -> None:
+    """Bring the database's tables to this version; safe to run twice."""
+    migrate_database(_database_url())
+    err.print("the database is up to date")
+
+
+@app.command(epilog="Example: `maskfleet doctor`")
+def doctor(as_json: JsonOption = False) -> None:
+    """Say in one screen what is reachable, what is missing, and how to mend it."""
+    findings = examine()
+    if as_json:
+        _print_json([{"what": f.what, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings])
+    else:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for finding in findings:
+            mark = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]not set[/dim]"}[finding.ok]
+            table.add_row(mark, f"[bold]{finding.what}[/bold]", finding.found)
+            if finding.remedy:
+                table.add_row("", "", f"[dim]{finding.remedy}[/dim]")
+        Console().print(table)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(USAGE)
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+@models_app.command("list", epilog="Example: `maskfleet models list`")
+def models_list(as_json: JsonOption = False) -> None:
+    """List the models: what they take, how large they are, whether their weights are here."""
+    if as_json:
+        _print_json(
+            [
+                {
+                    "name": spec.name,
+                    "family": spec.family,
+                    "parameters": spec.parameter_count,
+                    "prompts": list(spec.prompts),
+                    "licence": spec.licence,
+                    "present": models.is_present(spec),
+                    "path": str(models.weights_path(spec)),
+                }
+                for spec in models.MODELS.values()
+            ]
+        )
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "family", "parameters", "prompts", "licence", "weights"):
+        table.add_column(column)
+    for spec in models.MODELS.values():
+        weights = "present" if models.is_present(spec) else f"maskfleet models pull {spec.name}"
+        size = f"{spec.parameter_count / 1e6:.1f} M"
+        table.add_row(spec.name, spec.family, size, ", ".join(spec.prompts), spec.licence, weights)
+    Console().print(table)
+
+
+ModelArgument = Annotated[str, typer.Argument(help="The model's name.", show_default=False)]
+
+
+@models_app.command("pull", epilog="Example: `maskfleet models pull sam_vit_b`")
+def models_pull(name: ModelArgument) -> None:
+    """Download a model's weights; goes on where an earlier download stopped, and checks the sha256."""
+    from workers.models.weights import pull
+
+    spec = models.find(name)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task(name, total=spec.size_bytes)
+        path = pull(spec, lambda done, total: progress.update(bar, completed=done, total=total))
+    print(path)
+
+
+@models_app.command("verify", epilog="Example: `maskfleet models verify sam_vit_b`")
+def models_verify(name: ModelArgument) -> None:
+    """Check a model's weights on this machine against their pinned size and sha256."""
+    from workers.models.weights import remedy, verify
+
+    spec = models.find(name)
+    verified = verify(spec)
+    print(f"{verified.path}: {verified.found}")
+    if not verified.ok:
+        _fail(remedy(spec))
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _request(
+    source: str,
+    model: str,
+    param: list[str] | None,
+    label: str | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    limit: int | None,
+    fresh: bool,
+    name: str,
+) -> Request:
+    texts = {}
+    for text in param or []:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ParamError(f"--param {text!r}: expected name=value, such as points_per_side=16")
+        texts[key.strip()] = value.strip()
+    return Request(
+        source=source if "://" in source else str(Path(source).expanduser().absolute()),
+        model=model,
+        name=name,
+        params=parse_params(texts),
+        label=label,
+        include=include or (),
+        exclude=exclude or (),
+        limit=limit,
+        fresh=fresh,
+    )
+
+
+def _run(request: Request, out: Path, devices: str, as_json: bool, *, notice: str | None) -> dict[str, Any]:
+    try:
+        outputs = run_embedded(request, out=out, devices=devices, console=err, notice=notice)
+    except KeyboardInterrupt:
+        err.print("\nstopped; the same command goes on where it was")
+        raise typer.Exit(INTERRUPTED) from None
+    assets = outputs.summary["assets"]
+    if as_json:
+        _print_json(outputs.summary)
+    else:
+        print(
+            f"{assets['listed']} assets: {assets['labeled']} labeled with {outputs.summary['masks']} masks, "
+            f"{assets['failed']} failed, in {outputs.summary['seconds']:.1f} s"
+        )
+        print(f"gallery: {outputs.gallery}")
+    if not assets["listed"]:
+        err.print(
+            f"no images under {request.source}: skipped {outputs.summary['skipped'] or 'nothing'}", style="yellow"
+        )
+    return outputs.summary
+
+
+def _dry_run(request: Request, as_json: bool) -> None:
+    """List with the job's filters and print how many, how many bytes, and a sample."""
+    source = open_source(request.source, s3_endpoint=settings().s3_endpoint)
+    source.check()
+    count, size_bytes, sample, skipped = 0, 0, list[str](), dict[str, int]()
+    with err.status("listing"):
+        for page in select(source, asked=request.asked(), after=None, found=0):
+            count += len(page.assets)
+            size_bytes += sum(asset.size_bytes for asset in page.assets)
+            sample += [asset.key for asset in page.assets[: 10 - len(sample)]]
+            for reason, n in page.skipped.items():
+                skipped[reason] = skipped.get(reason, 0) + n
+    if as_json:
+        version = request.model_version()
+        _print_json(
+            {"assets": count, "bytes": size_bytes, "sample": sample, "skipped": skipped, "model_version": version}
+        )
+        return
+    print(f"{count:,} assets, {size_bytes:,} bytes; nothing was stored")
+    for reason, n in sorted(skipped.items()):
+        print(f"skipped {n:,}: {reason}")
+    for key in sample:
+        print(f"  {watching.printable(key)}")
+
+
+def _demonstration_notice() -> str:
+    return (
+        "sam_nano is a demonstration model of 3 million parameters, trained on drawn scenes only. "
+        "For real work: maskfleet models pull sam_vit_b"
+    )
+
+
+def _engine(*, statement_timeout_seconds: float = 60) -> Engine:
+    engine = open_engine(_database_url(), statement_timeout_seconds=statement_timeout_seconds)
+    check_migrated(engine)
+    return engine
+
+
+def _database_url() -> str:
+    url = settings().database_url
+    if url is None:
+        _fail("MASKFLEET_DATABASE_URL is not set: name the deployment's PostgreSQL, or use `maskfleet run`")
+    return url.get_secret_value()
+
+
+def _require_broker() -> None:
+    if settings().broker_url is None:
+        _fail("MASKFLEET_BROKER_URL is not set: name the deployment's Redis, such as redis://:password@host:6379/0")
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _print_json(document: object) -> None:
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def _fail(message: str) -> NoReturn:
+    err.print(f"maskfleet: {message}", style="red", markup=False)
+    raise typer.Exit(USAGE)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """What an operator can mend is said in a line; anything else is a fault of ours and shows its trace."""
+    try:
+        yield
+    except (SourceError, TransientError, ParamError, ModelError, DatabaseNotReady, RunError, PostgresFailed) as error:
+        message = str(error)
+    except LookupError as error:
+        if type(error) is not LookupError:
+            raise
+        message = str(error)
+    except OperationalError as error:
+        message = f"Postgres did not answer: {error.orig}; `maskfleet doctor` says more"
+    except BrokenPipeError:
+        os._exit(0)
+    else:
+        return
+    err.print(f"maskfleet: {redact(message)}", style="red", markup=False)
+    sys.exit(USAGE)
+
+
+def main() -> None:
+    with _errors_as_messages():
+        app()
+
+
+if __name__ == "__main__":
+    main()

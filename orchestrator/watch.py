@@ -1,0 +1,178 @@
+"""What people see of jobs in a terminal: progress bars, tables, one job's page. Everything here only reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import Engine
+
+from db import queries
+from db.models import JobState
+from db.queries import Counts, FailedAsset, Job
+
+OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
+_PLAIN_LINE_SECONDS = 10.0  # between lines where nobody watches a terminal
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "-/s", style="cyan")
+
+
+def follow_job(
+    engine: Engine, job_id: int, *, console: Console, refresh_seconds: float, check: Callable[[], None] | None = None
+) -> Job:
+    """Show a bar until the job is over; returns it. `check` is called at each look and may raise.
+
+    A count takes longer on a large job, so looks are spaced by at least ten times what one took.
+    """
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    shown_at = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(f"job {job_id}", total=None, note="")
+        while True:
+            if check is not None:
+                check()
+            started = time.monotonic()
+            job, counts = read_job(engine, job_id)
+            total = counts.listed if job.listed_at else None
+            progress.update(bar, completed=counts.labeled + counts.failed, total=total, note=_note(job, counts))
+            if job.state in OVER:
+                return job
+            if not console.is_terminal and started - shown_at > _PLAIN_LINE_SECONDS:
+                shown_at = started
+                console.print(one_line(job, counts), highlight=False)
+            time.sleep(max(refresh_seconds, 10 * (time.monotonic() - started)))
+
+
+def read_job(engine: Engine, job_id: int) -> tuple[Job, Counts]:
+    """A job with its counts. Raises LookupError for an unknown id."""
+    with engine.begin() as db:
+        job = queries.get_job(db, job_id=job_id)
+        if job is None:
+            raise LookupError(f"there is no job {job_id}: `maskfleet jobs` lists them")
+        return job, queries.count_job(db, job_id=job_id)
+
+
+def one_line(job: Job, counts: Counts) -> str:
+    """A job in a line, for logs."""
+    return (
+        f"job {job.id} {job.state}: {counts.listed} listed = {counts.labeled} labeled + {counts.failed} failed + "
+        f"{counts.pending} pending; {counts.masks} masks"
+    )
+
+
+def job_as_json(job: Job, counts: Counts) -> dict[str, Any]:
+    """What `--json` prints of a job."""
+    assets = dataclasses.asdict(counts)
+    masks = assets.pop("masks")
+    return {
+        "job": job.id,
+        "name": job.name,
+        "state": job.state,
+        "source": job.source,
+        "model": job.model,
+        "model_version": job.model_version,
+        "asked": job.asked,
+        "assets": {**assets, "pending": counts.pending},
+        "masks": masks,
+        "skipped": job.skipped,
+        "error": job.error,
+        "created_at": job.created_at.isoformat(),
+        "finished_at": job.finished_at.isoformat() if job.finished_at else None,
+    }
+
+
+def jobs_table(jobs: Sequence[tuple[Job, Counts]]) -> Table:
+    """The newest jobs, one a row."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("job", "state", "listed", "labeled", "failed", "pending", "masks", "model", "source"):
+        table.add_column(
+            name, justify="right" if name in ("listed", "labeled", "failed", "pending", "masks") else "left"
+        )
+    for job, counts in jobs:
+        numbers = (counts.listed, counts.labeled, counts.failed, counts.pending, counts.masks)
+        source = Text(job.source, overflow="ellipsis", no_wrap=True)
+        table.add_row(str(job.id), job.state, *(f"{n:,}" for n in numbers), job.model, source)
+    return table
+
+
+def print_job(console: Console, job: Job, counts: Counts, failed: Sequence[FailedAsset]) -> None:
+    """One job's page: how far it is, what was left out, what went wrong, and what to do about it."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rows = {
+        "job": f"{job.id} {job.name}",
+        "state": job.state,
+        "source": job.source,
+        "model": job.model_version,
+        "assets": f"{counts.listed:,} listed = {counts.labeled:,} labeled + {counts.failed:,} failed + "
+        f"{counts.pending:,} pending ({counts.running:,} running)",
+        "masks": f"{counts.masks:,}",
+        "answered from stored": f"{counts.reused:,}" if counts.reused else "",
+        "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
+        "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),
+        "error": job.error or "",
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, Text(value))
+    console.print(table)
+    if failed:
+        console.print(failed_table(failed))
+    for line in _what_to_do(job, counts, shown_failed=bool(failed)):
+        console.print(line, style="dim", highlight=False)
+
+
+def failed_table(failed: Sequence[FailedAsset]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("failed asset", "kind", "why"):
+        table.add_column(name, overflow="fold")
+    for asset in failed:
+        table.add_row(Text(printable(asset.key)), asset.error_kind, Text(printable(asset.error)))
+    return table
+
+
+def printable(text: str) -> str:
+    """A key or message without what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _note(job: Job, counts: Counts) -> str:
+    parts = ["listing"] if job.state is JobState.LISTING else []
+    parts += [f"{counts.masks:,} masks"]
+    parts += [f"[red]{counts.failed:,} failed[/red]"] if counts.failed else []
+    return ", ".join(parts)
+
+
+def _what_to_do(job: Job, counts: Counts, *, shown_failed: bool) -> list[str]:
+    lines = []
+    if counts.failed and not shown_failed:
+        lines.append(f"maskfleet show {job.id} --failed    lists the failed assets with their reasons")
+    if counts.failed and job.state is JobState.DONE:
+        lines.append(f"maskfleet retry {job.id}    tries the failed assets again")
+    if job.state in (JobState.CANCELLED, JobState.FAILED):
+        lines.append(f"maskfleet resume {job.id}    goes on where it stopped")
+    return lines
+
+
+def stderr_console() -> Console:
+    """Where progress and logs go: stdout is for results."""
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())

@@ -1,0 +1,29 @@
+"""Which errors of torch mean that the device is full, and which that this process has lost it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+
+
+class DeviceFault(StrEnum):
+    OUT_OF_MEMORY = "out of memory"  # smaller work may fit
+    LOST = "lost"  # a failed kernel poisons the CUDA context for the life of the process
+
+
+def device_fault(error: BaseException) -> DeviceFault | None:
+    """Classify an error raised by a model; frees cached device memory when it was full."""
+    full = ("can't allocate memory", "_ALLOC_FAILED", "CUDA out of memory")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in full):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return DeviceFault.OUT_OF_MEMORY
+    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in ("CUDA error", "CUBLAS_", "CUDNN_")):
+        return DeviceFault.LOST
+    return None
+
+
+def default_device() -> str:
+    """The CUDA device this process was pinned to, or the CPU."""
+    return "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,331 @@
+"""One chunk of assets to outcomes: fetch and decode ahead, segment, store behind.
+
+The order of writes carries the failure contract. Before anything touches an asset it stands in the chunk's `in_flight`
+marker, committed; its outcome is committed together with the marker of what comes next. So whatever kills this
+process, the reaper knows which few assets were in its hands.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from db import queries
+from db.queries import Asset, ClaimedChunk, LeaseLost, NewOutcome, StoredMask
+from db.settings import Settings
+from workers import models
+from workers.errors import AssetError, ErrorKind, TransientError, redact
+from workers.images import RgbImage, decode
+from workers.masks import Mask
+from workers.params import AutomaticParams, automatic_params
+from workers.storage import Source, open_source
+
+_LOOKAHEAD = 2  # batches marked and decoded beyond the one on the device, so that it never waits for a commit
+_FETCH_THREADS = 4
+
+log = logging.getLogger(__name__)
+
+LoadModel = Callable[[str], models.Model]
+
+
+class Draining(Exception):
+    """The worker was asked to stop: what is left of the chunk goes back."""
+
+
+class DeviceLost(RuntimeError):
+    """The CUDA context of this process is broken; it must end without a verdict on any asset."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkReport:
+    """What one run of a chunk did; shown by Flower as the task's result."""
+
+    labeled: int = 0
+    failed: int = 0
+    answered: int = 0
+    left: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """Who runs chunks, and with what: fixed for the life of a process."""
+
+    name: str
+    engine: Engine
+    settings: Settings
+    load_model: LoadModel
+    draining: Callable[[], bool]
+    on_hang: Callable[[], None]
+
+
+def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
+    """Claim a chunk and work through it; None when there is nothing to claim (a late or doubled message).
+
+    Raises DeviceLost; every other trouble ends in outcomes, in the chunk's release, or in its lease running out.
+    """
+    with worker.engine.begin() as db:
+        chunk = queries.claim_chunk(
+            db, chunk_id=chunk_id, worker=worker.name, lease_seconds=worker.settings.lease_seconds
+        )
+        if chunk is None:
+            return None
+        answered = 0 if chunk.fresh else queries.answer_from_stored(db, chunk=chunk)
+        assets = queries.pending_assets(db, chunk=chunk)
+    run = _ChunkRun(worker, chunk)
+    try:
+        run.work_through(assets)
+    except LeaseLost as lost:
+        log.warning("%s", lost)
+        _release(worker, chunk)  # changes nothing unless the chunk is still ours, its job cancelled
+    except Draining:
+        log.info("chunk %d of job %d goes back: the worker stops", chunk.id, chunk.job_id)
+        _release(worker, chunk)
+    except (TransientError, models.ModelError) as error:
+        log.warning("chunk %d of job %d goes back: %s", chunk.id, chunk.job_id, redact(str(error)))
+        _release(worker, chunk, transient_error=True)
+    return ChunkReport(
+        labeled=run.labeled,
+        failed=run.failed,
+        answered=answered,
+        left=len(assets) - run.labeled - run.failed,
+    )
+
+
+def _release(worker: Worker, chunk: ClaimedChunk, *, transient_error: bool = False) -> None:
+    with worker.engine.begin() as db:
+        queries.release_chunk(db, chunk=chunk, transient_error=transient_error)
+
+
+class _ChunkRun:
+    """The state of one chunk while it runs: its heartbeat, its fetching threads, its one storing thread."""
+
+    def __init__(self, worker: Worker, chunk: ClaimedChunk) -> None:
+        self.labeled = 0
+        self.failed = 0
+        self._worker = worker
+        self._settings = worker.settings
+        self._chunk = chunk
+        self._images: dict[int, Future[RgbImage]] = {}
+        self._transient: TransientError | None = None
+        self._lost = threading.Event()
+        self._over = threading.Event()
+        self._progress_at = time.monotonic()
+
+    def work_through(self, assets: Sequence[Asset]) -> None:
+        """Bring every asset to its outcome, suspects alone and last, then mark the chunk done."""
+        heart = threading.Thread(target=self._beat, name=f"heartbeat-{self._chunk.id}", daemon=True)
+        heart.start()
+        try:
+            if assets:
+                self._segment_all(assets)
+            if self._transient is not None:
+                raise self._transient
+            with self._worker.engine.begin() as db:
+                queries.finish_chunk(db, chunk=self._chunk)
+        finally:
+            self._over.set()
+            heart.join()
+
+    def _segment_all(self, assets: Sequence[Asset]) -> None:
+        chunk = self._chunk
+        spec = models.find(chunk.model)
+        model = self._worker.load_model(chunk.model)
+        params = automatic_params(spec.defaults, chunk.asked.get("params", {}))
+        source = open_source(chunk.source, s3_endpoint=self._settings.s3_endpoint)
+        trusted = [asset for asset in assets if asset.deaths_alone is None]
+        size = self._settings.batch_size
+        batches = [trusted[k : k + size] for k in range(0, len(trusted), size)]
+        self._run_batches(batches, model, params, source, lookahead=_LOOKAHEAD)
+        suspects = [[asset] for asset in assets if asset.deaths_alone is not None]
+        self._run_batches(suspects, model, params, source, lookahead=0)
+
+    def _run_batches(
+        self,
+        batches: Sequence[Sequence[Asset]],
+        model: models.Model,
+        params: AutomaticParams,
+        source: Source,
+        *,
+        lookahead: int,
+    ) -> None:
+        with (
+            ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch") as fetching,
+            ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
+        ):
+
+            def store(k: int, outcomes: Sequence[NewOutcome]) -> None:
+                """Commit the outcomes before batch k and the marker of what follows; only then fetch the latter."""
+                marked = [asset for batch in batches[k : k + lookahead + 1] for asset in batch]
+                self._record(outcomes, marked)
+                for asset in marked:
+                    if asset.id not in self._images:
+                        self._images[asset.id] = fetching.submit(self._fetch, source, asset)
+
+            try:
+                stores = [storing.submit(store, 0, [])]
+                for k, batch in enumerate(batches):
+                    stores[max(k - lookahead, 0)].result()
+                    outcomes = self._segment_batch(batch, model, params)
+                    stores.append(storing.submit(store, k + 1, outcomes))
+                    if self._worker.draining():
+                        stores[-1].result()
+                        raise Draining
+                for stored in stores:
+                    stored.result()
+            finally:
+                storing.shutdown(cancel_futures=True)
+                fetching.shutdown(cancel_futures=True)
+
+    def _fetch(self, source: Source, asset: Asset) -> RgbImage:
+        content = source.read(asset.key, self._settings.max_object_bytes)
+        return decode(content, name=asset.key, max_pixels=self._settings.max_pixels)
+
+    def _segment_batch(self, batch: Sequence[Asset], model: models.Model, params: AutomaticParams) -> list[NewOutcome]:
+        """Outcomes of a batch; an asset that could not be read for a passing reason has none yet."""
+        outcomes: list[NewOutcome] = []
+        images: list[tuple[Asset, RgbImage]] = []
+        for asset in batch:
+            try:
+                images.append((asset, self._images.pop(asset.id).result()))
+            except TransientError as error:
+                outcomes.extend(self._put_off(asset, error))
+            except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
+                outcomes.append(self._failed(asset, error))
+        for asset, image, embedding in self._embed(model, images, outcomes):
+            if self._lost.is_set():
+                raise LeaseLost(f"chunk {self._chunk.id}: the lease was lost while it ran")
+            started = time.perf_counter()
+            try:
+                masks = model.automatic(image, embedding, params)
+            except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
+                outcomes.append(self._failed(asset, error))
+            else:
+                outcomes.append(_labeled(asset, image, masks, started, self._chunk.asked.get("label")))
+            self._progress_at = time.monotonic()
+        return outcomes
+
+    def _embed(
+        self, model: models.Model, images: Sequence[tuple[Asset, RgbImage]], outcomes: list[NewOutcome]
+    ) -> list[tuple[Asset, RgbImage, Any]]:
+        """Encode a batch; what does not fit on the device is halved down to single images, then given up."""
+        if not images:
+            return []
+        try:
+            embeddings = model.embed([image for _, image in images])
+            return [(asset, image, embedding) for (asset, image), embedding in zip(images, embeddings, strict=True)]
+        except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
+            if len(images) == 1:
+                outcomes.append(self._failed(images[0][0], error))
+                return []
+            _judge(error)  # ends the process when the device is lost
+        half = len(images) // 2
+        return [*self._embed(model, images[:half], outcomes), *self._embed(model, images[half:], outcomes)]
+
+    def _put_off(self, asset: Asset, error: TransientError) -> list[NewOutcome]:
+        """Leave the asset for the chunk's next run, unless that was tried often enough."""
+        if self._chunk.transient_failures + 1 < queries.MAX_TRANSIENT_FAILURES:
+            self._transient = error
+            return []
+        text = f"{error} (tried {self._chunk.transient_failures + 1} times; `maskfleet retry` tries again)"
+        return [NewOutcome(asset_id=asset.id, error_kind=ErrorKind.INTERNAL, error=_storable(text))]
+
+    def _failed(self, asset: Asset, error: Exception) -> NewOutcome:
+        kind, text = _judge(error)
+        if kind is ErrorKind.INTERNAL:
+            log.error("asset %d of job %d: %s", asset.id, self._chunk.job_id, redact(text), exc_info=error)
+        return NewOutcome(asset_id=asset.id, error_kind=kind, error=_storable(text))
+
+    def _record(self, outcomes: Sequence[NewOutcome], in_flight: Sequence[Asset]) -> None:
+        """Store under the lease; while Postgres is away, try again until the lease would have run out."""
+        give_up_at = time.monotonic() + self._settings.lease_seconds
+        pause = 0.5
+        while True:
+            try:
+                with self._worker.engine.begin() as db:
+                    queries.record(
+                        db,
+                        chunk=self._chunk,
+                        outcomes=outcomes,
+                        in_flight=[asset.id for asset in in_flight],
+                        worker=self._worker.name,
+                        lease_seconds=self._settings.lease_seconds,
+                    )
+                break
+            except OperationalError as error:
+                if time.monotonic() + pause > give_up_at:
+                    raise
+                log.warning("chunk %d: Postgres did not answer, trying again: %s", self._chunk.id, redact(str(error)))
+                time.sleep(pause)
+                pause = min(pause * 2, 5)
+        failed = sum(outcome.error_kind is not None for outcome in outcomes)
+        self.failed += failed
+        self.labeled += len(outcomes) - failed
+
+    def _beat(self) -> None:
+        """Extend the lease while assets get finished; a process in which nothing moves is given up."""
+        while not self._over.wait(self._settings.lease_seconds / 4):
+            if time.monotonic() - self._progress_at > self._settings.hang_seconds:
+                log.error("chunk %d: no asset finished for %g s", self._chunk.id, self._settings.hang_seconds)
+                self._worker.on_hang()
+                return
+            try:
+                with self._worker.engine.begin() as db:
+                    queries.extend_lease(db, chunk=self._chunk, lease_seconds=self._settings.lease_seconds)
+            except LeaseLost:
+                self._lost.set()
+                return
+            except DBAPIError as error:
+                log.warning("chunk %d: heartbeat failed: %s", self._chunk.id, redact(str(error)))
+
+
+def _judge(error: Exception) -> tuple[ErrorKind, str]:
+    """The verdict on an asset that raised; raises DeviceLost when it is the process that is broken."""
+    if isinstance(error, AssetError):
+        return error.kind, str(error)
+    from workers.models.device import DeviceFault, device_fault
+
+    match device_fault(error):
+        case DeviceFault.LOST:
+            raise DeviceLost(str(error)) from error
+        case DeviceFault.OUT_OF_MEMORY:
+            return ErrorKind.GPU_OOM, f"does not fit in device memory even alone: {error}"
+    return ErrorKind.INTERNAL, f"{type(error).__name__}: {error}"
+
+
+def _storable(text: str) -> str:
+    """A message without secrets, and without what Postgres refuses in text."""
+    return redact(text).replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:2000]
+
+
+def _labeled(asset: Asset, image: RgbImage, masks: Sequence[Mask], started: float, label: str | None) -> NewOutcome:
+    height, width = image.shape[:2]
+    return NewOutcome(
+        asset_id=asset.id,
+        width=width,
+        height=height,
+        segment_ms=int(1000 * (time.perf_counter() - started)),
+        masks=[_stored(asset, n, mask, label) for n, mask in enumerate(masks)],
+    )
+
+
+def _stored(asset: Asset, n: int, mask: Mask, label: str | None) -> StoredMask:
+    x, y, w, h = (int(v) for v in mask.bbox_xywh)
+    return StoredMask(
+        asset_id=asset.id,
+        n=n,
+        counts=mask.counts,
+        bbox_xywh=(x, y, w, h),
+        area_px=mask.area_px,
+        predicted_iou=mask.predicted_iou,
+        stability_score=mask.stability_score,
+        label=mask.label or label,
+        prompt=mask.prompt,
+    )

@@ -1,0 +1,122 @@
+"""The Celery side of a worker: one task, and what a process sets up once and keeps.
+
+Everything heavy happens in the pool's child, on first use: importing this module loads neither torch nor a model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+from celery import Task
+from celery.signals import setup_logging
+from kombu.exceptions import OperationalError as BrokerAway
+from sqlalchemy import Engine
+from sqlalchemy.exc import OperationalError
+
+from db import queries
+from db.session import open_engine
+from db.settings import settings
+from workers import models
+from workers.app import SEGMENT_CHUNK, app, publish_chunks
+from workers.pipeline import DeviceLost, Worker, run_chunk
+
+# Set by `maskfleet worker`, which owns the folder: the file `stop` in it means that the worker drains.
+RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
+_EX_TEMPFAIL = 75  # sysexits.h: try again later
+_MOST_DEVICE_FAULTS = 3
+
+log = logging.getLogger(__name__)
+
+
+@setup_logging.connect
+def _log_plainly(**_: object) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for chatty in ("botocore", "boto3", "urllib3", "s3transfer"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # their debug lines hold signatures
+
+
+@app.task(name=SEGMENT_CHUNK, bind=True)
+def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
+    """Label one chunk. A late, doubled or foreign message finds nothing to claim and does nothing."""
+    if type(chunk_id) is not int:
+        log.error("message with chunk id %r: expected a whole number; ignored", chunk_id)
+        return None
+    worker = _worker(self.request.hostname or "worker")
+    try:
+        report = run_chunk(worker, chunk_id)
+        _faults_file().unlink(missing_ok=True)
+        top_up(worker.engine)
+    except DeviceLost:
+        log.exception("chunk %d: the device is lost; this process ends", chunk_id)
+        _leave_lost_device()
+    except OperationalError:
+        log.exception("chunk %d: Postgres is away; the lease will run out and the chunk go on", chunk_id)
+        return None
+    return asdict(report) if report else None
+
+
+def top_up(engine: Engine) -> int:
+    """Reap expired leases, finish jobs, refill the queue; returns how many chunks were sent.
+
+    Idempotent and safe from many processes at once. Commits before it publishes: what a crash or a dead broker
+    swallows in between is sent again after `resend_seconds`.
+    """
+    deployment = settings()
+    with engine.begin() as db:
+        queries.reap(db)
+        chunk_ids = queries.take_window(db, window=deployment.window_chunks, resend_seconds=deployment.resend_seconds)
+        queries.finish_jobs(db)
+    if chunk_ids:
+        try:
+            publish_chunks(chunk_ids)
+        except BrokerAway as error:
+            with engine.begin() as db:
+                queries.unsend(db, chunk_ids=chunk_ids)
+            log.warning("the broker is away, %d chunks wait: %s", len(chunk_ids), error)
+            return 0
+    return len(chunk_ids)
+
+
+@cache
+def _worker(name: str) -> Worker:
+    url = settings().database_url
+    if url is None:
+        raise RuntimeError("MASKFLEET_DATABASE_URL is not set: a worker stores what it finds in Postgres")
+    return Worker(
+        name=name,
+        engine=open_engine(url.get_secret_value()),
+        settings=settings(),
+        load_model=_load_model,
+        draining=lambda: (_run_dir() / "stop").exists(),
+        on_hang=lambda: os._exit(_EX_TEMPFAIL),
+    )
+
+
+def _load_model(name: str) -> models.Model:
+    from workers.models.device import default_device
+
+    return models.load(models.find(name), default_device())
+
+
+def _leave_lost_device() -> None:
+    """End this child without a verdict; after several in a row stop the worker, for its device is sick."""
+    faults = _faults_file()
+    seen = len(faults.read_text()) + 1 if faults.exists() else 1
+    if faults.parent.is_dir():
+        faults.write_text("x" * seen)
+    if seen >= _MOST_DEVICE_FAULTS:
+        os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(_EX_TEMPFAIL)
+
+
+def _faults_file() -> Path:
+    return _run_dir() / "device-faults"
+
+
+def _run_dir() -> Path:
+    return Path(os.environ.get(RUN_DIR_VARIABLE, "/nonexistent"))
