@@ -30,6 +30,7 @@ class FileServer(ThreadingHTTPServer):
         self.content = CONTENT
         self.etag = '"v1"'
         self.ranges = True
+        self.range_error = 0
         self.declares_length = True
         self.redirect_to = None
         self.statuses = []
@@ -65,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
     def first_byte(self):
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         unchanged = self.headers.get("If-Range", self.server.etag) == self.server.etag
-        return int(asked[1]) if asked and unchanged and self.server.ranges else 0
+        return int(asked[1]) + self.server.range_error if asked and unchanged and self.server.ranges else 0
 
     def log_message(self, *args):
         pass
@@ -213,8 +214,8 @@ def test_part_of_another_file_is_thrown_away_and_the_download_starts_over(server
     assert bring(make_spec(server.url)).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("etag", [None, 'W/"weak"'])
-def test_weak_or_missing_etag_is_not_sent_back(server, etag):
+@pytest.mark.parametrize("etag", [None, 'W/"weak"', '"\xe9"'])
+def test_etag_that_cannot_name_the_bytes_is_not_sent_back(server, etag):
     server.etag = etag
     server.cuts = [HALF]
 
@@ -292,6 +293,15 @@ def test_range_that_the_server_cannot_serve_starts_the_download_over(server, fol
     assert bring(make_spec(server.url)).read_bytes() == CONTENT
 
 
+def test_answer_with_another_range_than_asked_starts_the_download_over(server, folder):
+    folder.mkdir()
+    (folder / "tiny.pth.part").write_bytes(CONTENT[:HALF])
+    server.range_error = 1
+
+    assert bring(make_spec(server.url)).read_bytes() == CONTENT
+    assert ["Range" in request for request in server.requests] == [True, False]
+
+
 def test_nobody_listening_is_said_after_the_last_attempt(server):
     with FileServer() as gone:
         url = gone.url
@@ -330,10 +340,17 @@ def test_disk_without_room_is_said_before_anything_is_asked(server, folder):
     assert server.requests == []
 
 
-def test_folder_that_cannot_be_made_is_an_error_with_its_path(server, folder):
-    folder.write_bytes(b"a file where the folder should be")
+def test_file_in_the_folders_place_is_an_error_with_its_path(server, folder):
+    folder.write_bytes(b"not a folder")
 
-    with pytest.raises(WeightsError, match=r"weights/tiny.pth"):
+    with pytest.raises(WeightsError, match=r"tiny: cannot read .*/weights/tiny\.pth"):
+        bring(make_spec(server.url))
+
+
+def test_part_that_cannot_be_written_is_an_error_with_its_path(server, folder):
+    (folder / "tiny.pth.part").mkdir(parents=True)
+
+    with pytest.raises(WeightsError, match=r"tiny: cannot bring .*/weights/tiny\.pth: .*Is a directory"):
         bring(make_spec(server.url))
 
 

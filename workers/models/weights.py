@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from pathlib import Path
 import httpx
 
 from workers.models import MODELS, ModelSpec, WeightsError, weights_path
+
+log = logging.getLogger(__name__)
 
 # Six tries with pauses of 1, 2, 4, 8 and 16 s outlive a router's restart; a longer outage is for a person, who
 # resumes with the same command.
@@ -111,7 +114,7 @@ def pull(
             Path(part.name).replace(path)
             _etag_path(part).unlink(missing_ok=True)
     except OSError as error:
-        raise WeightsError(f"{spec.name}: cannot write {path}: {error.strerror or error}") from error
+        raise WeightsError(f"{spec.name}: cannot bring {path}: {error}") from error
     return path
 
 
@@ -123,11 +126,12 @@ def remedy(spec: ModelSpec) -> str:
 
 
 def kind_of(head: bytes) -> str:
-    """Name a file's format from its first bytes, as a phrase for people; the two good ones are in EXPECTED_KINDS."""
+    """Name a file's format from its first 512 bytes, as a phrase for people; compare with `expected_kind`."""
     text = head.lstrip().lower()
     if head.startswith(b"PK\x03\x04"):
         return "a torch archive"
-    if head[8:9] == b"{":
+    # A safetensors file begins with its header's length, 8 bytes of which the upper ones are always zero.
+    if head[4:9] == b"\0\0\0\0{":
         return "a safetensors file"
     if text.startswith((b"<!doctype html", b"<html")):
         return "an HTML page"
@@ -178,11 +182,19 @@ def _exclusive_part(path: Path) -> Iterator[BufferedRandom]:
     part_path = path.with_name(f"{path.name}.part")
     while True:
         with part_path.open("a+b") as part:
-            fcntl.flock(part, fcntl.LOCK_EX)
+            _lock(part)
             # While we waited, the holder may have renamed or removed the file: then our lock guards no name.
             if _still_at(part_path, part):
                 yield part
                 return
+
+
+def _lock(part: BufferedRandom) -> None:
+    try:
+        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("%s: another pull is bringing this file; waiting for it", part.name)
+        fcntl.flock(part, fcntl.LOCK_EX)
 
 
 def _still_at(path: Path, file: BufferedRandom) -> bool:
@@ -239,8 +251,6 @@ def _download(source: _Source, part: BufferedRandom, backoff_seconds: float) -> 
 def _fetch_rest(source: _Source, part: BufferedRandom) -> None:
     """Append what is missing, and check the whole."""
     spec = source.spec
-    if _size(part) > spec.size_bytes:
-        part.truncate(0)
     have = _size(part)
     _require_room(spec, Path(part.name).parent, have)
     began_at = _request_rest(source, part, have) if have < spec.size_bytes else have
@@ -261,8 +271,8 @@ def _request_rest(source: _Source, part: BufferedRandom, have: int) -> int:
     if have > 0:
         headers["Range"] = f"bytes={have}-"
         # With If-Range a server whose file has changed sends the whole of it, not the tail of another one.
-        if _etag_path(part).exists():
-            headers["If-Range"] = _etag_path(part).read_text()
+        if etag := _recall_etag(part):
+            headers["If-Range"] = etag
     size_bytes = source.spec.size_bytes
     with source.client.stream("GET", source.url, headers=headers) as response:
         began_at = done = _accept(source, part, have, response)
@@ -311,12 +321,14 @@ def _accept(source: _Source, part: BufferedRandom, have: int, response: httpx.Re
 
 
 def _remember_etag(part: BufferedRandom, response: httpx.Response) -> None:
-    etag = response.headers.get("ETag", "")
-    # If-Range takes strong tags only (RFC 9110, 13.1.5).
-    if etag.startswith('"'):
-        _etag_path(part).write_text(etag)
-    else:
-        _etag_path(part).unlink(missing_ok=True)
+    _etag_path(part).write_text(response.headers.get("ETag", ""))
+
+
+def _recall_etag(part: BufferedRandom) -> str | None:
+    path = _etag_path(part)
+    etag = path.read_text(errors="replace") if path.exists() else ""
+    # If-Range takes strong tags only (RFC 9110, 13.1.5); these are their characters.
+    return etag if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag) else None
 
 
 def _etag_path(part: BufferedRandom) -> Path:
