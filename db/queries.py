@@ -146,6 +146,7 @@ class LabeledAsset:
     asset_id: int
     key: str
     size_hw: tuple[int, int]
+    segment_ms: int | None = None  # none where an earlier job's masks answered
     masks: list[StoredMask] = field(default_factory=list)
 
 
@@ -408,6 +409,17 @@ def _count_deaths(db: Connection, *, in_flight: Sequence[int]) -> None:
     )
 
 
+def expire_lease(db: Connection, *, chunk_id: int, worker: str) -> None:
+    """Let the lease of a worker that is known to be dead end now, for the reaper to judge."""
+    db.execute(
+        text(
+            """UPDATE chunk SET lease_until = now() - interval '1 second'
+               WHERE id = :id AND worker = :worker AND state = 'running'"""
+        ),
+        {"id": chunk_id, "worker": worker},
+    )
+
+
 def expire_all_leases(db: Connection) -> None:
     """Let every lease end now. For the embedded run, which knows that no other worker is alive."""
     db.execute(text("UPDATE chunk SET lease_until = now() - interval '1 second' WHERE state = 'running'"))
@@ -660,6 +672,50 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
         if len(rows) < page:
             return
         after = rows[-1].key
+
+
+def sample_labeled(db: Connection, *, job_id: int, limit: int, page: int = 10) -> Iterator[LabeledAsset]:
+    """Stream at most `limit` of a job's labeled assets, spread evenly over them, in the order they were listed."""
+    rows = db.execute(
+        text(
+            """WITH labeled AS (
+                   SELECT asset_id, width, height, segment_ms, row_number() OVER (ORDER BY asset_id) - 1 AS i,
+                          count(*) OVER () AS n
+                   FROM outcome WHERE job_id = :job_id AND error_kind IS NULL)
+               SELECT a.id, a.key, l.width, l.height, l.segment_ms FROM labeled l JOIN asset a ON a.id = l.asset_id
+               WHERE i = 0 OR i * :limit / n > (i - 1) * :limit / n ORDER BY a.id"""
+        ),
+        {"job_id": job_id, "limit": limit},
+    ).all()
+    for start in range(0, len(rows), page):
+        masks = _masks_of(db, asset_ids=[row.id for row in rows[start : start + page]])
+        for row in rows[start : start + page]:
+            yield LabeledAsset(
+                asset_id=row.id,
+                key=row.key,
+                size_hw=(row.height, row.width),
+                segment_ms=row.segment_ms,
+                masks=masks.get(row.id, []),
+            )
+
+
+def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:
+    """How many labeled assets have each number of masks, by rising number."""
+    statement = text(
+        """SELECT mask_count, count(*) FROM outcome WHERE job_id = :job_id AND error_kind IS NULL
+           GROUP BY mask_count ORDER BY mask_count"""
+    )
+    return {row[0]: row[1] for row in db.execute(statement, {"job_id": job_id})}
+
+
+def predicted_iou_percents(db: Connection, *, job_id: int) -> dict[int, int]:
+    """How many masks have each predicted IoU in whole percents, cut off and kept within 0..99, by rising percent."""
+    statement = text(
+        """SELECT greatest(0, least(99, floor(predicted_iou * 100)))::int AS percent, count(*)
+           FROM mask JOIN outcome USING (asset_id)
+           WHERE job_id = :job_id AND predicted_iou <> 'NaN' GROUP BY percent ORDER BY percent"""
+    )
+    return {row[0]: row[1] for row in db.execute(statement, {"job_id": job_id})}
 
 
 def failed_assets(db: Connection, *, job_id: int, limit: int | None = None) -> list[FailedAsset]:
