@@ -39,6 +39,7 @@ def make_app(broker_url: str | None) -> Celery:
         worker_send_task_events=True,
         task_send_sent_event=True,
         worker_hijack_root_logger=False,
+        worker_lost_wait=1.0,  # seconds from a child's death to its report; a child that died sends no result
     )
     if broker_url and broker_url.startswith("filesystem:"):
         app.conf.update(

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from celery import Task
-from celery.signals import setup_logging
+from billiard.exceptions import WorkerLostError
+from celery.signals import setup_logging, task_failure
 from kombu.exceptions import OperationalError as BrokerAway
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
@@ -58,6 +59,22 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
         log.exception("chunk %d: Postgres is away; the lease will run out and the chunk go on", chunk_id)
         return None
     return asdict(report) if report else None
+
+
+@task_failure.connect
+def _expire_lease_of_dead(
+    sender: Task | None = None, exception: Exception | None = None, args: tuple[int, ...] = (), **_: object
+) -> None:
+    """The pool's child died: its lease need not run out in time, this (main) process knows that nobody holds it."""
+    if not isinstance(exception, WorkerLostError) or sender is None:
+        return
+    worker = _worker(sender.request.hostname or "worker")
+    try:
+        with worker.engine.begin() as db:
+            queries.expire_lease(db, chunk_id=args[0], worker=worker.name)
+        top_up(worker.engine)
+    except OperationalError:
+        log.warning("chunk %d: Postgres is away, its lease will run out", args[0])
 
 
 def top_up(engine: Engine) -> int:

@@ -1,0 +1,55 @@
+"""A model for tests of what surrounds models: masks at once, and, where a picture asks for it by its colour, trouble.
+
+The colour of the first pixel, exact in a PNG: POISON kills the process, HANG never ends, FULL does not fit in memory,
+BROKEN raises. MASKFLEET_STUB_MASKS says how many masks an image gets, MASKFLEET_STUB_SECONDS how long it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from workers.masks import Mask, mask_from_pixels
+from workers.models import Embedding, ModelSpec, RgbImage
+from workers.params import AutomaticParams
+
+POISON, HANG, FULL, BROKEN = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+
+
+class StubModel:
+    def __init__(self) -> None:
+        self._masks = int(os.environ.get("MASKFLEET_STUB_MASKS", "2"))
+        self._seconds = float(os.environ.get("MASKFLEET_STUB_SECONDS", "0"))
+
+    def embed(self, images: Sequence[RgbImage]) -> list[Embedding]:
+        if len(images) > 1 and any(tuple(image[0, 0]) == FULL for image in images):
+            raise MemoryError("CUDA out of memory (a stub says)")
+        return [None] * len(images)
+
+    def automatic(self, image: RgbImage, embedding: Embedding, params: AutomaticParams) -> list[Mask]:
+        time.sleep(self._seconds)
+        match tuple(int(v) for v in image[0, 0]):
+            case colour if colour == POISON:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case colour if colour == HANG:
+                threading.Event().wait()
+            case colour if colour == FULL:
+                raise MemoryError("CUDA out of memory (a stub says)")
+            case colour if colour == BROKEN:
+                raise ValueError("a stub was asked to fail")
+        return [self._stripe(image, n) for n in range(self._masks)]
+
+    def _stripe(self, image: RgbImage, n: int) -> Mask:
+        height, width = image.shape[:2]
+        pixels = np.zeros((height, width), dtype=bool)
+        pixels[:, n % width : n % width + max(1, width // 2)] = True
+        return mask_from_pixels(pixels, predicted_iou=0.9 - 0.001 * n, stability_score=0.95)
+
+
+def load(spec: ModelSpec, device: str) -> StubModel:
+    return StubModel()
