@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Engine, text
+
+from db import queries
+from db.models import JobState
+from db.queries import LeaseLost, NewAsset, NewOutcome
+from tests.factories import (
+    chunk_ids,
+    claim,
+    count,
+    expire_lease,
+    finish,
+    labeled,
+    make_job,
+    pending,
+    reap,
+    record,
+)
+
+pytestmark = pytest.mark.integration
+
+
+def test_a_chunk_is_claimed_by_one_of_many_workers_at_once(engine: Engine) -> None:
+    job = make_job(engine, keys=10)
+    [chunk_id] = chunk_ids(engine, job)
+    together = threading.Barrier(4)
+
+    def try_to_claim(n: int) -> bool:
+        together.wait()
+        return claim(engine, chunk_id, worker=f"worker {n}") is not None
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(try_to_claim, range(4))) == 1
+
+
+def test_an_outcome_is_stored_with_its_masks_exactly_as_given(engine: Engine) -> None:
+    job = make_job(engine, keys=["a\tb\\n\n.jpg"])
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    [asset] = pending(engine, chunk)
+    given = labeled(asset.id, masks=3)
+
+    record(engine, chunk, [given])
+
+    with engine.begin() as db:
+        [stored] = queries.labeled_assets(db, job_id=job.id)
+    assert stored.key == "a\tb\\n\n.jpg"
+    assert stored.size_hw == (3, 4)
+    assert stored.masks == list(given.masks) or [m.counts for m in stored.masks] == [m.counts for m in given.masks]
+    assert [m.label for m in stored.masks] == [m.label for m in given.masks]
+    assert [m.prompt for m in stored.masks] == [m.prompt for m in given.masks]
+    assert stored.masks[0].predicted_iou == pytest.approx(0.9, abs=1e-7)
+
+
+def test_recording_the_same_outcome_twice_keeps_the_first(engine: Engine) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    [asset] = pending(engine, chunk)
+
+    record(engine, chunk, [labeled(asset.id, masks=2)])
+    record(engine, chunk, [labeled(asset.id, masks=5)])
+
+    counts = count(engine, job)
+    assert (counts.labeled, counts.masks) == (1, 2)
+
+
+def test_a_worker_that_woke_after_its_lease_expired_writes_nothing(engine: Engine) -> None:
+    job = make_job(engine, keys=2)
+    [chunk_id] = chunk_ids(engine, job)
+    zombie = claim(engine, chunk_id, worker="zombie")
+    asset_id = pending(engine, zombie)[0].id
+    expire_lease(engine, zombie)
+    assert reap(engine) == 1
+    heir = claim(engine, chunk_id, worker="heir")
+
+    with pytest.raises(LeaseLost):
+        record(engine, zombie, [labeled(asset_id)])
+
+    assert count(engine, job).labeled == 0
+    record(engine, heir, [labeled(asset_id)])
+    assert count(engine, job).labeled == 1
+
+
+def test_an_expired_chunk_cannot_be_claimed_before_the_reaper_has_judged_what_was_in_flight(engine: Engine) -> None:
+    job = make_job(engine, keys=2)
+    [chunk_id] = chunk_ids(engine, job)
+    expire_lease(engine, claim(engine, chunk_id))
+
+    assert claim(engine, chunk_id) is None
+    reap(engine)
+    assert claim(engine, chunk_id) is not None
+
+
+def test_assets_in_flight_together_become_suspects_and_come_last(engine: Engine) -> None:
+    job = make_job(engine, keys=5)
+    [chunk_id] = chunk_ids(engine, job)
+    chunk = claim(engine, chunk_id)
+    ids = [asset.id for asset in pending(engine, chunk)]
+    record(engine, chunk, in_flight=ids[:2])
+    expire_lease(engine, chunk)
+    reap(engine)
+
+    again = pending(engine, claim(engine, chunk_id))
+
+    assert [asset.id for asset in again] == ids[2:] + ids[:2]
+    assert [asset.deaths_alone for asset in again] == [None, None, None, 0, 0]
+
+
+def test_an_asset_that_dies_alone_three_times_is_failed_and_its_neighbours_are_not(engine: Engine) -> None:
+    job = make_job(engine, keys=3)
+    [chunk_id] = chunk_ids(engine, job)
+    for _ in range(3):
+        chunk = claim(engine, chunk_id)
+        poison = pending(engine, chunk)[-1].id
+        record(engine, chunk, in_flight=[poison])
+        expire_lease(engine, chunk)
+        assert count(engine, job).failed == 0
+        reap(engine)
+
+    assert count(engine, job).failed_by_kind == {"crashed_worker": 1}
+    chunk = claim(engine, chunk_id)
+    assert poison not in [asset.id for asset in pending(engine, chunk)]
+
+
+def test_a_death_of_an_asset_that_has_its_outcome_does_not_count(engine: Engine) -> None:
+    job = make_job(engine, keys=1)
+    [chunk_id] = chunk_ids(engine, job)
+    chunk = claim(engine, chunk_id)
+    [asset] = pending(engine, chunk)
+    record(engine, chunk, [labeled(asset.id)], in_flight=[asset.id])
+    expire_lease(engine, chunk)
+    reap(engine)
+
+    with engine.begin() as db:
+        assert db.execute(text("SELECT count(*) FROM suspect")).scalar_one() == 0
+
+
+def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engine: Engine) -> None:
+    make_job(engine, keys=100, chunk_size=1)
+    together = threading.Barrier(2)
+
+    def take(_: int) -> list[int]:
+        together.wait()
+        with engine.begin() as db:
+            return queries.take_window(db, window=30, resend_seconds=300)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(take, range(2))
+    assert not set(first) & set(second)
+    with engine.begin() as db:
+        # Two that count at the same instant may both fill the room they see; never more than that.
+        assert 30 <= db.execute(text("SELECT count(*) FROM chunk WHERE state = 'sent'")).scalar_one() <= 60
+        assert queries.take_window(db, window=30, resend_seconds=300) == []
+
+
+def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
+    large = make_job(engine, keys=50, chunk_size=1)
+    small = make_job(engine, keys=3, chunk_size=1)
+
+    with engine.begin() as db:
+        taken = queries.take_window(db, window=6, resend_seconds=300)
+
+    assert set(chunk_ids(engine, small)) <= set(taken)
+    assert len(set(chunk_ids(engine, large)) & set(taken)) == 3
+
+
+def test_a_chunk_whose_message_was_lost_is_sent_again(engine: Engine) -> None:
+    make_job(engine, keys=1)
+    with engine.begin() as db:
+        sent = queries.take_window(db, window=5, resend_seconds=300)
+        assert queries.take_window(db, window=5, resend_seconds=300) == []
+        db.execute(text("UPDATE chunk SET sent_at = now() - interval '301 s'"))
+        assert queries.take_window(db, window=5, resend_seconds=300) == sent
+
+
+def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine: Engine) -> None:
+    job = make_job(engine, keys=2)
+    [chunk_id] = chunk_ids(engine, job)
+    chunk = claim(engine, chunk_id)
+    asset_id = pending(engine, chunk)[0].id
+    with engine.begin() as db:
+        assert queries.cancel_job(db, job_id=job.id)
+
+    with pytest.raises(LeaseLost):
+        record(engine, chunk, [labeled(asset_id)])
+    with engine.begin() as db:
+        queries.release_chunk(db, chunk=chunk)
+        assert queries.take_window(db, window=5, resend_seconds=300) == []
+        assert queries.resume_job(db, job_id=job.id)
+        assert queries.take_window(db, window=5, resend_seconds=300) == [chunk_id]
+
+
+def test_a_job_is_done_when_it_is_listed_and_no_chunk_is_open(engine: Engine) -> None:
+    job = make_job(engine, keys=3, chunk_size=2)
+    for chunk_id in chunk_ids(engine, job):
+        with engine.begin() as db:
+            assert queries.finish_jobs(db) == []
+        chunk = claim(engine, chunk_id)
+        record(engine, chunk, [labeled(asset.id) for asset in pending(engine, chunk)])
+        finish(engine, chunk)
+
+    with engine.begin() as db:
+        assert queries.get_job(db, job_id=job.id).state is JobState.DONE
+        assert queries.is_idle(db)
+    counts = count(engine, job)
+    assert counts.listed == counts.labeled + counts.failed + counts.pending == 3
+
+
+def test_an_empty_listing_is_a_job_that_is_done(engine: Engine) -> None:
+    job = make_job(engine, keys=0)
+    with engine.begin() as db:
+        assert queries.finish_jobs(db) == [job.id]
+
+
+def test_retry_runs_again_what_failed_for_that_reason_and_nothing_else(engine: Engine) -> None:
+    job = make_job(engine, keys=3)
+    [chunk_id] = chunk_ids(engine, job)
+    chunk = claim(engine, chunk_id)
+    gone, broken, fine = (asset.id for asset in pending(engine, chunk))
+    failed = [NewOutcome(asset_id=gone, error_kind="not_found"), NewOutcome(asset_id=broken, error_kind="truncated")]
+    record(engine, chunk, [*failed, labeled(fine)])
+    finish(engine, chunk)
+
+    with engine.begin() as db:
+        assert queries.retry_failed(db, job_id=job.id, error_kind="not_found") == 1
+        assert queries.get_job(db, job_id=job.id).state is JobState.RUNNING
+
+    assert [asset.id for asset in pending(engine, claim(engine, chunk_id))] == [gone]
+
+
+def test_an_asset_with_the_same_bytes_and_model_version_is_answered_from_what_is_stored(engine: Engine) -> None:
+    first = make_job(engine, keys=3)
+    chunk = claim(engine, chunk_ids(engine, first)[0])
+    a, b, _ = pending(engine, chunk)
+    record(engine, chunk, [labeled(a.id, masks=4), NewOutcome(asset_id=b.id, error_kind="truncated")])
+
+    second = make_job(engine, keys=3)
+    other_version = make_job(engine, keys=3, model_version="stub@55555555+11111111")
+    for job, answered in ((second, 1), (other_version, 0)):
+        chunk = claim(engine, chunk_ids(engine, job)[0])
+        with engine.begin() as db:
+            assert queries.answer_from_stored(db, chunk=chunk) == answered
+        assert len(pending(engine, chunk)) == 3 - answered
+    counts = count(engine, second)
+    assert (counts.labeled, counts.masks, counts.reused) == (1, 4, 1)
+
+
+def test_a_page_is_stored_once_however_many_listers_come_with_it(engine: Engine) -> None:
+    with engine.begin() as db:
+        job = queries.insert_job(db, name="n", source="s3://b", model="stub", model_version="v", asked={}, fresh=False)
+    page = {"assets": [NewAsset(key="a.jpg", size_bytes=1, etag="e")], "cursor": "a.jpg", "skipped": {"excluded": 2}}
+    with engine.begin() as db:
+        after = queries.add_assets(db, job=job, **page, complete=False, chunk_size=64)
+        assert after.list_cursor == "a.jpg"
+    with engine.begin() as db:
+        assert queries.add_assets(db, job=job, **page, complete=False, chunk_size=64) is None
+    with engine.begin() as db:
+        done = queries.add_assets(
+            db, job=after, assets=[], cursor=None, skipped={"excluded": 1}, complete=True, chunk_size=64
+        )
+    assert (done.asset_count, done.list_cursor, done.skipped) == (1, "a.jpg", {"excluded": 3})
+    assert done.state is JobState.RUNNING
+
+
+def test_a_running_chunk_cannot_be_without_a_lease(engine: Engine) -> None:
+    from sqlalchemy.exc import IntegrityError
+
+    make_job(engine, keys=1)
+    with pytest.raises(IntegrityError, match="chunk_running_has_lease"), engine.begin() as db:
+        db.execute(text("UPDATE chunk SET state = 'running'"))
+
+
+def test_deleting_a_job_takes_its_masks_along_and_no_others(engine: Engine) -> None:
+    jobs = [make_job(engine, keys=1), make_job(engine, keys=1)]
+    for job in jobs:
+        chunk = claim(engine, chunk_ids(engine, job)[0])
+        record(engine, chunk, [labeled(pending(engine, chunk)[0].id, masks=2)])
+    with engine.begin() as db:
+        assert queries.delete_job(db, job_id=jobs[0].id)
+        assert db.execute(text("SELECT count(*) FROM mask")).scalar_one() == 2

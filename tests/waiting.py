@@ -1,0 +1,18 @@
+"""Waiting for conditions of other processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 120) -> T:
+    """Ask until the condition is truthy and return it; fail, naming `what`, when it takes too long."""
+    give_up_at = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < give_up_at, f"waited {seconds:g} s in vain for {what}"
+        time.sleep(0.05)
+    return found
