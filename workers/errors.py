@@ -51,25 +51,27 @@ class SourceError(Exception):
 
 
 _HIDDEN = "[redacted]"
-_SENSITIVE_FIELD = (
-    r"(?:password|passwd|pwd|passphrase|secret(?:[_-]?(?:access[_-]?)?key)?|api[_-]?key|(?:[a-z]+[_-])*token"
-    r"|aws_[a-z_]*(?:secret|token)[a-z_]*|x-amz-(?:signature|credential|security-token)|sig(?:nature)?)"
+_FIELD = (
+    r"(?<![a-z0-9_])[a-z0-9_-]{0,40}(?:password|passwd|pwd|passphrase|secret|secret_?access_?key|token|credential"
+    r"|signature|api[_-]?key)"
 )
+_VALUE = rf"(?!\s*{re.escape(_HIDDEN)})(?:'[^']*'|\"[^\"]*\"|[^\s&,;'\"]+)"
 _SECRETS = (
     # Authorization: Bearer x / Token x / AWS4-HMAC-SHA256 Credential=…, also as a dict's or JSON's entry
-    (re.compile(r"(authorization['\"]?\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\"|[^\r\n]*)", re.I), rf"\1{_HIDDEN}"),
-    (re.compile(r"\b((?:bearer|token)\s+)[A-Za-z0-9._~+/=-]{16,}", re.I), rf"\1{_HIDDEN}"),
+    (rf"(authorization['\"]?\s*[:=]\s*)(?!\s*{re.escape(_HIDDEN)})(?:'[^']*'|\"[^\"]*\"|[^\r\n]+)", rf"\1{_HIDDEN}"),
+    (r"\b((?:bearer|token)\s+)[a-z0-9._~+/=-]{16,}", rf"\1{_HIDDEN}"),
     # scheme://user:password@host. What follows the colon is not a password when it is a port.
-    (re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*):(?!\d{1,5}(?:[/?#\s]|$))[^\s]*@", re.I), rf"\1:{_HIDDEN}@"),
+    (r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*):(?!\d{1,5}(?:[/?#\s]|$))[^\s]*@", rf"\1:{_HIDDEN}@"),
     # "password": "x" and 'token': 'x'
-    (re.compile(rf"(['\"]{_SENSITIVE_FIELD}['\"]\s*[:=]\s*)(?:'[^']*'|\"[^\"]*\")", re.I), rf"\1{_HIDDEN}"),
-    # password=x, token=x, ?X-Amz-Signature=x&…, password='x y'
-    (re.compile(rf"(\b{_SENSITIVE_FIELD}\s*=\s*)(?:'[^']*'|\"[^\"]*\"|[^\s&,;'\")\]}}>]+)", re.I), rf"\1{_HIDDEN}"),
-    (re.compile(r"\b((?:password|passphrase|secret(?:[_-]?key)?)\s*:\s*)[^\s,;]+", re.I), rf"\1{_HIDDEN}"),
+    (rf"(['\"]{_FIELD}['\"]\s*[:=]\s*){_VALUE}", rf"\1{_HIDDEN}"),
+    # password=x, API_KEY=x, ?X-Amz-Signature=x&…, password='x y'
+    (rf"({_FIELD}\s*=\s*){_VALUE}", rf"\1{_HIDDEN}"),
+    (rf"(\b(?:password|passphrase|secret(?:[_-]?key)?)\s*:\s*){_VALUE}", rf"\1{_HIDDEN}"),
     # AWS key ids (long-lived, temporary) and JSON web tokens, wherever they stand
-    (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}"), _HIDDEN),
-    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"), _HIDDEN),
+    (r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}", _HIDDEN),
+    (r"\beyJ[a-z0-9_-]{8,}\.[a-z0-9_-]+(?:\.[a-z0-9_-]*)?", _HIDDEN),
 )
+_PATTERNS = tuple((re.compile(pattern, re.IGNORECASE), replacement) for pattern, replacement in _SECRETS)
 
 
 def redact(text: str) -> str:
@@ -78,6 +80,6 @@ def redact(text: str) -> str:
     Covers AWS key ids and signatures, Authorization headers, `token=` and its like, passwords in DSNs, web tokens.
     It errs on the side of removing: a harmless `token=7` goes too. Redacting twice changes nothing.
     """
-    for pattern, replacement in _SECRETS:
+    for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
