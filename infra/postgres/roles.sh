@@ -1,0 +1,13 @@
+#!/bin/sh
+# Run once by the postgres image, on an empty data folder: a role and a database each for maskfleet and Label Studio.
+# Neither role can enter the other's database, and neither is a superuser.
+set -eu
+psql --no-psqlrc --set=ON_ERROR_STOP=1 --username="${POSTGRES_USER:-postgres}" <<'SQL'
+\getenv maskfleet_password DATABASE_PASSWORD
+\getenv label_studio_password LABEL_STUDIO_DATABASE_PASSWORD
+CREATE ROLE maskfleet LOGIN PASSWORD :'maskfleet_password';
+CREATE ROLE label_studio LOGIN PASSWORD :'label_studio_password';
+CREATE DATABASE maskfleet OWNER maskfleet;
+CREATE DATABASE label_studio OWNER label_studio;
+REVOKE CONNECT, TEMPORARY ON DATABASE maskfleet, label_studio FROM PUBLIC;
+SQL
