@@ -1,0 +1,267 @@
+"""docker-compose.yml, its overlays, its variables and its two small programs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from flower import options as flower_options
+
+from db.settings import Settings
+from workers import devices
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "docker-compose.yml"
+OVERLAYS = [ROOT / "infra" / "gpu.yml", ROOT / "infra" / "gpu-per-device.yml"]
+EXAMPLE = ROOT / "infra" / "env.example"
+SERVICES = yaml.safe_load(BASE.read_text())["services"]
+OURS = ["migrate", "dispatch", "worker", "flower"]
+ONE_SHOT = {"migrate"}
+WRITES_INTO_ITSELF = {"label-studio"}
+
+every_service = pytest.mark.parametrize("name", SERVICES)
+
+
+def test_the_deployment_has_every_part():
+    assert SERVICES.keys() == {"postgres", "redis", "s3", *OURS, "label-studio"}
+
+
+@every_service
+def test_a_service_says_whether_it_is_well(name):
+    check = SERVICES[name]["healthcheck"]
+
+    if name in ONE_SHOT:
+        assert check == {"disable": True}
+    else:
+        assert check["test"][0] in ("CMD", "CMD-SHELL")
+        assert {"interval", "timeout", "retries"} <= check.keys()
+
+
+@every_service
+def test_a_service_is_no_root_and_cannot_become_it(name):
+    service = SERVICES[name]
+
+    assert int(service["user"].split(":")[0]) > 0
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is (name not in WRITES_INTO_ITSELF)
+    assert "privileged" not in service
+
+
+@every_service
+def test_a_service_restarts_and_keeps_its_logs_and_memory_bounded(name):
+    service = SERVICES[name]
+
+    assert service["restart"] == ("on-failure:5" if name in ONE_SHOT else "unless-stopped")
+    assert service["logging"]["options"].keys() == {"max-size", "max-file"}
+    assert service["deploy"]["resources"]["limits"]["memory"]
+
+
+@every_service
+def test_an_image_is_pinned(name):
+    repository, _, tag = SERVICES[name]["image"].partition(":")
+
+    assert re.search(r"\d", tag), f"{repository} has no version"
+    if name in OURS:
+        assert (repository, tag) == ("maskfleet", _project_version())
+
+
+@every_service
+def test_only_loopback_is_published_and_only_from_the_edge(name):
+    service = SERVICES[name]
+
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert not service.get("ports") or "edge" in service["networks"]
+
+
+@every_service
+def test_a_service_waits_for_what_it_needs(name):
+    for needed, how in SERVICES[name].get("depends_on", {}).items():
+        expected = "service_completed_successfully" if needed in ONE_SHOT else "service_healthy"
+        assert how == {"condition": expected}
+
+
+def test_databases_and_queues_lead_nowhere_outside():
+    networks = yaml.safe_load(BASE.read_text())["networks"]
+
+    assert networks["database"] == networks["broker"] == {"internal": True}
+    assert SERVICES["postgres"]["networks"] == ["database"]
+    assert SERVICES["redis"]["networks"] == ["broker"]
+
+
+def test_no_secret_has_a_value_that_works():
+    text = BASE.read_text()
+    secret = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|BASIC_AUTH|_USER$|USERNAME")
+
+    for name, rest in re.findall(r"\$\{(\w+)([^}]*)\}", text):
+        if secret.search(name):
+            assert rest == f":?set {name} in .env, see infra/env.example"
+    for service in SERVICES.values():
+        for name, value in service.get("environment", {}).items():
+            if secret.search(name) and name not in ("POSTGRE_USER", "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN"):
+                assert "${" in value, f"{name} is written out"
+
+
+def test_the_broker_keeps_what_it_was_given():
+    command = SERVICES["redis"]["command"][0]
+
+    assert "--appendonly yes" in command
+    assert "--maxmemory-policy noeviction" in command
+    assert "requirepass $$REDISCLI_AUTH" in command
+
+
+def test_every_variable_is_explained_and_every_explained_one_is_used():
+    used = set(re.findall(r"\$\{(\w+)", BASE.read_text())) | _handed_on()
+    explained = set(re.findall(r"(?m)^#?([A-Z][A-Z0-9_]*)=", EXAMPLE.read_text()))
+
+    assert used == explained
+
+
+def test_maskfleet_variables_are_the_settings():
+    fields = {f"MASKFLEET_{name.upper()}" for name in Settings.model_fields}
+    written = "".join(path.read_text() for path in [BASE, EXAMPLE, *OVERLAYS])
+
+    assert set(re.findall(r"MASKFLEET_[A-Z0-9_]+", written)) == fields
+
+
+def test_the_defaults_shown_are_the_defaults():
+    for name, value in re.findall(r"(?m)^#MASKFLEET_([A-Z0-9_]+)=(\S+)$", EXAMPLE.read_text()):
+        default = Settings.model_fields[name.lower()].default
+        if default is not None:
+            assert float(value) == default, name
+
+
+def test_the_settings_of_an_unchanged_deployment_are_valid(monkeypatch):
+    for name, value in SERVICES["dispatch"]["environment"].items():
+        if name.startswith("MASKFLEET_") and value is not None:
+            monkeypatch.setenv(name, re.sub(r"\$\{[^}]*\}", "value", value))
+
+    made = Settings()
+
+    assert made.database_url is not None
+    assert made.database_url.get_secret_value() == "postgresql://maskfleet:value@postgres:5432/maskfleet"
+    assert str(made.weights_dir) == "/weights"
+
+
+def test_a_stopping_worker_has_the_time_to_drain():
+    grace = SERVICES["worker"]["stop_grace_period"]
+
+    assert float(grace.removesuffix("s")) > Settings.model_fields["drain_seconds"].default
+
+
+def test_the_health_checks_look_for_what_runs():
+    assert SERVICES["dispatch"]["healthcheck"]["test"][-1] in SERVICES["dispatch"]["command"]
+    assert SERVICES["worker"]["healthcheck"]["test"][-1] == "workers.app"
+    assert '"workers.app"' in Path(devices.__file__).read_text()
+
+
+def test_flower_knows_its_options_and_only_watches():
+    given = dict(option.removeprefix("--").split("=") for option in SERVICES["flower"]["command"])
+
+    assert given.keys() <= {name.replace("-", "_") for name in flower_options.options}
+    assert given["read_only"] == "True"
+    assert "basic_auth" not in given
+    assert "FLOWER_UNAUTHENTICATED_API" not in SERVICES["flower"]["environment"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_a_gpu_is_chosen_in_one_place_only(overlay):
+    for service in yaml.safe_load(overlay.read_text())["services"].values():
+        assert "CUDA_VISIBLE_DEVICES" not in service.get("environment", {})
+        assert "CUDA_VISIBLE_DEVICES" not in SERVICES["worker"]["environment"]
+        for device in service["deploy"].get("resources", {}).get("reservations", {}).get("devices", []):
+            assert ("count" in device) != ("device_ids" in device)
+            assert {"gpu", "utility"} <= set(device["capabilities"])
+
+
+def test_the_image_is_not_roots_and_takes_what_is_locked():
+    dockerfile = (ROOT / "infra" / "Dockerfile").read_text()
+
+    assert "USER 10001:10001" in dockerfile
+    assert all(SERVICES[name]["user"] == "10001:10001" for name in OURS)
+    assert dockerfile.count("uv sync --frozen --no-dev") == 2
+    for copied in re.findall(r"(?m)^COPY (?!--)(.+) \S+$", dockerfile):
+        for path in copied.split():
+            assert (ROOT / path).exists(), path
+            assert f"!{path}" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda path: path.stem if path else "base")
+def test_docker_compose_accepts_it(overlay, tmp_path):
+    if not _has_compose():
+        pytest.skip("`docker compose` is not installed")
+    env = _make_env(tmp_path) / ".env"
+    files = [f"--file={path}" for path in [BASE, overlay] if path]
+    command = ["docker", "compose", f"--env-file={env}", *files, "config", "--quiet"]
+
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_make_env_fills_in_every_secret_once_for_the_owner_alone(tmp_path):
+    folder = _make_env(tmp_path)
+    env = folder / ".env"
+    values = dict(line.split("=", 1) for line in env.read_text().splitlines() if line and line[0] != "#")
+
+    secrets = [value for name, value in values.items() if f"{name}=\n" in EXAMPLE.read_text()]
+    assert len(secrets) == 9
+    assert len(set(secrets)) == 9
+    assert all(re.fullmatch(r"[0-9a-f]{40}", secret) for secret in secrets)
+    assert env.stat().st_mode & 0o777 == 0o600
+    again = subprocess.run([sys.executable, folder / "infra" / "make_env.py"], capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "left alone" in again.stderr
+
+
+def test_a_container_is_well_while_its_process_runs_and_its_servers_answer():
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        here, nowhere = (f"x://user:secret@127.0.0.1:{s.getsockname()[1]}/0" for s in (listening, silent))
+
+        assert _check("pytest-of-nobody", here, here) == (1, "no process with the argument 'pytest-of-nobody'\n")
+        with subprocess.Popen(["sleep", "4711"]) as process:
+            assert _check("4711", here, here) == (0, "")
+            code, said = _check("4711", here, nowhere)
+            process.kill()
+
+    assert code == 1
+    assert said.startswith("MASKFLEET_BROKER_URL: 127.0.0.1:")
+    assert "secret" not in said
+
+
+def _check(argument: str, database_url: str, broker_url: str) -> tuple[int, str]:
+    command = [sys.executable, "-IS", ROOT / "infra" / "healthcheck.py", argument]
+    environment = {"MASKFLEET_DATABASE_URL": database_url, "MASKFLEET_BROKER_URL": broker_url}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def _make_env(tmp_path: Path) -> Path:
+    (tmp_path / "infra").mkdir()
+    for path in [EXAMPLE, ROOT / "infra" / "make_env.py"]:
+        shutil.copy(path, tmp_path / "infra")
+    subprocess.run([sys.executable, tmp_path / "infra" / "make_env.py"], check=True, capture_output=True)
+    return tmp_path
+
+
+def _handed_on() -> set[str]:
+    """Variables named without a value, which compose takes from .env."""
+    environments = [service.get("environment", {}) for service in SERVICES.values()]
+    return {name for environment in environments for name, value in environment.items() if value is None}
+
+
+def _has_compose() -> bool:
+    docker = shutil.which("docker")
+    return docker is not None and subprocess.run([docker, "compose", "version"], capture_output=True).returncode == 0
+
+
+def _project_version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
