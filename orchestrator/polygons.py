@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.runs import Crop, Edges, area_px, crop_edges, run_iou
+from orchestrator.runs import Crop, Edges, area_px, crop_edges, run_iou, without_empty_runs
 
 Ring = NDArray[np.float64]
 """(n, 2) x, y of a closed line whose last point joins the first: pixels of the frame, or percent where it says so."""
@@ -27,8 +27,14 @@ _TOLERANCES_PX = (64.0, 45.0, 32.0, 23.0, 16.0, 11.0, 8.0, 5.7, 4.0, 2.8, 2.0, 1
 _LOSS = 0.115
 # 0.00005 % is 0.004 px of 8,192, and the JSON is half of what full doubles take.
 _DECIMALS = 4
+# Noise: no 400 vertices come near it, and its outline alone takes 45 s at 12 megapixels (measured 2026-11-20, 2 cores).
+_MAX_RUNS = 100_000
 # A polygon from outside may zigzag: 400 vertices across 4,000 columns cross 1.6 million of them at the very worst.
 _MAX_CROSSINGS = 4_000_000
+
+
+class PolygonError(ValueError):
+    """A polygon is too tangled to rasterise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +53,14 @@ class _Outlines:
     """Every border of a mask, exact: through the midpoints of the sides between its pixels and the others.
 
     lines: a border each, (n, 1, 2) float32 x, y in pixels from (left, top), outer borders and holes running opposite
-    ways. areas: (borders,) float64, pixels inside each. parents: (borders,) the outer border of a hole, else -1.
+    ways. areas: (borders,) float64, pixels inside each. parents: the outer border of each hole, -1 for an outer border.
+    perimeter: sides of pixels in all borders. left, top: pixels in the frame.
     """
 
     lines: list[NDArray[np.float32]]
     areas: NDArray[np.float64]
-    parents: NDArray[np.int32]
+    parents: list[int]
+    perimeter: int
     left: int
     top: int
 
@@ -65,9 +73,9 @@ def polygons_from_edges(
     The tolerance starts at 1/1000 of the frame's longer side (about a pixel of a reviewer's screen; at least one of the
     image) and shrinks until the IoU holds, at the latest with the exact outline, whose IoU is 1. Parts and holes
     smaller than the tolerance squared are dropped, which the IoU counts. Where the budget ends first the best that fits
-    is returned, its IoU below min_iou; None where nothing fits, or the mask is empty.
+    is returned, its IoU below min_iou; None where nothing fits, or the mask is empty or mere noise.
     """
-    if edges.size == 0:
+    if not 0 < edges.size // 2 <= _MAX_RUNS:
         return None
     outlines = _trace_outlines(crop_edges(edges, size_hw))
     first = _first_tolerance(outlines, area_px(edges), size_hw, min_iou)
@@ -98,31 +106,39 @@ def polygons_from_edges(
 def polygon_edges(rings: Sequence[Ring], size_hw: tuple[int, int]) -> Edges:
     """Rasterise rings in pixels, together, as one mask's edges: pixels whose centre is inside by nonzero winding.
 
-    What lies outside the frame is cut off. Raises ValueError where the rings cross more columns than a mask could need.
+    What lies outside the frame is cut off. Raises PolygonError where they cross more columns than a mask could need.
     """
     height, width = size_hw
-    # Every side that passes at least one column of pixel centres, from left to right.
-    start = np.concatenate(rings)
-    end = start[_following(np.cumsum([len(ring) for ring in rings]))]
-    backwards = (start[:, 0] > end[:, 0])[:, None]
-    left, right = np.where(backwards, end, start), np.where(backwards, start, end)
-    first, stop = (np.clip(np.ceil(side[:, 0] - 0.5), 0, width).astype(np.int64) for side in (left, right))
-    passing = np.flatnonzero(stop > first)
-    left, right, first, columns = left[passing], right[passing], first[passing], (stop - first)[passing]
-    if columns.sum() > _MAX_CROSSINGS:
-        raise ValueError(f"a polygon of {len(start)} points crosses {columns.sum()} columns: too tangled to rasterise")
+    # Every side, and the columns whose pixel centres it passes.
+    points = np.concatenate(rings)
+    x, y = points.T
+    following = _following(np.cumsum([len(ring) for ring in rings]))
+    column_of = np.minimum(np.maximum(np.ceil(x - 0.5), 0), width).astype(np.int64)
+    columns = column_of[following] - column_of
+    side = np.flatnonzero(columns)
+    crossings = np.abs(columns[side])
+    if crossings.sum() > _MAX_CROSSINGS:
+        raise PolygonError(
+            f"a polygon of {len(points)} points crosses {crossings.sum()} columns of pixels: too tangled"
+        )
 
-    # Where it crosses each of them. Both ways along one line give the same floats, so a keyhole cancels out.
-    side = np.repeat(np.arange(passing.size), columns)
-    column = np.arange(side.size) - np.repeat(np.cumsum(columns) - columns, columns) + first[side]
-    slope = (right[:, 1] - left[:, 1]) / (right[:, 0] - left[:, 0])
-    y = left[side, 1] + (column + 0.5 - left[side, 0]) * slope[side]
-    position = column * height + np.clip(np.ceil(y - 0.5), 0, height).astype(np.int64)
+    # Where it crosses each of them, from the left. Both ways along one line give the same floats: keyholes cancel out.
+    rightwards = columns[side] > 0
+    left = np.where(rightwards, side, following[side])
+    right = np.where(rightwards, following[side], side)
+    slope = (y[right] - y[left]) / (x[right] - x[left])
+    stops = crossings.cumsum()
+    column = np.arange(int(crossings.sum())) + (column_of[left] - stops + crossings).repeat(crossings)
+    y_there = (y[left] - x[left] * slope).repeat(crossings) + (column + 0.5) * slope.repeat(crossings)
+    row = np.minimum(np.maximum(np.ceil(y_there - 0.5), 0), height).astype(np.int64)
+    position = column * height + row
 
     # Wind down the columns: every one starts and ends at zero.
-    order = np.argsort(position, kind="stable")
-    winding = np.cumsum(np.where(backwards[passing, 0], -1, 1)[side[order]])
-    return _edges_where(position[order], winding != 0)
+    order = position.argsort(kind="stable")
+    inside = np.where(rightwards, 1, -1).repeat(crossings)[order].cumsum() != 0
+    changes = inside.copy()
+    changes[1:] ^= inside[:-1]
+    return without_empty_runs(position[order[changes]])
 
 
 def ring_px(ring: Ring, size_hw: tuple[int, int]) -> Ring:
@@ -135,17 +151,9 @@ def ring_percent(ring: Ring, size_hw: tuple[int, int]) -> Ring:
     return np.round(ring * (100 / size_hw[1], 100 / size_hw[0]), _DECIMALS)
 
 
-def _edges_where(position: NDArray[np.int64], inside: NDArray[np.bool_]) -> Edges:
-    """Edges of the mask that is `inside` from each sorted position to the next."""
-    last = np.append(position[1:] != position[:-1], True) if position.size else np.zeros(0, np.bool_)
-    position, inside = position[last], inside[last]
-    return position[np.flatnonzero(np.diff(inside, prepend=False))]
-
-
 def _first_tolerance(outlines: _Outlines, area: int, size_hw: tuple[int, int], min_iou: float) -> int:
     """Index of the coarsest tolerance that is small enough to look at and may reach min_iou."""
-    perimeter = sum(len(line) for line in outlines.lines)
-    limit = min(max(1.0, max(size_hw) / 1000), (1 - min_iou) * area / (_LOSS * perimeter))
+    limit = min(max(1.0, max(size_hw) / 1000), (1 - min_iou) * area / (_LOSS * outlines.perimeter))
     return next(i for i, tolerance in enumerate(_TOLERANCES_PX) if tolerance <= limit)
 
 
@@ -164,7 +172,7 @@ def _simplify(
         if outlines.areas[border] < tolerance * tolerance:
             break
         line = cv2.approxPolyDP(outlines.lines[border], tolerance, True)
-        parent = int(outlines.parents[border])
+        parent = outlines.parents[border]
         if len(line) < 3 or (parent >= 0 and parent not in parts):
             continue
         parts.setdefault(border if parent < 0 else parent, []).append(len(lines))
@@ -197,37 +205,37 @@ def _trace_outlines(crop: Crop) -> _Outlines:
     order of Suzuki and Abe's border following (1985), which OpenCV implements. Pixels touching at a corner are joined.
     """
     contours, hierarchy = cv2.findContours(crop.columns, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    sizes = np.array([len(contour) for contour in contours])
-    ends = np.cumsum(sizes)
-    pixels = np.concatenate(contours)[:, 0, :]
-    following = _following(ends)
+    ends = np.cumsum([len(contour) for contour in contours])
+    pixels = np.concatenate(contours)[:, 0, :].astype(np.int64)
 
     # Which sides face out at each visit.
-    step = pixels[following] - pixels
-    leaves = _COMPASS_OF_STEP[step[:, 1] + 1, step[:, 0] + 1]
+    code = pixels[:, 0] + 3 * pixels[:, 1]
+    following = _following(ends)
+    leaves = _COMPASS_OF_STEP.take(code[following] - code + 4)
     came = np.empty_like(leaves)
-    came[following] = _OPPOSITE[leaves]
-    sides = _SIDES[came, leaves]
-    visit = np.repeat(np.arange(len(pixels)), sides)
-    nth = np.arange(len(visit)) - np.repeat(np.cumsum(sides) - sides, sides)
-    points = pixels[visit] + 0.5 + _MIDPOINTS[came[visit], leaves[visit], nth]
+    came[following] = _OPPOSITE.take(leaves)
+    turn = came * 9 + leaves
+    sides = _SIDES.take(turn)
+    stops = sides.cumsum()
+    index = np.arange(int(stops[-1])) + (4 * turn - stops + sides).repeat(sides)
+    # The crop lies on its side: OpenCV's x is the image's y, as the table knows.
+    points = pixels[:, ::-1].astype(np.float32).repeat(sides, axis=0) + _MIDPOINTS.take(index, axis=0)
 
-    # The crop lies on its side: OpenCV's x is the image's y.
-    points = points[:, ::-1].astype(np.float32)
-    ends = np.cumsum(sides)[ends - 1]
-    starts = np.concatenate(([0], ends[:-1]))
+    ends = stops[ends - 1]
+    starts = [0, *ends[:-1].tolist()]
     return _Outlines(
-        lines=[points[a:b, None, :] for a, b in zip(starts, ends, strict=True)],
+        lines=[points[a:b, None, :] for a, b in zip(starts, ends.tolist(), strict=True)],
         areas=_areas(points, starts, ends),
-        parents=hierarchy[0, :, 3].astype(np.int32),
+        parents=hierarchy[0, :, 3].tolist(),
+        perimeter=len(points),
         left=crop.left,
         top=crop.top,
     )
 
 
-def _areas(points: NDArray[np.float32], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float64]:
+def _areas(points: NDArray[np.float32], starts: list[int], ends: NDArray[np.int64]) -> NDArray[np.float64]:
     """Areas of closed lines, whatever way they run. Shoelace formula."""
-    x, y = points.astype(np.float64).T
+    x, y = points[:, 0].astype(np.float64), points[:, 1].astype(np.float64)
     following = _following(ends)
     areas: NDArray[np.float64] = np.abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
     return areas
@@ -236,29 +244,32 @@ def _areas(points: NDArray[np.float32], starts: NDArray[np.int64], ends: NDArray
 def _following(ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """For closed lines one after another that end before `ends`: the index of the point after each, (points,)."""
     following = np.arange(1, int(ends[-1]) + 1)
-    following[ends - 1] = np.concatenate(([0], ends[:-1]))
+    following[ends[0] - 1] = 0
+    following[ends[1:] - 1] = ends[:-1]
     return following
 
 
-def _border_tables() -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
-    """Tables by compass direction, 0 to 7 in 45-degree turns from +x to +y, and 8 where a border is a single pixel.
+def _border_tables() -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
+    """Tables by compass direction, 0 to 7 in 45-degree turns from OpenCV's +x to its +y; 8 is a border of one pixel.
 
-    step (dy + 1, dx + 1) to direction; direction to its opposite; (came from, leaves to) to the number of sides facing
-    out, and to the midpoints of those sides, (4, 2) x and y from the pixel's centre.
+    Step (3 * dy + dx + 4) to direction; direction to its opposite; (9 * where it came from + where it leaves to) to the
+    number of sides facing out; four times that plus their count to the midpoint of each in the image, x and y from the
+    corner of the pixel.
     """
     compass = np.array([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)])
-    of_step = np.full((3, 3), 8)
-    of_step[compass[:, 1] + 1, compass[:, 0] + 1] = np.arange(8)
+    of_step = np.full(9, 8)
+    of_step[compass @ (1, 3) + 4] = np.arange(8)
     opposite = np.array([4, 5, 6, 7, 0, 1, 2, 3, 8])
     sides = np.zeros((9, 9), np.intp)
-    midpoints = np.zeros((9, 9, 4, 2))
+    midpoints = np.zeros((9, 9, 4, 2), np.float32)
     for came, leaves in itertools.product(range(9), repeat=2):
         # From where it came round to where it leaves; a whole turn at the end of a line and for a single pixel.
         turns = range(1, (came - leaves) % 8 or 8) if came < 8 else range(8)
         facing = [(came - turn) % 8 for turn in turns if (came - turn) % 2 == 0]
         sides[came, leaves] = len(facing)
-        midpoints[came, leaves, : len(facing)] = compass[facing] / 2 if facing else 0
-    return of_step, opposite, sides, midpoints
+        for nth, direction in enumerate(facing):
+            midpoints[came, leaves, nth] = 0.5 + compass[direction][::-1] / 2
+    return of_step, opposite, sides.ravel(), midpoints.reshape(-1, 2)
 
 
 _COMPASS_OF_STEP, _OPPOSITE, _SIDES, _MIDPOINTS = _border_tables()

@@ -17,7 +17,7 @@ import numpy as np
 
 from orchestrator.brush import BrushError, decode_brush, encode_brush_edges
 from orchestrator.colours import label_colour
-from orchestrator.polygons import Ring, polygon_edges, polygons_from_edges, ring_px
+from orchestrator.polygons import PolygonError, Ring, polygon_edges, polygons_from_edges, ring_px
 from orchestrator.runs import edges_from_counts, pixels_from_edges
 from workers.masks import BoolMask, Mask
 
@@ -29,8 +29,11 @@ DEFAULT_LABEL = "object"
 
 RegionKind = Literal["auto", "polygon", "brush", "rectangle"]
 
-# Under this a polygon misleads whoever corrects it, and auto takes the brush.
+# Under the first a polygon misleads whoever corrects it, and auto takes the brush; under the second it is another mask.
 _MIN_POLYGON_IOU = 0.95
+_MIN_SHOWN_IOU = 0.5
+# A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
+_MAX_BRUSH_BYTES = 1_000_000
 _MAX_POINTS = 100_000
 # A region dragged off the picture is cut; one a hundred pictures away was not drawn by a person.
 _MAX_PERCENT = 10_000.0
@@ -76,7 +79,8 @@ def regions_for(
     """Turn an asset's masks into regions, the best predicted IoU first.
 
     auto: polygons of IoU 0.98 and more within max_vertices a mask (polygons_from_edges); where the best is under 0.95,
-    brush, at most max_brush of them, then that polygon after all. polygon, brush, rectangle: that geometry alone.
+    brush, at most max_brush of them, then that polygon after all. polygon, brush, rectangle: that geometry alone. A
+    mask that has no polygon of at least 0.5 and may not be brush is left out, and so is a brush of over a megabyte.
     A region's id is m<asset_id>-<n>, n being the mask's place in `masks`; further parts have -p1, -p2, … and the first
     as their parent. A mask is shown whole or not at all, never more than max_regions regions together.
     """
@@ -157,7 +161,7 @@ def mask_from_region(
         else:
             raise RegionError(f"{_name(region)}: type {kind!r} has no mask; polygon, brush, rectangle and ellipse have")
         return pixels_from_edges(polygon_edges([ring], frame), frame)
-    except BrushError as error:
+    except (BrushError, PolygonError) as error:
         raise RegionError(f"{_name(region)}: {error}") from error
 
 
@@ -178,13 +182,15 @@ def _shape(mask: Mask, as_: RegionKind, *, brush_allowed: bool, max_vertices: in
     polygons = None
     if as_ != "brush":
         polygons = polygons_from_edges(edges, mask.size_hw, max_vertices=max_vertices)
-    good_enough = _MIN_POLYGON_IOU if as_ == "auto" and brush_allowed else 0.0
+    good_enough = _MIN_POLYGON_IOU if as_ == "auto" and brush_allowed else _MIN_SHOWN_IOU
     if polygons is not None and polygons.iou >= good_enough:
         values = [{"points": ring.tolist(), "closed": True} for ring in polygons.rings]
         return _Shape(control=POLYGON_CONTROL, values=values, iou=polygons.iou)
     if as_ == "polygon" or not brush_allowed:
         return None
     rle = encode_brush_edges(edges, mask.size_hw)
+    if len(rle) > _MAX_BRUSH_BYTES:
+        return None
     return _Shape(control=BRUSH_CONTROL, values=[{"format": "rle", "rle": rle}], iou=1.0)
 
 

@@ -69,17 +69,18 @@ def pixels_from_edges(edges: Edges, size_hw: tuple[int, int]) -> BoolMask:
 def crop_edges(edges: Edges, size_hw: tuple[int, int]) -> Crop:
     """Paint edges into their bounding box only. edges must not be empty."""
     height = size_hw[0]
-    left, first_row = np.divmod(edges[0::2], height)
-    right, last_row = np.divmod(edges[1::2] - 1, height)
+    last = edges.copy()
+    last[1::2] -= 1
+    column = last // height
+    row = last - column * height
     # A run that goes on into the next column touches the frame's bottom and top.
-    tall = bool((left != right).any())
-    top, bottom = (0, height) if tall else (int(first_row.min()), int(last_row.max()) + 1)
-    box_left, box_width, box_height = int(left[0]), int(right[-1] - left[0]) + 1, bottom - top
-    inside = np.empty_like(edges)
-    inside[0::2] = (left - box_left) * box_height + first_row - top
-    inside[1::2] = (right - box_left) * box_height + last_row - top + 1
+    tall = bool((column[0::2] != column[1::2]).any())
+    top, bottom = (0, height) if tall else (int(row.min()), int(row.max()) + 1)
+    left, box_width, box_height = int(column[0]), int(column[-1] - column[0]) + 1, bottom - top
+    inside = (column - left) * box_height + row - top
+    inside[1::2] += 1
     columns = paint(inside, box_width * box_height).reshape(box_width, box_height)
-    return Crop(columns=columns, left=box_left, top=top)
+    return Crop(columns=columns, left=left, top=top)
 
 
 def area_px(edges: Edges) -> int:
@@ -89,22 +90,30 @@ def area_px(edges: Edges) -> int:
 
 def run_iou(a: Edges, b: Edges) -> float:
     """Intersection over union of two masks of one frame, 0..1; two empty masks agree, 1."""
-    area_a, area_b = area_px(a), area_px(b)
-    both = 0
-    if area_a and area_b:
-        # The number of a's pixels before a position is linear between a's edges, so b's runs only read it off.
-        counted = np.concatenate(([0], np.cumsum(np.diff(a) * (np.arange(a.size - 1) % 2 == 0))))
-        both = round(float(np.diff(np.interp(b, a, counted))[0::2].sum()))
-    union = area_a + area_b - both
-    return both / union if union else 1.0
+    if a.size == 0 or b.size == 0:
+        return 1.0 if a.size == b.size else 0.0
+    # The number of a's pixels before a position is linear between a's edges, so b's edges only read it off.
+    lengths = a[1::2] - a[0::2]
+    counted = np.empty(a.size, np.int64)
+    counted[1::2] = lengths.cumsum()
+    counted[0::2] = counted[1::2] - lengths
+    before = np.interp(b, a, counted)
+    both = round(float(before[1::2].sum() - before[0::2].sum()))
+    return both / (int(counted[-1]) + area_px(b) - both)
 
 
 def paint(edges: Edges, size: int) -> NDArray[np.uint8]:
     """(size,) uint8: 1 inside the runs. Edges may repeat, where one run ends and the next begins."""
-    lengths = np.diff(edges, prepend=0, append=size)
-    values = np.zeros(lengths.size, np.uint8)
+    values = np.zeros(edges.size + 1, np.uint8)
     values[1::2] = 1
-    return np.repeat(values, lengths)
+    return values.repeat(run_lengths(edges, size))
+
+
+def run_lengths(edges: Edges, size: int) -> NDArray[np.int64]:
+    """(2n + 1,) lengths outside, inside, …, outside; 0 where a run touches an end of the frame of `size` pixels."""
+    bounds = np.empty(edges.size + 2, np.int64)
+    bounds[0], bounds[1:-1], bounds[-1] = 0, edges, size
+    return bounds[1:] - bounds[:-1]
 
 
 def _parse_counts(counts: str) -> NDArray[np.int64]:
@@ -112,19 +121,21 @@ def _parse_counts(counts: str) -> NDArray[np.int64]:
     ends = np.flatnonzero((chars & 32) == 0)
     if chars.size == 0 or chars.min() < 0 or chars.max() > 63 or ends.size == 0 or ends[-1] != chars.size - 1:
         raise ValueError(f"counts {counts[:20]!r}…: not a COCO run-length string")
-    widths = np.diff(ends, prepend=-1)
+    widths = ends.copy()
+    widths[0] += 1
+    widths[1:] -= ends[:-1]
     if widths.max() > _MAX_CHARS_A_COUNT:
         raise ValueError(f"counts {counts[:20]!r}…: one count takes {widths.max()} characters, more than a frame needs")
 
     # Assemble each count from its 5-bit groups, the low ones first, and extend its sign.
     starts = ends - widths + 1
-    shifts = 5 * (np.arange(chars.size) - np.repeat(starts, widths))
+    shifts = 5 * (np.arange(chars.size) - starts.repeat(widths))
     lengths: NDArray[np.int64] = np.add.reduceat((chars & 31) << shifts, starts)
     lengths -= ((chars[ends] & 16) >> 4) << (5 * widths)
 
     # From the fourth on, a count is stored as the difference with the one two places before.
-    lengths[1::2] = np.cumsum(lengths[1::2])
-    lengths[2::2] = np.cumsum(lengths[2::2])
+    lengths[1::2] = lengths[1::2].cumsum()
+    lengths[2::2] = lengths[2::2].cumsum()
     return lengths
 
 
