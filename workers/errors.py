@@ -61,7 +61,7 @@ _SECRETS = (
     (rf"(authorization['\"]?\s*[:=]\s*)(?!\s*{re.escape(_HIDDEN)})(?:'[^']*'|\"[^\"]*\"|[^\r\n]+)", rf"\1{_HIDDEN}"),
     (r"\b((?:bearer|token)\s+)[a-z0-9._~+/=-]{16,}", rf"\1{_HIDDEN}"),
     # scheme://user:password@host. What follows the colon is not a password when it is a port.
-    (r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*):(?!\d{1,5}(?:[/?#\s]|$))[^\s]*@", rf"\1:{_HIDDEN}@"),
+    (r"(\b[a-z][a-z0-9+.-]{0,30}://[^\s:/@]*):(?!\d{1,5}(?:[/?#\s]|$))[^\s]*@", rf"\1:{_HIDDEN}@"),
     # "password": "x" and 'token': 'x'
     (rf"(['\"]{_FIELD}['\"]\s*[:=]\s*){_VALUE}", rf"\1{_HIDDEN}"),
     # password=x, API_KEY=x, ?X-Amz-Signature=x&…, password='x y'

@@ -39,6 +39,9 @@ some ten scans, and a picture of 100 MP may have fifty; a few kilobytes can hold
 MAX_TIFF_VALUES = 1_000_000
 """Numbers in one tag, mostly a strip's or tile's offset each: Pillow makes Python objects of them, 200 bytes each."""
 
+MAX_PIECES = 100_000
+"""Segments, chunks, blocks and stray bytes that a parser has to step over: Pillow takes microseconds for each."""
+
 STRIP_PIXELS = 2**18  # converted at a time: stays in the cache; 12 MP took 70 ms by strips, 100 ms at once (2026-11)
 
 # warnings.catch_warnings changes the whole process and is not for threads, so Pillow is silenced once, here. What it
@@ -116,10 +119,7 @@ _UNSUPPORTED_SIGNATURES = (
     ("HEIC", re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.S)),
     ("Canon raw", re.compile(rb".{4}ftypcrx |II\*\0.{4}CR\x02", re.S)),
     ("video", re.compile(rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.S)),
-    (
-        "SVG",
-        re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml.{0,2000}?)?(?:<!--.{0,2000}?-->\s*|<!DOCTYPE svg)*<svg[\s>]", re.S),
-    ),
+    ("SVG", re.compile(rb"(?:\xef\xbb\xbf)?\s{0,99}(?:<(?:\?xml|!--|!DOCTYPE svg).{0,4000}?)?<svg[\s>]", re.S)),
     ("Photoshop PSD", re.compile(rb"8BPS")),
     ("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
     ("JPEG XL", re.compile(rb"\0\0\0\x0cJXL |\xff\x0a")),
@@ -154,7 +154,11 @@ def _sniff(data: bytes, name: str) -> tuple[str, _Opener]:
 
 
 def _open(data: bytes, name: str, kind: str, opener: _Opener) -> ImageFile:
-    """Read the header alone."""
+    """Read the header alone, once it is known to be of a sane length."""
+    pieces, announced_bytes = _outline(data, kind)
+    if pieces > MAX_PIECES:
+        message = f"{name}: {kind} in more than {MAX_PIECES:,} pieces, which would take minutes to decode; save it anew"
+        raise AssetError(ErrorKind.DECODE_TIMEOUT, message)
     if kind == "TIFF" and any(count > MAX_TIFF_VALUES and end <= len(data) for _, count, end in _tiff_entries(data)):
         raise AssetError(ErrorKind.TOO_LARGE, f"{name}: TIFF with more than {MAX_TIFF_VALUES:,} values in one tag")
     try:
@@ -166,7 +170,7 @@ def _open(data: bytes, name: str, kind: str, opener: _Opener) -> ImageFile:
         if "Decompressed data too large" in str(error):
             message = f"{name}: {kind} with a text or profile chunk that inflates without end"
             raise AssetError(ErrorKind.TOO_LARGE, message) from error
-        if _announced_bytes(data, kind) > len(data):
+        if announced_bytes > len(data):
             raise AssetError(ErrorKind.TRUNCATED, f"{name}: {kind} of {len(data):,} bytes, cut off {reason}") from error
         if _UNSUPPORTED_WORDS.search(str(error)):
             raise AssetError(ErrorKind.UNSUPPORTED, f"{name}: a kind of {kind} that is not decoded {reason}") from error
@@ -306,26 +310,58 @@ def _count_scans(data: bytes) -> int:
     return scans
 
 
-def _announced_bytes(data: bytes, kind: str) -> int:
-    """How many bytes the header says there must be, at least: if more than there are, the file was cut off."""
+def _outline(data: bytes, kind: str) -> tuple[int, int]:
+    """Into how many pieces the header is cut, and how many bytes there must be at least, or the file was cut off.
+
+    Counts a little past MAX_PIECES and no further.
+    """
     if kind == "PNG":
-        position, chunk = 8, b""
-        while chunk != b"IEND" and (chunk := data[position + 4 : position + 8]).isalpha():
-            position += 12 + int.from_bytes(data[position : position + 4], "big")
-        return position if chunk == b"IEND" else position + 8
+        return _outline_png(data)
     if kind == "JPEG":
-        position = 2
-        while found := _JPEG_MARKER.match(data, position):
-            position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-        return position + 2
-    if kind == "WebP":
-        return 8 + int.from_bytes(data[4:8], "little")
-    if kind == "BMP":
-        return int.from_bytes(data[10:14], "little")
+        return _outline_jpeg(data)
     if kind == "GIF":
-        palette_bytes = 3 << (1 + (data[10] & 7)) if len(data) > 10 and data[10] & 0x80 else 0
-        return 13 + palette_bytes + 10
-    return max((end for _, _, end in _tiff_entries(data)), default=len(data) + 1)
+        return _outline_gif(data)
+    if kind == "TIFF":
+        entries = _tiff_entries(data)
+        return len(entries), max((end for _, _, end in entries), default=len(data) + 1)
+    return 1, 8 + int.from_bytes(data[4:8], "little") if kind == "WebP" else int.from_bytes(data[10:14], "little")
+
+
+def _outline_png(data: bytes) -> tuple[int, int]:
+    pieces, position, chunk = 0, 8, b""
+    while pieces <= MAX_PIECES and chunk != b"IEND" and (chunk := data[position + 4 : position + 8]).isalpha():
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        pieces += 1
+    return pieces, position if chunk == b"IEND" else position + 8
+
+
+def _outline_jpeg(data: bytes) -> tuple[int, int]:
+    pieces, position = 0, 2
+    while pieces <= MAX_PIECES and (found := _JPEG_MARKER.search(data, position)):
+        pieces += found.end() - position - 1
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        if found[1] == b"\xda":  # pixels follow
+            break
+    return pieces, position + 2
+
+
+_GIF_BLOCK = re.compile(rb"[!,;]")
+
+
+def _outline_gif(data: bytes) -> tuple[int, int]:
+    palette_bytes = 3 << (1 + (data[10] & 7)) if len(data) > 10 and data[10] & 0x80 else 0
+    pieces, position = 0, 13 + palette_bytes
+    while pieces <= MAX_PIECES and (found := _GIF_BLOCK.search(data, position)):
+        pieces += found.end() - position
+        position = found.end()
+        if found[0] != b"!":  # an image, or the end
+            break
+        position += 1
+        while pieces <= MAX_PIECES and (size_bytes := int.from_bytes(data[position : position + 1], "big")):
+            position += 1 + size_bytes
+            pieces += 1
+        position += 1
+    return pieces, position + 9
 
 
 _TIFF_TYPE_BYTES = {
@@ -360,6 +396,7 @@ def _tiff_entries(data: bytes) -> list[tuple[int, int, int]]:
         (start,) = struct.unpack_from(order + first, data)
         (entries,) = struct.unpack_from(order + number, data, start)
         start += struct.calcsize(order + number)
+        entries = min(entries, MAX_PIECES + 1)
         directory = data[start : start + entries * struct.calcsize(order + entry)]
         found = []
         for tag, field_type, count, offset in struct.iter_unpack(order + entry, directory):

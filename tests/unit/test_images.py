@@ -192,6 +192,31 @@ def test_an_end_marker_hidden_in_a_comment_does_not_hide_scans():
     assert kind_of(plain[:-2] + b"\xff\xfe\0\4\xff\xd9" + last_scan * 2000 + plain[-2:]) == ErrorKind.DECODE_TIMEOUT
 
 
+PLAIN_PNG, PLAIN_GIF, PLAIN_JPEG = (saved(gradient(), kind) for kind in ("PNG", "GIF", "JPEG"))
+GIF_BLOCKS = 13 + 3 * 256  # behind the header and the palette
+
+
+@pytest.mark.parametrize(
+    "tedious",
+    [
+        PLAIN_JPEG[:2] + b"\xff\xe5\0\2" * 200_000 + PLAIN_JPEG[2:],
+        PLAIN_JPEG[:20] + b"junk" * 50_000 + PLAIN_JPEG[20:],
+        PLAIN_JPEG[:2] + b"\xff" * 200_000 + PLAIN_JPEG[2:],
+        PLAIN_PNG[:33] + b"\0\0\0\0teSt\x1b\xd6\x8a\x5b" * 200_000 + PLAIN_PNG[33:],
+        PLAIN_GIF[:GIF_BLOCKS] + b"!\xfe" + b"\1x" * 200_000 + b"\0" + PLAIN_GIF[GIF_BLOCKS:],
+        PLAIN_GIF[:GIF_BLOCKS] + b"junk" * 50_000 + PLAIN_GIF[GIF_BLOCKS:],
+    ],
+    ids=["segments", "junk", "padding", "chunks", "comment", "stray bytes"],
+)
+def test_a_file_of_endless_pieces_is_refused_before_they_are_parsed(tedious):
+    assert kind_of(tedious) == ErrorKind.DECODE_TIMEOUT
+
+
+@pytest.mark.parametrize("opening", [b"<!---->", b"<?xml ?>", b"<!--", b" ", b"\xff"])
+def test_sniffing_takes_no_time_whatever_the_bytes_are(opening):
+    assert kind_of(opening * 500_000) in (ErrorKind.NOT_IMAGE, ErrorKind.DECODE_TIMEOUT)
+
+
 def test_bytes_behind_the_picture_do_not_count_as_scans():
     trailer = b"\xff\xda" * 5000
 
