@@ -5,14 +5,18 @@ from __future__ import annotations
 import colorsys
 import hashlib
 
-# Middle lightness only: readable on white paper and over a dark photo.
 _LIGHTNESS = (0.42, 0.5, 0.58)
 _SATURATION = (0.65, 0.8, 0.95)
+# Yellows and greens shine: darkened to this luminance they are still read as text on white paper.
+_MAX_LUMINANCE = 0.4
 
 
 def label_colour(label: str) -> str:
     """The label's colour as #rrggbb, drawn from the label's own bytes."""
     digest = hashlib.sha256(label.encode("utf-8", "surrogatepass")).digest()
     hue = int.from_bytes(digest[:2], "big") / 65536
-    rgb = colorsys.hls_to_rgb(hue, _LIGHTNESS[digest[2] % 3], _SATURATION[digest[3] % 3])
-    return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
+    red, green, blue = colorsys.hls_to_rgb(hue, _LIGHTNESS[digest[2] % 3], _SATURATION[digest[3] % 3])
+    # sRGB's weights of light, with 2.2 for its curve.
+    luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    dim = min(1.0, (_MAX_LUMINANCE / luminance) ** (1 / 2.2))
+    return "#" + "".join(f"{round(255 * dim * channel):02x}" for channel in (red, green, blue))
