@@ -426,17 +426,25 @@ def expire_all_leases(db: Connection) -> None:
     db.execute(text("UPDATE chunk SET state = 'new' WHERE state = 'sent'"))
 
 
-def take_window(db: Connection, *, window: int, resend_seconds: float) -> list[int]:
+_STALE = "state = 'sent' AND sent_at < now() - make_interval(secs => :secs)"
+
+
+def has_stale_sent(db: Connection, *, resend_seconds: float) -> bool:
+    """Whether a chunk was sent longer ago than this and never claimed: its message waits, or was lost."""
+    statement = text(f"SELECT EXISTS (SELECT 1 FROM chunk WHERE {_STALE})")
+    return bool(db.execute(statement, {"secs": resend_seconds}).scalar_one())
+
+
+def resend_stale(db: Connection, *, resend_seconds: float) -> int:
+    """Let the stale chunks be sent again; returns how many."""
+    return db.execute(text(f"UPDATE chunk SET state = 'new' WHERE {_STALE}"), {"secs": resend_seconds}).rowcount
+
+
+def take_window(db: Connection, *, window: int) -> list[int]:
     """Mark as sent as many new chunks as the queue has room for, in turn over the jobs; returns their ids.
 
-    Publish them only after the commit: a crash in between is healed when `resend_seconds` have passed.
+    Publish them only after the commit: a crash in between is healed by `resend_stale`.
     """
-    db.execute(
-        text(
-            """UPDATE chunk SET state = 'new' WHERE state = 'sent' AND sent_at < now() - make_interval(secs => :secs)"""
-        ),
-        {"secs": resend_seconds},
-    )
     room = window - int(db.execute(text("SELECT count(*) FROM chunk WHERE state = 'sent'")).scalar_one())
     if room <= 0:
         return []
@@ -457,9 +465,7 @@ def take_window(db: Connection, *, window: int, resend_seconds: float) -> list[i
 
 def unsend(db: Connection, *, chunk_ids: Sequence[int]) -> None:
     """Take chunks back whose messages could not be published."""
-    db.execute(
-        text("UPDATE chunk SET state = 'new' WHERE id = ANY(:ids) AND state = 'sent'"), {"ids": list(chunk_ids)}
-    )
+    db.execute(text("UPDATE chunk SET state = 'new' WHERE id = ANY(:ids) AND state = 'sent'"), {"ids": list(chunk_ids)})
 
 
 def finish_jobs(db: Connection) -> list[int]:

@@ -257,12 +257,13 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="File, or folder for png.", show_default=False)],
 ) -> None:
     """Write a job's masks as COCO, PNG files or Label Studio tasks, streaming."""
-    from orchestrator import export as exporting
+    from orchestrator.export import export_coco, export_label_studio
+    from orchestrator.png import export_png
 
     write: dict[ExportFormat, Callable[..., Any]] = {
-        ExportFormat.COCO: exporting.export_coco,
-        ExportFormat.PNG: exporting.export_png,
-        ExportFormat.LABEL_STUDIO: exporting.export_label_studio,
+        ExportFormat.COCO: export_coco,
+        ExportFormat.PNG: export_png,
+        ExportFormat.LABEL_STUDIO: export_label_studio,
     }
     engine = _engine(statement_timeout_seconds=0)
     found, counts = watching.read_job(engine, job)

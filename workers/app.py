@@ -62,6 +62,16 @@ def publish_chunks(chunk_ids: list[int], *, broker: Celery | None = None) -> Non
             sender.send_task(SEGMENT_CHUNK, (chunk_id,), producer=producer, retry=False, ignore_result=True)
 
 
+def waiting_messages() -> int:
+    """How many messages wait in the queue; raises kombu's OperationalError when the broker is away."""
+    with app.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, timeout=5)
+        try:
+            return int(connection.default_channel.queue_declare(QUEUE, passive=True).message_count)
+        except connection.channel_errors:  # an empty queue does not exist
+            return 0
+
+
 _REDIS: dict[str, Any] = {
     "socket_timeout": 30,
     "socket_connect_timeout": 5,

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-from celery import Task
 from billiard.exceptions import WorkerLostError
+from celery import Task
 from celery.signals import setup_logging, task_failure
 from kombu.exceptions import OperationalError as BrokerAway
 from sqlalchemy import Engine
@@ -23,7 +23,8 @@ from db import queries
 from db.session import open_engine
 from db.settings import settings
 from workers import models
-from workers.app import SEGMENT_CHUNK, app, publish_chunks
+from workers.app import SEGMENT_CHUNK, app, publish_chunks, waiting_messages
+from workers.errors import redact
 from workers.pipeline import DeviceLost, Worker, run_chunk
 
 # Set by `maskfleet worker`, which owns the folder: the file `stop` in it means that the worker drains.
@@ -80,22 +81,29 @@ def _expire_lease_of_dead(
 def top_up(engine: Engine) -> int:
     """Reap expired leases, finish jobs, refill the queue; returns how many chunks were sent.
 
-    Idempotent and safe from many processes at once. Commits before it publishes: what a crash or a dead broker
-    swallows in between is sent again after `resend_seconds`.
+    Idempotent and safe from many processes at once. Commits before it publishes: what a crash or a flushed broker
+    swallows in between is sent again after `resend_seconds`, but not while the queue still holds messages, or a
+    deployment without workers would fill its broker with copies.
     """
     deployment = settings()
-    with engine.begin() as db:
-        queries.reap(db)
-        chunk_ids = queries.take_window(db, window=deployment.window_chunks, resend_seconds=deployment.resend_seconds)
-        queries.finish_jobs(db)
-    if chunk_ids:
-        try:
+    chunk_ids: list[int] = []
+    try:
+        with engine.begin() as db:
+            queries.reap(db)
+            queries.finish_jobs(db)
+            stale = queries.has_stale_sent(db, resend_seconds=deployment.resend_seconds)
+        lost = stale and waiting_messages() == 0
+        with engine.begin() as db:
+            if lost:
+                queries.resend_stale(db, resend_seconds=deployment.resend_seconds)
+            chunk_ids = queries.take_window(db, window=deployment.window_chunks)
+        if chunk_ids:
             publish_chunks(chunk_ids)
-        except BrokerAway as error:
-            with engine.begin() as db:
-                queries.unsend(db, chunk_ids=chunk_ids)
-            log.warning("the broker is away, %d chunks wait: %s", len(chunk_ids), error)
-            return 0
+    except BrokerAway as error:
+        with engine.begin() as db:
+            queries.unsend(db, chunk_ids=chunk_ids)
+        log.warning("the broker is away, %d chunks wait: %s", len(chunk_ids), redact(str(error)))
+        return 0
     return len(chunk_ids)
 
 

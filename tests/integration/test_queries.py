@@ -146,7 +146,7 @@ def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engi
     def take(_: int) -> list[int]:
         together.wait()
         with engine.begin() as db:
-            return queries.take_window(db, window=30, resend_seconds=300)
+            return queries.take_window(db, window=30)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(take, range(2))
@@ -154,7 +154,7 @@ def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engi
     with engine.begin() as db:
         # Two that count at the same instant may both fill the room they see; never more than that.
         assert 30 <= db.execute(text("SELECT count(*) FROM chunk WHERE state = 'sent'")).scalar_one() <= 60
-        assert queries.take_window(db, window=30, resend_seconds=300) == []
+        assert queries.take_window(db, window=30) == []
 
 
 def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
@@ -162,7 +162,7 @@ def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
     small = make_job(engine, keys=3, chunk_size=1)
 
     with engine.begin() as db:
-        taken = queries.take_window(db, window=6, resend_seconds=300)
+        taken = queries.take_window(db, window=6)
 
     assert set(chunk_ids(engine, small)) <= set(taken)
     assert len(set(chunk_ids(engine, large)) & set(taken)) == 3
@@ -171,10 +171,12 @@ def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
 def test_a_chunk_whose_message_was_lost_is_sent_again(engine: Engine) -> None:
     make_job(engine, keys=1)
     with engine.begin() as db:
-        sent = queries.take_window(db, window=5, resend_seconds=300)
-        assert queries.take_window(db, window=5, resend_seconds=300) == []
+        sent = queries.take_window(db, window=5)
+        assert queries.resend_stale(db, resend_seconds=300) == 0
         db.execute(text("UPDATE chunk SET sent_at = now() - interval '301 s'"))
-        assert queries.take_window(db, window=5, resend_seconds=300) == sent
+        assert queries.has_stale_sent(db, resend_seconds=300)
+        assert queries.resend_stale(db, resend_seconds=300) == 1
+        assert queries.take_window(db, window=5) == sent
 
 
 def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine: Engine) -> None:
@@ -189,9 +191,9 @@ def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine:
         record(engine, chunk, [labeled(asset_id)])
     with engine.begin() as db:
         queries.release_chunk(db, chunk=chunk)
-        assert queries.take_window(db, window=5, resend_seconds=300) == []
+        assert queries.take_window(db, window=5) == []
         assert queries.resume_job(db, job_id=job.id)
-        assert queries.take_window(db, window=5, resend_seconds=300) == [chunk_id]
+        assert queries.take_window(db, window=5) == [chunk_id]
 
 
 def test_a_job_is_done_when_it_is_listed_and_no_chunk_is_open(engine: Engine) -> None:

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.submit import Request, select
+from workers.storage import open_source
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def taken(folder: Path, **asked: object) -> tuple[list[str], dict[str, int]]:
+    pages = list(select(open_source(str(folder)), asked=asked, after=None, found=0))
+    assert [page.complete for page in pages] == [False] * (len(pages) - 1) + [True]
+    skipped: dict[str, int] = {}
+    for page in pages:
+        for reason, n in page.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + n
+    return [asset.key for page in pages for asset in page.assets], skipped
+
+
+def test_image_suffixes_are_taken_in_any_case_and_the_rest_is_counted(tmp_path: Path) -> None:
+    make(tmp_path, "a.JPG", "b.jpeg", "c.txt", "d/e.TiF", "f")
+    assert taken(tmp_path) == (["a.JPG", "b.jpeg", "d/e.TiF"], {"not_image_suffix": 2})
+
+
+def test_include_and_exclude_are_globs_over_whole_keys(tmp_path: Path) -> None:
+    make(tmp_path, "2024/a.jpg", "2024/b.dat", "2025/a.jpg")
+    assert taken(tmp_path, include=["*"])[0] == ["2024/a.jpg", "2024/b.dat", "2025/a.jpg"]
+    assert taken(tmp_path, include=["2024/*"], exclude=["*.jpg"]) == (
+        ["2024/b.dat"],
+        {"excluded": 1, "not_included": 1},
+    )
+
+
+def test_a_limit_counts_what_was_found_before(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{n}.jpg" for n in range(9)))
+    assert taken(tmp_path, limit=4)[0] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    [page] = select(open_source(str(tmp_path)), asked={"limit": 4}, after="2.jpg", found=3)
+    assert ([asset.key for asset in page.assets], page.complete) == (["3.jpg"], True)
+
+
+def test_the_model_version_changes_with_what_changes_masks_and_with_nothing_else() -> None:
+    plain = Request(source="/a", model="sam_vit_b").model_version()
+    assert plain.startswith("sam_vit_b@ec2df627+")
+    assert Request(source="/b", model="sam_vit_b", name="n", limit=3).model_version() == plain
+    assert Request(source="/a", model="sam_vit_b", params={"points_per_side": 32}).model_version() == plain
+    assert Request(source="/a", model="sam_vit_b", params={"points_per_batch": 8}).model_version() == plain
+    assert Request(source="/a", model="sam_vit_b", params={"points_per_side": 16}).model_version() != plain
+    assert Request(source="/a", model="sam_vit_b", label="car").model_version() != plain
+    assert Request(source="/a", model="sam_vit_l").model_version() != plain
