@@ -1,0 +1,89 @@
+"""sam_nano: our own small SAM, shipped in the package, so that the demo and the tests need no download.
+
+It is made of segment_anything's own modules, so every line of the pipeline is the one that vit_b takes. It was
+trained by `workers.models.train_nano` on drawn scenes only: it shows that the pipeline works, not how well SAM does.
+"""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+# 256 px in patches of 8 give the 32 x 32 embedding and 128 x 128 mask grid of a 512 px ViT of patch 16, but reading
+# 192 values a patch instead of 768, which a model this narrow can hold.
+IMAGE_SIZE_PX = 256
+PATCH_SIZE_PX = 8
+EMBEDDING_SIZE = IMAGE_SIZE_PX // PATCH_SIZE_PX
+TRANSFORMER_DIM = 128
+
+# RGB, 0..255: SAM's own.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+WEIGHTS_PATH = Path(__file__).with_name("sam_nano.safetensors")
+WEIGHTS_SHA256 = "0" * 64
+
+# SamAutomaticMaskGenerator's names; its own defaults are for a model a thousand times larger.
+AUTOMATIC_DEFAULTS = {
+    "points_per_side": 16,
+    "pred_iou_thresh": 0.7,
+    "stability_score_thresh": 0.8,
+    "box_nms_thresh": 0.6,
+}
+
+
+def build_sam_nano() -> Sam:
+    """The architecture with random weights, in training mode, float32, on the CPU."""
+    return Sam(
+        image_encoder=_build_image_encoder(),
+        prompt_encoder=PromptEncoder(
+            embed_dim=TRANSFORMER_DIM,
+            image_embedding_size=(EMBEDDING_SIZE, EMBEDDING_SIZE),
+            input_image_size=(IMAGE_SIZE_PX, IMAGE_SIZE_PX),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=TRANSFORMER_DIM, mlp_dim=512, num_heads=4),
+            transformer_dim=TRANSFORMER_DIM,
+            iou_head_depth=3,
+            iou_head_hidden_dim=128,
+        ),
+        pixel_mean=list(PIXEL_MEAN),
+        pixel_std=list(PIXEL_STD),
+    )
+
+
+def load_sam_nano(device: str, weights: Path = WEIGHTS_PATH) -> Sam:
+    """The model with its weights in float32, in evaluation mode.
+
+    Raises ValueError for the shipped file when its bytes are not those that WEIGHTS_SHA256 names.
+    """
+    content = weights.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if weights == WEIGHTS_PATH and found != WEIGHTS_SHA256:
+        raise ValueError(f"{weights}: sha256 {found}, expected {WEIGHTS_SHA256}; install maskfleet again")
+    model = build_sam_nano()
+    model.load_state_dict({name: value.float() for name, value in load_safetensors(content).items()})
+    return model.to(device).eval()
+
+
+def _build_image_encoder() -> ImageEncoderViT:
+    return ImageEncoderViT(
+        img_size=IMAGE_SIZE_PX,
+        patch_size=PATCH_SIZE_PX,
+        embed_dim=160,
+        depth=6,
+        num_heads=5,
+        mlp_ratio=4,
+        out_chans=TRANSFORMER_DIM,
+        qkv_bias=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        # No relative positions: their tables would tie the weights to one grid, and training crops it.
+        use_rel_pos=False,
+        window_size=8,
+        global_attn_indexes=(1, 3, 5),
+    )
