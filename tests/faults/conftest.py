@@ -10,8 +10,10 @@ from tests.deployment import Deployment
 
 
 @pytest.fixture
-def deployment(database_url: str, engine: Engine, redis_url: str, tmp_path: Path) -> Iterator[Deployment]:
-    """Real Postgres and Redis, no process of ours yet."""
+def deployment(
+    database_url: str, engine: Engine, redis_url: str, redis: object, tmp_path: Path
+) -> Iterator[Deployment]:
+    """Real Postgres and an empty Redis, no process of ours yet."""
     logs = tmp_path / "logs"
     logs.mkdir()
     made = Deployment(database_url=database_url, broker_url=redis_url, folder=logs, engine=engine)

@@ -1,0 +1,177 @@
+"""`maskfleet run` as a person types it: one command, real servers inside, files that other tools read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from tests.deployment import STUB, draw_pictures
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.integration
+
+MASKFLEET = [sys.executable, "-P", "-m", "orchestrator.cli"]
+
+
+def environment(**settings: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MASKFLEET_")}
+    return {**kept, "PYTHONPATH": str(STUB), **settings}
+
+
+def run(*words: str | Path, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*MASKFLEET, "run", *map(str, words)],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_a_folder_becomes_coco_label_studio_tasks_a_summary_and_a_gallery(tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / "my pictures", 5)
+    (source / "süb 📷").mkdir()
+    Image.new("RGB", (40, 30)).save(source / "süb 📷" / "x+%20y.png")
+    (source / "half.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    (source / "notes.txt").write_text("not listed")
+    out = tmp_path / "out"
+
+    done = run(source, "--out", out, "--model", "stub", "--label", "thing", "--json", code=1)
+
+    summary = json.loads(done.stdout)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["assets"] == {"listed": 7, "labeled": 6, "failed": 1}
+    assert summary["masks"] == 12
+    [failed] = summary["failed"]
+    assert (failed["key"], failed["error_kind"]) == ("half.jpg", "not_image")
+    coco = COCO(out / "coco.json")
+    assert {image["file_name"] for image in coco.imgs.values()} >= {"0000.png", "süb 📷/x+%20y.png"}
+    assert coco.cats[1]["name"] == "thing"
+    assert coco.annToMask(coco.anns[1]).shape == (24, 32)
+    tasks = json.loads((out / "label-studio.json").read_text())
+    assert len(tasks) == 6
+    assert tasks[0]["predictions"][0]["model_version"] == summary["model_version"]
+    page = (out / "index.html").read_text()
+    assert "half.jpg" in page
+    assert "<script src" not in page
+
+
+def test_the_same_command_again_computes_nothing_and_sees_new_files(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 4), tmp_path / "out"
+    first = json.loads(run(source, "--out", out, "--model", "stub", "--json").stdout)
+    Image.new("RGB", (16, 16)).save(source / "new.png")
+
+    second = json.loads(run(source, "--out", out, "--model", "stub", "--json").stdout)
+
+    assert first["assets"]["labeled"] == 4
+    assert second["assets"]["labeled"] == 5
+    assert second["answered_from_stored"] == 4
+    assert second["masks"] == 10
+    fresh = json.loads(run(source, "--out", out, "--model", "stub", "--fresh", "--json").stdout)
+    assert fresh["answered_from_stored"] == 0
+
+
+def start(source: Path, out: Path, **settings: str) -> subprocess.Popen[bytes]:
+    command = [*MASKFLEET, "run", str(source), "--out", str(out), "--model", "stub"]
+    return subprocess.Popen(command, env=environment(**settings), start_new_session=True)
+
+
+def labeled_so_far(out: Path) -> int:
+    log = out / ".maskfleet" / "worker.log"
+    return log.read_text().count("succeeded in") if log.exists() else 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 24), tmp_path / "out"
+    settings = {"MASKFLEET_STUB_SECONDS": "0.3", "MASKFLEET_CHUNK_SIZE": "4", "MASKFLEET_BATCH_SIZE": "2"}
+    process = start(source, out, **settings)
+    wait_for(lambda: labeled_so_far(out) >= 2, "two finished chunks")
+    os.kill(process.pid, how)
+    assert process.wait(120) == (130 if how is signal.SIGINT else -signal.SIGKILL)
+
+    summary = json.loads(run(source, "--out", out, "--model", "stub", "--json", **settings).stdout)
+
+    assert summary["assets"] == {"listed": 24, "labeled": 24, "failed": 0}
+    assert summary["job"] == 1
+    assert summary["answered_from_stored"] == 0
+
+
+def test_two_runs_at_once_do_not_disturb_each_other_and_one_folder_takes_one(tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / "pictures", 6)
+    outs = [tmp_path / "a", tmp_path / "b"]
+    slow = {"MASKFLEET_STUB_SECONDS": "0.5"}
+    running = [start(source, out, **slow) for out in outs]
+    wait_for(lambda: (outs[0] / ".maskfleet" / "worker.log").exists(), "the first run to hold its folder")
+
+    refused = run(source, "--out", outs[0], "--model", "stub", code=2)
+
+    assert "another run is writing" in refused.stderr
+    assert [process.wait(180) for process in running] == [0, 0]
+    for out in outs:
+        assert json.loads((out / "summary.json").read_text())["assets"]["labeled"] == 6
+
+
+def test_a_dry_run_says_what_would_be_taken_and_leaves_nothing(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 3), tmp_path / "out"
+    (source / "notes.txt").touch()
+
+    printed = json.loads(run(source, "--out", out, "--model", "stub", "--dry-run", "--json").stdout)
+
+    assert (printed["assets"], printed["skipped"]) == (3, {"not_image_suffix": 1})
+    assert printed["sample"] == ["0000.png", "0001.png", "0002.png"]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["/does/not/exist"], "/does/not/exist"),
+        ([".", "--model", "sam_vit_x"], "known: sam_vit_h"),
+        ([".", "--param", "points=3"], "known: points_per_side"),
+        ([".", "--param", "points_per_side"], "name=value"),
+        (["ftp://somewhere"], "s3://bucket/prefix"),
+    ],
+)
+def test_wrong_usage_is_said_in_a_line_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
+    done = run(*words, "--out", tmp_path / "out", code=2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / ".maskfleet" / "postgres").exists()
+
+
+def test_every_hostile_file_gets_what_it_deserves_and_its_neighbours_are_labeled(
+    tmp_path: Path, testdata: Path
+) -> None:
+    expected: list[dict[str, Any]] = json.loads((testdata / "nasty" / "nasty.json").read_text())["files"]
+    out = tmp_path / "out"
+
+    done = run(testdata / "nasty" / "files", "--out", out, "--model", "stub", "--include", "*", "--json", code=1)
+
+    summary = json.loads(done.stdout)
+    failed = {f["key"]: f["error_kind"] for f in summary["failed"]}
+    sizes = {
+        image["file_name"]: [image["width"], image["height"]]
+        for image in json.loads((out / "coco.json").read_text())["images"]
+    }
+    assert summary["assets"]["listed"] == len(expected) == len(failed) + len(sizes)
+    for file in expected:
+        name = file["file"]
+        if file["expect"] == "process":
+            assert sizes.get(name) == file["display_size"], f"{name}: {failed.get(name)}"
+        elif file["expect"] == "reject":
+            assert name in failed, name
+    assert not {"internal", "crashed_worker", "gpu_oom"} & set(failed.values())
