@@ -77,20 +77,20 @@ def _write_asset(asset: LabeledAsset, folder: Path) -> None:
     crops = {mask.n: _crop(mask, asset.size_hw) for mask in asset.masks}
     values = np.uint8 if max(crops, default=0) < 255 else np.uint16
 
-    # Paint the label map, large masks first. Its columns are a crop's rows.
-    columns = np.zeros((width, height), values)
+    # Paint the label map, large masks first.
+    label_map = np.zeros((height, width), values)
     for mask in sorted(asset.masks, key=lambda mask: (-mask.area_px, -mask.n)):
-        _paint(columns, crops[mask.n], mask.n + 1)
+        _paint(label_map, crops[mask.n], mask.n + 1)
     palette = VOC_PALETTE if values is np.uint8 else None
-    (folder / f"{asset.asset_id}.png").write_bytes(encode_png(np.ascontiguousarray(columns.T), palette))
+    (folder / f"{asset.asset_id}.png").write_bytes(encode_png(label_map, palette))
 
     # Write each mask whole.
     if crops:
         (folder / str(asset.asset_id)).mkdir()
     for n, crop in crops.items():
-        alone = np.zeros((width, height), np.bool_)
+        alone = np.zeros((height, width), np.bool_)
         _paint(alone, crop, True)
-        (folder / str(asset.asset_id) / f"{n}.png").write_bytes(encode_png(alone.T))
+        (folder / str(asset.asset_id) / f"{n}.png").write_bytes(encode_png(alone))
 
 
 def _crop(mask: StoredMask, size_hw: tuple[int, int]) -> Crop | None:
@@ -99,11 +99,11 @@ def _crop(mask: StoredMask, size_hw: tuple[int, int]) -> Crop | None:
     return crop_edges(edges, size_hw) if edges.size else None
 
 
-def _paint(columns: NDArray[Any], crop: Crop | None, value: int) -> None:
+def _paint(pixels: NDArray[Any], crop: Crop | None, value: int) -> None:
     if crop is not None:
         width, height = crop.columns.shape
-        box = columns[crop.left : crop.left + width, crop.top : crop.top + height]
-        box[crop.columns.view(np.bool_)] = value
+        box = pixels[crop.top : crop.top + height, crop.left : crop.left + width]
+        np.copyto(box, value, where=crop.columns.T.view(np.bool_))
 
 
 def _entry(asset: LabeledAsset) -> dict[str, Any]:
