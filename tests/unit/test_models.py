@@ -21,9 +21,9 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 
 from db.settings import settings
 from workers import models
-from workers.models import MODELS, ModelSpec, UnknownModelError, WeightsError, find, weights_path
-from workers.models.nano import build_sam_nano
+from workers.models import MODELS, ModelSpec, UnknownModelError, WeightsError, find, nano, weights_path
 from workers.models.sam import ARCHITECTURES, SamModel, load_sam
+from workers.models.weights import verify
 from workers.params import AutomaticParams, automatic_params
 
 OFFICIAL = ("sam_vit_h", "sam_vit_l", "sam_vit_b")
@@ -135,10 +135,6 @@ def test_weights_lie_in_the_users_cache_without_the_setting(monkeypatch, xdg, ex
     settings.cache_clear()
 
     assert models.weights_dir() == Path(expected).expanduser()
-
-
-def test_sam_nano_lies_in_the_package():
-    assert weights_path(find("sam_nano")) == Path(models.__file__).parent / "sam_nano.safetensors"
 
 
 def test_largest_official_sam_that_is_present_is_chosen(folder):
@@ -266,8 +262,7 @@ def test_absent_weights_are_an_error_with_the_command_that_brings_them():
 
 
 def test_another_models_checkpoint_is_named_with_the_model_that_was_wanted(folder):
-    with torch.device("cpu"):
-        torch.save(build_sam_nano().state_dict(), weights_path(find("sam_vit_b")))
+    torch.save(nano.build_sam_nano().state_dict(), weights_path(find("sam_vit_b")))
 
     with pytest.raises(WeightsError, match=r"01ec64.pth: holds the weights of sam_nano, expected .* sam_vit_b; run `"):
         models.load(find("sam_vit_b"), "cpu")
@@ -374,7 +369,6 @@ def test_training_checkpoint_is_not_taken_for_weights(folder, payload, held):
 @pytest.fixture
 def tiny_model(folder):
     torch.manual_seed(0)
-    pytest.importorskip("workers.automatic", reason="the mask engine is not in this checkout yet")
     return SamModel(load_sam(save(folder, build_tiny_sam().state_dict()), build_tiny_sam, "cpu"))
 
 
@@ -405,8 +399,17 @@ def test_automatic_masks_are_of_the_image_that_is_given_not_the_last_one_embedde
     assert [mask.counts for mask in again] == [mask.counts for mask in alone]
 
 
-@pytest.mark.skipif(not models.is_present(MODELS["sam_nano"]), reason="sam_nano.safetensors is not trained yet")
-def test_shipped_sam_nano_is_the_pinned_file_and_loads():
-    model = models.load(find("sam_nano"), "cpu")
+# sam_nano
 
-    assert sum(parameter.numel() for parameter in model.sam.parameters()) == find("sam_nano").parameter_count
+
+def test_registry_and_sam_nano_agree():
+    spec = find("sam_nano")
+
+    assert (spec.sha256, spec.defaults) == (nano.WEIGHTS_SHA256, nano.AUTOMATIC_DEFAULTS)
+    assert spec.parameter_count == sum(parameter.numel() for parameter in nano.build_sam_nano().parameters())
+    assert weights_path(spec) == nano.WEIGHTS_PATH
+
+
+def test_shipped_sam_nano_is_the_pinned_file_and_loads():
+    assert verify(find("sam_nano")).found == "the published file"
+    assert isinstance(models.load(find("sam_nano"), "cpu"), SamModel)
