@@ -1,0 +1,494 @@
+"""The one door to Label Studio: a small HTTP client that repeats reads, and never a write.
+
+    LabelStudioError
+    ├── Unavailable   no answer, a time-out, 429 or 5xx: it may pass, and nobody knows whether a write happened
+    ├── TooLarge      the body is more than the server, or a proxy before it, takes
+    ├── NotFound      there is no such project, task or page
+    └── Refused       it will be refused again until a person mends what the message says
+
+Not label_studio_sdk: its client sends a failed import up to three times, and walks every number of a brush with
+pydantic. An import is not idempotent in Label Studio, so whoever sends one looks before sending again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from workers.errors import redact
+
+# A lookup is a GET, so its ids are in the URL: 100 of 16 characters make 3 KB, less than any server's 4 KB.
+LOOKUP_SIZE = 100
+# An import of 8 MB took Label Studio on Postgres 20 s, measured on a busy machine of two cores.
+WRITE_SECONDS = 300.0
+READ_SECONDS = 120.0
+CONNECT_SECONDS = 10.0
+
+_READ_ATTEMPTS = 5
+_FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 30.0
+_PAGE_SIZE = 100
+_ASSET_ID = "filter:tasks:data.asset_id"
+
+# It logs each request's full address; ours are in our own log, shorter.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+class LabelStudioError(RuntimeError):
+    """Label Studio did not do what was asked; the message says what to mend."""
+
+
+class Unavailable(LabelStudioError):
+    """No answer, a time-out, 429 or 5xx. It may pass; whether a write happened is unknown."""
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class TooLarge(LabelStudioError):
+    """The body is more than the server, or a proxy before it, takes. Nothing was written."""
+
+
+class NotFound(LabelStudioError):
+    """There is no such project, task or page."""
+
+
+class Refused(LabelStudioError):
+    """The server refuses, and will do so again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Project:
+    """A project as the server describes it. model_version: of the predictions it shows, "" for none."""
+
+    id: int
+    title: str
+    label_config: str
+    model_version: str
+    task_count: int
+    sampling: str
+    created_at: str
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Project:
+        return cls(
+            id=found["id"],
+            title=found["title"] or "",
+            label_config=found["label_config"] or "",
+            model_version=found["model_version"] or "",
+            task_count=found["task_number"] or 0,
+            sampling=found["sampling"] or "",
+            created_at=found["created_at"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundTask:
+    """A task that a lookup found; its prediction's data are not fetched."""
+
+    id: int
+    asset_id: str
+    prediction_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """What the server says of an import: the tasks' ids in the order sent, and how many predictions came along."""
+
+    task_ids: tuple[int, ...]
+    prediction_count: int
+
+
+class LabelStudio:
+    """One server, one token. Use it in a `with` block, in one thread at a time."""
+
+    def __init__(self, url: str, api_key: str, *, transport: httpx.BaseTransport | None = None) -> None:
+        """url: with a path where the server lives below one. api_key: legacy or personal access token."""
+        self.url = server_key(url)
+        self._client = httpx.Client(
+            base_url=url.rstrip("/"),
+            auth=_PersonalAccessToken(url.rstrip("/"), api_key) if _is_web_token(api_key) else _LegacyToken(api_key),
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            headers={"User-Agent": "maskfleet"},
+            transport=transport,
+        )
+
+    def __enter__(self) -> LabelStudio:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    # ------------------------------------------------------------------------------------------------------ projects
+
+    def check(self) -> str:
+        """The server's version, once it is reached and the token is good. Raises what is wrong, with its remedy."""
+        self._read("GET", "/api/current-user/whoami")
+        return str(self._read("GET", "/api/version").get("release", "unknown"))
+
+    def get_project(self, project_id: int) -> Project:
+        try:
+            return Project.from_json(self._read("GET", f"/api/projects/{project_id}/"))
+        except NotFound as error:
+            remedy = "`maskfleet label-studio setup` makes one, its number is in the address of its page"
+            raise NotFound(f"{self.url} has no project {project_id} that this token may see: {remedy}") from error
+
+    def find_projects(self, title: str) -> list[Project]:
+        """The projects with exactly this title."""
+        found = self._pages("/api/projects/", {"title": title})
+        return [Project.from_json(project) for project in found if project["title"] == title]
+
+    def create_project(self, *, title: str, label_config: str, sampling: str = "Sequential sampling") -> Project:
+        body = {"title": title, "label_config": label_config, "sampling": sampling}
+        return Project.from_json(self._write("/api/projects/", body))
+
+    def update_project(self, project_id: int, **changes: Any) -> Project:
+        """Set fields of a project: label_config, model_version, sampling, …; the server checks the config."""
+        return Project.from_json(self._read("PATCH", f"/api/projects/{project_id}/", json=changes))
+
+    def show_version(self, project_id: int, model_version: str) -> None:
+        """Make this version the one that annotators see. Refused while no prediction of it exists."""
+        self.update_project(project_id, model_version=model_version)
+
+    def count_versions(self, project_id: int) -> dict[str, int]:
+        """How many predictions the project has of each model version."""
+        found = self._read("GET", f"/api/projects/{project_id}/model-versions/", params={"extended": "true"})
+        versions = found["static"] if isinstance(found, dict) else found
+        return {version["model_version"]: version["count"] for version in versions}
+
+    # --------------------------------------------------------------------------------------------- storages and views
+
+    def list_storages(self, kind: str, project_id: int) -> list[dict[str, Any]]:
+        """The project's import storages of a kind, `s3` or `localfiles`, as the server describes them."""
+        found: list[dict[str, Any]] = self._read("GET", f"/api/storages/{kind}/", params={"project": project_id})
+        return found
+
+    def create_storage(self, kind: str, project_id: int, **fields: Any) -> dict[str, Any]:
+        """Add an import storage that only resolves addresses: it cannot be synchronized, which would add a second
+        task for each image that we import."""
+        body = {"project": project_id, "use_blob_urls": True, "synchronizable": False, **fields}
+        made: dict[str, Any] = self._write(f"/api/storages/{kind}", body)
+        return made
+
+    def list_views(self, project_id: int) -> list[dict[str, Any]]:
+        """The project's saved Data Manager tabs."""
+        found: list[dict[str, Any]] = self._read("GET", "/api/dm/views/", params={"project": project_id})
+        return found
+
+    def create_view(self, project_id: int, data: Mapping[str, Any]) -> None:
+        """Save a Data Manager tab. data: title, filters, ordering, … as the Data Manager stores them."""
+        self._write("/api/dm/views/", {"project": project_id, "data": dict(data)})
+
+    # ---------------------------------------------------------------------------------------------------------- tasks
+
+    def find_tasks(
+        self, project_id: int, asset_ids: Sequence[str], *, model_version: str | None = None
+    ) -> dict[str, list[FoundTask]]:
+        """Look up tasks by their data.asset_id, lowest task id first; with model_version those alone that have a
+        prediction of it. More than one for an asset is a duplicate that somebody made."""
+        found: dict[str, list[FoundTask]] = {}
+        for start in range(0, len(asset_ids), LOOKUP_SIZE):
+            ids = list(asset_ids[start : start + LOOKUP_SIZE])
+            filters = [{"filter": _ASSET_ID, "operator": "in_list", "type": "List", "value": ids}]
+            if model_version is not None:
+                filters.append(_has_version(model_version))
+            for task in self.list_tasks(project_id, filters, include=("id", "data", "total_predictions")):
+                asset_id = str(task["data"].get("asset_id"))
+                count = int(task["total_predictions"])
+                found.setdefault(asset_id, []).append(
+                    FoundTask(id=task["id"], asset_id=asset_id, prediction_count=count)
+                )
+        return {asset_id: sorted(tasks, key=lambda task: task.id) for asset_id, tasks in found.items()}
+
+    def list_tasks(
+        self,
+        project_id: int,
+        filters: Sequence[Mapping[str, Any]] = (),
+        *,
+        include: Sequence[str] = ("id", "data"),
+        whole: bool = False,
+        ordering: Sequence[str] = ("tasks:id",),
+        page_size: int = _PAGE_SIZE,
+    ) -> Iterator[dict[str, Any]]:
+        """Stream the tasks that all of the Data Manager's filters let through, addresses as stored.
+
+        whole: with annotations, drafts and predictions, which is slow and large: a hundred tasks of 50 brushes are
+        12 MB. A task that changes so that it leaves the filter while pages are fetched makes a later one be skipped.
+        """
+        query = {
+            "filters": {"conjunction": "and", "items": [dict(item) for item in filters]},
+            "ordering": list(ordering),
+        }
+        params = {
+            "project": project_id,
+            "query": json.dumps(query, separators=(",", ":"), ensure_ascii=False),
+            "fields": "all" if whole else "task_only",
+            "resolve_uri": "false",
+            "page_size": page_size,
+        }
+        if include and not whole:
+            params["include"] = ",".join(include)
+        return self._pages("/api/tasks/", params, key="tasks")
+
+    def annotated_tasks(
+        self, project_id: int, *, updated_since: datetime | None = None, page_size: int = 50
+    ) -> Iterator[dict[str, Any]]:
+        """Stream the project's tasks that people worked on, whole, as `list_tasks` does, least recently updated first.
+
+        updated_since: only tasks that changed at or after this moment of the server's clock; an annotation that is
+        submitted, changed or deleted changes its task. With it come tasks whose annotations are all gone.
+        """
+        filters: list[dict[str, Any]] = []
+        if updated_since is not None:
+            moment = updated_since.isoformat()
+            filters = [
+                {
+                    "filter": "filter:tasks:updated_at",
+                    "operator": "greater_or_equal",
+                    "type": "Datetime",
+                    "value": moment,
+                }
+            ]
+        for task in self.list_tasks(
+            project_id, filters, whole=True, ordering=("tasks:updated_at",), page_size=page_size
+        ):
+            if updated_since is not None or task.get("annotations"):
+                yield task
+
+    def get_task(self, task_id: int) -> dict[str, Any]:
+        """One task, whole, addresses as stored."""
+        found: dict[str, Any] = self._read("GET", f"/api/tasks/{task_id}/", params={"resolve_uri": "false"})
+        return found
+
+    def delete_task(self, task_id: int) -> None:
+        self._send("DELETE", f"/api/tasks/{task_id}/", seconds=WRITE_SECONDS)
+
+    def import_tasks(self, project_id: int, body: bytes) -> Imported:
+        """Import a JSON list of tasks with their predictions, once. Raises Unavailable when it may have happened."""
+        params = {"return_task_ids": "true"}
+        answer = self._write(f"/api/projects/{project_id}/import", body, params=params)
+        return Imported(task_ids=tuple(answer["task_ids"]), prediction_count=answer["prediction_count"])
+
+    # ---------------------------------------------------------------------------------------------------- predictions
+
+    def import_predictions(self, project_id: int, body: bytes) -> int:
+        """Import a JSON list of predictions, each with its `task`, once; returns how many the server made of it."""
+        return int(self._write(f"/api/projects/{project_id}/import/predictions", body)["created"])
+
+    def list_predictions(self, task_id: int) -> list[dict[str, Any]]:
+        """A task's predictions of every version, whole."""
+        found: list[dict[str, Any]] = self._read("GET", "/api/predictions/", params={"task": task_id})
+        return found
+
+    def delete_prediction(self, prediction_id: int) -> None:
+        """Delete a prediction. One that an annotation came from must stay: the annotation would forget it."""
+        self._send("DELETE", f"/api/predictions/{prediction_id}/", seconds=WRITE_SECONDS)
+
+    # ----------------------------------------------------------------------------------------------------------- wire
+
+    def _read(self, method: str, path: str, **arguments: Any) -> Any:
+        """Send what may safely be sent again, up to _READ_ATTEMPTS times with growing pauses."""
+        for attempt in range(_READ_ATTEMPTS):
+            try:
+                return _json(self._send(method, path, seconds=READ_SECONDS, **arguments))
+            except Unavailable as error:
+                if attempt + 1 == _READ_ATTEMPTS:
+                    raise
+                time.sleep(pause_seconds(attempt, error))
+        raise AssertionError("unreachable")
+
+    def _write(self, path: str, body: bytes | Mapping[str, Any], **arguments: Any) -> Any:
+        """POST once."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        return _json(self._send("POST", path, seconds=WRITE_SECONDS, content=content, headers=headers, **arguments))
+
+    def _send(self, method: str, path: str, *, seconds: float, **arguments: Any) -> httpx.Response:
+        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+        try:
+            response = self._client.request(method, path, timeout=timeout, **arguments)
+        except httpx.TimeoutException as error:
+            raise Unavailable(f"{self.url}{path}: no answer within {seconds:g} s ({type(error).__name__})") from error
+        except httpx.TransportError as error:
+            remedy = "start it, or mend MASKFLEET_LABEL_STUDIO_URL"
+            raise Unavailable(f"{self.url} does not answer: {error or type(error).__name__}; {remedy}") from error
+        if not response.is_success:
+            raise _error(response, self.url, path)
+        return response
+
+    def _pages(self, path: str, params: Mapping[str, Any], key: str = "results") -> Iterator[dict[str, Any]]:
+        page, size = 1, int(params.get("page_size", _PAGE_SIZE))
+        while True:
+            try:
+                found = self._read("GET", path, params={**params, "page": page, "page_size": size})
+            except NotFound:
+                if page == 1:
+                    raise
+                return  # the last page was full
+            yield from found[key]
+            if len(found[key]) < size:
+                return
+            page += 1
+
+
+def server_key(url: str) -> str:
+    """The address of a server as we remember it: scheme and host in small letters, no slash, nothing secret."""
+    parts = urlsplit(url.strip())
+    host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
+    return f"{parts.scheme.lower()}://{host}{parts.path.rstrip('/')}"
+
+
+def pause_seconds(attempt: int, error: Unavailable) -> float:
+    """How long to wait after the attempt, counted from 0: what the server asks for, or 0.5 s and doubling."""
+    asked = error.retry_after_seconds
+    return min(_LONGEST_PAUSE_SECONDS, asked if asked is not None else _FIRST_PAUSE_SECONDS * 2.0**attempt)
+
+
+class _LegacyToken(httpx.Auth):
+    def __init__(self, token: str) -> None:
+        self._header = f"Token {token.strip()}"
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        request.headers["Authorization"] = self._header
+        yield request
+
+
+class _PersonalAccessToken(httpx.Auth):
+    """A personal access token is no key by itself: it is exchanged for access tokens, which live five minutes."""
+
+    requires_response_body = True
+
+    def __init__(self, url: str, token: str) -> None:
+        self._url = url
+        self._token = token.strip()
+        self._access = ""
+        self._renew_at = 0.0
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        if time.monotonic() >= self._renew_at:
+            self._take((yield self._exchange()))
+        request.headers["Authorization"] = f"Bearer {self._access}"
+        response = yield request
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            # Refused before anything was done, so even a write may be sent again.
+            self._take((yield self._exchange()))
+            request.headers["Authorization"] = f"Bearer {self._access}"
+            yield request
+
+    def _exchange(self) -> httpx.Request:
+        return httpx.Request("POST", f"{self._url}/api/token/refresh/", json={"refresh": self._token})
+
+    def _take(self, response: httpx.Response) -> None:
+        if not response.is_success:
+            raise _error(response, server_key(self._url), "/api/token/refresh/")
+        self._access = response.json()["access"]
+        claims = _claims(self._access)
+        lifetime = float(claims.get("exp", 0)) - float(claims.get("iat", 0))
+        # Its own lifetime, not its end: the two machines' clocks may differ.
+        self._renew_at = time.monotonic() + 0.8 * (lifetime if lifetime > 0 else 300.0)
+
+
+def _is_web_token(token: str) -> bool:
+    return token.strip().startswith("eyJ") and token.count(".") == 2
+
+
+def _claims(token: str) -> dict[str, Any]:
+    part = token.split(".")[1]
+    claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+    return claims
+
+
+def _has_version(model_version: str) -> dict[str, Any]:
+    return {
+        "filter": "filter:tasks:predictions_model_versions",
+        "operator": "contains",
+        "type": "List",
+        "value": model_version,
+    }
+
+
+def _json(response: httpx.Response) -> Any:
+    if response.status_code == httpx.codes.NO_CONTENT or not response.content:
+        return {}
+    try:
+        return response.json()
+    except ValueError as error:
+        remedy = "does MASKFLEET_LABEL_STUDIO_URL name Label Studio itself?"
+        raise Refused(
+            f"{response.url.path}: the answer is no JSON, it starts {response.text[:60]!r}; {remedy}"
+        ) from error
+
+
+def _error(response: httpx.Response, url: str, path: str) -> LabelStudioError:
+    """The server's refusal as one of ours, with the remedy where there is one."""
+    status, said = response.status_code, redact(_said(response))
+    what = f"{url}{path} answered {status}: {said}"
+    if status == httpx.codes.UNAUTHORIZED:
+        return Refused(f"{what}; {_token_remedy(said)}")
+    if status == httpx.codes.FORBIDDEN:
+        return Refused(f"{what}; {_forbidden_remedy(said)}")
+    if status == httpx.codes.NOT_FOUND:
+        return NotFound(what)
+    if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE or "DATA_UPLOAD_MAX_MEMORY_SIZE" in said:
+        return TooLarge(f"{what}; a request of ours has at most 8 MB, let the proxy before Label Studio take them")
+    if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.REQUEST_TIMEOUT) or status >= 500:
+        return Unavailable(what, retry_after_seconds=_retry_after(response))
+    if response.is_redirect:
+        return Refused(
+            f"{what}; it sends us to {response.headers.get('location', '?')}: mend MASKFLEET_LABEL_STUDIO_URL"
+        )
+    return Refused(what)
+
+
+def _said(response: httpx.Response) -> str:
+    """The server's own words, in a line."""
+    try:
+        body = response.json()
+    except ValueError:
+        return " ".join(response.text.split())[:200] or "nothing"
+    if not isinstance(body, dict):
+        return str(body)[:500]
+    parts = [str(body["detail"])] if body.get("detail") else []
+    errors = body.get("validation_errors") or {name: body[name] for name in body.keys() - _ENVELOPE}
+    return "; ".join(parts + ([json.dumps(errors, ensure_ascii=False)[:500]] if errors else [])) or "nothing"
+
+
+_ENVELOPE = {"id", "status_code", "version", "detail", "exc_info", "validation_errors", "display_context"}
+
+
+def _token_remedy(said: str) -> str:
+    if "legacy" in said:
+        return (
+            "legacy tokens are switched off in this organization: make a personal access token (Account & Settings) "
+            "and set MASKFLEET_LABEL_STUDIO_API_KEY to it, or let an owner allow legacy tokens (Organization, "
+            "API Tokens Settings)"
+        )
+    return "set MASKFLEET_LABEL_STUDIO_API_KEY to a token from Account & Settings in Label Studio"
+
+
+def _forbidden_remedy(said: str) -> str:
+    if "reserved network" in said or "reserved" in said.lower():
+        return (
+            "Label Studio refuses private addresses: give its server S3_ENDPOINT, AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in its environment and add the storage without them (what `maskfleet label-studio "
+            "setup` does by default), or set SSRF_PROTECTION_ENABLED=false there"
+        )
+    return "the token's user may not do this"
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isdigit() else None
