@@ -23,6 +23,7 @@ from sqlalchemy import Engine, create_engine, text
 
 from db.session import migrate, open_engine, psycopg2_url
 from orchestrator.postgres import EmbeddedPostgres
+from tests.deployment import Deployment
 from tests.waiting import wait_for
 
 TESTDATA = Path(__file__).parents[2] / "shared" / "testdata"
@@ -103,6 +104,18 @@ def redis(redis_url: str) -> Iterator[redis_client.Redis]:
     with redis_client.Redis.from_url(redis_url, decode_responses=True) as client:
         client.flushdb()
         yield client
+
+
+@pytest.fixture
+def deployment(
+    database_url: str, engine: Engine, redis_url: str, redis: object, tmp_path: Path
+) -> Iterator[Deployment]:
+    """Real Postgres and an empty Redis, no process of ours yet."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    made = Deployment(database_url=database_url, broker_url=redis_url, folder=logs, engine=engine)
+    yield made
+    made.stop_all()
 
 
 @pytest.fixture
