@@ -17,12 +17,16 @@ class ParamError(ValueError):
     """A parameter is unknown, or its value is not one it can have."""
 
 
+PRECISIONS = ("auto", "exact", "fast")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutomaticParams:
     """Parameters of automatic masks, with SamAutomaticMaskGenerator's names, meanings and defaults.
 
-    The last three are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
-    part of the image, max_masks keeps the best by predicted IoU; 0 means no limit.
+    The last four are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
+    part of the image, max_masks keeps the best by predicted IoU; 0 means no limit. precision: "exact" computes in
+    float32 what the reference does, "fast" in half precision on the device, "auto" is fast on CUDA and exact elsewhere.
     """
 
     points_per_side: int = 32
@@ -40,6 +44,7 @@ class AutomaticParams:
     min_area_px: int = 0
     max_area_fraction: float = 1.0
     max_masks: int = 0
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
@@ -56,8 +61,18 @@ class AutomaticParams:
             raise ParamError(f"max_area_fraction={self.max_area_fraction}: expected more than 0 and at most 1")
         if not 0 <= self.crop_overlap_ratio < 1:
             raise ParamError(f"crop_overlap_ratio={self.crop_overlap_ratio}: expected 0 or more and less than 1")
+        self._check_crops()
+        if self.precision not in PRECISIONS:
+            raise ParamError(f"precision={self.precision!r}: expected {', '.join(PRECISIONS)}")
+
+    def _check_crops(self) -> None:
         if self.crop_n_layers > 4:
             raise ParamError(f"crop_n_layers={self.crop_n_layers}: {4**self.crop_n_layers} crops an image; at most 4")
+        layers = self.crop_n_layers + 1
+        if self.point_grids is not None and len(self.point_grids) < layers:
+            raise ParamError(
+                f"point_grids: {len(self.point_grids)} lists of points, expected {layers}, one a crop layer"
+            )
 
 
 PARAM_NAMES = tuple(field.name for field in dataclasses.fields(AutomaticParams))
@@ -73,7 +88,7 @@ def parse_params(texts: Mapping[str, str]) -> dict[str, Any]:
     for name, text in texts.items():
         if name not in hints:
             raise ParamError(f"unknown parameter {name!r}; known: {', '.join(PARAM_NAMES)}")
-        values[name] = _parse_grids(text) if name == "point_grids" else _parse_number(name, text, hints[name])
+        values[name] = _parse(name, text, hints[name])
     AutomaticParams(**values)
     return values
 
@@ -84,6 +99,12 @@ def automatic_params(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> A
     if values.get("point_grids") is not None:
         values["point_grids"] = _check_grids(values["point_grids"])
     return AutomaticParams(**values)
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    if name == "precision":
+        return text
+    return _parse_grids(text) if name == "point_grids" else _parse_number(name, text, kind)
 
 
 def _parse_number(name: str, text: str, kind: type) -> int | float:
@@ -98,7 +119,9 @@ def _parse_grids(text: str) -> tuple[tuple[tuple[float, float], ...], ...]:
     try:
         return _check_grids(json.loads(text))
     except json.JSONDecodeError as error:
-        raise ParamError(f"point_grids: not JSON ({error}); expected one list of [x, y] in 0..1 a crop layer") from error
+        raise ParamError(
+            f"point_grids: not JSON ({error}); expected one list of [x, y] in 0..1 a crop layer"
+        ) from error
 
 
 def _check_grids(grids: Any) -> tuple[tuple[tuple[float, float], ...], ...]:
