@@ -41,9 +41,11 @@ MAX_FAILED = 500
 
 _PHOTO_SIDE_PX = 1280
 _PHOTO_QUALITY = 82
-_ALL_PHOTOS_BYTES = 24_000_000  # a third more as base64
+_ALL_PHOTOS_BYTES = 22_000_000  # a third more as base64
 _PHOTO_BYTES = 300_000
-_MASKS_CHARS = 40_000  # about 200 masks of a busy scene
+_MASKS_CHARS = 40_000  # of all outlines of an asset; those of 100 masks of a busy scene
+_MASK_CHARS = 10_000  # of one outline; most take 100 to 500
+_MASK_RINGS = 500
 _GRID = 1280  # the longer side of the frame in the outlines' units
 _THREADS = 4  # decoding and outlines run outside the interpreter's lock; fetching waits
 _BARS = 24
@@ -142,18 +144,23 @@ def outline(mask: StoredMask, size_hw: tuple[int, int]) -> str:
     if edges.size == 0:
         return ""
     crop = crop_edges(edges, size_hw)
-    # A small picture is shown larger than it is: round its steps off. The border of 1 is for that, too.
-    zoom = -(-_GRID // max(size_hw)) if max(size_hw) < _GRID else 1
-    pixels = np.pad(crop.columns, 1)
-    if zoom > 1:
-        pixels = (_enlarge(pixels, zoom) >= 128).astype(np.uint8)
-    lines, _ = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    # To about as many pixels as are drawn: small pictures get their steps rounded off, large ones cost less.
+    zoom = max(1, -(-_GRID // max(size_hw)))
+    step = max(1, max(size_hw) // _GRID)
+    borders, _ = cv2.findContours(_resample(crop.columns, zoom, step), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     unit = _GRID / max(size_hw)
     # The crop lies on its side: OpenCV's x is the image's y.
-    corner = np.array([crop.top, crop.left]) - 1
-    scaled = (((line + 0.5) / zoom + corner) * unit for line in lines)
-    paths = (_path(cv2.approxPolyDP(line.astype(np.float32), 1.0, True)[:, 0, ::-1]) for line in scaled)
-    return "".join(paths) or _dot(mask, unit)
+    corner = np.array([crop.top, crop.left]) - step
+    longest = sorted(borders, key=len, reverse=True)[:_MASK_RINGS]
+    lines = [(((border + 0.5) * step / zoom + corner) * unit).astype(np.float32) for border in longest]
+
+    # A ragged mask takes coarser lines, as many as it needs to fit.
+    d = ""
+    for tolerance in (1, 2, 4, 8, 16, 32):
+        d = "".join(_path(cv2.approxPolyDP(line, tolerance, True)[:, 0, ::-1]) for line in lines)
+        if len(d) <= _MASK_CHARS:
+            break
+    return d or _dot(mask, unit)
 
 
 def instance_colour(n: int) -> str:
@@ -262,10 +269,15 @@ def _mask_path(mask: StoredMask, size_hw: tuple[int, int], *, by_label: bool) ->
     return f'<path color="{colour}" data-n="{mask.n}"{scores} d="{d}"/>' if d else ""
 
 
-def _enlarge(pixels: NDArray[np.uint8], zoom: int) -> NDArray[np.uint8]:
-    """(h, w) of 0 and 1 to (h * zoom, w * zoom) of 0..255, smooth."""
-    size_wh = (pixels.shape[1] * zoom, pixels.shape[0] * zoom)
-    return cv2.resize(pixels * np.uint8(255), size_wh, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+def _resample(pixels: NDArray[np.uint8], zoom: int, step: int) -> NDArray[np.uint8]:
+    """Enlarge (h, w) of 0 and 1 `zoom` times, or shrink it `step` times, with a border of `step` zeros around it."""
+    ends = [(step, step + -side % step) for side in pixels.shape]
+    padded = np.pad(pixels, ends)
+    if zoom == step:
+        return padded
+    size_wh = (padded.shape[1] * zoom // step, padded.shape[0] * zoom // step)
+    smooth = cv2.resize(padded * np.uint8(255), size_wh, interpolation=cv2.INTER_LINEAR if zoom > 1 else cv2.INTER_AREA)
+    return (smooth >= 128).astype(np.uint8)
 
 
 def _path(points: NDArray[np.float32]) -> str:

@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from sqlalchemy import Engine
+
+from db import queries
+from db.queries import Job, NewOutcome, StoredMask
+from orchestrator.export import export_coco, export_label_studio, export_png, write_summary
+from orchestrator.gallery import MAX_CARDS, write_gallery
+from tests.factories import chunk_ids, claim, finish, make_job, pending, record
+from workers.masks import BoolMask, mask_from_pixels
+
+pytestmark = pytest.mark.integration
+
+KEYS = ['a "quoted".jpg', "emoji 🦊.jpg", "line\nbreak.jpg", "plain/none.jpg", "z <script>alert(1)</script>.jpg"]
+
+
+def blobs(seed: int, count: int, size_hw: tuple[int, int]) -> list[BoolMask]:
+    """Rectangles with holes that overlap, touch every border, and differ in area."""
+    rng = np.random.default_rng(seed)
+    height, width = size_hw
+    masks = []
+    for n in range(count):
+        pixels = np.zeros(size_hw, np.bool_)
+        top, left = rng.integers(0, height - 8), rng.integers(0, width - 8)
+        pixels[top : top + 6 + 2 * n, left : left + 7 + 3 * n] = True
+        pixels[top + 2 : top + 4, left + 2 : left + 4] = False
+        masks.append(pixels)
+    return masks
+
+
+def stored(
+    asset_id: int, n: int, pixels: BoolMask, *, label: str | None = None, predicted_iou: float = 0.9
+) -> StoredMask:
+    mask = mask_from_pixels(pixels, predicted_iou=predicted_iou, stability_score=0.97)
+    x, y, w, h = map(int, mask.bbox_xywh)
+    return StoredMask(
+        asset_id=asset_id,
+        n=n,
+        counts=mask.counts,
+        bbox_xywh=(x, y, w, h),
+        area_px=mask.area_px,
+        predicted_iou=predicted_iou,
+        stability_score=mask.stability_score,
+        label=label,
+        prompt={"points": [[1, 2, 1]]} if n == 1 else None,
+    )
+
+
+def finished_job(
+    engine: Engine,
+    keys: Sequence[str],
+    *,
+    size_hw: tuple[int, int] = (40, 60),
+    masks: int = 4,
+    labels: Sequence[str | None] = (None,),
+    failed: Sequence[str] = (),
+    source: str = "s3://bucket/photos",
+) -> tuple[Job, dict[str, list[BoolMask]]]:
+    """A job whose assets are labeled with blobs (none for a key with "none" in it) or failed; the masks by key."""
+    job = make_job(engine, keys=sorted([*keys, *failed], key=str.encode), source=source)
+    drawn: dict[str, list[BoolMask]] = {}
+    for chunk_id in chunk_ids(engine, job):
+        chunk = claim(engine, chunk_id)
+        assert chunk is not None
+        outcomes = []
+        for asset in pending(engine, chunk):
+            if asset.key in failed:
+                outcomes.append(NewOutcome(asset_id=asset.id, error_kind="truncated", error=f"{asset.key}: cut off"))
+                continue
+            drawn[asset.key] = blobs(asset.id, 0 if "none" in asset.key else masks, size_hw)
+            found = [stored(asset.id, n, m, label=labels[n % len(labels)]) for n, m in enumerate(drawn[asset.key])]
+            height, width = size_hw
+            outcomes.append(NewOutcome(asset_id=asset.id, width=width, height=height, segment_ms=12, masks=found))
+        record(engine, chunk, outcomes)
+        finish(engine, chunk)
+    with engine.begin() as db:
+        done = queries.get_job(db, job_id=job.id)
+    assert done is not None
+    return done, drawn
+
+
+def test_coco_loads_in_pycocotools_and_every_mask_comes_back_bit_by_bit(
+    engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, drawn = finished_job(engine, KEYS, labels=["dog", "cat", None], failed=["bad.jpg"])
+
+    with engine.connect() as db:
+        export_coco(db, job, tmp_path / "coco.json")
+
+    coco = COCO(str(tmp_path / "coco.json"))
+    assert {image["file_name"] for image in coco.imgs.values()} == set(KEYS)
+    assert [category["name"] for category in coco.loadCats([1, 2, 3])] == ["cat", "dog", "object"]
+    for image in coco.imgs.values():
+        assert (image["height"], image["width"]) == (40, 60)
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=[image["id"]], iscrowd=0))
+        assert len(annotations) == len(drawn[image["file_name"]])
+        for annotation, pixels in zip(annotations, drawn[image["file_name"]], strict=True):
+            assert np.array_equal(coco.annToMask(annotation).astype(bool), pixels)
+            rows, columns = np.nonzero(pixels)
+            assert annotation["area"] == pixels.sum()
+            x, y, w, h = annotation["bbox"]
+            assert (x, y, x + w, y + h) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            assert annotation["score"] == annotation["predicted_iou"] == pytest.approx(0.9)
+    assert capsys.readouterr()
+
+
+def test_coco_says_where_its_masks_come_from(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["street/a b.jpg"], masks=2)
+
+    with engine.connect() as db:
+        export_coco(db, job, tmp_path / "coco.json")
+
+    coco = json.loads((tmp_path / "coco.json").read_text(encoding="utf-8"))
+    assert coco["info"]["model_version"] == job.model_version
+    assert coco["info"]["job"] == job.id
+    assert coco["images"][0]["file_name"] == "street/a b.jpg"
+    assert coco["images"][0]["coco_url"] == "s3://bucket/photos/street/a b.jpg"
+    assert [a.get("prompt") for a in coco["annotations"]] == [None, {"points": [[1, 2, 1]]}]
+    assert coco["categories"] == [{"id": 1, "name": "object", "supercategory": ""}]
+
+
+@pytest.mark.parametrize(("predicted_iou", "score"), [(1.03, 1.0), (-0.01, 0.0), (float("nan"), 0.0)])
+def test_coco_scores_are_kept_between_0_and_1(
+    engine: Engine, tmp_path: Path, predicted_iou: float, score: float
+) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    [asset] = pending(engine, chunk)
+    mask = stored(asset.id, 0, blobs(1, 1, (40, 60))[0], predicted_iou=predicted_iou)
+    record(engine, chunk, [NewOutcome(asset_id=asset.id, width=60, height=40, masks=[mask])])
+
+    with engine.connect() as db:
+        export_coco(db, job, tmp_path / "coco.json")
+
+    text = (tmp_path / "coco.json").read_text(encoding="utf-8")
+    assert json.loads(text)["annotations"][0]["score"] == score
+    assert "NaN" not in text
+
+
+def test_a_job_without_a_labeled_asset_gives_files_that_load(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, [], failed=["a.jpg"])
+
+    with engine.connect() as db:
+        export_coco(db, job, tmp_path / "coco.json")
+        export_label_studio(db, job, tmp_path / "tasks.json")
+        export_png(db, job, tmp_path / "png")
+        write_gallery(db, job, tmp_path / "index.html", seconds=1)
+
+    coco = json.loads((tmp_path / "coco.json").read_text())
+    assert (coco["images"], coco["annotations"]) == ([], [])
+    assert json.loads((tmp_path / "tasks.json").read_text()) == []
+    assert json.loads((tmp_path / "png" / "index.json").read_text()) == []
+    assert "a.jpg: cut off" in (tmp_path / "index.html").read_text()
+
+
+def test_the_summary_counts_every_asset_and_names_the_failed_ones(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, KEYS, failed=['bad "one"\n.jpg'])
+
+    with engine.connect() as db:
+        summary = write_summary(db, job, tmp_path / "summary.json", seconds=12.34567)
+
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
+    assert summary["assets"] == {"listed": 6, "labeled": 5, "failed": 1}
+    assert summary["masks"] == 16
+    assert summary["seconds"] == 12.346
+    assert summary["model_version"] == job.model_version
+    assert summary["failed"] == [
+        {"key": 'bad "one"\n.jpg', "error_kind": "truncated", "error": 'bad "one"\n.jpg: cut off'}
+    ]
+
+
+def test_png_label_maps_show_the_smaller_of_overlapping_masks_and_each_mask_is_whole(
+    engine: Engine, tmp_path: Path
+) -> None:
+    job, drawn = finished_job(engine, KEYS, masks=9)
+
+    with engine.connect() as db:
+        export_png(db, job, tmp_path / "png")
+
+    index = json.loads((tmp_path / "png" / "index.json").read_text(encoding="utf-8"))
+    assert {entry["key"] for entry in index} == set(KEYS)
+    for entry in index:
+        masks = drawn[entry["key"]]
+        expected = np.zeros((40, 60), int)
+        for n in sorted(range(len(masks)), key=lambda n: (-masks[n].sum(), -n)):
+            expected[masks[n]] = n + 1
+        label_map = Image.open(tmp_path / "png" / f"{entry['asset_id']}.png")
+        assert label_map.mode == "P"
+        assert np.array_equal(np.asarray(label_map), expected)
+        assert [mask["value"] for mask in entry["masks"]] == [n + 1 for n in range(len(masks))]
+        for n, pixels in enumerate(masks):
+            alone = Image.open(tmp_path / "png" / str(entry["asset_id"]) / f"{n}.png")
+            assert alone.mode == "1"
+            assert np.array_equal(np.asarray(alone), pixels)
+
+
+def test_png_file_names_are_ids_whatever_the_keys_are(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["../../escape.jpg", "/etc/passwd", "nul", "x" * 900], masks=1)
+
+    with engine.connect() as db:
+        export_png(db, job, tmp_path / "out" / "png")
+
+    names = {
+        path.relative_to(tmp_path / "out" / "png").as_posix() for path in tmp_path.rglob("*.png") if path.is_file()
+    }
+    assert len(names) == 8
+    assert all(name.replace("/", "").removesuffix(".png").isdigit() for name in names)
+
+
+def test_more_masks_than_a_palette_has_colours_take_16_bits(engine: Engine, tmp_path: Path) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    [asset] = pending(engine, chunk)
+    pixels = np.arange(300).reshape(1, 300) == np.arange(300)[:, None, None]
+    masks = [stored(asset.id, n, one) for n, one in enumerate(pixels)]
+    record(engine, chunk, [NewOutcome(asset_id=asset.id, width=300, height=1, masks=masks)])
+
+    with engine.connect() as db:
+        export_png(db, job, tmp_path / "png")
+
+    label_map = np.asarray(Image.open(tmp_path / "png" / f"{asset.id}.png"))
+    assert label_map.tolist() == [list(range(1, 301))]
+
+
+def test_png_never_mixes_with_what_is_in_a_folder(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["a.jpg"])
+    (tmp_path / "mine.txt").touch()
+
+    with engine.connect() as db, pytest.raises(FileExistsError, match="new or empty folder"):
+        export_png(db, job, tmp_path)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_label_studio_tasks_carry_their_masks_and_the_model_version(engine: Engine, tmp_path: Path) -> None:
+    job, drawn = finished_job(engine, KEYS, labels=["cat"], failed=["bad.jpg"])
+
+    with engine.connect() as db:
+        export_label_studio(db, job, tmp_path / "tasks.json")
+
+    tasks = json.loads((tmp_path / "tasks.json").read_text(encoding="utf-8"))
+    assert {task["data"]["image"] for task in tasks} == {f"s3://bucket/photos/{key}" for key in KEYS}
+    for task in tasks:
+        [prediction] = task["predictions"]
+        assert prediction["model_version"] == job.model_version
+        key = task["data"]["image"].removeprefix("s3://bucket/photos/")
+        assert bool(prediction["result"]) == bool(drawn[key])
+
+
+@pytest.mark.parametrize("write", [export_coco, export_label_studio])
+def test_a_failed_export_leaves_the_old_file_and_nothing_else(engine: Engine, tmp_path: Path, write: Any) -> None:
+    job, _ = finished_job(engine, ["a.jpg"])
+    out = tmp_path / "out.json"
+    out.write_text("the old one")
+    db = engine.connect()
+    db.close()
+
+    with pytest.raises(Exception, match="closed"):
+        write(db, job, out)
+
+    assert out.read_text() == "the old one"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_an_export_does_not_replace_a_device(engine: Engine) -> None:
+    job, _ = finished_job(engine, ["a.jpg"])
+
+    with engine.connect() as db, pytest.raises(FileExistsError, match="name of a file"):
+        export_coco(db, job, Path("/dev/null"))
+
+
+def test_exporting_twice_gives_the_same_ids(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, KEYS, labels=["b", "a"])
+
+    with engine.connect() as db:
+        for name in ("one", "two"):
+            export_coco(db, job, tmp_path / name)
+
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert all(one[part] == two[part] for part in ("images", "annotations", "categories"))
+
+
+def test_the_gallery_of_a_folder_holds_its_photos(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (60, 40), "teal").save(tmp_path / "photos" / "a.jpg")
+    job, _ = finished_job(engine, ["a.jpg", "deleted.jpg"], source=str(tmp_path / "photos"))
+
+    with engine.connect() as db:
+        write_gallery(db, job, tmp_path / "index.html", seconds=3, notice="only a demonstration")
+
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64,") == 1
+    assert page.count('class="card"') == 2
+    assert "not_found" in page
+    assert "only a demonstration" in page
+
+
+def test_the_gallery_of_a_large_job_shows_assets_from_all_over_it(engine: Engine, tmp_path: Path) -> None:
+    keys = [f"{n:04}.jpg" for n in range(2 * MAX_CARDS + 37)]
+    job, _ = finished_job(engine, keys, masks=1, source=str(tmp_path))
+
+    with engine.connect() as db:
+        sample = [asset.key for asset in queries.sample_labeled(db, job_id=job.id, limit=MAX_CARDS)]
+        few = [asset.key for asset in queries.sample_labeled(db, job_id=job.id, limit=10_000)]
+
+    places = [keys.index(key) for key in sample]
+    assert len(places) == MAX_CARDS
+    assert places[0] == 0
+    assert {b - a for a, b in itertools.pairwise(places)} == {2, 3}
+    assert few == keys
+
+
+_EXPORT = """
+import resource, sys
+from pathlib import Path
+from db import queries
+from db.session import open_engine
+from orchestrator.export import export_coco, write_summary
+url, job_id, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+with open_engine(url, statement_timeout_seconds=0).connect() as db:
+    job = queries.get_job(db, job_id=job_id)
+    write_summary(db, job, out / "summary.json", seconds=0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    export_coco(db, job, out / "coco.json")
+    print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_exporting_20000_assets_takes_no_more_memory_than_a_page(
+    engine: Engine, database_url: str, tmp_path: Path
+) -> None:
+    job = make_job(engine, keys=20_000, chunk_size=5_000)
+    pixels = np.random.default_rng(0).random((40, 40)) < 0.5
+    mask = mask_from_pixels(pixels, predicted_iou=0.9)
+    for chunk_id in chunk_ids(engine, job):
+        chunk = claim(engine, chunk_id)
+        assert chunk is not None
+        outcomes = [
+            NewOutcome(
+                asset_id=asset.id,
+                width=40,
+                height=40,
+                masks=[
+                    StoredMask(
+                        asset_id=asset.id,
+                        n=n,
+                        counts=mask.counts,
+                        bbox_xywh=(0, 0, 40, 40),
+                        area_px=mask.area_px,
+                        predicted_iou=0.9,
+                        stability_score=None,
+                        label=None,
+                        prompt=None,
+                    )
+                    for n in range(2)
+                ],
+            )
+            for asset in pending(engine, chunk)
+        ]
+        record(engine, chunk, outcomes)
+
+    done = subprocess.run(
+        [sys.executable, "-c", _EXPORT, database_url, str(job.id), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    before_kb, after_kb = map(int, done.stdout.split())
+    assert (tmp_path / "coco.json").stat().st_size > 40_000_000
+    assert after_kb - before_kb < 25_000
