@@ -17,6 +17,7 @@ from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_s
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from workers import automatic
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
@@ -45,8 +46,6 @@ class SamModel:
 
         May raise torch.cuda.OutOfMemoryError; fewer images need less.
         """
-        from workers import automatic
-
         return automatic.embed(self.sam, images)
 
     def automatic(self, image: RgbImage, embedding: Tensor, params: AutomaticParams) -> list[Mask]:
@@ -54,8 +53,6 @@ class SamModel:
 
         Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
         """
-        from workers import automatic
-
         return automatic.automatic_masks(self.sam, image, params, embedding=embedding)
 
 
