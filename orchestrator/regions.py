@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import unicodedata
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from orchestrator.brush import BrushError, decode_brush, encode_brush_edges
+from orchestrator.brush import BrushError, decode_brush, encode_brush_counts
 from orchestrator.colours import label_colour
-from orchestrator.polygons import PolygonError, Ring, polygon_edges, polygons_from_edges, ring_px
+from orchestrator.polygons import PolygonError, Polygons, Ring, fit_polygons, polygon_edges, ring_px
 from orchestrator.runs import edges_from_counts, pixels_from_edges
 from workers.masks import BoolMask, Mask
 
@@ -32,6 +32,8 @@ RegionKind = Literal["auto", "polygon", "brush", "rectangle"]
 # Under the first a polygon misleads whoever corrects it, and auto takes the brush; under the second it is another mask.
 _MIN_POLYGON_IOU = 0.95
 _MIN_SHOWN_IOU = 0.5
+# Masks fitted in one go: enough to share numpy's calls, few enough to stop soon after max_regions.
+_TOGETHER = 50
 # A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
 _MAX_BRUSH_BYTES = 1_000_000
 _MAX_POINTS = 100_000
@@ -78,19 +80,21 @@ def regions_for(
 ) -> Regions:
     """Turn an asset's masks into regions, the best predicted IoU first.
 
-    auto: polygons of IoU 0.98 and more within max_vertices a mask (polygons_from_edges); where the best is under 0.95,
+    auto: polygons of IoU 0.98 and more within max_vertices a mask (fit_polygons); where the best is under 0.95,
     brush, at most max_brush of them, then that polygon after all. polygon, brush, rectangle: that geometry alone. A
     mask that has no polygon of at least 0.5 and may not be brush is left out, and so is a brush of over a megabyte.
     A region's id is m<asset_id>-<n>, n being the mask's place in `masks`; further parts have -p1, -p2, … and the first
     as their parent. A mask is shown whole or not at all, never more than max_regions regions together.
     """
+    if len({mask.size_hw for mask in masks}) > 1:
+        raise ValueError(f"asset {asset_id}: its masks have different frames: {sorted({m.size_hw for m in masks})}")
     result: list[dict[str, Any]] = []
     ious: list[float] = []
     brushes = 0
-    for n in sorted(range(len(masks)), key=lambda n: (-_score(masks[n], limit=math.inf), n)):
+    for n, polygons in _ranked_polygons(masks, as_, max_vertices):
         if len(result) >= max_regions:
             break
-        shape = _shape(masks[n], as_, brush_allowed=as_ == "brush" or brushes < max_brush, max_vertices=max_vertices)
+        shape = _shape(masks[n], polygons, as_, brush_allowed=as_ == "brush" or brushes < max_brush)
         if shape is None or len(result) + len(shape.values) > max_regions:
             continue
         result.extend(_region_dicts(masks[n], shape, f"m{asset_id}-{n}"))
@@ -172,23 +176,32 @@ def mask_ordinal(region_id: str, asset_id: int | str) -> int | None:
     return int(ordinal) if not head and ordinal.isascii() and ordinal.isdigit() else None
 
 
-def _shape(mask: Mask, as_: RegionKind, *, brush_allowed: bool, max_vertices: int) -> _Shape | None:
-    """The mask in the geometry asked for; None where it has no pixels or cannot be drawn so."""
-    if mask.area_px == 0:
-        return None
+def _ranked_polygons(
+    masks: Sequence[Mask], as_: RegionKind, max_vertices: int
+) -> Iterator[tuple[int, Polygons | None]]:
+    """The masks with pixels by their place, the best predicted IoU first, with polygons where as_ asks for them."""
+    ranked = [n for n in range(len(masks)) if masks[n].area_px > 0]
+    ranked.sort(key=lambda n: -_score(masks[n], limit=math.inf))
+    for start in range(0, len(ranked), _TOGETHER):
+        group = ranked[start : start + _TOGETHER]
+        polygons: list[Polygons | None] = [None] * len(group)
+        if as_ in ("auto", "polygon"):
+            edges = [edges_from_counts(masks[n].counts, masks[n].size_hw) for n in group]
+            polygons = fit_polygons(edges, masks[0].size_hw, max_vertices=max_vertices)
+        yield from zip(group, polygons, strict=True)
+
+
+def _shape(mask: Mask, polygons: Polygons | None, as_: RegionKind, *, brush_allowed: bool) -> _Shape | None:
+    """The mask in the geometry asked for; None where it cannot be drawn so."""
     if as_ == "rectangle":
         return _rectangle_shape(mask)
-    edges = edges_from_counts(mask.counts, mask.size_hw)
-    polygons = None
-    if as_ != "brush":
-        polygons = polygons_from_edges(edges, mask.size_hw, max_vertices=max_vertices)
     good_enough = _MIN_POLYGON_IOU if as_ == "auto" and brush_allowed else _MIN_SHOWN_IOU
     if polygons is not None and polygons.iou >= good_enough:
         values = [{"points": ring.tolist(), "closed": True} for ring in polygons.rings]
         return _Shape(control=POLYGON_CONTROL, values=values, iou=polygons.iou)
     if as_ == "polygon" or not brush_allowed:
         return None
-    rle = encode_brush_edges(edges, mask.size_hw)
+    rle = encode_brush_counts(mask.counts, mask.size_hw)
     if len(rle) > _MAX_BRUSH_BYTES:
         return None
     return _Shape(control=BRUSH_CONTROL, values=[{"format": "rle", "rle": rle}], iou=1.0)

@@ -90,16 +90,28 @@ def area_px(edges: Edges) -> int:
 
 def run_iou(a: Edges, b: Edges) -> float:
     """Intersection over union of two masks of one frame, 0..1; two empty masks agree, 1."""
-    if a.size == 0 or b.size == 0:
-        return 1.0 if a.size == b.size else 0.0
-    # The number of a's pixels before a position is linear between a's edges, so b's edges only read it off.
+    stride = int(max(a[-1:].sum(), b[-1:].sum())) + 1
+    return float(run_ious(a, b, stride=stride, count=1)[0])
+
+
+def run_ious(a: Edges, b: Edges, *, stride: int, count: int) -> NDArray[np.float64]:
+    """Intersection over union of `count` pairs of masks at once, (count,) 0..1.
+
+    The edges of pair n are laid off by n * stride, which is larger than the frame, so that no runs of two masks touch.
+    """
     lengths = a[1::2] - a[0::2]
-    counted = np.empty(a.size, np.int64)
-    counted[1::2] = lengths.cumsum()
-    counted[0::2] = counted[1::2] - lengths
-    before = np.interp(b, a, counted)
-    both = round(float(before[1::2].sum() - before[0::2].sum()))
-    return both / (int(counted[-1]) + area_px(b) - both)
+    area_a = np.bincount(a[0::2] // stride, weights=lengths, minlength=count)
+    area_b = np.bincount(b[0::2] // stride, weights=b[1::2] - b[0::2], minlength=count)
+    both: NDArray[np.float64] = np.zeros(count)
+    if a.size and b.size:
+        # The number of a's pixels before a position is linear between a's edges, so b's edges only read it off.
+        counted = np.empty(a.size, np.int64)
+        counted[1::2] = lengths.cumsum()
+        counted[0::2] = counted[1::2] - lengths
+        before = np.interp(b, a, counted)
+        both = np.bincount(b[0::2] // stride, weights=before[1::2] - before[0::2], minlength=count).astype(np.float64)
+    union = area_a + area_b - both
+    return np.divide(both, union, out=np.ones(count), where=union > 0)
 
 
 def paint(edges: Edges, size: int) -> NDArray[np.uint8]:
@@ -140,9 +152,11 @@ def _parse_counts(counts: str) -> NDArray[np.int64]:
 
 
 def without_empty_runs(edges: Edges) -> Edges:
-    """Two edges at one place cancel out; encoders may write runs of length 0."""
-    if edges.size and (edges[1:] == edges[:-1]).any():
-        places, times = np.unique(edges, return_counts=True)
-        odd: Edges = places[times % 2 == 1]
-        return odd
-    return edges
+    """Cancel sorted edges that fall on one place: a run of length 0, or one that begins where the last ended."""
+    changes = edges[1:] != edges[:-1]
+    if changes.all():
+        return edges
+    first = np.flatnonzero(np.concatenate(([True], changes)))
+    times = np.diff(first, append=edges.size)
+    odd: Edges = edges[first[times % 2 == 1]]
+    return odd

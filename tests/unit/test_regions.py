@@ -17,7 +17,7 @@ from label_studio_sdk.converter.utils import convert_annotation_to_yolo_obb
 from label_studio_sdk.label_interface import LabelInterface
 
 from orchestrator.colours import label_colour
-from orchestrator.polygons import polygon_edges, polygons_from_edges, ring_px
+from orchestrator.polygons import fit_polygons, polygon_edges, ring_px
 from orchestrator.regions import (
     RegionError,
     label_config,
@@ -105,7 +105,7 @@ def test_counts_that_are_none_are_refused(counts):
 @settings(max_examples=150, deadline=None)
 def test_outlines_are_exact_where_exactness_is_asked(pixels):
     edges = edges_from_pixels(pixels)
-    polygons = polygons_from_edges(edges, pixels.shape, min_iou=1.0, max_vertices=10**6, max_parts=10**6)
+    polygons = fit_polygons([edges], pixels.shape, min_iou=1.0, max_vertices=10**6, max_parts=10**6)[0]
     if polygons is None:
         assert not pixels.any()
         return
