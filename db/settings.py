@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """One field a setting; the description is what the README and `maskfleet doctor` show."""
 
-    model_config = SettingsConfigDict(env_prefix="MASKFLEET_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="MASKFLEET_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     database_url: SecretStr | None = Field(None, description="PostgreSQL, postgresql://user:password@host:5432/name")
     broker_url: SecretStr | None = Field(None, description="Celery broker, redis://:password@host:6379/0")

@@ -76,8 +76,8 @@ class Deployment:
             assert job is not None
             return job, queries.count_job(db, job_id=job_id)
 
-    def wait_until_done(self, job_id: int, seconds: float = 180) -> Counts:
-        wait_for(lambda: self.read(job_id)[0].state == "done", f"job {job_id} to be done\n{self.logs()}", seconds)
+    def wait_until_done(self, job_id: int, seconds: float = 400) -> Counts:
+        wait_for(lambda: self.read(job_id)[0].state == "done", f"job {job_id} to be done", seconds, logs=self.logs)
         return self.read(job_id)[1]
 
     def wait_for_outcomes(self, job_id: int, at_least: int) -> None:
@@ -85,7 +85,7 @@ class Deployment:
             counts = self.read(job_id)[1]
             return counts.labeled + counts.failed >= at_least
 
-        wait_for(enough, f"{at_least} outcomes of job {job_id}\n{self.logs()}")
+        wait_for(enough, f"{at_least} outcomes of job {job_id}", logs=self.logs)
 
     def executions(self) -> int:
         with self.engine.begin() as db:
