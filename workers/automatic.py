@@ -132,7 +132,7 @@ class _CropSearch:
             least_iou=self.params.pred_iou_thresh,
         )
         candidates = [candidate for batch in decoded for candidate in self._candidates(batch, points)]
-        with _one_thread():
+        with one_thread():
             return self._best(candidates)
 
     def _candidates(self, batch: Decoded, points: NDArray[np.float64]) -> Iterator[Candidate]:
@@ -262,7 +262,7 @@ def _to_masks(found: list[Found], size_hw: tuple[int, int]) -> list[Mask]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch's small operations on one thread: on a busy machine two make them up to nine times slower (EPYC Zen5,
     2 cores, load 4, November 2026)."""
     threads = torch.get_num_threads()

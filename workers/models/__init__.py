@@ -14,16 +14,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from db.settings import settings
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.params import AutomaticParams
+from workers.prompts import Prompt, PromptKind, PromptParams
 
 # What a model remembers of one image between its encoder and its decoder; only the family that made it looks inside.
 Embedding: TypeAlias = Any
-PromptKind = Literal["box", "points", "text", "exemplar"]
 
 
 class ModelError(Exception):
@@ -75,6 +75,16 @@ class Model(Protocol):
 
     def automatic(self, image: RgbImage, embedding: Embedding, params: AutomaticParams) -> list[Mask]:
         """Every object of one image, without prompts; `embedding` is what `embed` gave for this image."""
+        ...
+
+    def prompted(
+        self, image: RgbImage, embedding: Embedding, prompts: Sequence[Prompt], params: PromptParams
+    ) -> list[list[Mask]]:
+        """The masks that each prompt asks for, in their order: one a prompt, or as `params` and text prompts want.
+
+        prompts: of kinds that the model takes, fitted to this image. Any number of them, in bounded memory; labels are
+        the caller's. `embedding` is what `embed` gave for this image.
+        """
         ...
 
 

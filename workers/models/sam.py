@@ -24,6 +24,8 @@ from workers.models import Model, ModelSpec, WeightsError, weights_path
 from workers.models.nano import build_sam_nano
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams
+from workers.prompted import prompted_masks
+from workers.prompts import Prompt, PromptParams
 
 Architecture = Callable[[], Sam]
 
@@ -54,6 +56,15 @@ class SamModel:
         Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
         """
         return automatic.automatic_masks(self.sam, image, params, embedding=embedding)
+
+    def prompted(
+        self, image: RgbImage, embedding: Tensor, prompts: Sequence[Prompt], params: PromptParams
+    ) -> list[list[Mask]]:
+        """One mask a prompt, or three with multimask=all, in the frame of `image`. `embedding` is this image's.
+
+        May raise torch.cuda.OutOfMemoryError.
+        """
+        return prompted_masks(self.sam, embedding, prompts, params, size_hw=(image.shape[0], image.shape[1]))
 
 
 def load(spec: ModelSpec, device: str) -> Model:

@@ -1,0 +1,270 @@
+"""Prompts: where a person or a detector says an object is. Values, their JSON, and how they are laid on an image.
+
+Coordinates are pixels of the upright image, x to the right and y down; a box ends where its last pixel ends, so that
+x1 may equal the image's width. What is wrong with a prompt whatever the image (NaN, an inverted box) is said when it
+is read; what needs the image's size is said by `fit`. Torch-free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from workers.params import ParamError
+
+Point = tuple[float, float, int]
+Box = tuple[float, float, float, float]
+PromptKind = Literal["box", "points", "text", "exemplar"]
+
+_BOXES = ("box_xyxy", "exemplar_box_xyxy", "negative_box_xyxy")
+_SHOWN_CHARS = 80
+_MOST_POINTS = 1000  # of one prompt; SAM was trained with about ten
+
+
+class PromptError(ValueError):
+    """A prompt cannot be used. The message says what was found and what is expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One thing to look for. Checked when made: every value is finite, boxes have an area, there is something to find.
+
+    points: (x, y, 1 inside or 0 outside). box_xyxy: around the object. text: a phrase. exemplar_box_xyxy,
+    negative_box_xyxy: around an object of the kind that is meant, or not meant. score: the detector's, 0..1. size_wh:
+    the image size that the coordinates are given in, where it is not the image's own; (1, 1) for fractions.
+    """
+
+    label: str | None = None
+    points: tuple[Point, ...] = ()
+    box_xyxy: Box | None = None
+    text: str | None = None
+    exemplar_box_xyxy: Box | None = None
+    negative_box_xyxy: Box | None = None
+    score: float | None = None
+    size_wh: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, box in _boxes_of(self):
+            _check_box(name, box)
+        for x, y, inside in self.points:
+            if not (math.isfinite(x) and math.isfinite(y)) or inside not in (0, 1):
+                raise PromptError(
+                    f"points: {_shown([x, y, inside])}, expected finite x and y, then 1 inside, 0 outside"
+                )
+        if not (self.box_xyxy or self.points or self.text or self.exemplar_box_xyxy):
+            raise PromptError("nothing to look for: expected box_xyxy, points, text or exemplar_box_xyxy")
+        if len(self.points) > _MOST_POINTS:
+            raise PromptError(f"points: {len(self.points)} in one prompt, expected at most {_MOST_POINTS}")
+        if self.points and not (self.box_xyxy or self.text or any(inside for _, _, inside in self.points)):
+            raise PromptError("points: all are outside (0), expected one inside (1), or a box_xyxy")
+        if self.size_wh is not None and not all(math.isfinite(side) and side > 0 for side in self.size_wh):
+            raise PromptError(f"size_wh: {_shown(self.size_wh)}, expected the image's width and height")
+
+    @property
+    def kinds(self) -> frozenset[PromptKind]:
+        """What a model must take for this prompt."""
+        asked: dict[PromptKind, bool] = {
+            "box": self.box_xyxy is not None,
+            "points": bool(self.points),
+            "text": self.text is not None,
+            "exemplar": self.exemplar_box_xyxy is not None or self.negative_box_xyxy is not None,
+        }
+        return frozenset(kind for kind, is_asked in asked.items() if is_asked)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-safe, without what was not given; `parse_prompt` reads it back."""
+        values = ((name, getattr(self, name)) for name in _KNOWN)
+        return {name: value for name, value in values if value is not None and value != ()}
+
+
+_KNOWN = tuple(Prompt.__dataclass_fields__)
+
+
+def parse_prompt(value: object) -> Prompt:
+    """Read one prompt of a JSON document. Raises PromptError naming the key, what was found and what is expected."""
+    if not isinstance(value, dict):
+        raise PromptError(
+            f"{_shown(value)}, expected an object such as {{'label': 'car', 'box_xyxy': [x0, y0, x1, y1]}}"
+        )
+    given = {name: found for name, found in value.items() if found is not None}
+    unknown = [name for name in given if name not in _KNOWN]
+    if unknown:
+        raise PromptError(f"unknown key {_shown(unknown[0])}, expected {', '.join(_KNOWN)}")
+    return Prompt(
+        label=_text(given, "label"),
+        text=_text(given, "text"),
+        points=_points(given.get("points", [])),
+        score=_number("score", given["score"]) if "score" in given else None,
+        size_wh=_size_wh(given["size_wh"]) if "size_wh" in given else None,
+        **{name: _box(name, given[name]) for name in _BOXES if name in given},
+    )
+
+
+def fit(prompt: Prompt, size_wh: tuple[int, int]) -> Prompt:
+    """The prompt in pixels of an upright image of this size, its boxes cut to it.
+
+    Raises PromptError where a box lies wholly outside, a point outside, or the coordinates are of an image that lies
+    on its side, as those of pictures are whose EXIF rotation a tool ignored.
+    """
+    scaled = _scale(prompt, size_wh)
+    width, height = size_wh
+    for x, y, _ in scaled.points:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise PromptError(f"points: {_shown([x, y])} lies outside the image of {width} x {height} pixels")
+    boxes: dict[str, Any] = {name: _cut(name, box, size_wh) for name, box in _boxes_of(scaled)}
+    return replace(scaled, **boxes)
+
+
+def _scale(prompt: Prompt, size_wh: tuple[int, int]) -> Prompt:
+    if prompt.size_wh is None or prompt.size_wh == size_wh:
+        return replace(prompt, size_wh=None)
+    if prompt.size_wh == size_wh[::-1]:
+        raise PromptError(
+            f"coordinates of a picture of {_shown(prompt.size_wh)} pixels, which is {_shown(size_wh)} when it stands "
+            "upright: expected coordinates in the upright image, its EXIF rotation applied"
+        )
+    sx, sy = (own / given for own, given in zip(size_wh, prompt.size_wh, strict=True))
+    boxes: dict[str, Any] = {name: (x0 * sx, y0 * sy, x1 * sx, y1 * sy) for name, (x0, y0, x1, y1) in _boxes_of(prompt)}
+    points = tuple((x * sx, y * sy, inside) for x, y, inside in prompt.points)
+    return replace(prompt, size_wh=None, points=points, **boxes)
+
+
+def _boxes_of(prompt: Prompt) -> list[tuple[str, Box]]:
+    return [(name, box) for name in _BOXES if (box := getattr(prompt, name)) is not None]
+
+
+def _cut(name: str, box: Box, size_wh: tuple[int, int]) -> Box:
+    width, height = size_wh
+    x0, y0, x1, y1 = box
+    if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+        raise PromptError(f"{name}: {_shown(box)} lies outside the image of {width} x {height} pixels")
+    return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+
+
+def _check_box(name: str, box: Box) -> None:
+    x0, y0, x1, y1 = box
+    if not all(math.isfinite(value) for value in box):
+        raise PromptError(f"{name}: {_shown(box)}, expected four finite numbers")
+    if x1 <= x0 or y1 <= y0:
+        found = "is inverted" if x1 < x0 or y1 < y0 else "has no area"
+        raise PromptError(f"{name}: {_shown(box)} {found}, expected [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
+
+
+def _box(name: str, value: object) -> Box:
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        raise PromptError(f"{name}: {_shown(value)}, expected [x0, y0, x1, y1]")
+    x0, y0, x1, y1 = (_number(name, one) for one in value)
+    return x0, y0, x1, y1
+
+
+def _points(value: object) -> tuple[Point, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 3 for p in value):
+        raise PromptError(f"points: {_shown(value)}, expected [[x, y, 1 inside or 0 outside], …]")
+    # int() would make 0.7 a 0; 1.0 is what some writers make of 1.
+    return tuple((_number("points", x), _number("points", y), _inside(inside)) for x, y, inside in value)
+
+
+def _inside(value: object) -> int:
+    if isinstance(value, int | float) and value in (0, 1):
+        return int(value)
+    raise PromptError(f"points: third value {_shown(value)}, expected 1 inside or 0 outside")
+
+
+def _size_wh(value: object) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise PromptError(f"size_wh: {_shown(value)}, expected [width, height]")
+    return _number("size_wh", value[0]), _number("size_wh", value[1])
+
+
+def _text(given: Mapping[str, Any], name: str) -> str | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip() or not is_storable(value):
+        raise PromptError(f"{name}: {_shown(value)}, expected words")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PromptError(f"{name}: {_shown(value)}, expected a number")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise PromptError(f"{name}: {_shown(value)}, expected pixels") from error
+
+
+def is_storable(text: str) -> bool:
+    """Whether Postgres can keep it: no NUL, and no lone surrogate, which UTF-8 cannot say."""
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _shown(value: object) -> str:
+    """What was found, short and printable."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print those
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, list | tuple):
+        shown = "[" + ", ".join(_shown(one) for one in value[:8]) + (", …]" if len(value) > 8 else "]")
+    else:
+        shown = f"{value:g}" if isinstance(value, float) else repr(value)
+    return shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + "…"
+
+
+# ------------------------------------------------------------------------------------------------- what a job asks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptParams:
+    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three."""
+
+    multimask: Literal["best", "all"] = "best"
+
+    def __post_init__(self) -> None:
+        if self.multimask not in ("best", "all"):
+            raise ParamError(f"multimask={self.multimask!r}: expected best (one mask a prompt) or all (three)")
+
+
+def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Read `name=value` texts of the command line. Raises ParamError naming what was given and what is expected."""
+    for name in texts:
+        if name != "multimask":
+            raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: multimask")
+    return asdict(PromptParams(**texts)) if texts else {}  # type: ignore[arg-type]  # checked by itself
+
+
+def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:
+    """None where a model that takes these kinds can answer the prompt, else what it cannot."""
+    missing = sorted(prompt.kinds - set(taken))
+    if not missing:
+        return None
+    return f"a prompt by {' and '.join(missing)}, expected {' or '.join(taken) or 'a job without prompts'}"
+
+
+def asks_one_point(prompt: Prompt) -> bool:
+    """Whether SAM's authors advise the best of three masks: one point is ambiguous, more or a box are not."""
+    return len(prompt.points) == 1 and prompt.box_xyxy is None
+
+
+def prompt_of_mask(prompt: Prompt, index: int) -> dict[str, Any]:
+    """What a mask's row says of its prompt: its number among the asset's, and what was asked, as it was asked."""
+    return {"index": index, **prompt.as_json()}
+
+
+def fit_all(asked: Sequence[object], size_wh: tuple[int, int]) -> tuple[dict[int, Prompt], list[str]]:
+    """Lay an asset's stored prompts on its image: the usable ones by their number, and what is wrong with the others.
+
+    A stored prompt is a prompt's JSON, or {"error": what was wrong with it when it was read}.
+    """
+    usable: dict[int, Prompt] = {}
+    wrong: list[str] = []
+    for index, stored in enumerate(asked):
+        if isinstance(stored, dict) and "error" in stored:
+            wrong.append(str(stored["error"]))
+            continue
+        try:
+            usable[index] = fit(parse_prompt(stored), size_wh)
+        except PromptError as error:
+            wrong.append(f"prompt {index}: {error}")
+    return usable, wrong
