@@ -30,15 +30,15 @@ class DemoScene:
 
 
 DEMO_SCENES = (
-    DemoScene(key="crescents.jpg", seed=1, size_hw=(384, 512)),
-    DemoScene(key="crowded.jpg", seed=19, size_hw=(480, 640)),
-    DemoScene(key="frames.jpg", seed=32, size_hw=(427, 640)),
-    DemoScene(key="phone portrait.jpg", seed=34, size_hw=(640, 480), is_turned=True),
-    DemoScene(key="soft ground.webp", seed=3, size_hw=(480, 640)),
-    DemoScene(key="microscope/cells 16 bit.png", seed=0, size_hw=(320, 400)),
-    DemoScene(key="microscope/cells.jpg", seed=30, size_hw=(512, 512)),
-    DemoScene(key="Müllers Kiste 🧩/neon.jpg", seed=25, size_hw=(512, 512)),
-    DemoScene(key="Müllers Kiste 🧩/ribbon.jpg", seed=23, size_hw=(384, 576)),
+    DemoScene(key="slate.jpg", seed=43, size_hw=(480, 640)),
+    DemoScene(key="sandstone.jpg", seed=19, size_hw=(480, 640)),
+    DemoScene(key="tiles.jpg", seed=48, size_hw=(384, 512)),
+    DemoScene(key="phone portrait.jpg", seed=45, size_hw=(640, 480), is_turned=True),
+    DemoScene(key="soft ground.webp", seed=8, size_hw=(480, 640)),
+    DemoScene(key="microscope/cells 16 bit.png", seed=0, size_hw=(300, 400)),
+    DemoScene(key="microscope/cells.jpg", seed=30, size_hw=(384, 512)),
+    DemoScene(key="Müllers Kiste 🧩/neon.jpg", seed=25, size_hw=(384, 512)),
+    DemoScene(key="Müllers Kiste 🧩/ribbon.jpg", seed=23, size_hw=(480, 640)),
 )
 
 

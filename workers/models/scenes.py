@@ -20,8 +20,8 @@ Owner: TypeAlias = npt.NDArray[np.uint8]  # (H, W), 0 background, k the k-th obj
 BoolMasks: TypeAlias = npt.NDArray[np.bool_]  # (N, H, W)
 
 # An object that shows less of itself than this is not one that a person would be asked to find.
-MIN_VISIBLE_SHARE = 0.55
-MIN_VISIBLE_UNITS2 = 0.0028  # 734 px of a 512 px scene, some 27 px a side
+MIN_VISIBLE_SHARE = 0.7
+MIN_VISIBLE_UNITS2 = 0.004  # 1049 px of a 512 px scene, some 32 px a side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,7 @@ class _Style:
 def _choose_style(rng: np.random.Generator) -> _Style:
     """Roll palette, light and crowd; one scene in seven is a field of small, alike cells."""
     is_cells = rng.random() < 0.15
-    hues = (rng.random() + rng.choice([0.08, 0.2, 0.5]) * rng.normal(size=4)) % 1.0
+    hues = (rng.random() + rng.choice([0.12, 0.3, 0.5]) * rng.normal(size=4)) % 1.0
     background = colour_pair(rng, float(rng.random()), value=rng.uniform(0.1, 0.95))
     uniform = None
     if is_cells:
@@ -86,8 +86,8 @@ def _choose_style(rng: np.random.Generator) -> _Style:
         hues=hues,
         background=background,
         uniform=uniform,
-        objects_per_unit2=rng.uniform(14, 40) if is_cells else rng.uniform(6, 17),
-        radius_units=(0.033, 0.075) if is_cells else (0.055, rng.uniform(0.14, 0.28)),
+        objects_per_unit2=rng.uniform(12, 34) if is_cells else rng.uniform(6, 15),
+        radius_units=(0.04, 0.08) if is_cells else (0.065, rng.uniform(0.15, 0.28)),
         light_xy=(float(np.cos(angle)), float(np.sin(angle))),
         shadow=0.0 if is_cells else float(rng.choice([0.0, rng.uniform(0.2, 0.6)])),
         is_grey=bool(rng.random() < (0.4 if is_cells else 0.06)),
@@ -119,7 +119,8 @@ def _place_object(
     inside = alpha >= 0.5
     area = int(np.count_nonzero(inside))
     least_area = MIN_VISIBLE_UNITS2 * unit**2
-    least_share = MIN_VISIBLE_SHARE if style.uniform is None else 0.97
+    # Cells lie side by side, and so do half of the other objects.
+    least_share = MIN_VISIBLE_SHARE if style.uniform is None and rng.random() < 0.5 else 1.0
     if area < least_area or _hides_another(owner, part, inside, full_areas, least_share, least_area):
         return
     if style.shadow:
@@ -182,7 +183,7 @@ def _cast_shadow(canvas: Canvas, alpha: Plane, part: tuple[slice, slice], unit: 
 def _lay(rng: np.random.Generator, target: Canvas, alpha: Plane, unit: float, style: _Style) -> None:
     """Composite one textured, shaded object over its rectangle of the canvas, in place."""
     h, w = alpha.shape
-    surface = paint(rng, (h, w), unit, style.uniform or _object_colours(rng, style))
+    surface = paint(rng, (h, w), unit, style.uniform or _object_colours(rng, style, target[alpha >= 0.5]))
     y = np.linspace(-1, 1, h, dtype=np.float32)[:, None]
     x = np.linspace(-1, 1, w, dtype=np.float32)[None]
     slope = np.float32(rng.uniform(0, 0.4))
@@ -195,13 +196,13 @@ def _lay(rng: np.random.Generator, target: Canvas, alpha: Plane, unit: float, st
     target += alpha[..., None] * (surface * shade[..., None] - target)
 
 
-def _object_colours(rng: np.random.Generator, style: _Style) -> tuple[Colour, Colour]:
-    """Colours that mostly, not always, stand off the background's."""
-    ground = (style.background[0] + style.background[1]) / 2
-    apart = 90.0 if rng.random() < 0.85 else 45.0
+def _object_colours(rng: np.random.Generator, style: _Style, covered: Canvas) -> tuple[Colour, Colour]:
+    """Colours that mostly stand off those of the background and of what the object covers, (P, 3)."""
+    others = np.stack([(style.background[0] + style.background[1]) / 2, covered.mean(axis=0)])
+    apart = 100.0 if rng.random() < 0.9 else 60.0
     for _ in range(12):
         pair = colour_pair(rng, float(rng.choice(style.hues)), value=rng.uniform(0.1, 1.0))
-        if np.linalg.norm((pair[0] + pair[1]) / 2 - ground) > apart:
+        if np.linalg.norm((pair[0] + pair[1]) / 2 - others, axis=1).min() > apart:
             break
     return pair
 
@@ -214,10 +215,10 @@ def _develop(rng: np.random.Generator, canvas: Canvas, unit: float, style: _Styl
     canvas = canvas * light[..., None]
     if style.is_grey:
         canvas = np.repeat(canvas @ np.array([[0.299], [0.587], [0.114]], np.float32), 3, axis=2)
-    canvas = (canvas - 128) * np.float32(rng.uniform(0.6, 1.1)) + np.float32(128 + rng.uniform(-20, 20))
+    canvas = (canvas - 128) * np.float32(rng.uniform(0.7, 1.1)) + np.float32(128 + rng.uniform(-20, 20))
     blur_px = unit * rng.uniform(0, 0.0035)
     if blur_px > 0.3:
         canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), blur_px), np.float32)
-    grain = np.float32(rng.choice([0, 3, 8, 14]) * rng.random())
+    grain = np.float32(rng.choice([0, 3, 8, 12]) * rng.random())
     canvas = canvas + rng.standard_normal(canvas.shape, np.float32) * grain
     return np.clip(canvas, 0, 255).astype(np.uint8)

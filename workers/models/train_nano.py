@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MASK_CELL_PX = PATCH_SIZE_PX // 4
 # (part of the time after which it ends, side of the crop in cells of the embedding, images a batch). Small batches at
 # first, where many steps matter more than quiet ones; whole images last, for objects larger than a crop.
-STAGES = ((0.2, 16, 4), (0.4, 16, 8), (0.65, 24, 8), (1.0, EMBEDDING_SIZE, 8))
+STAGES = ((0.2, 16, 4), (0.4, 16, 8), (0.65, 24, 8), (1.0, EMBEDDING_SIZE, 6))
 OBJECT_CLICKS = 5
 BACKGROUND_CLICKS = 2
 SECOND_PROMPTS = 3  # objects an image that also get a box, and corrections of their click
