@@ -55,6 +55,7 @@ class Base(DeclarativeBase):
         int: BigInteger,
         datetime: DateTime(timezone=True),
         dict[str, Any]: JSONB,
+        list[Any]: JSONB,
     }
 
 
@@ -96,6 +97,16 @@ class Asset(Base):
     key: Mapped[str] = mapped_column(Text(collation="C"))
     size_bytes: Mapped[int]
     etag: Mapped[str]
+
+
+class PromptRow(Base):
+    """What a job with prompts asks of one asset, in their order. Written with the job, never updated."""
+
+    __tablename__ = "prompt"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)  # or what `PromptMatch` makes of the key
+    prompts: Mapped[list[Any]]  # each a prompt's JSON, or {"error": why it cannot be used}
 
 
 class Chunk(Base):
@@ -145,8 +156,8 @@ class Outcome(Base):
     asset_id: Mapped[int] = mapped_column(ForeignKey("asset.id", ondelete="CASCADE"), primary_key=True)
     job_id: Mapped[int]
     error_kind: Mapped[str | None]
-    error: Mapped[str | None]
-    width: Mapped[int | None] = mapped_column(Integer)  # of the upright image, pixels
+    error: Mapped[str | None]  # of a labeled asset: which of its prompts could not be used
+    width: Mapped[int | None] = mapped_column(Integer)  # of the upright image, pixels; null: labeled without a look
     height: Mapped[int | None] = mapped_column(Integer)
     mask_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     segment_ms: Mapped[int | None] = mapped_column(Integer)

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, text
 
-from db.models import JobState
+from db.models import JobState, PromptMatch
 
 MAX_DEATHS_ALONE = 3  # an asset that kills its process this often while alone is failed with crashed_worker
 MAX_TRANSIENT_FAILURES = 6  # with the back-off below a store may be away for about ten minutes
 MAX_LIST_FAILURES = 10
+_COPY_ROWS = 5000
 
 
 class LeaseLost(RuntimeError):
@@ -59,7 +60,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """How far a job is. Always true: listed = labeled + failed + pending, and running assets are among the pending."""
+    """How far a job is. Always true: listed = labeled + failed + pending, and running assets are among the pending.
+
+    without_prompts: labeled without a look, in a job with prompts.
+    """
 
     listed: int
     labeled: int
@@ -68,6 +72,7 @@ class Counts:
     masks: int
     failed_by_kind: dict[str, int]
     reused: int
+    without_prompts: int
 
     @property
     def pending(self) -> int:
@@ -128,7 +133,11 @@ class StoredMask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewOutcome:
-    """What a worker found for one asset, with its masks when it is labeled (error_kind None)."""
+    """What a worker found for one asset, with its masks when it is labeled (error_kind None).
+
+    Labeled without a size: not looked at, for its job has no prompt for it. Labeled with an error: some of its prompts
+    could not be used.
+    """
 
     asset_id: int
     error_kind: str | None = None
@@ -204,7 +213,8 @@ def count_job(db: Connection, *, job_id: int) -> Counts:
     """Count a job's outcomes, exactly and in one snapshot."""
     by_kind = db.execute(
         text(
-            """SELECT error_kind, count(*) AS assets, sum(mask_count) AS masks, count(answered_by) AS reused
+            """SELECT error_kind, count(*) AS assets, sum(mask_count) AS masks, count(answered_by) AS reused,
+                      count(*) - count(width) AS without_size
                FROM outcome WHERE job_id = :job_id GROUP BY error_kind"""
         ),
         {"job_id": job_id},
@@ -226,6 +236,7 @@ def count_job(db: Connection, *, job_id: int) -> Counts:
         masks=int(sum(row.masks for row in by_kind)),
         failed_by_kind=dict(sorted(failed_by_kind.items())),
         reused=sum(row.reused for row in by_kind),
+        without_prompts=sum(row.without_size for row in by_kind if row.error_kind is None),
     )
 
 
@@ -279,6 +290,79 @@ def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
 def delete_job(db: Connection, *, job_id: int) -> bool:
     """Remove a job with its assets, outcomes and masks."""
     return db.execute(text("DELETE FROM job WHERE id = :job_id"), {"job_id": job_id}).rowcount == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+
+_PROMPT_KEY = {
+    PromptMatch.KEY: "a.key",
+    PromptMatch.STEM: r"regexp_replace(a.key, '\.[^./]*$', '')",
+    PromptMatch.NUMBER: r"ltrim(regexp_replace(a.key, '^.*/|\.[^./]*$', '', 'g'), '0')",
+}
+
+
+def store_prompts(db: Connection, *, job_id: int, rows: Iterable[tuple[str, str]]) -> None:
+    """Store a job's prompts: (key, JSON list of prompts) in any number, read as they come.
+
+    Rows of one key are joined in their order.
+    """
+    db.execute(text("SET LOCAL statement_timeout = 0"))  # a million rows take longer than any other statement may
+    db.execute(
+        text(
+            """CREATE TEMPORARY TABLE new_prompt (n bigint GENERATED ALWAYS AS IDENTITY, key text COLLATE "C",
+                                                  prompts jsonb) ON COMMIT DROP"""
+        )
+    )
+    remaining = iter(rows)
+    while batch := list(islice(remaining, _COPY_ROWS)):
+        _copy(db, "new_prompt (key, prompts)", iter(batch))
+    db.execute(
+        text(
+            """INSERT INTO prompt (job_id, key, prompts)
+               SELECT :job_id, key, jsonb_path_query_array(jsonb_agg(prompts ORDER BY n), '$[*][*]')
+               FROM new_prompt GROUP BY key"""
+        ),
+        {"job_id": job_id},
+    )
+
+
+def prompted_assets(db: Connection, *, chunk: ClaimedChunk, match: PromptMatch) -> set[int]:
+    """Which of a chunk's assets the job has prompts for."""
+    statement = text(
+        f"""SELECT a.id FROM asset a JOIN prompt p ON p.job_id = a.job_id AND p.key = {_PROMPT_KEY[match]}
+            WHERE a.job_id = :job_id AND a.id BETWEEN :first AND :last AND p.prompts <> '[]'"""
+    )
+    values = {"job_id": chunk.job_id, "first": chunk.first_asset_id, "last": chunk.last_asset_id}
+    return set(db.execute(statement, values).scalars())
+
+
+def prompts_of(db: Connection, *, asset_id: int, match: PromptMatch) -> list[Any]:
+    """What an asset's job asks of it, each a prompt's JSON or {"error": why it cannot be used}."""
+    statement = text(
+        f"""SELECT p.prompts FROM asset a JOIN prompt p ON p.job_id = a.job_id AND p.key = {_PROMPT_KEY[match]}
+            WHERE a.id = :asset_id"""
+    )
+    found: list[Any] = db.execute(statement, {"asset_id": asset_id}).scalar_one()
+    return found
+
+
+def unmatched_prompts(db: Connection, *, job_id: int, match: PromptMatch, limit: int) -> tuple[int, list[str]]:
+    """Prompts whose key no asset of the job has: how many keys, and the first of them."""
+    unmatched = f"""FROM prompt p WHERE p.job_id = :job_id AND NOT EXISTS (
+                        SELECT 1 FROM asset a WHERE a.job_id = :job_id AND {_PROMPT_KEY[match]} = p.key)"""
+    count = int(db.execute(text(f"SELECT count(*) {unmatched}"), {"job_id": job_id}).scalar_one())
+    first = text(f"SELECT p.key {unmatched} ORDER BY p.key LIMIT :limit")
+    return count, list(db.execute(first, {"job_id": job_id, "limit": limit}).scalars()) if count else []
+
+
+def assets_with_unused_prompts(db: Connection, *, job_id: int, limit: int) -> tuple[int, list[tuple[str, str]]]:
+    """Labeled assets some of whose prompts could not be used: how many, and the first as (key, why)."""
+    statement = text(
+        """SELECT a.key, o.error, count(*) OVER () AS n FROM outcome o JOIN asset a ON a.id = o.asset_id
+           WHERE o.job_id = :job_id AND o.error_kind IS NULL AND o.error IS NOT NULL ORDER BY a.key LIMIT :limit"""
+    )
+    rows = db.execute(statement, {"job_id": job_id, "limit": limit}).all()
+    return (rows[0].n if rows else 0), [(row.key, row.error) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------- listing
@@ -513,8 +597,8 @@ def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
     """
     statement = text(
         """WITH answered AS (
-               INSERT INTO outcome (asset_id, job_id, width, height, mask_count, worker, answered_by)
-               SELECT DISTINCT ON (a.id) a.id, a.job_id, o.width, o.height, o.mask_count, o.worker, o.asset_id
+               INSERT INTO outcome (asset_id, job_id, error, width, height, mask_count, worker, answered_by)
+               SELECT DISTINCT ON (a.id) a.id, a.job_id, o.error, o.width, o.height, o.mask_count, o.worker, o.asset_id
                FROM job j
                JOIN asset b ON b.job_id = j.id
                JOIN asset a ON a.key = b.key AND a.etag = b.etag AND a.size_bytes = b.size_bytes
@@ -657,7 +741,8 @@ def _mask_row(mask: StoredMask) -> tuple[Any, ...]:
 
 
 def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[LabeledAsset]:
-    """Stream a job's labeled assets in key order with their masks, in bounded memory.
+    """Stream a job's labeled assets in key order with their masks, in bounded memory; not those without a prompt in a
+    job with prompts, which were not looked at.
 
     Pages by key, so that it holds no cursor and no long snapshot: an outcome recorded meanwhile may appear.
     """
@@ -666,7 +751,8 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
         rows = db.execute(
             text(
                 """SELECT a.id, a.key, o.width, o.height FROM asset a JOIN outcome o ON o.asset_id = a.id
-                   WHERE a.job_id = :job_id AND a.key > :after AND o.error_kind IS NULL ORDER BY a.key LIMIT :page"""
+                   WHERE a.job_id = :job_id AND a.key > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
+                   ORDER BY a.key LIMIT :page"""
             ),
             {"job_id": job_id, "after": after, "page": page},
         ).all()
@@ -687,7 +773,7 @@ def sample_labeled(db: Connection, *, job_id: int, limit: int, page: int = 10) -
             """WITH labeled AS (
                    SELECT asset_id, width, height, segment_ms, row_number() OVER (ORDER BY asset_id) - 1 AS i,
                           count(*) OVER () AS n
-                   FROM outcome WHERE job_id = :job_id AND error_kind IS NULL)
+                   FROM outcome WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL)
                SELECT a.id, a.key, l.width, l.height, l.segment_ms FROM labeled l JOIN asset a ON a.id = l.asset_id
                WHERE i = 0 OR i * :limit / n > (i - 1) * :limit / n ORDER BY a.id"""
         ),
@@ -708,7 +794,8 @@ def sample_labeled(db: Connection, *, job_id: int, limit: int, page: int = 10) -
 def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:
     """How many labeled assets have each number of masks, by rising number."""
     statement = text(
-        """SELECT mask_count, count(*) FROM outcome WHERE job_id = :job_id AND error_kind IS NULL
+        """SELECT mask_count, count(*) FROM outcome
+           WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL
            GROUP BY mask_count ORDER BY mask_count"""
     )
     return {row[0]: row[1] for row in db.execute(statement, {"job_id": job_id})}

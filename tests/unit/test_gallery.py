@@ -102,6 +102,7 @@ def make_page(
         running=0,
         masks=sum(len(a.masks) for a in assets),
         failed_by_kind={f.error_kind: 1 for f in failed},
+        without_prompts=0,
         reused=0,
     )
     labels = sorted({m.label for a in assets for m in a.masks if m.label is not None})

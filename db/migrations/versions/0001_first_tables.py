@@ -1,4 +1,4 @@
-"""The first tables: job, asset, chunk, suspect, outcome, mask.
+"""The first tables: job, asset, prompt, chunk, suspect, outcome, mask.
 
 A migration must not break the version of the code that runs before it.
 """
@@ -49,6 +49,14 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["job.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("job_id", "key", name="asset_once_a_job"),
+    )
+    op.create_table(
+        "prompt",
+        sa.Column("job_id", sa.BigInteger(), nullable=False),
+        sa.Column("key", sa.Text(collation="C"), nullable=False),
+        sa.Column("prompts", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.ForeignKeyConstraint(["job_id"], ["job.id"], ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("job_id", "key"),
     )
     op.create_table(
         "chunk",
@@ -124,6 +132,7 @@ def downgrade() -> None:
     op.drop_table("suspect")
     op.drop_table("outcome")
     op.drop_table("chunk")
+    op.drop_table("prompt")
     op.drop_table("asset")
     op.drop_table("job")
     op.execute(sa.schema.DropSequence(sa.Sequence("asset_id_seq")))
