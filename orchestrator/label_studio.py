@@ -13,12 +13,13 @@ pydantic. An import is not idempotent in Label Studio, so whoever sends one look
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,15 +46,16 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 class LabelStudioError(RuntimeError):
-    """Label Studio did not do what was asked; the message says what to mend."""
+    """Label Studio did not do what was asked; the message says what to mend. status: of its answer, None without."""
+
+    def __init__(self, message: str, *, status: int | None = None, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Unavailable(LabelStudioError):
     """No answer, a time-out, 429 or 5xx. It may pass; whether a write happened is unknown."""
-
-    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
 
 
 class TooLarge(LabelStudioError):
@@ -180,7 +182,13 @@ class LabelStudio:
         """Add an import storage that only resolves addresses: it cannot be synchronized, which would add a second
         task for each image that we import."""
         body = {"project": project_id, "use_blob_urls": True, "synchronizable": False, **fields}
-        made: dict[str, Any] = self._write(f"/api/storages/{kind}", body)
+        try:
+            made: dict[str, Any] = self._write(f"/api/storages/{kind}", body)
+        except (Unavailable, Refused) as error:
+            # The server tries the storage at once; what its own client meets comes through as 400 or 500.
+            if error.status not in (httpx.codes.BAD_REQUEST, httpx.codes.INTERNAL_SERVER_ERROR):
+                raise
+            raise Refused(f"{error}; {_STORAGE_REMEDY[kind]}", status=error.status) from error
         return made
 
     def list_views(self, project_id: int) -> list[dict[str, Any]]:
@@ -218,18 +226,19 @@ class LabelStudio:
         project_id: int,
         filters: Sequence[Mapping[str, Any]] = (),
         *,
+        any_of: bool = False,
         include: Sequence[str] = ("id", "data"),
         whole: bool = False,
         ordering: Sequence[str] = ("tasks:id",),
         page_size: int = _PAGE_SIZE,
     ) -> Iterator[dict[str, Any]]:
-        """Stream the tasks that all of the Data Manager's filters let through, addresses as stored.
+        """Stream the tasks that all (or any) of the Data Manager's filters let through, addresses as stored.
 
         whole: with annotations, drafts and predictions, which is slow and large: a hundred tasks of 50 brushes are
         12 MB. A task that changes so that it leaves the filter while pages are fetched makes a later one be skipped.
         """
         query = {
-            "filters": {"conjunction": "and", "items": [dict(item) for item in filters]},
+            "filters": {"conjunction": "or" if any_of else "and", "items": [dict(item) for item in filters]},
             "ordering": list(ordering),
         }
         params = {
@@ -246,27 +255,23 @@ class LabelStudio:
     def annotated_tasks(
         self, project_id: int, *, updated_since: datetime | None = None, page_size: int = 50
     ) -> Iterator[dict[str, Any]]:
-        """Stream the project's tasks that people worked on, whole, as `list_tasks` does, least recently updated first.
+        """Stream the project's tasks that have annotations, skipped ones too, whole, least recently updated first.
 
-        updated_since: only tasks that changed at or after this moment of the server's clock; an annotation that is
-        submitted, changed or deleted changes its task. With it come tasks whose annotations are all gone.
+        updated_since: instead all that changed at or after this moment of the server's clock, those without an
+        annotation too: what is submitted, changed or deleted changes its task, and so does a prediction of ours.
         """
-        filters: list[dict[str, Any]] = []
+        worked_on = {"operator": "greater", "type": "Number", "value": 0}
+        filters: list[dict[str, Any]] = [
+            {"filter": "filter:tasks:total_annotations", **worked_on},
+            {"filter": "filter:tasks:cancelled_annotations", **worked_on},
+        ]
         if updated_since is not None:
-            moment = updated_since.isoformat()
-            filters = [
-                {
-                    "filter": "filter:tasks:updated_at",
-                    "operator": "greater_or_equal",
-                    "type": "Datetime",
-                    "value": moment,
-                }
-            ]
-        for task in self.list_tasks(
-            project_id, filters, whole=True, ordering=("tasks:updated_at",), page_size=page_size
-        ):
-            if updated_since is not None or task.get("annotations"):
-                yield task
+            moment = updated_since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # no other form is read
+            since = {"operator": "greater_or_equal", "type": "Datetime", "value": moment}
+            filters = [{"filter": "filter:tasks:updated_at", **since}]
+        return self.list_tasks(
+            project_id, filters, any_of=True, whole=True, ordering=("tasks:updated_at",), page_size=page_size
+        )
 
     def get_task(self, task_id: int) -> dict[str, Any]:
         """One task, whole, addresses as stored."""
@@ -342,6 +347,14 @@ class LabelStudio:
             if len(found[key]) < size:
                 return
             page += 1
+
+
+def asset_uid(uri: str) -> str:
+    """The id under which Label Studio knows an asset, data.asset_id: the same whichever job or model labeled it.
+
+    uri: source and key as one address. 64 bits: among ten million assets two share one with a chance of 1 in 370,000.
+    """
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def server_key(url: str) -> str:
@@ -435,22 +448,25 @@ def _json(response: httpx.Response) -> Any:
 def _error(response: httpx.Response, url: str, path: str) -> LabelStudioError:
     """The server's refusal as one of ours, with the remedy where there is one."""
     status, said = response.status_code, redact(_said(response))
-    what = f"{url}{path} answered {status}: {said}"
+    kind, remedy = _judge(status, said, response)
+    message = f"{url}{path} answered {status}: {said}{'; ' if remedy else ''}{remedy}"
+    return kind(message, status=status, retry_after_seconds=_retry_after(response))
+
+
+def _judge(status: int, said: str, response: httpx.Response) -> tuple[type[LabelStudioError], str]:
     if status == httpx.codes.UNAUTHORIZED:
-        return Refused(f"{what}; {_token_remedy(said)}")
+        return Refused, _token_remedy(said)
     if status == httpx.codes.FORBIDDEN:
-        return Refused(f"{what}; {_forbidden_remedy(said)}")
+        return Refused, _forbidden_remedy(said)
     if status == httpx.codes.NOT_FOUND:
-        return NotFound(what)
-    if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE or "DATA_UPLOAD_MAX_MEMORY_SIZE" in said:
-        return TooLarge(f"{what}; a request of ours has at most 8 MB, let the proxy before Label Studio take them")
+        return NotFound, ""
+    if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
+        return TooLarge, "our requests have at most 8 MB: let the proxy before Label Studio take them"
     if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.REQUEST_TIMEOUT) or status >= 500:
-        return Unavailable(what, retry_after_seconds=_retry_after(response))
+        return Unavailable, ""
     if response.is_redirect:
-        return Refused(
-            f"{what}; it sends us to {response.headers.get('location', '?')}: mend MASKFLEET_LABEL_STUDIO_URL"
-        )
-    return Refused(what)
+        return Refused, f"it sends us to {response.headers.get('location', '?')}: mend MASKFLEET_LABEL_STUDIO_URL"
+    return Refused, ""
 
 
 def _said(response: httpx.Response) -> str:
@@ -466,6 +482,12 @@ def _said(response: httpx.Response) -> str:
     return "; ".join(parts + ([json.dumps(errors, ensure_ascii=False)[:500]] if errors else [])) or "nothing"
 
 
+_STORAGE_REMEDY = {
+    "s3": "Label Studio itself must reach the bucket: give its server S3_ENDPOINT, AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY in its environment, or let --send-keys store ours in the project",
+    "localfiles": "start Label Studio with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and "
+    "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT set to a folder above the images, which it must see",
+}
 _ENVELOPE = {"id", "status_code", "version", "detail", "exc_info", "validation_errors", "display_context"}
 
 
