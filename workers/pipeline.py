@@ -12,28 +12,34 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from db import queries
+from db.models import PromptMatch
 from db.queries import Asset, ClaimedChunk, LeaseLost, NewOutcome, StoredMask
 from db.settings import Settings
 from workers import models
 from workers.errors import AssetError, ErrorKind, TransientError, redact
 from workers.images import RgbImage, decode
 from workers.masks import Mask
-from workers.params import AutomaticParams, automatic_params
+from workers.params import automatic_params
+from workers.prompts import Prompt, PromptParams, fit_all
 from workers.storage import Source, open_source
 
 _LOOKAHEAD = 2  # batches marked and decoded beyond the one on the device, so that it never waits for a commit
 _FETCH_THREADS = 4
+_PROMPTS_A_CALL = 256  # then the heartbeat hears of it: ten thousand prompts on one asset take minutes
+_SHOWN_REASONS = 5
 
 log = logging.getLogger(__name__)
 
 LoadModel = Callable[[str], models.Model]
+Look = Callable[[Asset, RgbImage, Any], "Found"]
+"""Finds an asset's masks in its image with the embedding of that."""
 
 
 class Draining(Exception):
@@ -52,6 +58,14 @@ class ChunkReport:
     failed: int = 0
     answered: int = 0
     left: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """An asset's masks. unused: which of its prompts could not be used, and why."""
+
+    masks: Sequence[Mask]
+    unused: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,27 +149,61 @@ class _ChunkRun:
             heart.join()
 
     def _segment_all(self, assets: Sequence[Asset]) -> None:
-        chunk = self._chunk
-        spec = models.find(chunk.model)
-        model = self._worker.load_model(chunk.model)
-        params = automatic_params(spec.defaults, chunk.asked.get("params", {}))
-        source = open_source(chunk.source, s3_endpoint=self._settings.s3_endpoint)
-        trusted = [asset for asset in assets if asset.deaths_alone is None]
+        asked = self._chunk.asked.get("prompts")
+        match = PromptMatch(asked["match"]) if asked else None
+        if match is not None:
+            assets = self._pass_by_unprompted(assets, match)
+        if not assets:
+            return
+        model = self._worker.load_model(self._chunk.model)
+        look = self._automatic_look(model) if match is None else self._prompted_look(model, match)
         size = self._settings.batch_size
-        batches = [trusted[k : k + size] for k in range(0, len(trusted), size)]
-        self._run_batches(batches, model, params, source, lookahead=_LOOKAHEAD)
+        trusted = [asset for asset in assets if asset.deaths_alone is None]
         suspects = [[asset] for asset in assets if asset.deaths_alone is not None]
-        self._run_batches(suspects, model, params, source, lookahead=0)
+        batches = [trusted[k : k + size] for k in range(0, len(trusted), size)]
+        self._run_batches(batches, model, look, lookahead=_LOOKAHEAD)
+        self._run_batches(suspects, model, look, lookahead=0)
+
+    def _pass_by_unprompted(self, assets: Sequence[Asset], match: PromptMatch) -> list[Asset]:
+        """Label the assets that the job has no prompt for, with no masks and unread; returns the others."""
+        with self._worker.engine.begin() as db:
+            prompted = queries.prompted_assets(db, chunk=self._chunk, match=match)
+        self._record([NewOutcome(asset_id=asset.id) for asset in assets if asset.id not in prompted], in_flight=[])
+        return [asset for asset in assets if asset.id in prompted]
+
+    def _automatic_look(self, model: models.Model) -> Look:
+        params = automatic_params(models.find(self._chunk.model).defaults, self._chunk.asked.get("params", {}))
+        return lambda asset, image, embedding: Found(masks=model.automatic(image, embedding, params))
+
+    def _prompted_look(self, model: models.Model, match: PromptMatch) -> Look:
+        params = PromptParams(**self._chunk.asked.get("params", {}))
+
+        def look(asset: Asset, image: RgbImage, embedding: Any) -> Found:
+            with self._worker.engine.begin() as db:
+                asked = queries.prompts_of(db, asset_id=asset.id, match=match)
+            height, width = image.shape[:2]
+            usable, wrong = fit_all(asked, (width, height))
+            if not usable:
+                raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {_list_unused(wrong, len(asked))}")
+            masks: list[Mask] = []
+            for some in _slices(list(usable.items()), _PROMPTS_A_CALL):
+                found = model.prompted(image, embedding, [prompt for _, prompt in some], params)
+                for (index, prompt), answers in zip(some, found, strict=True):
+                    masks += [_of_prompt(mask, prompt, {"index": index, **asked[index]}) for mask in answers]
+                self._go_on()
+            return Found(masks=masks, unused=_list_unused(wrong, len(asked)) if wrong else None)
+
+        return look
 
     def _run_batches(
         self,
         batches: Sequence[Sequence[Asset]],
         model: models.Model,
-        params: AutomaticParams,
-        source: Source,
+        look: Look,
         *,
         lookahead: int,
     ) -> None:
+        source = open_source(self._chunk.source, s3_endpoint=self._settings.s3_endpoint)
         with (
             ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch") as fetching,
             ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
@@ -173,7 +221,7 @@ class _ChunkRun:
                 stores = [storing.submit(store, 0, [])]
                 for k, batch in enumerate(batches):
                     stores[max(k - lookahead, 0)].result()
-                    outcomes = self._segment_batch(batch, model, params)
+                    outcomes = self._segment_batch(batch, model, look)
                     stores.append(storing.submit(store, k + 1, outcomes))
                     if self._worker.draining():
                         stores[-1].result()
@@ -188,7 +236,7 @@ class _ChunkRun:
         content = source.read(asset.key, self._settings.max_object_bytes)
         return decode(content, name=asset.key, max_pixels=self._settings.max_pixels)
 
-    def _segment_batch(self, batch: Sequence[Asset], model: models.Model, params: AutomaticParams) -> list[NewOutcome]:
+    def _segment_batch(self, batch: Sequence[Asset], model: models.Model, look: Look) -> list[NewOutcome]:
         """Outcomes of a batch; an asset that could not be read for a passing reason has none yet."""
         outcomes: list[NewOutcome] = []
         images: list[tuple[Asset, RgbImage]] = []
@@ -200,17 +248,24 @@ class _ChunkRun:
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
                 outcomes.append(self._failed(asset, error))
         for asset, image, embedding in self._embed(model, images, outcomes):
-            if self._lost.is_set():
-                raise LeaseLost(f"chunk {self._chunk.id}: the lease was lost while it ran")
+            self._go_on()
             started = time.perf_counter()
             try:
-                masks = model.automatic(image, embedding, params)
+                found = look(asset, image, embedding)
+            except (LeaseLost, DBAPIError):
+                raise  # about this worker, not about the asset
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
                 outcomes.append(self._failed(asset, error))
             else:
-                outcomes.append(_labeled(asset, image, masks, started, self._chunk.asked.get("label")))
-            self._progress_at = time.monotonic()
+                outcomes.append(_labeled(asset, image, found, started, self._chunk.asked.get("label")))
+        self._progress_at = time.monotonic()
         return outcomes
+
+    def _go_on(self) -> None:
+        """Tell the heartbeat that work gets done; raises LeaseLost when it is for nothing."""
+        if self._lost.is_set():
+            raise LeaseLost(f"chunk {self._chunk.id}: the lease was lost while it ran")
+        self._progress_at = time.monotonic()
 
     def _embed(
         self, model: models.Model, images: Sequence[tuple[Asset, RgbImage]], outcomes: list[NewOutcome]
@@ -305,14 +360,29 @@ def _storable(text: str) -> str:
     return redact(text).replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:2000]
 
 
-def _labeled(asset: Asset, image: RgbImage, masks: Sequence[Mask], started: float, label: str | None) -> NewOutcome:
+def _of_prompt(mask: Mask, prompt: Prompt, asked: dict[str, Any]) -> Mask:
+    return replace(mask, label=mask.label or prompt.label or prompt.text, prompt=asked)
+
+
+def _list_unused(wrong: Sequence[str], asked: int) -> str:
+    """One line for the asset's row; the first reasons stand for the rest."""
+    more = f"; and {len(wrong) - _SHOWN_REASONS} more" if len(wrong) > _SHOWN_REASONS else ""
+    return f"{len(wrong)} of {asked} prompts cannot be used: {'; '.join(wrong[:_SHOWN_REASONS])}{more}"
+
+
+def _slices(prompts: Sequence[tuple[int, Prompt]], size: int) -> list[Sequence[tuple[int, Prompt]]]:
+    return [prompts[k : k + size] for k in range(0, len(prompts), size)]
+
+
+def _labeled(asset: Asset, image: RgbImage, found: Found, started: float, label: str | None) -> NewOutcome:
     height, width = image.shape[:2]
     return NewOutcome(
         asset_id=asset.id,
+        error=None if found.unused is None else _storable(found.unused),
         width=width,
         height=height,
         segment_ms=int(1000 * (time.perf_counter() - started)),
-        masks=[_stored(asset, n, mask, label) for n, mask in enumerate(masks)],
+        masks=[_stored(asset, n, mask, label) for n, mask in enumerate(found.masks)],
     )
 
 

@@ -11,6 +11,6 @@ models.MODELS["stub"] = models.ModelSpec(
     sha256="5" * 64,
     size_bytes=0,
     parameter_count=0,
-    prompts=(),
+    prompts=("box", "points"),
     licence="Apache-2.0",
 )

@@ -17,6 +17,7 @@ import numpy as np
 from workers.masks import Mask, mask_from_pixels
 from workers.models import Embedding, ModelSpec, RgbImage
 from workers.params import AutomaticParams
+from workers.prompts import Prompt, PromptParams
 
 POISON, HANG, FULL, BROKEN = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 
@@ -43,6 +44,23 @@ class StubModel:
             case colour if colour == BROKEN:
                 raise ValueError("a stub was asked to fail")
         return [self._stripe(image, n) for n in range(self._masks)]
+
+    def prompted(
+        self, image: RgbImage, embedding: Embedding, prompts: Sequence[Prompt], params: PromptParams
+    ) -> list[list[Mask]]:
+        """Each prompt's box filled, or its first point's pixel; with multimask=all three times."""
+        return [[self._fill(image, prompt)] * (3 if params.multimask == "all" else 1) for prompt in prompts]
+
+    def _fill(self, image: RgbImage, prompt: Prompt) -> Mask:
+        height, width = image.shape[:2]
+        pixels = np.zeros((height, width), dtype=bool)
+        if prompt.box_xyxy is not None:
+            x0, y0, x1, y1 = (round(v) for v in prompt.box_xyxy)
+            pixels[y0:y1, x0:x1] = True
+        else:
+            x, y, _ = prompt.points[0]
+            pixels[min(int(y), height - 1), min(int(x), width - 1)] = True
+        return mask_from_pixels(pixels, predicted_iou=0.8)
 
     def _stripe(self, image: RgbImage, n: int) -> Mask:
         height, width = image.shape[:2]
