@@ -32,8 +32,10 @@ RegionKind = Literal["auto", "polygon", "brush", "rectangle"]
 # Under the first a polygon misleads whoever corrects it, and auto takes the brush; under the second it is another mask.
 _MIN_POLYGON_IOU = 0.95
 _MIN_SHOWN_IOU = 0.5
-# Masks fitted in one go: enough to share numpy's calls, few enough to stop soon after max_regions.
+# Masks fitted in one go: enough to share numpy's calls, few enough to stop soon after max_regions and to stay under
+# some 200 MiB whatever the masks are.
 _TOGETHER = 50
+_CHARACTERS_TOGETHER = 500_000
 # A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
 _MAX_BRUSH_BYTES = 1_000_000
 _MAX_POINTS = 100_000
@@ -182,13 +184,26 @@ def _ranked_polygons(
     """The masks with pixels by their place, the best predicted IoU first, with polygons where as_ asks for them."""
     ranked = [n for n in range(len(masks)) if masks[n].area_px > 0]
     ranked.sort(key=lambda n: -_score(masks[n], limit=math.inf))
-    for start in range(0, len(ranked), _TOGETHER):
-        group = ranked[start : start + _TOGETHER]
+    for group in _groups(masks, ranked):
         polygons: list[Polygons | None] = [None] * len(group)
         if as_ in ("auto", "polygon"):
             edges = [edges_from_counts(masks[n].counts, masks[n].size_hw) for n in group]
             polygons = fit_polygons(edges, masks[0].size_hw, max_vertices=max_vertices)
         yield from zip(group, polygons, strict=True)
+
+
+def _groups(masks: Sequence[Mask], ranked: Sequence[int]) -> Iterator[list[int]]:
+    """Cut the ranking into groups that are fitted in one go."""
+    group: list[int] = []
+    characters = 0
+    for n in ranked:
+        if group and (len(group) == _TOGETHER or characters + len(masks[n].counts) > _CHARACTERS_TOGETHER):
+            yield group
+            group, characters = [], 0
+        group.append(n)
+        characters += len(masks[n].counts)
+    if group:
+        yield group
 
 
 def _shape(mask: Mask, polygons: Polygons | None, as_: RegionKind, *, brush_allowed: bool) -> _Shape | None:

@@ -115,6 +115,22 @@ def test_outlines_are_exact_where_exactness_is_asked(pixels):
     assert np.array_equal(pixels_from_edges(painted, pixels.shape), pixels)
 
 
+@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.sampled_from([0, 0.3, 0.7, 0.97, 1])), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_masks_fitted_together_do_not_touch_each_other(recipes):
+    masks = [edges_from_pixels(np.random.default_rng(seed).random((9, 11)) < share) for seed, share in recipes]
+
+    together = fit_polygons(masks, (9, 11), max_vertices=60)
+
+    assert len(together) == len(masks)
+    for found, edges in zip(together, masks, strict=True):
+        (alone,) = fit_polygons([edges], (9, 11), max_vertices=60)
+        assert (found is None) == (alone is None)
+        if found is not None:
+            assert found.iou == alone.iou
+            assert [ring.tolist() for ring in found.rings] == [ring.tolist() for ring in alone.rings]
+
+
 @given(objects())
 @settings(max_examples=60, deadline=None)
 def test_polygons_reach_the_iou_that_they_report(pixels):
@@ -250,6 +266,20 @@ def test_an_asset_of_three_thousand_masks_shows_the_best():
 
     assert (len(found.result), found.left_out) == (150, 2850)
     assert found.result[0]["id"] == "m1-2999"
+
+
+def test_masks_of_two_frames_are_refused():
+    with pytest.raises(ValueError, match="different frames"):
+        regions_for([_mask(_disc()), _mask(_disc((100, 121)))], asset_id=1)
+
+
+def test_heavy_masks_are_fitted_a_few_at_a_time_with_the_same_result(monkeypatch):
+    masks = [_mask(_disc(radius=10 + n), predicted_iou=n / 20) for n in range(20)]
+    expected = regions_for(masks, asset_id=1)
+
+    monkeypatch.setattr("orchestrator.regions._CHARACTERS_TOGETHER", 100)
+
+    assert regions_for(masks, asset_id=1) == expected
 
 
 def test_masks_without_pixels_are_left_out():
