@@ -114,6 +114,7 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[s
         "assets": {"listed": counts.listed, "labeled": counts.labeled, "failed": counts.failed},
         "pending": counts.pending,
         "answered_from_stored": counts.reused,
+        "without_prompts": counts.without_prompts,
         "skipped": job.skipped,
         "masks": counts.masks,
         "failed_by_kind": counts.failed_by_kind,

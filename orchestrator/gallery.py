@@ -187,7 +187,7 @@ def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
     height, width = asset.size_hw
     shape = min(3.0, max(0.62, width / height))
     count = _count(len(asset.masks), "mask")
-    time = "" if asset.segment_ms is None else f" · {asset.segment_ms / 1000:.1f} s"
+    time = "" if asset.segment_ms is None else f" · {asset.segment_ms / 1000:.1f}&nbsp;s"
     sort = f' data-masks="{len(asset.masks)}"'
     if asset.segment_ms is not None:
         sort += f' data-ms="{asset.segment_ms}"'
@@ -204,7 +204,7 @@ def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
         f'<button class="shot" aria-label="Enlarge {key}, {count}">{photo}{masks}</button>'
         f'<div class="text"><bdi class="key" title="{key}"><span class="folder">{folder}{slash}</span>'
         f"<span>{name}</span></bdi>"
-        f'<span class="meta"><b>{count}</b> · {width} × {height}{time}{note}</span></div></li>\n'
+        f'<span class="meta"><b>{count}</b> · {width}&nbsp;×&nbsp;{height}{time}{note}</span></div></li>\n'
     )
 
 
@@ -326,6 +326,8 @@ def _tiles(gallery: Gallery) -> Iterator[str]:
     yield _tile("time", _duration(gallery.seconds))
     if counts.reused:
         yield _tile("answered from stored", f"{counts.reused:,}")
+    if counts.without_prompts:
+        yield _tile("without prompts", f"{counts.without_prompts:,}")
 
 
 def _tile(name: str, number: str, css_class: str = "") -> str:
@@ -395,10 +397,11 @@ def _failed(gallery: Gallery) -> Iterator[str]:
     for kind, failed in groupby(sorted(gallery.failed, key=lambda asset: asset.error_kind), lambda a: a.error_kind):
         meaning = _WHAT_HAPPENED.get(kind, "")
         number = counts.failed_by_kind.get(kind, 0)
-        yield f'<div class="sheet kind"><h3>{_text(kind)} · {number:,}<span>{meaning}</span></h3><table><thead>'
-        yield '<tr><th scope="col">Asset</th><th scope="col">What was found</th></tr></thead><tbody>\n'
+        yield f'<div class="sheet kind"><h3>{_text(kind)} · {number:,}<span>{meaning}</span></h3><table>'
+        yield '<thead class="unseen"><tr><th scope="col">Asset</th><th scope="col">Found</th></tr></thead><tbody>\n'
         for asset in failed:
-            yield f'<tr><td><bdi class="key">{_text(asset.key)}</bdi></td><td>{_text(asset.error)}</td></tr>\n'
+            reason = _text(asset.error.removeprefix(f"{asset.key}: "))
+            yield f'<tr><td><bdi class="key">{_text(asset.key)}</bdi></td><td>{reason}</td></tr>\n'
         yield "</tbody></table></div>\n"
     yield "</section>\n"
 

@@ -163,7 +163,7 @@ def test_a_job_without_a_labeled_asset_gives_files_that_load(engine: Engine, tmp
     assert (coco["images"], coco["annotations"]) == ([], [])
     assert json.loads((tmp_path / "tasks.json").read_text()) == []
     assert json.loads((tmp_path / "png" / "index.json").read_text()) == []
-    assert "a.jpg: cut off" in (tmp_path / "index.html").read_text()
+    assert "<td>cut off</td>" in (tmp_path / "index.html").read_text()
 
 
 def test_the_summary_counts_every_asset_and_names_the_failed_ones(engine: Engine, tmp_path: Path) -> None:
