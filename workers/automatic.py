@@ -130,19 +130,20 @@ class _CropSearch:
             size_hw=self.crop_hw,
             at_once=self.params.points_per_batch,
             least_iou=self.params.pred_iou_thresh,
+            used_hw=self.upsampling.used_hw,
         )
         candidates = [candidate for batch in decoded for candidate in self._candidates(batch, points)]
         with one_thread():
             return self._best(candidates)
 
     def _candidates(self, batch: Decoded, points: NDArray[np.float64]) -> Iterator[Candidate]:
-        for point, output in np.argwhere(batch.wanted):
+        for row, output in np.argwhere(batch.wanted):
             try:
-                patch = self.upsampling.patch(batch.logits[point, output], min(self.thresholds))
+                patch = self.upsampling.patch(batch.logits[row, output], min(self.thresholds))
             except FloatingPointError as error:
                 raise ModelOutputError("the model's mask logits hold NaN or infinity") from error
-            x, y = points[batch.first + point].tolist()
-            yield Candidate(point_xy=(x, y), predicted_iou=batch.predicted_iou[point, output], patch=patch)
+            x, y = points[batch.prompts[row]].tolist()
+            yield Candidate(point_xy=(x, y), predicted_iou=batch.predicted_iou[row, output], patch=patch)
 
     def _best(self, candidates: list[Candidate]) -> list[Found]:
         """Draw candidates by falling predicted IoU and keep what passes and is not suppressed."""

@@ -1,11 +1,12 @@
 """Prompts of one image to low-resolution logits and predicted IoUs, through one shared decoder, in bounded batches.
 
-The module is called as it is, in the reference's own batches, so that its outputs are the reference's to the bit.
+A decoder of SAM's own architecture and width is folded (`folded_decoder`): the same sums, associated otherwise. Any
+other module with MaskDecoder's signature is called as it is, in the reference's own batches: the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +15,22 @@ from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from workers.folded_decoder import FoldedDecoder, PromptState, folds
+
 Floats = NDArray[np.float32]
 
 # Prompts decoded in one go when the caller names no number: low enough for any GPU, high enough to fill it.
 PROMPTS_AT_ONCE = 64
+
+
+# Prompts folded in one go on a CPU: with two, every buffer (8 MiB) is reused by the allocator instead of being mapped
+# and faulted in again, which with four costs a fifth more (EPYC Zen5, glibc 2.36, November 2026).
+FOLDED_AT_ONCE_ON_CPU = 2
+
+# draw(chosen prompts (m,), rows and columns of the logits that matter) -> (m, outputs, rows, columns)
+Draw = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+# decode(sparse embeddings (n, tokens, channels), outputs) -> (first prompt, predicted IoUs, draw) of parts of them
+Decode = Callable[[torch.Tensor, slice], Iterator[tuple[int, torch.Tensor, Draw]]]
 
 
 class ModelOutputError(ValueError):
@@ -26,10 +39,10 @@ class ModelOutputError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """A batch of prompts. first: the number of its first prompt. predicted_iou: (n, outputs) float32, wanted: the same
-    shape, bool. logits: (n, outputs, h, w) float32, valid where wanted."""
+    """Some prompts that have an output somebody wants. prompts: (m,) their numbers, ascending. predicted_iou: (m,
+    outputs) float32; wanted: the same shape, bool; logits: (m, outputs, rows, columns) float32."""
 
-    first: int
+    prompts: NDArray[np.int64]
     predicted_iou: Floats
     wanted: NDArray[np.bool_]
     logits: Floats
@@ -52,27 +65,32 @@ def decode_points(
     size_hw: tuple[int, int],
     at_once: int,
     least_iou: float,
+    used_hw: tuple[int, int],
 ) -> Iterator[Decoded]:
     """Decode each point (n, 2), x and y in pixels of the image, as a prompt of its own with several outputs.
 
-    Wanted are the outputs of a predicted IoU greater than least_iou, all when that is 0 or less. Raises
-    ModelOutputError where a predicted IoU is not finite.
+    Wanted are the outputs of a predicted IoU greater than least_iou, all when that is 0 or less. used_hw: how many rows
+    and columns of the logits the image reaches; the rest may be left out. Raises ModelOutputError where a predicted IoU
+    is not finite.
     """
     # float64 up to the positional encoding, as the reference's generator has them
     coords = torch.as_tensor(points * _scale_xy(sam, size_hw), device=embedding.device)[:, None]
     labels = torch.ones(coords.shape[:2], dtype=torch.int, device=embedding.device)
-    for first in range(0, len(coords), at_once):
-        prompts = (coords[first : first + at_once], labels[first : first + at_once])
-        sparse, dense = sam.prompt_encoder(points=prompts, boxes=None, masks=None)
-        logits, iou = _decode(sam, embedding, sparse, dense, multimask=True)
-        predicted_iou = _finite(iou, "predicted IoUs").cpu()
-        wanted = predicted_iou > least_iou if least_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
-        yield Decoded(
-            first=first,
-            predicted_iou=predicted_iou.numpy(),
-            wanted=wanted.numpy(),
-            logits=logits.float().cpu().numpy(),
-        )
+    decode = _decoder(sam, embedding)
+    for start in range(0, len(coords), at_once):
+        prompts = (coords[start : start + at_once], labels[start : start + at_once])
+        sparse, _ = sam.prompt_encoder(points=prompts, boxes=None, masks=None)
+        for first, iou, draw in decode(sparse, slice(1, None)):
+            predicted_iou = _finite(iou, "predicted IoUs").float().cpu()
+            wanted = predicted_iou > least_iou if least_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
+            chosen = wanted.any(dim=1).nonzero()[:, 0]
+            if len(chosen):
+                yield Decoded(
+                    prompts=chosen.numpy() + (start + first),
+                    predicted_iou=predicted_iou[chosen].numpy(),
+                    wanted=wanted[chosen].numpy(),
+                    logits=draw(chosen, used_hw).float().cpu().numpy(),
+                )
 
 
 def prompt_logits(
@@ -101,14 +119,17 @@ def prompt_logits(
         boxes = torch.as_tensor(boxes_xyxy * np.tile(scale, 2), dtype=torch.float, device=embedding.device)
     if points is None and boxes is None:
         raise ValueError("prompt_logits: neither points with labels nor boxes were given")
-    parts = []
+    outputs = slice(1, None) if multimask else slice(0, 1)
+    everything = sam.prompt_encoder.mask_input_size
+    logits, ious = [], []
     with torch.no_grad():
-        sparse, dense = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
-        for first in range(0, len(sparse), at_once):
-            part = slice(first, first + at_once)
-            parts.append(_decode(sam, embedding, sparse[part], dense[part], multimask=multimask))
-    logits, iou = (torch.cat(batches) for batches in zip(*parts, strict=True))
-    return _finite(logits, "mask logits").float(), _finite(iou, "predicted IoUs").float()
+        sparse, _ = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
+        decode = _decoder(sam, embedding)
+        for start in range(0, len(sparse), at_once):
+            for _, iou, draw in decode(sparse[start : start + at_once], outputs):
+                ious.append(_finite(iou, "predicted IoUs").float())
+                logits.append(_finite(draw(torch.arange(len(iou)), everything), "mask logits").float())
+    return torch.cat(logits), torch.cat(ious)
 
 
 def _scale_xy(sam: Sam, size_hw: tuple[int, int]) -> NDArray[np.float64]:
@@ -117,17 +138,43 @@ def _scale_xy(sam: Sam, size_hw: tuple[int, int]) -> NDArray[np.float64]:
     return np.array([new_width / width, new_height / height])
 
 
-def _decode(
-    sam: Sam, embedding: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor, *, multimask: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, iou = sam.mask_decoder(
-        image_embeddings=embedding,
-        image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=multimask,
-    )
-    return logits, iou
+def _decoder(sam: Sam, embedding: torch.Tensor) -> Decode:
+    """How prompts of this image are decoded: folded where that stands for the module, else by the module itself."""
+    position = sam.prompt_encoder.get_dense_pe()
+    _, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
+    if folds(sam.mask_decoder):
+        return _decode_folded(FoldedDecoder(sam.mask_decoder), embedding, position, dense)
+
+    def decode(sparse: torch.Tensor, outputs: slice) -> Iterator[tuple[int, torch.Tensor, Draw]]:
+        logits, iou = sam.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=position,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense.expand(len(sparse), -1, -1, -1),
+            multimask_output=outputs.start > 0,
+        )
+        yield 0, iou, lambda chosen, used_hw: logits[chosen.to(logits.device)]
+
+    return decode
+
+
+def _decode_folded(
+    folded: FoldedDecoder, embedding: torch.Tensor, position: torch.Tensor, dense: torch.Tensor
+) -> Decode:
+    image = folded.image_keys(embedding, position, dense)
+
+    def decode(sparse: torch.Tensor, outputs: slice) -> Iterator[tuple[int, torch.Tensor, Draw]]:
+        step = len(sparse) if sparse.is_cuda else FOLDED_AT_ONCE_ON_CPU
+        for first in range(0, len(sparse), step):
+            state = folded.attend(image, sparse[first : first + step])
+
+            def draw(chosen: torch.Tensor, used_hw: tuple[int, int], state: PromptState = state) -> torch.Tensor:
+                used = (min(-(-used_hw[0] // 4), image.grid[0]), min(-(-used_hw[1] // 4), image.grid[1]))
+                return folded.upscale(state, chosen.to(sparse.device), outputs, image.grid, used)
+
+            yield first, state.iou[:, outputs], draw
+
+    return decode
 
 
 def _finite(values: torch.Tensor, what: str) -> torch.Tensor:

@@ -61,11 +61,9 @@ class AutomaticParams:
             raise ParamError(f"max_area_fraction={self.max_area_fraction}: expected more than 0 and at most 1")
         if not 0 <= self.crop_overlap_ratio < 1:
             raise ParamError(f"crop_overlap_ratio={self.crop_overlap_ratio}: expected 0 or more and less than 1")
-        self._check_crops()
-        if self.precision not in PRECISIONS:
-            raise ParamError(f"precision={self.precision!r}: expected {', '.join(PRECISIONS)}")
+        self._check_crops_and_precision()
 
-    def _check_crops(self) -> None:
+    def _check_crops_and_precision(self) -> None:
         if self.crop_n_layers > 4:
             raise ParamError(f"crop_n_layers={self.crop_n_layers}: {4**self.crop_n_layers} crops an image; at most 4")
         layers = self.crop_n_layers + 1
@@ -73,6 +71,8 @@ class AutomaticParams:
             raise ParamError(
                 f"point_grids: {len(self.point_grids)} lists of points, expected {layers}, one a crop layer"
             )
+        if self.precision not in PRECISIONS:
+            raise ParamError(f"precision={self.precision!r}: expected {', '.join(PRECISIONS)}")
 
 
 PARAM_NAMES = tuple(field.name for field in dataclasses.fields(AutomaticParams))

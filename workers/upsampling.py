@@ -64,6 +64,11 @@ class Axis:
     sizes: Ints
     weights: Floats
 
+    @property
+    def used(self) -> int:
+        """How many of the logits any pixel depends on."""
+        return min(self.low, len(self.sizes) + self.taps - 2)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
@@ -98,6 +103,8 @@ class Upsampling:
     ) -> None:
         self.y = make_axis(low_hw[0], mid, inside_hw[0], frame_hw[0])
         self.x = make_axis(low_hw[1], mid, inside_hw[1], frame_hw[1])
+        # rows and columns of the logits that any pixel depends on
+        self.used_hw = (self.y.used, self.x.used)
         self._low_hw, self._mid, self._inside_hw, self._frame_hw = low_hw, mid, inside_hw, frame_hw
 
     def patch(self, logits: Floats, threshold: float) -> Patch | None:
@@ -105,8 +112,7 @@ class Upsampling:
 
         Raises FloatingPointError when a logit is not finite.
         """
-        rows, columns = (len(axis.sizes) + axis.taps - 2 for axis in (self.y, self.x))
-        seen = logits[:rows, :columns]
+        seen = logits[: self.used_hw[0], : self.used_hw[1]]
         peak = max(seen.max(), -seen.min())
         if not np.isfinite(peak):
             raise FloatingPointError("a mask logit is not a finite number")

@@ -1,0 +1,187 @@
+"""SAM's mask decoder with its sums associated otherwise: one image, many prompts, half the arithmetic or less.
+
+MaskDecoder repeats the image's embedding for every prompt and projects its 4,096 positions ten times a prompt. Here
+the first layer's projections of the image are made once; in the others the projection is folded into the seven tokens
+that attend (7 tokens x 8 heads = 56 vectors instead of 128 columns); predicted IoUs come first, and only the prompts
+that somebody wants are upscaled, only as far down as the image reaches, channels last. Exact in real numbers; in
+float32 the logits differ by rounding (about 1e-5 of logits of 10).
+
+Positions are (n, keys, channels), keys = h * w in row order. Attention is by (head, token): 56 rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Grid = tuple[int, int]
+
+# Below this width (sam_nano's is 128) the decoder is called as it is: folding would save seconds nobody misses and
+# cost masks that are the reference's to the last pixel.
+FOLD_FROM_DIM = 256
+
+
+def folds(decoder: MaskDecoder) -> bool:
+    """Whether `FoldedDecoder` stands for this module: MaskDecoder itself, wide enough to pay."""
+    if type(decoder) is not MaskDecoder or type(decoder.transformer) is not TwoWayTransformer:
+        return False
+    width: int = decoder.transformer_dim
+    return width >= FOLD_FROM_DIM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageKeys:
+    """What all prompts of one image share. source, position: (keys, channels). first_key, first_value, first_query:
+    (heads, keys, channels of a head), the first layer's projections. grid: (h, w) of the embedding."""
+
+    source: Tensor
+    position: Tensor
+    first_key: Tensor
+    first_value: Tensor
+    first_query: Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptState:
+    """Prompts after the transformer. keys: (n, keys, channels), mask_tokens: (n, masks, channels), iou: (n, masks)."""
+
+    keys: Tensor
+    mask_tokens: Tensor
+    iou: Tensor
+
+
+class FoldedDecoder:
+    """A MaskDecoder's weights, read when called; holds no image."""
+
+    def __init__(self, decoder: MaskDecoder) -> None:
+        self.decoder = decoder
+        self.layers = decoder.transformer.layers
+
+    def image_keys(self, embedding: Tensor, position: Tensor, dense: Tensor) -> ImageKeys:
+        """Project one image. embedding, position: (1, C, h, w); dense: (1, C, h, w), the prompts' without a mask."""
+        source = (embedding + dense).flatten(2)[0].T.contiguous()
+        place = position.flatten(2)[0].T.contiguous()
+        reads, writes = self.layers[0].cross_attn_token_to_image, self.layers[0].cross_attn_image_to_token
+        return ImageKeys(
+            source=source,
+            position=place,
+            first_key=_split(reads.k_proj(source + place), reads),
+            first_value=_split(reads.v_proj(source), reads),
+            first_query=_split(writes.q_proj(source + place), writes),
+            grid=(embedding.shape[2], embedding.shape[3]),
+        )
+
+    def attend(self, image: ImageKeys, sparse: Tensor) -> PromptState:
+        """Run the transformer on prompts (n, tokens, channels)."""
+        decoder = self.decoder
+        output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+        place = torch.cat([output.expand(len(sparse), -1, -1), sparse], dim=1)
+        queries, keys = place, image.source.expand(len(sparse), -1, -1)
+        for number, layer in enumerate(self.layers):
+            queries = _attend_to_themselves(layer, queries, place)
+            positioned = keys if number == 0 else keys + image.position
+            shared = image if number == 0 else None
+            queries = layer.norm2(
+                queries + _read(layer.cross_attn_token_to_image, queries + place, keys, positioned, shared)
+            )
+            queries = layer.norm3(queries + layer.mlp(queries))
+            keys = _write(layer.cross_attn_image_to_token, queries + place, queries, keys, positioned, shared)
+            keys = layer.norm4(keys)
+        transformer = decoder.transformer
+        read = _read(transformer.final_attn_token_to_image, queries + place, keys, keys + image.position, None)
+        queries = transformer.norm_final_attn(queries + read)
+        masks = decoder.num_mask_tokens
+        return PromptState(
+            keys=keys, mask_tokens=queries[:, 1 : 1 + masks], iou=decoder.iou_prediction_head(queries[:, 0])
+        )
+
+    def upscale(self, state: PromptState, prompts: Tensor, outputs: slice, grid: Grid, used: Grid) -> Tensor:
+        """Logits of some outputs of prompts (m,), of the first rows and columns `used` of the grid: (m, outputs, 4 *
+        rows, 4 * columns)."""
+        mlps = list(self.decoder.output_hypernetworks_mlps)[outputs]
+        tokens = state.mask_tokens[prompts, outputs].unbind(1)
+        kernels = torch.stack([mlp(token) for mlp, token in zip(mlps, tokens, strict=True)], dim=1)
+        grow, norm, bend, grow_again, bend_again = self.decoder.output_upscaling
+        rows, columns = used
+        pixels = state.keys[prompts].view(len(prompts), *grid, -1)[:, :rows, :columns]
+        pixels = _grow(grow, pixels)
+        pixels = bend(F.layer_norm(pixels, pixels.shape[-1:], norm.weight, norm.bias, norm.eps))
+        pixels = bend_again(_grow(grow_again, pixels))
+        logits: Tensor = pixels.flatten(1, -2) @ kernels.transpose(1, 2)
+        # (m, row, column, row in 2, column in 2, row in 4, column in 4, output)
+        parts = logits.view(len(prompts), rows, columns, 2, 2, 2, 2, len(mlps))
+        logits = parts.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(prompts), len(mlps), 4 * rows, 4 * columns)
+        return logits
+
+
+def _attend_to_themselves(layer: TwoWayAttentionBlock, queries: Tensor, place: Tensor) -> Tensor:
+    if layer.skip_first_layer_pe:
+        attended: Tensor = layer.norm1(layer.self_attn(q=queries, k=queries, v=queries))
+    else:
+        placed = queries + place
+        attended = layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
+    return attended
+
+
+def _read(attention: Attention, placed: Tensor, keys: Tensor, positioned: Tensor, shared: ImageKeys | None) -> Tensor:
+    """Tokens attend to the image: (n, tokens, channels).
+
+    A key's bias shifts all scores of a token alike, so softmax forgets it; a value's bias passes through unchanged.
+    """
+    query = _split(attention.q_proj(placed), attention) / sqrt(attention.internal_dim // attention.num_heads)
+    n, heads, tokens, channels = query.shape
+    if shared is not None:
+        scores = query.transpose(0, 1).reshape(heads, n * tokens, channels) @ shared.first_key.transpose(1, 2)
+        read = (scores.softmax(-1) @ shared.first_value).view(heads, n, tokens, channels).transpose(0, 1)
+    else:
+        folded = (query @ _by_head(attention.k_proj.weight, heads)).flatten(1, 2)
+        weights = torch.bmm(folded, positioned.transpose(1, 2)).softmax(-1)
+        values = torch.bmm(weights, keys).view(n, heads, tokens, -1)
+        read = values @ _by_head(attention.v_proj.weight, heads).transpose(1, 2)
+        read = read + attention.v_proj.bias.view(heads, 1, -1)
+    output: Tensor = attention.out_proj(read.transpose(1, 2).flatten(2))
+    return output
+
+
+def _write(
+    attention: Attention, placed: Tensor, queries: Tensor, keys: Tensor, positioned: Tensor, shared: ImageKeys | None
+) -> Tensor:
+    """The image attends to the tokens: keys plus what they take up, (n, keys, channels), before their norm."""
+    key = _split(attention.k_proj(placed), attention) / sqrt(attention.internal_dim // attention.num_heads)
+    n, heads, tokens, channels = key.shape
+    if shared is not None:
+        scores = key.transpose(0, 1).reshape(heads, n * tokens, channels) @ shared.first_query.transpose(1, 2)
+        weights = scores.view(heads, n, tokens, -1).transpose(0, 1).softmax(2)
+    else:
+        folded = (key @ _by_head(attention.q_proj.weight, heads)).flatten(1, 2)
+        bias = (key @ attention.q_proj.bias.view(heads, -1, 1)).flatten(1, 2)
+        weights = torch.baddbmm(bias, folded, positioned.transpose(1, 2)).view(n, heads, tokens, -1).softmax(2)
+    value = _split(attention.v_proj(queries), attention) @ _by_head(attention.out_proj.weight.T, heads)
+    # a key's weights sum to one in each head, so the output's bias can be spread over the tokens' values
+    value = (value + attention.out_proj.bias / heads).flatten(1, 2)
+    return torch.baddbmm(keys, weights.flatten(1, 2).transpose(1, 2), value)
+
+
+def _split(projected: Tensor, attention: Attention) -> Tensor:
+    """(..., tokens, channels) to (..., heads, tokens, channels of a head)."""
+    by_head = projected.view(*projected.shape[:-1], attention.num_heads, -1)
+    return by_head.transpose(-3, -2).contiguous()
+
+
+def _by_head(weight: Tensor, heads: int) -> Tensor:
+    """A weight from all heads' channels to others: (heads, channels of a head, channels)."""
+    return weight.reshape(heads, -1, weight.shape[1])
+
+
+def _grow(grow: nn.ConvTranspose2d, pixels: Tensor) -> Tensor:
+    """A 2 x 2 transposed convolution of stride 2 on (..., channels): (..., 2, 2, channels out)."""
+    weight = grow.weight.permute(0, 2, 3, 1).flatten(1)
+    bias = None if grow.bias is None else grow.bias.repeat(4)
+    return F.linear(pixels, weight.T, bias).view(*pixels.shape[:-1], 2, 2, -1)
