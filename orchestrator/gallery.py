@@ -18,12 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from sqlalchemy import Connection
 
 from db import queries
@@ -31,7 +30,7 @@ from db.queries import Counts, FailedAsset, Job, LabeledAsset, StoredMask
 from db.settings import settings
 from orchestrator.colours import label_colour
 from orchestrator.export import replacing
-from orchestrator.runs import crop_edges, edges_from_counts
+from orchestrator.outlines import GRID, outline
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
 from workers.images import RgbImage, decode, thumbnail_jpeg
 from workers.storage import open_source
@@ -44,10 +43,8 @@ _PHOTO_QUALITY = 82
 _ALL_PHOTOS_BYTES = 22_000_000  # a third more as base64
 _PHOTO_BYTES = 300_000
 _MASKS_CHARS = 40_000  # of all outlines of an asset; those of 100 masks of a busy scene
-_MASK_CHARS = 10_000  # of one outline; most take 100 to 500
-_MASK_RINGS = 500
-_GRID = 1280  # the longer side of the frame in the outlines' units
 _THREADS = 4  # decoding and outlines run outside the interpreter's lock; fetching waits
+_PIXELS_AT_ONCE = 50_000_000  # decoding takes 7 bytes each
 _BARS = 24
 
 log = logging.getLogger(__name__)
@@ -135,34 +132,6 @@ def write_page(gallery: Gallery, out: Path) -> None:
             file.writelines(parts[piece] if n % 2 else [piece])
 
 
-def outline(mask: StoredMask, size_hw: tuple[int, int]) -> str:
-    """The mask's borders, holes too, as the `d` of an SVG path, in units of which the frame's longer side has _GRID.
-
-    Good to half a pixel of a 640 px picture; to be filled by the even-odd rule. Empty for an empty mask.
-    """
-    edges = edges_from_counts(mask.counts, size_hw)
-    if edges.size == 0:
-        return ""
-    crop = crop_edges(edges, size_hw)
-    # To about as many pixels as are drawn: small pictures get their steps rounded off, large ones cost less.
-    zoom = max(1, -(-_GRID // max(size_hw)))
-    step = max(1, max(size_hw) // _GRID)
-    borders, _ = cv2.findContours(_resample(crop.columns, zoom, step), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    unit = _GRID / max(size_hw)
-    # The crop lies on its side: OpenCV's x is the image's y.
-    corner = np.array([crop.top, crop.left]) - step
-    longest = sorted(borders, key=len, reverse=True)[:_MASK_RINGS]
-    lines = [(((border + 0.5) * step / zoom + corner) * unit).astype(np.float32) for border in longest]
-
-    # A ragged mask takes coarser lines, as many as it needs to fit.
-    d = ""
-    for tolerance in (1, 2, 4, 8, 16, 32):
-        d = "".join(_path(cv2.approxPolyDP(line, tolerance, True)[:, 0, ::-1]) for line in lines)
-        if len(d) <= _MASK_CHARS:
-            break
-    return d or _dot(mask, unit)
-
-
 def instance_colour(n: int) -> str:
     """The nth colour, #rrggbb: hues a golden ratio of the circle apart, so that any few neighbours differ."""
     rgb = colorsys.hls_to_rgb((0.47 + n * 0.618033988749895) % 1, (0.55, 0.62, 0.48)[n % 3], 0.85)
@@ -174,13 +143,24 @@ def instance_colour(n: int) -> str:
 
 def _cards(gallery: Gallery) -> Iterator[str]:
     photo_bytes = min(_PHOTO_BYTES, _ALL_PHOTOS_BYTES // max(1, min(gallery.counts.labeled, MAX_CARDS)))
-    assets = iter(gallery.assets)
     if gallery.counts.labeled == 0:
         yield '<li class="empty">No asset of this job is labeled yet.</li>'
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="gallery") as pool:
-        # A few at a time: a photo of 100 megapixels takes 300 MB while it is made small.
-        while batch := list(islice(assets, _THREADS)):
+        for batch in _batches(gallery.assets):
             yield from pool.map(lambda asset: _card(asset, gallery, photo_bytes), batch)
+
+
+def _batches(assets: Iterable[LabeledAsset]) -> Iterator[list[LabeledAsset]]:
+    """A few assets at a time; the larger their photos, the fewer."""
+    batch: list[LabeledAsset] = []
+    for asset in assets:
+        pixels = sum(height * width for height, width in (a.size_hw for a in (*batch, asset)))
+        if batch and (len(batch) == _THREADS or pixels > _PIXELS_AT_ONCE):
+            yield batch
+            batch = []
+        batch.append(asset)
+    if batch:
+        yield batch
 
 
 def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
@@ -241,7 +221,7 @@ def _small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
 def _masks(asset: LabeledAsset, *, by_label: bool) -> tuple[str, int]:
     """The masks as SVG, large ones below small ones, and how many there was no room for."""
     height, width = asset.size_hw
-    unit = _GRID / max(height, width)
+    unit = GRID / max(height, width)
     paths: list[str] = []
     room = _MASKS_CHARS
     left_out = 0
@@ -267,34 +247,6 @@ def _mask_path(mask: StoredMask, size_hw: tuple[int, int], *, by_label: bool) ->
     if mask.label is not None:
         scores += f' data-label="{_text(mask.label)}"'
     return f'<path color="{colour}" data-n="{mask.n}"{scores} d="{d}"/>' if d else ""
-
-
-def _resample(pixels: NDArray[np.uint8], zoom: int, step: int) -> NDArray[np.uint8]:
-    """Enlarge (h, w) of 0 and 1 `zoom` times, or shrink it `step` times, with a border of `step` zeros around it."""
-    ends = [(step, step + -side % step) for side in pixels.shape]
-    padded = np.pad(pixels, ends)
-    if zoom == step:
-        return padded
-    size_wh = (padded.shape[1] * zoom // step, padded.shape[0] * zoom // step)
-    smooth = cv2.resize(padded * np.uint8(255), size_wh, interpolation=cv2.INTER_LINEAR if zoom > 1 else cv2.INTER_AREA)
-    return (smooth >= 128).astype(np.uint8)
-
-
-def _path(points: NDArray[np.float32]) -> str:
-    """(n, 2) x, y of a closed line as SVG commands, whole units from point to point."""
-    if len(points) < 3:
-        return ""
-    whole = np.rint(points).astype(np.int64)
-    x, y = whole[0]
-    steps = np.diff(whole, axis=0)
-    steps = steps[steps.any(axis=1)]
-    return f"M{x} {y}l" + " ".join(f"{dx} {dy}" for dx, dy in steps.tolist()) + "z"
-
-
-def _dot(mask: StoredMask, unit: float) -> str:
-    """For a mask too small to have an outline."""
-    x, y, w, h = (round(side * unit) for side in mask.bbox_xywh)
-    return f"M{x} {y}h{max(1, w)}v{max(1, h)}h-{max(1, w)}z"
 
 
 # --------------------------------------------------------------------------------------------------------------- rest

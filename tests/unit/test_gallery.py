@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from db.models import JobState
 from db.queries import Counts, FailedAsset, Job, LabeledAsset, StoredMask
-from orchestrator.gallery import MAX_CARDS, Gallery, instance_colour, outline, write_page
+from orchestrator.gallery import MAX_CARDS, Gallery, instance_colour, write_page
+from orchestrator.outlines import outline
 from workers.errors import AssetError, ErrorKind, TransientError
 from workers.images import RgbImage
 from workers.masks import BoolMask, mask_from_pixels
