@@ -38,6 +38,20 @@ class JobState(StrEnum):
     FAILED = "failed"  # its source could not be listed; `resume` tries again
 
 
+class LsState(StrEnum):
+    SENDING = "sending"  # about to be sent: after a crash, whether it arrived is for Label Studio to say
+    DONE = "done"  # the server said that it has it
+    REFUSED = "refused"  # it does not fit the project, `error` says why; the next `publish` tries again
+
+
+class PromptMatch(StrEnum):
+    """What of an asset's key a prompt's key is compared with."""
+
+    KEY = "key"  # all of it
+    STEM = "stem"  # without its suffix: a label file does not say its picture's
+    NUMBER = "number"  # the file's name without suffix and leading zeros: COCO's detections say only a picture's number
+
+
 class ChunkState(StrEnum):
     NEW = "new"  # waits for room in the queue
     SENT = "sent"  # a message is on its way, or was lost
@@ -183,3 +197,44 @@ class MaskRow(Base):
     stability_score: Mapped[float | None] = mapped_column(REAL)
     label: Mapped[str | None]
     prompt: Mapped[dict[str, Any] | None]
+
+
+class LsTask(Base):
+    """One asset in one project of Label Studio, whichever jobs labeled it."""
+
+    __tablename__ = "ls_task"
+    __table_args__ = (
+        UniqueConstraint("server", "project_id", "asset_uid", name="ls_task_once_a_project"),
+        UniqueConstraint("server", "project_id", "task_id", name="ls_task_of_one_asset"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    server: Mapped[str]
+    project_id: Mapped[int]
+    asset_uid: Mapped[str]  # data.asset_id there: the first 16 hexadecimal digits of the sha256 of `uri`
+    uri: Mapped[str]  # source and key as one address
+    task_id: Mapped[int | None]  # Label Studio's; null until it is known
+
+
+class LsPrediction(Base):
+    """One model version's prediction on an ls_task. Written as `sending` before the request that carries it."""
+
+    __tablename__ = "ls_prediction"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", LsState), name="ls_prediction_state"),
+        Index("ls_prediction_of_asset", "asset_id"),
+        Index("ls_prediction_of_job", "job_id"),
+    )
+
+    ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"), primary_key=True)
+    model_version: Mapped[str] = mapped_column(primary_key=True)
+    # Whose masks the regions are: a region m<asset_id>-<n> is that asset's n-th mask. The job may be deleted since.
+    asset_id: Mapped[int]
+    job_id: Mapped[int]
+    state: Mapped[str] = mapped_column(server_default=LsState.SENDING)
+    error: Mapped[str | None]
+    mask_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    left_out: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # masks that no region shows
+    iou_sum: Mapped[float] = mapped_column(REAL, server_default=text("0"))  # of the masks shown with their regions
+    iou_min: Mapped[float | None] = mapped_column(REAL)
+    sent_at: Mapped[datetime] = mapped_column(server_default=func.now())

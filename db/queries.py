@@ -756,7 +756,7 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
             ),
             {"job_id": job_id, "after": after, "page": page},
         ).all()
-        masks = _masks_of(db, asset_ids=[row.id for row in rows])
+        masks = masks_of(db, asset_ids=[row.id for row in rows])
         for row in rows:
             yield LabeledAsset(
                 asset_id=row.id, key=row.key, size_hw=(row.height, row.width), masks=masks.get(row.id, [])
@@ -780,7 +780,7 @@ def sample_labeled(db: Connection, *, job_id: int, limit: int, page: int = 10) -
         {"job_id": job_id, "limit": limit},
     ).all()
     for start in range(0, len(rows), page):
-        masks = _masks_of(db, asset_ids=[row.id for row in rows[start : start + page]])
+        masks = masks_of(db, asset_ids=[row.id for row in rows[start : start + page]])
         for row in rows[start : start + page]:
             yield LabeledAsset(
                 asset_id=row.id,
@@ -830,7 +830,8 @@ def labels_of(db: Connection, *, job_id: int) -> list[str]:
     return list(db.execute(statement, {"job_id": job_id}).scalars())
 
 
-def _masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[StoredMask]]:
+def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[StoredMask]]:
+    """The masks of these assets in the model's order; assets without any are not in it."""
     rows = db.execute(
         text(
             """SELECT asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score,

@@ -35,7 +35,7 @@ WRITE_SECONDS = 300.0
 READ_SECONDS = 120.0
 CONNECT_SECONDS = 10.0
 
-_READ_ATTEMPTS = 5
+_READ_ATTEMPTS = 7  # over half a minute, in which a server starts again
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 _PAGE_SIZE = 100
@@ -138,7 +138,7 @@ class LabelStudio:
 
     def check(self) -> str:
         """The server's version, once it is reached and the token is good. Raises what is wrong, with its remedy."""
-        self._read("GET", "/api/current-user/whoami")
+        self._read("GET", "/api/current-user/whoami", attempts=1)
         return str(self._read("GET", "/api/version").get("release", "unknown"))
 
     def get_project(self, project_id: int) -> Project:
@@ -278,6 +278,14 @@ class LabelStudio:
         found: dict[str, Any] = self._read("GET", f"/api/tasks/{task_id}/", params={"resolve_uri": "false"})
         return found
 
+    def has_draft(self, project_id: int, task_id: int) -> bool:
+        """Whether anybody left a draft on a task; `get_task` shows only the token's own."""
+        filters = [
+            {"filter": "filter:tasks:id", "operator": "equal", "type": "Number", "value": task_id},
+            {"filter": "filter:tasks:draft_exists", "operator": "equal", "type": "Boolean", "value": True},
+        ]
+        return any(True for _ in self.list_tasks(project_id, filters, include=("id",)))
+
     def delete_task(self, task_id: int) -> None:
         self._send("DELETE", f"/api/tasks/{task_id}/", seconds=WRITE_SECONDS)
 
@@ -304,13 +312,13 @@ class LabelStudio:
 
     # ----------------------------------------------------------------------------------------------------------- wire
 
-    def _read(self, method: str, path: str, **arguments: Any) -> Any:
-        """Send what may safely be sent again, up to _READ_ATTEMPTS times with growing pauses."""
-        for attempt in range(_READ_ATTEMPTS):
+    def _read(self, method: str, path: str, *, attempts: int = _READ_ATTEMPTS, **arguments: Any) -> Any:
+        """Send what may safely be sent again, several times with growing pauses."""
+        for attempt in range(attempts):
             try:
                 return _json(self._send(method, path, seconds=READ_SECONDS, **arguments))
             except Unavailable as error:
-                if attempt + 1 == _READ_ATTEMPTS:
+                if attempt + 1 == attempts:
                     raise
                 time.sleep(pause_seconds(attempt, error))
         raise AssertionError("unreachable")

@@ -1,0 +1,331 @@
+"""SQL of what was published to Label Studio: the outbox that says what was sent, and what the server said it has.
+
+Every write happens under `project_lock`, so there is one writer a project. A prediction is written as `sending` before
+the request that carries it leaves, and as `done` after the answer: what is found as `sending` under the lock belongs
+to nobody alive, and only the server can say whether it arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, RowMapping, text
+
+from db.models import LsState
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A project of a server, whose address is spelled as `label_studio.server_key` does."""
+
+    server: str
+    project_id: int
+
+    def values(self) -> dict[str, Any]:
+        """For binding to a statement."""
+        return {"server": self.server, "project_id": self.project_id}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A labeled asset without a prediction in a project, from its own job at least."""
+
+    asset_id: int
+    key: str
+    size_hw: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """An ls_task with its prediction of one model version. state None: it has none yet."""
+
+    ls_task_id: int
+    asset_uid: str
+    task_id: int | None
+    state: LsState | None
+    asset_id: int | None = None
+    age_seconds: float = 0.0  # since it was last sent, on the database's clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intent:
+    """A prediction that is about to be sent, or refused when `error` says why."""
+
+    asset_uid: str
+    uri: str
+    asset_id: int
+    mask_count: int
+    left_out: int
+    iou_sum: float
+    iou_min: float | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What of a job one project has. Masks that are shown, and how well regions show them (IoU 0..1)."""
+
+    server: str
+    project_id: int
+    assets: int
+    sending: int
+    refused: int
+    masks_shown: int
+    masks_left_out: int
+    iou_mean: float | None
+    iou_worst: float | None
+
+
+@contextmanager
+def project_lock(engine: Engine, *, place: Place, wait: Callable[[], None]) -> Iterator[Connection]:
+    """Be the one publisher of a project; yields the connection that holds the lock, outside a transaction.
+
+    Do all writes on it: when it breaks, the lock is gone and so is the write. `wait` is called, and should sleep,
+    each time another publisher is found to hold the lock; what it raises ends the waiting.
+    """
+    key = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+    name = {"name": f"maskfleet publish {place.server} {place.project_id}"}
+    with engine.connect() as db:
+        while True:
+            with db.begin():
+                held = db.execute(key, name).scalar_one()
+            if held:
+                break
+            wait()
+        try:
+            yield db
+        finally:
+            # The pool keeps the connection, and with it would keep the lock.
+            db.invalidate()
+
+
+def unpublished(db: Connection, *, job_id: int, place: Place, after_asset_id: int, page: int) -> list[Candidate]:
+    """The next labeled assets of a job, by asset id, of which the project has nothing: neither sent nor refused."""
+    rows = db.execute(
+        text(
+            """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
+               WHERE a.job_id = :job_id AND a.id > :after AND o.error_kind IS NULL
+                 AND NOT EXISTS (
+                     SELECT 1 FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+                     WHERE p.asset_id = a.id AND t.server = :server AND t.project_id = :project_id)
+               ORDER BY a.id LIMIT :page"""
+        ),
+        {"job_id": job_id, "after": after_asset_id, **place.values(), "page": page},
+    )
+    return [Candidate(asset_id=row.id, key=row.key, size_hw=(row.height, row.width)) for row in rows]
+
+
+_ROW = """t.id AS ls_task_id, t.asset_uid, t.task_id, p.state, p.asset_id,
+          coalesce(extract(epoch FROM now() - p.sent_at), 0)::float AS age_seconds"""
+
+
+def rows_of(db: Connection, *, place: Place, model_version: str, asset_uids: Sequence[str]) -> dict[str, Row]:
+    """What is remembered of these assets in a project, by asset_uid; assets never seen there are not in it."""
+    statement = text(
+        f"""SELECT {_ROW} FROM ls_task t
+            LEFT JOIN ls_prediction p ON p.ls_task_id = t.id AND p.model_version = :version
+            WHERE t.server = :server AND t.project_id = :project_id AND t.asset_uid = ANY(:uids)"""
+    )
+    values = {**place.values(), "version": model_version, "uids": list(asset_uids)}
+    return {row["asset_uid"]: _row(row) for row in db.execute(statement, values).mappings()}
+
+
+def versions_in_doubt(db: Connection, *, place: Place) -> list[str]:
+    """The model versions with predictions that were about to be sent when their publisher stopped."""
+    statement = text(
+        """SELECT DISTINCT p.model_version FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+           WHERE t.server = :server AND t.project_id = :project_id AND p.state = 'sending' ORDER BY 1"""
+    )
+    return list(db.execute(statement, place.values()).scalars())
+
+
+def version_rows(
+    db: Connection,
+    *,
+    place: Place,
+    model_version: str,
+    state: LsState,
+    after_ls_task_id: int = 0,
+    page: int = 100,
+) -> list[Row]:
+    """The next predictions of a version in a state, by ls_task id, whichever job they are of."""
+    statement = text(
+        f"""SELECT {_ROW} FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+            WHERE t.server = :server AND t.project_id = :project_id AND p.model_version = :version
+              AND p.state = :state AND t.id > :after ORDER BY t.id LIMIT :page"""
+    )
+    values = {
+        **place.values(),
+        "version": model_version,
+        "state": state,
+        "after": after_ls_task_id,
+        "page": page,
+    }
+    return [_row(row) for row in db.execute(statement, values).mappings()]
+
+
+def write_intents(
+    db: Connection, *, place: Place, job_id: int, model_version: str, intents: Sequence[Intent]
+) -> dict[str, int]:
+    """Remember what is about to be sent, or was refused; returns the ls_task id of each asset_uid."""
+    values = {
+        **place.values(),
+        "job_id": job_id,
+        "version": model_version,
+        **{
+            name: [getattr(intent, name) for intent in intents]
+            for name in ("asset_uid", "uri", "asset_id", "mask_count", "left_out", "iou_sum", "iou_min", "error")
+        },
+    }
+    db.execute(
+        text(
+            """INSERT INTO ls_task (server, project_id, asset_uid, uri)
+               SELECT :server, :project_id, * FROM unnest(CAST(:asset_uid AS text[]), CAST(:uri AS text[]))
+               ON CONFLICT ON CONSTRAINT ls_task_once_a_project DO NOTHING"""
+        ),
+        values,
+    )
+    written = db.execute(
+        text(
+            """INSERT INTO ls_prediction (ls_task_id, model_version, asset_id, job_id, state, error, mask_count,
+                                          left_out, iou_sum, iou_min)
+               SELECT t.id, :version, i.asset_id, :job_id, CASE WHEN i.error IS NULL THEN 'sending' ELSE 'refused' END,
+                      i.error, i.mask_count, i.left_out, i.iou_sum, i.iou_min
+               FROM unnest(CAST(:asset_uid AS text[]), CAST(:asset_id AS bigint[]), CAST(:mask_count AS int[]),
+                           CAST(:left_out AS int[]), CAST(:iou_sum AS real[]), CAST(:iou_min AS real[]),
+                           CAST(:error AS text[]))
+                    AS i (asset_uid, asset_id, mask_count, left_out, iou_sum, iou_min, error)
+               JOIN ls_task t ON t.server = :server AND t.project_id = :project_id AND t.asset_uid = i.asset_uid
+               ON CONFLICT (ls_task_id, model_version) DO UPDATE
+               SET asset_id = excluded.asset_id, job_id = excluded.job_id, state = excluded.state,
+                   error = excluded.error, mask_count = excluded.mask_count, left_out = excluded.left_out,
+                   iou_sum = excluded.iou_sum, iou_min = excluded.iou_min, sent_at = now()
+               RETURNING ls_task_id, (SELECT asset_uid FROM ls_task WHERE id = ls_task_id)"""
+        ),
+        values,
+    )
+    return {asset_uid: ls_task_id for ls_task_id, asset_uid in written}
+
+
+def mark_done(db: Connection, *, place: Place, model_version: str, task_ids: dict[int, int]) -> None:
+    """Remember that the server has these predictions. task_ids: Label Studio's task of each ls_task id."""
+    set_task_ids(db, place=place, task_ids=task_ids)
+    statement = "UPDATE ls_prediction SET state = 'done' WHERE model_version = :version AND ls_task_id = ANY(:ids)"
+    db.execute(text(statement), {"version": model_version, "ids": list(task_ids)})
+
+
+def set_task_ids(db: Connection, *, place: Place, task_ids: dict[int, int]) -> None:
+    """Remember Label Studio's task of each ls_task id.
+
+    Label Studio on SQLite gives the numbers of deleted tasks to new ones: what is remembered under such a number of
+    another asset is forgotten, for its task is gone.
+    """
+    values = {**place.values(), "ids": list(task_ids), "task_ids": list(task_ids.values())}
+    db.execute(
+        text(
+            """DELETE FROM ls_task WHERE server = :server AND project_id = :project_id AND task_id = ANY(:task_ids)
+               AND id <> ALL(:ids)"""
+        ),
+        values,
+    )
+    # In two steps: numbers may be exchanged among these rows.
+    db.execute(text("UPDATE ls_task SET task_id = NULL WHERE id = ANY(:ids)"), values)
+    db.execute(
+        text(
+            """UPDATE ls_task SET task_id = n.task_id
+               FROM unnest(CAST(:ids AS bigint[]), CAST(:task_ids AS bigint[])) AS n (id, task_id)
+               WHERE ls_task.id = n.id"""
+        ),
+        values,
+    )
+
+
+def mark_refused(db: Connection, *, model_version: str, errors: dict[int, str]) -> None:
+    """Remember why the predictions of these ls_task ids were not taken."""
+    db.execute(
+        text(
+            """UPDATE ls_prediction SET state = 'refused', error = r.error
+               FROM unnest(CAST(:ids AS bigint[]), CAST(:errors AS text[])) AS r (id, error)
+               WHERE ls_task_id = r.id AND model_version = :version"""
+        ),
+        {"version": model_version, "ids": list(errors), "errors": list(errors.values())},
+    )
+
+
+def forget_predictions(db: Connection, *, model_version: str, ls_task_ids: Sequence[int]) -> None:
+    """Forget predictions that the server has not, so that they are sent again."""
+    statement = "DELETE FROM ls_prediction WHERE model_version = :version AND ls_task_id = ANY(:ids)"
+    db.execute(text(statement), {"version": model_version, "ids": list(ls_task_ids)})
+
+
+def forget_tasks(db: Connection, *, ls_task_ids: Sequence[int]) -> None:
+    """Forget tasks that the server has not, with their predictions of every version."""
+    db.execute(text("DELETE FROM ls_task WHERE id = ANY(:ids)"), {"ids": list(ls_task_ids)})
+
+
+def forget_refused(db: Connection, *, place: Place, job_id: int) -> int:
+    """Let what the project refused be tried again; returns how many assets."""
+    statement = text(
+        """DELETE FROM ls_prediction p USING ls_task t
+           WHERE t.id = p.ls_task_id AND t.server = :server AND t.project_id = :project_id
+             AND p.job_id = :job_id AND p.state = 'refused'"""
+    )
+    return db.execute(statement, {**place.values(), "job_id": job_id}).rowcount
+
+
+def count_done(db: Connection, *, place: Place, model_version: str) -> int:
+    """How many predictions of a version the project has, as far as we know."""
+    statement = text(
+        """SELECT count(*) FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+           WHERE t.server = :server AND t.project_id = :project_id AND p.model_version = :version
+             AND p.state = 'done'"""
+    )
+    values = {**place.values(), "version": model_version}
+    return int(db.execute(statement, values).scalar_one())
+
+
+def count_tasks(db: Connection, *, place: Place) -> int:
+    """How many tasks of ours the project has, as far as we know."""
+    statement = text(
+        """SELECT count(*) FROM ls_task WHERE server = :server AND project_id = :project_id AND task_id IS NOT NULL"""
+    )
+    return int(db.execute(statement, place.values()).scalar_one())
+
+
+def refused_of(db: Connection, *, job_id: int, place: Place) -> list[tuple[str, str]]:
+    """The uri and the reason of each asset of a job that the project refused, in the order of the assets."""
+    statement = text(
+        """SELECT t.uri, p.error FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+           WHERE p.job_id = :job_id AND t.server = :server AND t.project_id = :project_id AND p.state = 'refused'
+           ORDER BY p.asset_id"""
+    )
+    values = {"job_id": job_id, **place.values()}
+    return [(row.uri, row.error) for row in db.execute(statement, values)]
+
+
+def published(db: Connection, *, job_id: int) -> list[Published]:
+    """What each project of each server has of a job. Assets that an earlier job published under the same model version
+    count for that job."""
+    rows = db.execute(
+        text(
+            """SELECT server, project_id, count(*) FILTER (WHERE state = 'done') AS assets,
+                      count(*) FILTER (WHERE state = 'sending') AS sending,
+                      count(*) FILTER (WHERE state = 'refused') AS refused,
+                      coalesce(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0) AS masks_shown,
+                      coalesce(sum(left_out) FILTER (WHERE state = 'done'), 0) AS masks_left_out,
+                      (sum(iou_sum) FILTER (WHERE state = 'done')
+                       / nullif(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0))::float AS iou_mean,
+                      (min(iou_min) FILTER (WHERE state = 'done'))::float AS iou_worst
+               FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+               WHERE p.job_id = :job_id GROUP BY server, project_id ORDER BY server, project_id"""
+        ),
+        {"job_id": job_id},
+    ).mappings()
+    return [Published(**row) for row in rows]
+
+
+def _row(row: RowMapping) -> Row:
+    return Row(**{**row, "state": None if row["state"] is None else LsState(row["state"])})
