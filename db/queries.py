@@ -555,7 +555,7 @@ def unsend(db: Connection, *, chunk_ids: Sequence[int]) -> None:
 def finish_jobs(db: Connection) -> list[int]:
     """Mark as done the listed jobs without an open chunk; returns their ids."""
     statement = text(
-        """UPDATE job SET state = 'done', finished_at = now() WHERE state = 'running'
+        """UPDATE job SET state = 'done', finished_at = now(), error = NULL WHERE state = 'running'
            AND NOT EXISTS (SELECT 1 FROM chunk WHERE job_id = job.id AND state <> 'done') RETURNING id"""
     )
     return list(db.execute(statement).scalars())
@@ -709,10 +709,18 @@ def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool 
             """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
                       transient_failures = transient_failures + :failed,
                       ready_at = CASE WHEN :failed > 0
-                          THEN now() + make_interval(secs => 10 * power(2, transient_failures)) END
+                          THEN now() + make_interval(secs => 10 * power(2, least(transient_failures, 6))) END
                WHERE id = :id AND token = :token AND state = 'running'"""
         ),
         {"id": chunk.id, "token": chunk.token, "failed": int(transient_error)},
+    )
+
+
+def note_error(db: Connection, *, job_id: int, error: str) -> None:
+    """Let `show` say what keeps a job from going on; forgotten when it is done."""
+    db.execute(
+        text("UPDATE job SET error = :error WHERE id = :id AND state IN ('listing', 'running')"),
+        {"id": job_id, "error": error},
     )
 
 

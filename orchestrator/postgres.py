@@ -63,12 +63,14 @@ class EmbeddedPostgres:
         shutil.rmtree(self._socket_dir, ignore_errors=True)
 
     def _init(self) -> None:
-        # Whatever an interrupted initdb left is not a cluster.
-        shutil.rmtree(self.data_dir, ignore_errors=True)
-        self.data_dir.mkdir(parents=True, mode=0o700)
-        self._give(self.data_dir)
+        # Beside its place and then renamed: what an interrupted initdb leaves would pass for a cluster.
+        making = self.data_dir.with_name(f"{self.data_dir.name}.making")
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True, mode=0o700)
+        self._give(making)
         no_sync = [] if self._durable else ["--no-sync"]
-        self._run("initdb", "-D", self.data_dir, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C", *no_sync)
+        self._run("initdb", "-D", making, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C", *no_sync)
+        making.rename(self.data_dir)
 
     def _stop_leftover(self) -> None:
         """A run that was killed with SIGKILL leaves its server behind."""

@@ -46,8 +46,11 @@ class Draining(Exception):
     """The worker was asked to stop: what is left of the chunk goes back."""
 
 
-class DeviceLost(RuntimeError):
-    """The CUDA context of this process is broken; it must end without a verdict on any asset."""
+class ProcessUnfit(RuntimeError):
+    """This process can label nothing: its CUDA context is broken, or its model cannot be loaded.
+
+    It must end without a verdict on any asset; others may be fit.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +86,7 @@ class Worker:
 def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     """Claim a chunk and work through it; None when there is nothing to claim (a late or doubled message).
 
-    Raises DeviceLost; every other trouble ends in outcomes, in the chunk's release, or in its lease running out.
+    Raises ProcessUnfit; every other trouble ends in outcomes, in the chunk's release, or in its lease running out.
     """
     with worker.engine.begin() as db:
         chunk = queries.claim_chunk(
@@ -102,9 +105,9 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     except Draining:
         log.info("chunk %d of job %d goes back: the worker stops", chunk.id, chunk.job_id)
         _release(worker, chunk)
-    except (TransientError, models.ModelError) as error:
+    except TransientError as error:
         log.warning("chunk %d of job %d goes back: %s", chunk.id, chunk.job_id, redact(str(error)))
-        _release(worker, chunk, transient_error=True)
+        _release(worker, chunk, pause=True, error=str(error))
     return ChunkReport(
         labeled=run.labeled,
         failed=run.failed,
@@ -113,9 +116,20 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     )
 
 
-def _release(worker: Worker, chunk: ClaimedChunk, *, transient_error: bool = False) -> None:
+def _release(worker: Worker, chunk: ClaimedChunk, *, pause: bool = False, error: str | None = None) -> None:
     with worker.engine.begin() as db:
-        queries.release_chunk(db, chunk=chunk, transient_error=transient_error)
+        queries.release_chunk(db, chunk=chunk, transient_error=pause)
+        if error is not None:
+            queries.note_error(db, job_id=chunk.job_id, error=_storable(f"{worker.name}: {error}"))
+
+
+def _load_model(worker: Worker, chunk: ClaimedChunk) -> models.Model:
+    """The job's model. What keeps it from loading here may not elsewhere, so it is no verdict on job or assets."""
+    try:
+        return worker.load_model(chunk.model)
+    except Exception as error:
+        _release(worker, chunk, error=f"{chunk.model} cannot be loaded: {error}")
+        raise ProcessUnfit(f"{chunk.model} cannot be loaded: {error}") from error
 
 
 class _ChunkRun:
@@ -155,7 +169,8 @@ class _ChunkRun:
             assets = self._pass_by_unprompted(assets, match)
         if not assets:
             return
-        model = self._worker.load_model(self._chunk.model)
+        model = _load_model(self._worker, self._chunk)
+        self._progress_at = time.monotonic()
         look = self._automatic_look(model) if match is None else self._prompted_look(model, match)
         size = self._settings.batch_size
         trusted = [asset for asset in assets if asset.deaths_alone is None]
@@ -342,14 +357,14 @@ class _ChunkRun:
 
 
 def _judge(error: Exception) -> tuple[ErrorKind, str]:
-    """The verdict on an asset that raised; raises DeviceLost when it is the process that is broken."""
+    """The verdict on an asset that raised; raises ProcessUnfit when it is the process that is broken."""
     if isinstance(error, AssetError):
         return error.kind, str(error)
     from workers.models.device import DeviceFault, device_fault
 
     match device_fault(error):
         case DeviceFault.LOST:
-            raise DeviceLost(str(error)) from error
+            raise ProcessUnfit(str(error)) from error
         case DeviceFault.OUT_OF_MEMORY:
             return ErrorKind.GPU_OOM, f"does not fit in device memory even alone: {error}"
     return ErrorKind.INTERNAL, f"{type(error).__name__}: {error}"

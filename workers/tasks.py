@@ -25,12 +25,12 @@ from db.settings import settings
 from workers import models
 from workers.app import SEGMENT_CHUNK, app, publish_chunks, waiting_messages
 from workers.errors import redact
-from workers.pipeline import DeviceLost, Worker, run_chunk
+from workers.pipeline import ProcessUnfit, Worker, run_chunk
 
 # Set by `maskfleet worker`, which owns the folder: the file `stop` in it means that the worker drains.
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 _EX_TEMPFAIL = 75  # sysexits.h: try again later
-_MOST_DEVICE_FAULTS = 3
+_MOST_FAULTS = 3
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
         report = run_chunk(worker, chunk_id)
         _faults_file().unlink(missing_ok=True)
         top_up(worker.engine)
-    except DeviceLost:
-        log.exception("chunk %d: the device is lost; this process ends", chunk_id)
-        _leave_lost_device()
+    except ProcessUnfit:
+        log.exception("chunk %d: this process ends", chunk_id)
+        _leave()
     except OperationalError:
         log.exception("chunk %d: Postgres is away; the lease will run out and the chunk go on", chunk_id)
         return None
@@ -128,19 +128,19 @@ def _load_model(name: str) -> models.Model:
     return models.load(models.find(name), default_device())
 
 
-def _leave_lost_device() -> None:
-    """End this child without a verdict; after several in a row stop the worker, for its device is sick."""
+def _leave() -> None:
+    """End this child without a verdict; after several in a row stop the worker, for it would only eat chunks."""
     faults = _faults_file()
     seen = len(faults.read_text()) + 1 if faults.exists() else 1
     if faults.parent.is_dir():
         faults.write_text("x" * seen)
-    if seen >= _MOST_DEVICE_FAULTS:
+    if seen >= _MOST_FAULTS:
         os.kill(os.getppid(), signal.SIGTERM)
     os._exit(_EX_TEMPFAIL)
 
 
 def _faults_file() -> Path:
-    return _run_dir() / "device-faults"
+    return _run_dir() / "faults"
 
 
 def _run_dir() -> Path:

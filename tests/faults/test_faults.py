@@ -144,7 +144,7 @@ def test_assets_that_kill_hang_or_fill_the_process_are_told_apart_and_harm_no_ne
 def test_a_worker_in_which_nothing_moves_gives_up_its_lease_and_its_process(
     deployment: Deployment, tmp_path: Path
 ) -> None:
-    deployment.settings["MASKFLEET_HANG_SECONDS"] = "3"
+    deployment.settings["MASKFLEET_HANG_SECONDS"] = "20"
     source = draw_pictures(tmp_path / "pictures", 6, special={"0002-hang.png": HANG})
     deployment.start("dispatch")
     deployment.start("worker", "--devices", "cpu")
