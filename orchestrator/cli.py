@@ -32,11 +32,13 @@ from orchestrator.doctor import examine
 from orchestrator.embedded import INTERRUPTED, RunError
 from orchestrator.embedded import run as run_embedded
 from orchestrator.postgres import PostgresFailed
+from orchestrator.prompt_files import PromptFile, list_reports, read_prompts
 from orchestrator.submit import Request, select, submit_job
 from workers import models
 from workers.errors import ErrorKind, SourceError, TransientError, redact
 from workers.models import ModelError
 from workers.params import ParamError, parse_params
+from workers.prompts import parse_prompt_params
 from workers.storage import open_source
 
 USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
@@ -70,6 +72,14 @@ ParamOption = Annotated[
     list[str] | None,
     typer.Option("--param", help="name=value, with SAM's own names: points_per_side, pred_iou_thresh, …; repeatable."),
 ]
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        help="Ask where these say: JSON lines or COCO boxes in a file or s3:// object, or a folder of YOLO labels. "
+        "`grid` (every object, without prompts) is the default.",
+    ),
+]
 LabelOption = Annotated[str | None, typer.Option("--label", help="The class of every mask, for jobs with one class.")]
 IncludeOption = Annotated[
     list[str] | None, typer.Option("--include", help="Take keys that match this glob, whatever their suffix.")
@@ -100,6 +110,7 @@ def run(
     source: SourceArgument,
     out: Annotated[Path, typer.Option("--out", help="Where the results go.", show_default=False)],
     model: ModelOption = None,
+    prompts: PromptsOption = None,
     param: ParamOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
@@ -116,10 +127,11 @@ def run(
     Ctrl-C leaves a job that the same command resumes.
     """
     chosen = models.find(model) if model else models.largest_present()
-    request = _request(source, chosen.name, param, label, include, exclude, limit, fresh, name)
+    request = _request(source, chosen.name, prompts, param, label, include, exclude, limit, fresh, name)
     if dry_run:
         _dry_run(request, as_json)
         return
+    _require_weights(chosen)
     notice = _demonstration_notice() if chosen.demonstration else None
     if notice and not model:
         err.print(notice, style="yellow")
@@ -132,6 +144,7 @@ def run(
 def submit(
     source: SourceArgument,
     model: ModelOption = None,
+    prompts: PromptsOption = None,
     param: ParamOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
@@ -146,7 +159,7 @@ def submit(
     wanted = model or settings().model
     if wanted is None:
         _fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(models.MODELS)}")
-    request = _request(source, models.find(wanted).name, param, label, include, exclude, limit, fresh, name)
+    request = _request(source, models.find(wanted).name, prompts, param, label, include, exclude, limit, fresh, name)
     if dry_run:
         _dry_run(request, as_json)
         return
@@ -411,6 +424,7 @@ def models_verify(name: ModelArgument) -> None:
 def _request(
     source: str,
     model: str,
+    prompts: str | None,
     param: list[str] | None,
     label: str | None,
     include: list[str] | None,
@@ -425,17 +439,31 @@ def _request(
         if not separator:
             raise ParamError(f"--param {text!r}: expected name=value, such as points_per_side=16")
         texts[key.strip()] = value.strip()
+    where = source if "://" in source else str(Path(source).expanduser().absolute())
+    asked_by_grid = prompts is None or prompts == "grid"
+    params = parse_params(texts) if asked_by_grid else parse_prompt_params(texts)
     return Request(
-        source=source if "://" in source else str(Path(source).expanduser().absolute()),
+        source=where,
         model=model,
         name=name,
-        params=parse_params(texts),
+        prompts=None if asked_by_grid or prompts is None else _read_prompts(prompts, where, model),
+        params=params,
         label=label,
         include=include or (),
         exclude=exclude or (),
         limit=limit,
         fresh=fresh,
     )
+
+
+def _read_prompts(address: str, source: str, model: str) -> PromptFile:
+    """Read a prompt file and say what in it cannot be used."""
+    with err.status(f"reading {watching.printable(redact(address))}"):
+        endpoint = settings().s3_endpoint
+        found = read_prompts(address, source=source, spec=models.find(model), s3_endpoint=endpoint)
+    for line in list_reports(found.bad, found.bad_count):
+        err.print(watching.printable(line), style="yellow", markup=False)
+    return found
 
 
 def _run(request: Request, out: Path, devices: str, as_json: bool, *, notice: str | None) -> dict[str, Any]:
@@ -503,6 +531,15 @@ def _database_url() -> str:
     if url is None:
         _fail("MASKFLEET_DATABASE_URL is not set: name the deployment's PostgreSQL, or use `maskfleet run`")
     return url.get_secret_value()
+
+
+def _require_weights(spec: models.ModelSpec) -> None:
+    """A run's worker is this machine's own: it would wait for weights in vain."""
+    from workers.models.weights import remedy, verify
+
+    verified = verify(spec)
+    if not verified.ok:
+        _fail(f"{spec.name}: {verified.path} is {verified.found}; {remedy(spec)}")
 
 
 def _require_broker() -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection
 
 from db import queries
 from db.queries import Job, NewAsset
+from orchestrator.prompt_files import PromptFile
 from workers import models
 from workers.params import AutomaticParams, automatic_params
+from workers.prompts import PromptParams
 from workers.storage import Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -31,10 +33,13 @@ class Request:
     exclude: Sequence[str] = ()
     limit: int | None = None
     fresh: bool = False
+    prompts: PromptFile | None = None
 
     def asked(self) -> dict[str, Any]:
         """What goes on the job's row, JSON-safe."""
         return {
+            "mode": "prompts" if self.prompts else "automatic",
+            "prompts": self.prompts.as_json() if self.prompts else None,
             "params": dict(self.params),
             "label": self.label,
             "include": list(self.include),
@@ -45,6 +50,8 @@ class Request:
     def model_version(self) -> str:
         """Changes with whatever changes the masks, and with nothing else."""
         spec = models.find(self.model)
+        if self.prompts:
+            return models.model_version(spec, what_prompts_compute(self.prompts.sha256, self.params, self.label))
         return models.model_version(spec, what_is_computed(spec, self.params, self.label))
 
 
@@ -57,9 +64,14 @@ def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: s
     return {"mode": "automatic", "params": values, "label": label}
 
 
+def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
+    """The same for a job with prompts: equal exactly where the prompts of every asset are."""
+    return {"mode": "prompts", "prompts": sha256, "params": asdict(PromptParams(**params)), "label": label}
+
+
 def submit_job(db: Connection, request: Request) -> Job:
-    """Store a job; a dispatcher lists its source. Raises what `find` and `automatic_params` raise."""
-    return queries.insert_job(
+    """Store a job with its prompts; a dispatcher lists its source. Raises what `find` and `automatic_params` raise."""
+    job = queries.insert_job(
         db,
         name=request.name or request.source.rstrip("/").rpartition("/")[2],
         source=request.source,
@@ -68,6 +80,9 @@ def submit_job(db: Connection, request: Request) -> Job:
         asked=request.asked(),
         fresh=request.fresh,
     )
+    if request.prompts:
+        queries.store_prompts(db, job_id=job.id, rows=request.prompts.rows())
+    return job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import boto3
 import botocore.client
@@ -212,6 +212,21 @@ class Bucket:
                     raise TransientError(f"{key}: the body broke off {attempt} times: {redact(str(error))}") from error
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def copy(self, key: str, into: IO[bytes]) -> None:
+        """Write an object of any size into a file, in bounded memory. Raises what `read` raises but too_large."""
+        for attempt in range(1, ATTEMPTS + 1):
+            into.seek(0)
+            into.truncate()
+            try:
+                _client(self._endpoint, ATTEMPTS).download_fileobj(self._bucket, self._prefix + key, into)
+                return
+            except _VENDOR_ERRORS as error:
+                raise self._asset_error(key, error) from error
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                if attempt == ATTEMPTS:
+                    raise TransientError(f"{key}: the body broke off {attempt} times: {redact(str(error))}") from error
+            time.sleep(random.uniform(0, 0.1 * 2**attempt))
 
     def _page(self, contents: Iterable[Mapping[str, Any]], cursor: str) -> Page:
         objects: list[Listed] = []
