@@ -21,9 +21,7 @@ from workers.masks import Mask
 from workers.prompts import Prompt, PromptParams, asks_one_point
 from workers.upsampling import Upsampling
 
-# More fill a GPU and its memory; on a core fewer stay in its cache (4 to 8 are 20 % faster than 50; EPYC, sam_nano).
-_AT_ONCE = {"cuda": 64}
-_AT_ONCE_ELSEWHERE = 8
+_AT_ONCE = 64  # their logits, 256 KiB each, are held together
 
 
 def prompted_masks(
@@ -43,7 +41,7 @@ def prompted_masks(
     )
     drawing = _Drawing(upsampling=upsampling, size_hw=size_hw, threshold=float(sam.mask_threshold))
     masks: list[list[Mask]] = [[] for _ in prompts]
-    for numbers in _decodable_together(prompts, _AT_ONCE.get(embedding.device.type, _AT_ONCE_ELSEWHERE)):
+    for numbers in _decodable_together(prompts):
         logits, predicted_iou = _decode(sam, embedding, [prompts[n] for n in numbers], params, size_hw)
         for n, outputs, scores in zip(numbers, logits, predicted_iou, strict=True):
             with one_thread():
@@ -51,14 +49,14 @@ def prompted_masks(
     return masks
 
 
-def _decodable_together(prompts: Sequence[Prompt], at_once: int) -> Iterator[list[int]]:
-    """The numbers of at most at_once prompts that have as many points each, and a box all or none."""
+def _decodable_together(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """The numbers of a bounded number of prompts that have as many points each, and a box all or none."""
     makes: dict[tuple[int, bool], list[int]] = {}
     for number, prompt in enumerate(prompts):
         makes.setdefault((len(prompt.points), prompt.box_xyxy is not None), []).append(number)
     for (point_count, _), numbers in makes.items():
         # Memory goes with the decoder's tokens: six of its own, a box's two, and the points.
-        step = max(1, at_once * 8 // (8 + point_count))
+        step = max(1, _AT_ONCE * 8 // (8 + point_count))
         yield from (numbers[first : first + step] for first in range(0, len(numbers), step))
 
 
