@@ -437,7 +437,7 @@ def _has_version(model_version: str) -> dict[str, Any]:
         "filter": "filter:tasks:predictions_model_versions",
         "operator": "contains",
         "type": "List",
-        "value": model_version,
+        "value": [model_version],  # of a bare string, the server would look for each letter
     }
 
 
