@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, text
 
+from db import queries
 from db.models import LsState
+from db.queries import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,13 @@ def project_lock(engine: Engine, *, place: Place, wait: Callable[[], None]) -> I
         finally:
             # The pool keeps the connection, and with it would keep the lock.
             db.invalidate()
+
+
+def jobs_since(db: Connection, *, moment: datetime) -> list[Job]:
+    """The jobs made at this moment or later, oldest first."""
+    statement = "SELECT id FROM job WHERE created_at >= :moment ORDER BY id"
+    found = (queries.get_job(db, job_id=i) for i in db.execute(text(statement), {"moment": moment}).scalars().all())
+    return [job for job in found if job is not None]
 
 
 def unpublished(db: Connection, *, job_id: int, place: Place, after_asset_id: int, page: int) -> list[Candidate]:

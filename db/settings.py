@@ -19,6 +19,9 @@ class Settings(BaseSettings):
     s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store; unset means AWS")
     label_studio_url: str | None = Field(None, description="Label Studio, http://host:8080")
     label_studio_api_key: SecretStr | None = Field(None, description="Label Studio legacy or personal access token")
+    label_studio_project: int | None = Field(
+        None, description="Project that `publish` takes when --project is not given"
+    )
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
     state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")
     model: str | None = Field(None, description="Model that `submit` takes when --model is not given")

@@ -3,6 +3,7 @@ environment, 130 interrupted."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,13 +18,22 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
-from db import queries
+from db import publishing, queries
 from db.models import JobState
+from db.queries import Job
 from db.session import DatabaseNotReady, check_migrated, open_engine
 from db.session import migrate as migrate_database
 from db.settings import settings
@@ -31,6 +41,7 @@ from orchestrator import watch as watching
 from orchestrator.doctor import examine
 from orchestrator.embedded import INTERRUPTED, RunError
 from orchestrator.embedded import run as run_embedded
+from orchestrator.label_studio import LabelStudio, LabelStudioError
 from orchestrator.postgres import PostgresFailed
 from orchestrator.prompt_files import PromptFile, list_reports, read_prompts
 from orchestrator.submit import Request, select, submit_job
@@ -53,6 +64,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The models, and their weights on this machine.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+label_studio_app = typer.Typer(help="Projects of Label Studio, where people correct masks.", no_args_is_help=True)
+app.add_typer(label_studio_app, name="label-studio")
 
 err = watching.stderr_console()
 
@@ -61,6 +74,13 @@ class ExportFormat(StrEnum):
     COCO = "coco"
     PNG = "png"
     LABEL_STUDIO = "label-studio"
+
+
+class RegionForm(StrEnum):
+    AUTO = "auto"
+    POLYGON = "polygon"
+    BRUSH = "brush"
+    RECTANGLE = "rectangle"
 
 
 # ------------------------------------------------------------------------------------------------------- job options
@@ -90,6 +110,9 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier job has answered.")]
 NameOption = Annotated[str, typer.Option("--name", help="What people call the job.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+LocalFilesOption = Annotated[
+    Path | None, typer.Option("--local-files", help="Label Studio's LOCAL_FILES_DOCUMENT_ROOT, for jobs over a folder.")
+]
 DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
 
 
@@ -219,11 +242,13 @@ def show(
     found, counts = watching.read_job(engine, job)
     with engine.begin() as db:
         failures = queries.failed_assets(db, job_id=job) if failed else []
+        published = publishing.published(db, job_id=job)
     if as_json:
         listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
-        _print_json(watching.job_as_json(found, counts) | ({"failed": listed} if failed else {}))
+        shown = {"published": [dataclasses.asdict(place) for place in published]}
+        _print_json(watching.job_as_json(found, counts) | shown | ({"failed": listed} if failed else {}))
     else:
-        watching.print_job(Console(), found, counts, failures)
+        watching.print_job(Console(), found, counts, failures, published)
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")
@@ -287,6 +312,83 @@ def export(
     err.print(f"wrote {out}")
 
 
+@app.command(epilog="Example: `maskfleet publish 12 --project 3`")
+def publish(
+    job: Annotated[int | None, typer.Argument(help="The job's number; none with --follow: all.")] = None,
+    project: Annotated[int | None, typer.Option("--project", help="Label Studio's project, by number.")] = None,
+    as_: Annotated[RegionForm, typer.Option("--as", help="How masks are drawn; auto: polygons, else brush.")] = (
+        RegionForm.AUTO
+    ),
+    follow: Annotated[bool, typer.Option("--follow", help="Keep up until the job is over.")] = False,
+    max_regions: Annotated[int, typer.Option("--max-regions", min=1, help="Shown at most on a task.")] = 150,
+    local_files: LocalFilesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a job's assets into a Label Studio project, with their masks as predictions.
+
+    Run it again at any time: what is there is not sent twice, what was deleted there is put back. Exits 1 when the
+    project could not take some assets.
+    """
+    from orchestrator import publish as publisher
+
+    _log_to_stderr()
+    number = project or settings().label_studio_project
+    if number is None:
+        _fail("which project? --project or MASKFLEET_LABEL_STUDIO_PROJECT; `maskfleet label-studio setup` makes one")
+    if job is None and not follow:
+        _fail("which job? `maskfleet jobs` lists them; without one, --follow keeps up with all")
+    engine = _engine()
+    total = watching.read_job(engine, job)[1].labeled if job is not None else None
+    options = publisher.Options(
+        as_=as_.value, max_regions=max_regions, local_files=str(local_files.absolute()) if local_files else None
+    )
+    refused = 0
+    with (
+        _label_studio() as client,
+        Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+            console=err,
+            disable=not err.is_terminal,
+        ) as bars,
+    ):
+        bar = bars.add_task(f"project {number}", total=total)
+
+        def landed(job_of: Job, report: publisher.Report) -> None:
+            nonlocal refused
+            refused += len(report.refused)
+            if as_json:
+                bars.stop()
+                _print_json(watching.report_as_json(job_of, client.url, number, report))
+            else:
+                watching.print_report(err, job_of, report)
+
+        if follow:
+            publisher.follow(
+                engine,
+                client,
+                number,
+                options,
+                job_id=job,
+                stop=_stop_on_signals(),
+                landed=landed,
+                progress=lambda n: bars.advance(bar, n),
+            )
+        else:
+            found, _ = watching.read_job(engine, job or 0)
+            report = publisher.publish_job(
+                engine,
+                client,
+                found,
+                number,
+                options,
+                progress=lambda n: bars.advance(bar, n),
+                waiting=lambda: bars.update(bar, description=f"project {number}: another publisher is at work"),
+            )
+            landed(found, report)
+    if refused:
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `maskfleet worker --devices 0,1`")
 def worker(
     devices: DevicesOption = "all",
@@ -321,10 +423,7 @@ def dispatch() -> None:
     _log_to_stderr()
     _require_broker()
     engine = _engine()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    run_dispatcher(engine, stop)
+    run_dispatcher(engine, _stop_on_signals())
 
 
 @app.command(epilog="Example: `maskfleet migrate`")
@@ -418,7 +517,95 @@ def models_verify(name: ModelArgument) -> None:
         _fail(remedy(spec))
 
 
+# ------------------------------------------------------------------------------------------------------ label studio
+
+
+@label_studio_app.command(
+    "setup", epilog='Example: `maskfleet label-studio setup --title "Street" --job 12 --label car --label "red bus"`'
+)
+def label_studio_setup(
+    project: Annotated[int | None, typer.Option("--project", help="An existing project, by number.")] = None,
+    title: Annotated[str, typer.Option("--title", help="Of the project to make, or to take when it is there.")] = "",
+    job: Annotated[int | None, typer.Option("--job", help="Take labels and images from this job.")] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", help="A label to offer; repeatable.")] = None,
+    smart: Annotated[bool, typer.Option("--smart", help="Add smart key points and rectangles.")] = False,
+    update_config: Annotated[
+        bool, typer.Option("--update-config", help="Add to an existing project's labeling config what it lacks.")
+    ] = False,
+    local_files: Annotated[
+        bool, typer.Option("--local-files", help="Let Label Studio serve the job's folder, which it must see.")
+    ] = False,
+    send_keys: Annotated[
+        bool, typer.Option("--send-keys", help="Store our S3 keys in the project; else the server's own are used.")
+    ] = False,
+    presign: Annotated[
+        bool, typer.Option("--presign", help="Browsers fetch from S3 themselves; it needs CORS.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a project ready for `publish`, or check one: labels and tools, the images' storage, a tab by score.
+
+    An existing labeling config is left alone: what it lacks is said, with the lines to add, and the exit status is 2.
+    """
+    from orchestrator.project import Wanted, make_project, set_up_project
+
+    labels, source = list(label or []), None
+    if job is not None:
+        engine = _engine()
+        source = watching.read_job(engine, job)[0].source
+        with engine.begin() as db:
+            labels += [name for name in queries.labels_of(db, job_id=job) if name not in labels]
+    if project is None and not title:
+        _fail("which project? --project NUMBER, or --title of the one to make")
+    wanted = Wanted(
+        labels=labels,
+        smart=smart,
+        update_config=update_config,
+        source=source,
+        local_files=local_files,
+        send_keys=send_keys,
+        presign=presign,
+    )
+    with _label_studio() as client:
+        if project is not None:
+            set_up = set_up_project(client, client.get_project(project), wanted)
+        else:
+            set_up = make_project(client, title, wanted)
+        url = f"{client.url}/projects/{set_up.project.id}/data"
+    if as_json:
+        _print_json(
+            {"project": set_up.project.id, "url": url, "done": set_up.done, "missing_config_lines": set_up.missing}
+        )
+    else:
+        print(set_up.project.id)
+        for line in [*set_up.done, url]:
+            err.print(line, markup=False, highlight=False)
+    if set_up.missing:
+        lines = "\n".join(set_up.missing)
+        _fail(f"the labeling config lacks these lines; add them, or run again with --update-config:\n{lines}")
+
+
 # ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _label_studio() -> LabelStudio:
+    """The deployment's Label Studio, once it is reached and takes the token."""
+    url, key = settings().label_studio_url, settings().label_studio_api_key
+    if url is None or key is None:
+        _fail(
+            "set MASKFLEET_LABEL_STUDIO_URL, such as http://host:8080, and MASKFLEET_LABEL_STUDIO_API_KEY, a token from "
+            "Account & Settings there"
+        )
+    client = LabelStudio(url, key.get_secret_value())
+    client.check()
+    return client
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
 
 
 def _request(
@@ -560,12 +747,24 @@ def _fail(message: str) -> NoReturn:
     raise typer.Exit(USAGE)
 
 
+_FAILURES = (
+    SourceError,
+    TransientError,
+    ParamError,
+    ModelError,
+    DatabaseNotReady,
+    RunError,
+    PostgresFailed,
+    LabelStudioError,
+)
+
+
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     """What an operator can mend is said in a line; anything else is a fault of ours and shows its trace."""
     try:
         yield
-    except (SourceError, TransientError, ParamError, ModelError, DatabaseNotReady, RunError, PostgresFailed) as error:
+    except _FAILURES as error:
         message = str(error)
     except LookupError as error:
         if type(error) is not LookupError:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.colours import label_colour
+from orchestrator.label_studio import LabelStudioError
 from orchestrator.regions import BRUSH_CONTROL, IMAGE_CONTROL, POLYGON_CONTROL, RECTANGLE_CONTROL, RegionKind
 
 _TAGS = {POLYGON_CONTROL: "PolygonLabels", BRUSH_CONTROL: "BrushLabels", RECTANGLE_CONTROL: "RectangleLabels"}
-_NEEDED: Mapping[RegionKind, tuple[str, ...]] = {
+ALL_KINDS = tuple(_TAGS)
+NEEDED_KINDS: Mapping[RegionKind, tuple[str, ...]] = {
     "auto": (POLYGON_CONTROL, BRUSH_CONTROL),
     "polygon": (POLYGON_CONTROL,),
     "brush": (BRUSH_CONTROL,),
@@ -27,7 +29,7 @@ TASK_FIELDS = ("asset_id", "width", "height")  # of a task's data, beside the im
 _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 
 
-class ConfigError(ValueError):
+class ConfigError(LabelStudioError):
     """A project's labeling config cannot hold what is to be published; the message has the lines to add."""
 
 
@@ -76,13 +78,13 @@ def find_controls(label_config: str) -> Controls:
     return Controls(by_kind=by_kind, image_field=variable[1])
 
 
-def missing_lines(controls: Controls, *, as_: RegionKind, labels: Iterable[str]) -> list[str]:
-    """The lines of XML to add to a config so that it holds regions of this kind with these labels; none when it does.
+def missing_lines(controls: Controls, *, kinds: Iterable[str], labels: Iterable[str]) -> list[str]:
+    """The lines of XML to add to a config so that it holds regions of these kinds and labels; none when it does.
 
     A control that is missing comes whole; a label that is missing comes below the name of its control.
     """
     lines: list[str] = []
-    for kind in _NEEDED[as_]:
+    for kind in kinds:
         control = controls.by_kind.get(kind)
         new = [label for label in labels if control is None or label not in control.labels]
         tags = [f"  {_label_tag(label)}" for label in new]
@@ -95,9 +97,9 @@ def missing_lines(controls: Controls, *, as_: RegionKind, labels: Iterable[str])
 
 def require_controls(controls: Controls, *, as_: RegionKind, labels: Sequence[str]) -> None:
     """Raise ConfigError, with the lines to add, when a control that this kind of region needs is missing."""
-    if all(kind in controls.by_kind for kind in _NEEDED[as_]):
+    if all(kind in controls.by_kind for kind in NEEDED_KINDS[as_]):
         return
-    lines = "\n".join(missing_lines(controls, as_=as_, labels=labels))
+    lines = "\n".join(missing_lines(controls, kinds=NEEDED_KINDS[as_], labels=labels))
     raise ConfigError(
         f"the labeling config cannot hold --as {as_}. Add to it (Settings, Labeling Interface, Code):\n{lines}\n"
         "or let `maskfleet label-studio setup --project ID --update-config` do so"
@@ -120,12 +122,12 @@ def faults(controls: Controls, prediction: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
-def merge_config(label_config: str, *, as_: RegionKind, labels: Sequence[str]) -> str:
+def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[str]) -> str:
     """Add to a config what `missing_lines` says, and change nothing that is there."""
     root = ElementTree.fromstring(label_config)  # noqa: S314
     controls = find_controls(label_config)
     image = next(iter(root.iter("Image"))).get("name", IMAGE_CONTROL)
-    for kind in _NEEDED[as_]:
+    for kind in kinds:
         control = controls.by_kind.get(kind)
         element = next((e for e in root.iter(_TAGS[kind]) if control and e.get("name") == control.name), None)
         if element is None:

@@ -4,7 +4,8 @@
     ├── Unavailable   no answer, a time-out, 429 or 5xx: it may pass, and nobody knows whether a write happened
     ├── TooLarge      the body is more than the server, or a proxy before it, takes
     ├── NotFound      there is no such project, task or page
-    └── Refused       it will be refused again until a person mends what the message says
+    ├── Refused       it will be refused again until a person mends what the message says
+    └── ConfigError, PublishError, SetupError   ours, beside what raises them: the project does not fit
 
 Not label_studio_sdk: its client sends a failed import up to three times, and walks every number of a brush with
 pydantic. An import is not idempotent in Label Studio, so whoever sends one looks before sending again.
@@ -199,6 +200,12 @@ class LabelStudio:
     def create_view(self, project_id: int, data: Mapping[str, Any]) -> None:
         """Save a Data Manager tab. data: title, filters, ordering, … as the Data Manager stores them."""
         self._write("/api/dm/views/", {"project": project_id, "data": dict(data)})
+
+    def serves(self, address: str) -> bool:
+        """Whether the server hands out what a task's address names, such as /data/local-files/?d=…; none of it is
+        read."""
+        with self._client.stream("GET", address, headers={"Range": "bytes=0-0"}) as response:
+            return response.is_success
 
     # ---------------------------------------------------------------------------------------------------------- tasks
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
@@ -52,12 +54,13 @@ _REFUSALS_IN_A_ROW = 3  # by 500: then it is the server's fault, not the assets'
 _PAGE = 200
 _BUILD_PAGE = 20  # masks of so many assets are read at once: 3,000 on one asset are a few MB
 _POLL_SECONDS = 1.0
+_FOLLOW_SECONDS = 3.0
 _OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
 
 log = logging.getLogger(__name__)
 
 
-class PublishError(RuntimeError):
+class PublishError(LabelStudioError):
     """The job cannot be published like this; the message says what to do instead."""
 
 
@@ -122,11 +125,13 @@ def publish_job(
     *,
     progress: Callable[[int], None] = lambda _: None,
     waiting: Callable[[], None] = lambda: None,
+    verify: bool = True,
 ) -> Report:
     """Bring the project to what the job has now, and switch the version it shows when the job is over.
 
     progress: called with how many more assets are in the project. waiting: called each second while another publisher
-    is at work on the project. Raises LabelStudioError, ConfigError or PublishError; running it again goes on.
+    is at work on the project. verify: compare what is remembered with the server, and repair. Raises LabelStudioError;
+    running it again goes on.
     """
 
     def wait() -> None:
@@ -135,8 +140,65 @@ def publish_job(
 
     with publishing.project_lock(engine, place=Place(client.url, project_id), wait=wait) as db:
         publisher = _Publisher(db, client, job, project_id, options, progress)
-        publisher.reconcile()
+        publisher.reconcile(verify=verify)
         return publisher.report
+
+
+def follow(
+    engine: Engine,
+    client: LabelStudio,
+    project_id: int,
+    options: Options,
+    *,
+    job_id: int | None,
+    stop: threading.Event,
+    landed: Callable[[Job, Report], None],
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Keep a project up with a job until that is over; without job_id with every job made since the project, for ever.
+
+    landed: called after each pass that found something to do. A server or a job that cannot be worked with is logged
+    and tried again; with job_id it is raised, except for a server that is away.
+    """
+    finished: set[tuple[int, datetime | None]] = set()
+    while not stop.is_set():
+        over = False
+        try:
+            for job in _jobs_to_follow(engine, client, project_id, job_id):
+                over = job.state in _OVER
+                if (job.id, job.finished_at) in finished or not (over or _has_new(engine, client, project_id, job)):
+                    continue
+                landed(job, publish_job(engine, client, job, project_id, options, progress=progress, verify=over))
+                if over:
+                    finished.add((job.id, job.finished_at))
+        except Unavailable as error:
+            log.warning("%s; trying again", error)
+            over = False
+        except LabelStudioError as error:
+            if job_id is not None:
+                raise
+            log.warning("%s; trying again", error)
+        if over and job_id is not None:
+            return
+        stop.wait(_FOLLOW_SECONDS)
+
+
+def _jobs_to_follow(engine: Engine, client: LabelStudio, project_id: int, job_id: int | None) -> list[Job]:
+    if job_id is None:
+        made_at = datetime.fromisoformat(client.get_project(project_id).created_at)
+        with engine.begin() as db:
+            return publishing.jobs_since(db, moment=made_at)
+    with engine.begin() as db:
+        job = queries.get_job(db, job_id=job_id)
+    if job is None:
+        raise PublishError(f"there is no job {job_id}: `maskfleet jobs` lists them")
+    return [job]
+
+
+def _has_new(engine: Engine, client: LabelStudio, project_id: int, job: Job) -> bool:
+    with engine.begin() as db:
+        place = Place(client.url, project_id)
+        return bool(publishing.unpublished(db, job_id=job.id, place=place, after_asset_id=0, page=1))
 
 
 def image_address(uri: str, local_files: str | None) -> str:
@@ -187,17 +249,17 @@ class _Publisher:
 
     # --------------------------------------------------------------------------------------------- the order of things
 
-    def reconcile(self) -> None:
+    def reconcile(self, *, verify: bool) -> None:
         """Find out what is in doubt, send what is missing, compare with the server's count, and repair."""
         with self._db.begin():
             publishing.forget_refused(self._db, job_id=self._job.id, place=self._place)
         self._settle(final=False)
-        if not self._agrees():
+        if verify and not self._agrees():
             self._verify()
         self._send_all()
         if self._settle(final=True):
             self._send_all()
-        if not self._agrees() and self._verify():
+        if verify and not self._agrees() and self._verify():
             self._send_all()
         self._show_version()
         with self._db.begin():

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -16,9 +16,14 @@ from sqlalchemy import Engine
 
 from db import queries
 from db.models import JobState
+from db.publishing import Published
 from db.queries import Counts, FailedAsset, Job
 
+if TYPE_CHECKING:  # it brings OpenCV, which most commands need not wait for
+    from orchestrator.publish import Report
+
 OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
+_REFUSED_SHOWN = 20
 _PLAIN_LINE_SECONDS = 10.0  # between lines where nobody watches a terminal
 
 
@@ -113,7 +118,9 @@ def jobs_table(jobs: Sequence[tuple[Job, Counts]]) -> Table:
     return table
 
 
-def print_job(console: Console, job: Job, counts: Counts, failed: Sequence[FailedAsset]) -> None:
+def print_job(
+    console: Console, job: Job, counts: Counts, failed: Sequence[FailedAsset], published: Sequence[Published] = ()
+) -> None:
     """One job's page: how far it is, what was left out, what went wrong, and what to do about it."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -130,6 +137,7 @@ def print_job(console: Console, job: Job, counts: Counts, failed: Sequence[Faile
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
         "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),
         "error": job.error or "",
+        **{f"published to {p.project_id}": _published(p) for p in published},
     }
     for name, value in rows.items():
         if value:
@@ -139,6 +147,46 @@ def print_job(console: Console, job: Job, counts: Counts, failed: Sequence[Faile
         console.print(failed_table(failed))
     for line in _what_to_do(job, counts, shown_failed=bool(failed)):
         console.print(line, style="dim", highlight=False)
+
+
+def report_as_json(job: Job, server: str, project_id: int, report: Report) -> dict[str, Any]:
+    """What `publish --json` prints of one pass over a job."""
+    found = dataclasses.asdict(report)
+    found["refused"] = [{"uri": uri, "error": error} for uri, error in report.refused]
+    head = {"job": job.id, "model_version": job.model_version, "server": server, "project": project_id}
+    return {**head, **found}
+
+
+def print_report(console: Console, job: Job, report: Report) -> None:
+    """What one pass over a job did, and what the project could not take."""
+    counts = {
+        "published": report.created,
+        "added to tasks that were there": report.attached,
+        "found there": report.adopted,
+        "there before": report.already,
+        "put back": report.repaired,
+        "duplicates removed": report.duplicates_removed,
+        "refused": len(report.refused),
+    }
+    what = ", ".join(f"{n:,} {name}" for name, n in counts.items() if n) or "nothing to publish"
+    console.print(f"job {job.id}: {what}; the project shows {report.shown_version or 'no version'}")
+    for uri, error in report.refused[:_REFUSED_SHOWN]:
+        console.print(f"refused {printable(uri)}: {printable(error)}", style="red", markup=False)
+    if len(report.refused) > _REFUSED_SHOWN:
+        console.print(f"and {len(report.refused) - _REFUSED_SHOWN:,} more; --json lists all")
+    for note in report.notes:
+        console.print(note, style="yellow", markup=False)
+
+
+def _published(found: Published) -> str:
+    """How much of a job one project has, and how well its regions show the masks."""
+    parts = [f"{found.assets:,} assets at {found.server}"]
+    if found.iou_mean is not None and found.iou_worst is not None:
+        parts.append(f"IoU of regions with masks {found.iou_mean:.4f}, worst {found.iou_worst:.4f}")
+    parts += [f"{found.masks_left_out:,} masks not shown"] if found.masks_left_out else []
+    parts += [f"{found.refused:,} refused"] if found.refused else []
+    parts += [f"{found.sending:,} under way"] if found.sending else []
+    return "; ".join(parts)
 
 
 def failed_table(failed: Sequence[FailedAsset]) -> Table:
