@@ -342,7 +342,7 @@ def publish(
     options = publisher.Options(
         as_=as_.value, max_regions=max_regions, local_files=str(local_files.absolute()) if local_files else None
     )
-    refused = 0
+    documents: dict[int, dict[str, Any]] = {}
     with (
         _label_studio() as client,
         Progress(
@@ -354,13 +354,8 @@ def publish(
         bar = bars.add_task(f"project {number}", total=total)
 
         def landed(job_of: Job, report: publisher.Report) -> None:
-            nonlocal refused
-            refused += len(report.refused)
-            if as_json:
-                bars.stop()
-                _print_json(watching.report_as_json(job_of, client.url, number, report))
-            else:
-                watching.print_report(err, job_of, report)
+            documents[job_of.id] = watching.report_as_json(job_of, client.url, number, report)
+            watching.print_report(err, job_of, report)
 
         if follow:
             publisher.follow(
@@ -385,7 +380,9 @@ def publish(
                 waiting=lambda: bars.update(bar, description=f"project {number}: another publisher is at work"),
             )
             landed(found, report)
-    if refused:
+    if as_json:
+        _print_json([*documents.values()] if job is None else documents.get(job))
+    if any(document["refused"] for document in documents.values()):
         raise typer.Exit(1)
 
 
@@ -593,8 +590,8 @@ def _label_studio() -> LabelStudio:
     url, key = settings().label_studio_url, settings().label_studio_api_key
     if url is None or key is None:
         _fail(
-            "set MASKFLEET_LABEL_STUDIO_URL, such as http://host:8080, and MASKFLEET_LABEL_STUDIO_API_KEY, a token from "
-            "Account & Settings there"
+            "set MASKFLEET_LABEL_STUDIO_URL, such as http://host:8080, and MASKFLEET_LABEL_STUDIO_API_KEY, a token "
+            "from Account & Settings there"
         )
     client = LabelStudio(url, key.get_secret_value())
     client.check()

@@ -150,7 +150,7 @@ def print_job(
 
 
 def report_as_json(job: Job, server: str, project_id: int, report: Report) -> dict[str, Any]:
-    """What `publish --json` prints of one pass over a job."""
+    """What `publish --json` prints of a job: of its last pass, with --follow."""
     found = dataclasses.asdict(report)
     found["refused"] = [{"uri": uri, "error": error} for uri, error in report.refused]
     head = {"job": job.id, "model_version": job.model_version, "server": server, "project": project_id}
