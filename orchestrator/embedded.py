@@ -176,9 +176,11 @@ def _write_outputs(engine: Engine, job: Job, out: Path, *, seconds: float, notic
     from orchestrator.export import export_coco, export_label_studio, write_summary
     from orchestrator.gallery import write_gallery
 
-    with engine.begin() as db:
+    patient = open_engine(engine.url.render_as_string(hide_password=False), statement_timeout_seconds=0)
+    with patient.begin() as db:
         export_coco(db, job, out / "coco.json")
         export_label_studio(db, job, out / "label-studio.json")
         summary = write_summary(db, job, out / "summary.json", seconds=seconds)
         write_gallery(db, job, out / "index.html", seconds=seconds, notice=notice)
+    patient.dispose()
     return Outputs(out=out, summary=summary)

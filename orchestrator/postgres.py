@@ -31,7 +31,7 @@ class EmbeddedPostgres:
     """A running server in a `with` block; stopped at its end. Reached through a unix socket in a private folder."""
 
     def __init__(self, data_dir: Path, *, durable: bool = True) -> None:
-        """data_dir: made when missing. durable False gives up fsync, for tests."""
+        """data_dir: made when missing. durable False, for tests: no fsync, and the data are removed at the end."""
         self._as_user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         self.data_dir = data_dir if self._as_user is None else _place_for_root(data_dir)
         self._bin = (_wheel() if self._as_user is None else _copy_of_wheel()) / "pginstall18" / "bin"
@@ -61,6 +61,8 @@ class EmbeddedPostgres:
     ) -> None:
         self._run("pg_ctl", "-D", self.data_dir, "-w", "-m", "fast", "stop")
         shutil.rmtree(self._socket_dir, ignore_errors=True)
+        if not self._durable:
+            shutil.rmtree(self.data_dir)
 
     def _init(self) -> None:
         # Beside its place and then renamed: what an interrupted initdb leaves would pass for a cluster.
@@ -111,8 +113,14 @@ class EmbeddedPostgres:
 
 def _place_for_root(data_dir: Path) -> Path:
     """Where root's data lie: `nobody` could not reach a folder below /root without opening it to all."""
+    place = _roots_place()
+    for owner_note in place.glob("*/belongs-to"):
+        if not Path(owner_note.read_text()).exists():  # its OUT folder was deleted
+            shutil.rmtree(owner_note.parent)
     name = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
-    return _roots_place() / name / data_dir.name
+    (place / name).mkdir(mode=0o755, exist_ok=True)
+    (place / name / "belongs-to").write_text(str(data_dir.absolute().parent))
+    return place / name / data_dir.name
 
 
 def _roots_place() -> Path:
