@@ -12,12 +12,11 @@ from sqlalchemy import text
 from db import queries
 from db.queries import Counts
 from tests.deployment import Deployment, draw_pictures, terminate
+from tests.stub.stub_model import BROKEN, FULL, HANG, POISON
 from tests.waiting import wait_for
 from workers.app import SEGMENT_CHUNK, make_app
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
-
-POISON, HANG, FULL, BROKEN = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
 
 
 def assert_nothing_lost(counts: Counts, *, listed: int, failed: dict[str, int] | None = None) -> None:

@@ -19,7 +19,7 @@ from workers.models import Embedding, ModelSpec, RgbImage
 from workers.params import AutomaticParams
 from workers.prompts import Prompt, PromptParams
 
-POISON, HANG, FULL, BROKEN = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+POISON, HANG, FULL, BROKEN = (254, 1, 3), (1, 254, 3), (3, 1, 254), (253, 251, 7)
 
 
 class StubModel:
