@@ -251,6 +251,7 @@ class _Publisher:
 
     def reconcile(self, *, verify: bool) -> None:
         """Find out what is in doubt, send what is missing, compare with the server's count, and repair."""
+        self._check_images()
         with self._db.begin():
             publishing.forget_refused(self._db, job_id=self._job.id, place=self._place)
         self._settle(final=False)
@@ -290,6 +291,26 @@ class _Publisher:
                     "`maskfleet label-studio setup` makes a project of its own"
                 )
         return True
+
+    def _check_images(self) -> None:
+        """See that the project shows the job's images: a bucket without a storage is noted, a folder is refused."""
+        with self._db.begin():
+            first = publishing.unpublished(self._db, job_id=self._job.id, after_asset_id=0, page=1, place=self._place)
+        if not first:
+            return
+        address = image_address(self._source.uri(first[0].key), self._options.local_files)
+        if address.startswith("s3://"):
+            bucket = address.split("/")[2]
+            if all(storage["bucket"] != bucket for storage in self._client.list_storages("s3", self._project.id)):
+                self.report.notes.append(
+                    f"project {self._project.id} has no storage of bucket {bucket}, so its images will not show: "
+                    f"maskfleet label-studio setup --project {self._project.id} --job {self._job.id}"
+                )
+        elif not self._client.serves(address):
+            raise PublishError(
+                f"Label Studio does not serve {address}: maskfleet label-studio setup --project {self._project.id} "
+                f"--job {self._job.id} --local-files lets it, where --local-files here is its document root"
+            )
 
     # -------------------------------------------------------------------------------------------------------- sending
 

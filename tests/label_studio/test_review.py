@@ -1,0 +1,144 @@
+"""What people do in a real Label Studio is what `review` reports, and what `export --reviewed` writes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+
+from db.publishing import Place
+from db.queries import StoredMask
+from orchestrator.label_studio import LabelStudio
+from orchestrator.review import Review, pull, read_review
+from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, Project, labeled_job, publish, stored
+from tests.label_studio.server import Server
+
+pytestmark = pytest.mark.label_studio
+
+KEYS = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "none.jpg"]
+
+
+def masks(key: str, asset_id: int) -> Sequence[StoredMask]:
+    if key == "none.jpg":
+        return []
+    scores = [0.97, 0.88, 0.6] if key != "b.jpg" else [0.96, 0.87, 0.55]
+    return stored(asset_id, [RING, TWO_PARTS, BLOCK], scores=scores, labels=["ring", "pair", None])
+
+
+def review(engine: Engine, project: Project, job: Any) -> Review:
+    pull(engine, project.client, project.id)
+    return read_review(engine, job, Place(project.client.url, project.id))
+
+
+def moved(region: dict[str, Any], percent: float) -> dict[str, Any]:
+    changed = copy.deepcopy(region)
+    changed["value"]["points"] = [[min(x + percent, 100), y] for x, y in region["value"]["points"]]
+    return {**changed, "origin": "prediction-changed"}
+
+
+def drawn(region_id: str, label: str = "ring") -> dict[str, Any]:
+    points = [[70, 60], [90, 60], [90, 80], [70, 80]]
+    return {
+        "id": region_id,
+        "type": "polygonlabels",
+        "from_name": "polygon",
+        "to_name": "image",
+        "original_width": SIZE_HW[1],
+        "original_height": SIZE_HW[0],
+        "image_rotation": 0,
+        "value": {"points": points, "closed": True, "polygonlabels": [label]},
+        "origin": "manual",
+    }
+
+
+def prediction(task: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = task["predictions"][0]["result"]
+    return found
+
+
+def test_review_reports_what_people_did(engine: Engine, client: LabelStudio, label_studio: Server) -> None:
+    job = labeled_job(engine, KEYS, masks)
+    project = publish(engine, client, label_studio, job)
+    tasks = project.tasks()
+
+    # a: untouched. b: the block's vertex moved, the ring gone, one drawn. c: a part of the pair gone. d: skipped.
+    project.submit(tasks["a.jpg"], prediction(tasks["a.jpg"]), seconds=4)
+    regions = prediction(tasks["b.jpg"])
+    block = next(r for r in regions if r["id"].endswith("-2"))
+    others = [r for r in regions if r["id"].partition("-p")[0].endswith("-1")]
+    project.submit(tasks["b.jpg"], [moved(block, 5), *others, drawn("xYz12")], seconds=20)
+    without_part = [region for region in prediction(tasks["c.jpg"]) if "-p1" not in region["id"]]
+    project.submit(tasks["c.jpg"], without_part, seconds=6)
+    project.submit(tasks["d.jpg"], [], skip=True, seconds=2)
+    found = review(engine, project, job)
+
+    assert found.assets.published == 6
+    assert (found.assets.untouched, found.assets.corrected) == (1, 2)
+    assert (found.assets.skipped, found.assets.waiting, found.assets.elsewhere) == (1, 2, 0)
+    assert (found.masks.kept, found.masks.edited, found.masks.deleted, found.masks.added) == (6, 2, 1, 1)
+    assert found.by_label["ring"].deleted == 1
+    assert found.by_label["object"].edited == found.by_label["pair"].edited == 1
+    assert found.by_band[19].kept == 2
+    assert found.timed_tasks == 3
+    assert found.seconds_total == 30
+    assert found.masks.mean_iou is not None
+    assert 0.5 < found.masks.mean_iou < 0.95
+    assert [asset.key for asset in found.worst] == ["b.jpg", "c.jpg"]
+
+
+def test_an_untouched_empty_task_counts_as_accepted(engine: Engine, client: LabelStudio, label_studio: Server) -> None:
+    job = labeled_job(engine, KEYS, masks)
+    project = publish(engine, client, label_studio, job)
+
+    project.submit(project.tasks()["none.jpg"], [])
+
+    assert review(engine, project, job).assets.untouched == 1
+
+
+def test_changed_and_deleted_annotations_replace_what_was_read(
+    engine: Engine, client: LabelStudio, label_studio: Server
+) -> None:
+    job = labeled_job(engine, KEYS, masks)
+    project = publish(engine, client, label_studio, job)
+    tasks = project.tasks()
+    first = project.submit(tasks["a.jpg"], prediction(tasks["a.jpg"]))
+    second = project.submit(tasks["b.jpg"], [])
+    before = review(engine, project, job)
+
+    # Resubmitted: the same annotation, changed. Then another one by the same person, newer. Then it is deleted.
+    project.update(first["id"], result=prediction(tasks["a.jpg"])[1:])
+    changed = review(engine, project, job)
+    newer = project.submit(tasks["a.jpg"], prediction(tasks["a.jpg"]))
+    again = review(engine, project, job)
+    project.delete(newer["id"])
+    project.delete(second["id"])
+    after = review(engine, project, job)
+
+    assert (before.assets.untouched, before.assets.corrected, before.masks.deleted) == (1, 1, 3)
+    assert (changed.assets.untouched, changed.assets.corrected, changed.masks.deleted) == (0, 2, 4)
+    assert (again.assets.untouched, again.masks.deleted, again.assets.several_annotators) == (1, 3, 0)
+    assert (after.assets.untouched, after.assets.corrected, after.assets.waiting) == (0, 1, 5)
+    assert after.masks.deleted == 1
+
+
+def test_of_several_annotators_the_newest_counts_unless_one_is_ground_truth(
+    engine: Engine, client: LabelStudio, label_studio: Server
+) -> None:
+    job = labeled_job(engine, KEYS, masks)
+    project = publish(engine, client, label_studio, job)
+    task = project.tasks()["a.jpg"]
+    theirs = project.submit(task, prediction(task), seconds=3, completed_by=project.add_person("other"))
+    project.submit(task, [], seconds=5)
+
+    newest = review(engine, project, job)
+    project.update(theirs["id"], ground_truth=True)
+    marked = review(engine, project, job)
+
+    assert (newest.assets.corrected, newest.masks.deleted, newest.assets.several_annotators) == (1, 3, 1)
+    assert (marked.assets.untouched, marked.masks.kept, marked.masks.deleted) == (1, 3, 0)
+    assert marked.seconds_total == 8
+    assert {person.submitted for person in marked.annotators} == {1}
+    assert len(marked.annotators) == 2
