@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from workers.folded_decoder import FoldedDecoder, PromptState, folds
+from workers.folded_decoder import FOLD_FROM_DIM, FoldedDecoder, PromptState, folds
 
 Floats = NDArray[np.float32]
 
@@ -103,12 +103,14 @@ def prompt_logits(
     boxes_xyxy: NDArray[np.floating] | None = None,
     multimask: bool,
     at_once: int = PROMPTS_AT_ONCE,
+    fold_from_dim: int = FOLD_FROM_DIM,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode n prompts of one image: (logits (n, outputs, h, w), predicted IoUs (n, outputs)), float32.
 
     point_coords: (n, p, 2) pixels of the image, every prompt with the same number of points; point_labels: (n, p), 1
     inside, 0 outside. boxes_xyxy: (n, 4). Either or both. size_hw: the image's. outputs: 3 if multimask else 1. Equal
-    to SamPredictor.predict's low_res_masks of each prompt alone. Raises ModelOutputError where an output is not finite.
+    to SamPredictor.predict's low_res_masks of each prompt alone, where folded but for rounding. fold_from_dim: the
+    narrowest decoder that is folded. Raises ModelOutputError where an output is not finite.
     """
     scale = _scale_xy(sam, size_hw)
     points = boxes = None
@@ -124,7 +126,7 @@ def prompt_logits(
     logits, ious = [], []
     with torch.no_grad():
         sparse, _ = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
-        decode = _decoder(sam, embedding)
+        decode = _decoder(sam, embedding, fold_from_dim)
         for start in range(0, len(sparse), at_once):
             for _, iou, draw in decode(sparse[start : start + at_once], outputs):
                 ious.append(_finite(iou, "predicted IoUs").float())
@@ -138,11 +140,11 @@ def _scale_xy(sam: Sam, size_hw: tuple[int, int]) -> NDArray[np.float64]:
     return np.array([new_width / width, new_height / height])
 
 
-def _decoder(sam: Sam, embedding: torch.Tensor) -> Decode:
+def _decoder(sam: Sam, embedding: torch.Tensor, fold_from_dim: int = FOLD_FROM_DIM) -> Decode:
     """How prompts of this image are decoded: folded where that stands for the module, else by the module itself."""
     position = sam.prompt_encoder.get_dense_pe()
     _, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
-    if folds(sam.mask_decoder):
+    if folds(sam.mask_decoder, from_dim=fold_from_dim):
         return _decode_folded(FoldedDecoder(sam.mask_decoder), embedding, position, dense)
 
     def decode(sparse: torch.Tensor, outputs: slice) -> Iterator[tuple[int, torch.Tensor, Draw]]:
