@@ -243,12 +243,13 @@ def show(
     with engine.begin() as db:
         failures = queries.failed_assets(db, job_id=job) if failed else []
         published = publishing.published(db, job_id=job)
+        prompts = watching.prompts_report(db, found)
     if as_json:
         listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
-        shown = {"published": [dataclasses.asdict(place) for place in published]}
+        shown = {"prompts": prompts, "published": [dataclasses.asdict(place) for place in published]}
         _print_json(watching.job_as_json(found, counts) | shown | ({"failed": listed} if failed else {}))
     else:
-        watching.print_job(Console(), found, counts, failures, published)
+        watching.print_job(Console(), found, counts, failures, published, prompts)
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")
@@ -656,7 +657,10 @@ def _run(request: Request, out: Path, devices: str, as_json: bool, *, notice: st
     except KeyboardInterrupt:
         err.print("\nstopped; the same command goes on where it was")
         raise typer.Exit(INTERRUPTED) from None
-    assets = outputs.summary["assets"]
+    assets, prompts = outputs.summary["assets"], outputs.summary["prompts"]
+    for what, line in (watching.prompt_rows(prompts) if prompts else {}).items():
+        if line:
+            err.print(f"{what}: {watching.printable(line)}", style="dim", markup=False)
     if as_json:
         _print_json(outputs.summary)
     else:

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 
 from db import queries
-from db.models import JobState
+from db.models import JobState, PromptMatch
 from db.publishing import Published
 from db.queries import Counts, FailedAsset, Job
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # it brings OpenCV, which most commands need not wait for
 
 OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
 _REFUSED_SHOWN = 20
+_NAMED = 5
 _PLAIN_LINE_SECONDS = 10.0  # between lines where nobody watches a terminal
 
 
@@ -119,9 +120,17 @@ def jobs_table(jobs: Sequence[tuple[Job, Counts]]) -> Table:
 
 
 def print_job(
-    console: Console, job: Job, counts: Counts, failed: Sequence[FailedAsset], published: Sequence[Published] = ()
+    console: Console,
+    job: Job,
+    counts: Counts,
+    failed: Sequence[FailedAsset],
+    published: Sequence[Published] = (),
+    prompts: dict[str, Any] | None = None,
 ) -> None:
-    """One job's page: how far it is, what was left out, what went wrong, and what to do about it."""
+    """One job's page: how far it is, what was left out, what went wrong, and what to do about it.
+
+    prompts: what `prompts_report` gives.
+    """
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -137,11 +146,15 @@ def print_job(
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
         "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),
         "error": job.error or "",
+        "without prompts": f"{counts.without_prompts:,} of the labeled; not looked at"
+        if counts.without_prompts
+        else "",
+        **(prompt_rows(prompts) if prompts else {}),
         **{f"published to {p.project_id}": _published(p) for p in published},
     }
     for name, value in rows.items():
         if value:
-            table.add_row(name, Text(value))
+            table.add_row(name, Text(printable(value)))
     console.print(table)
     if failed:
         console.print(failed_table(failed))
@@ -187,6 +200,42 @@ def _published(found: Published) -> str:
     parts += [f"{found.refused:,} refused"] if found.refused else []
     parts += [f"{found.sending:,} under way"] if found.sending else []
     return "; ".join(parts)
+
+
+def prompts_report(db: Connection, job: Job) -> dict[str, Any] | None:
+    """What became of a job's prompt file; None for a job without one.
+
+    unmatched: keys that no asset of the job has, known once its source is listed. unused: labeled assets of which some
+    prompts could not be used. Of both the first few are named.
+    """
+    asked: dict[str, Any] | None = job.asked.get("prompts")
+    if asked is None:
+        return None
+    unmatched, keys = None, list[str]()
+    if job.listed_at is not None:
+        match = PromptMatch(asked["match"])
+        unmatched, keys = queries.unmatched_prompts(db, job_id=job.id, match=match, limit=_NAMED)
+    unused, assets = queries.assets_with_unused_prompts(db, job_id=job.id, limit=_NAMED)
+    return {
+        **asked,
+        "unmatched": unmatched,
+        "unmatched_first": keys,
+        "unused": unused,
+        "unused_first": [{"key": key, "error": error} for key, error in assets],
+    }
+
+
+def prompt_rows(report: dict[str, Any]) -> dict[str, str]:
+    """The lines of a job's page about its prompts; empty where there is nothing to say."""
+    named = ", ".join(report["unmatched_first"])
+    more = ", …" if (report["unmatched"] or 0) > len(report["unmatched_first"]) else ""
+    unused = "".join(f"{first['key']}: {first['error']}" for first in report["unused_first"][:1])
+    return {
+        "prompts": f"{report['prompts']:,} of {report['file']} ({report['format']})",
+        "unreadable prompts": f"{report['bad']:,}, first {report['bad_first'][0]}" if report["bad"] else "",
+        "keys not in the job": f"{report['unmatched']:,}: {named}{more}" if report["unmatched"] else "",
+        "with unused prompts": f"{report['unused']:,}, first {unused}" if report["unused"] else "",
+    }
 
 
 def failed_table(failed: Sequence[FailedAsset]) -> Table:

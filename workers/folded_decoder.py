@@ -27,12 +27,12 @@ Grid = tuple[int, int]
 FOLD_FROM_DIM = 256
 
 
-def folds(decoder: MaskDecoder) -> bool:
+def folds(decoder: MaskDecoder, *, from_dim: int = FOLD_FROM_DIM) -> bool:
     """Whether `FoldedDecoder` stands for this module: MaskDecoder itself, wide enough to pay."""
     if type(decoder) is not MaskDecoder or type(decoder.transformer) is not TwoWayTransformer:
         return False
     width: int = decoder.transformer_dim
-    return width >= FOLD_FROM_DIM
+    return width >= from_dim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

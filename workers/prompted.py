@@ -21,6 +21,8 @@ from workers.masks import Mask
 from workers.prompts import Prompt, PromptParams, asks_one_point
 from workers.upsampling import Upsampling
 
+# sam_nano's decoder too is folded here: two to three times faster, and a pixel in ten thousand falls on the other side
+# of the threshold.
 _AT_ONCE = 64  # their logits, 256 KiB each, are held together
 
 
@@ -75,6 +77,7 @@ def _decode(
         point_labels=points[..., 2].astype(np.int32) if points.size else None,
         boxes_xyxy=boxes,
         multimask=one_point or params.multimask == "all",
+        fold_from_dim=0,
     )
     if one_point and params.multimask == "best":
         best = predicted_iou.argmax(dim=1, keepdim=True)
