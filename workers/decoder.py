@@ -27,8 +27,10 @@ PROMPTS_AT_ONCE = 64
 # and faulted in again, which with four costs a fifth more (EPYC Zen5, glibc 2.36, November 2026).
 FOLDED_AT_ONCE_ON_CPU = 2
 
-# draw(chosen prompts (m,), rows and columns of the logits that matter) -> (m, outputs, rows, columns)
-Draw = Callable[[torch.Tensor, tuple[int, int]], torch.Tensor]
+Hw = tuple[int, int]
+# draw(wanted prompts (n,) bool, rows and columns of the logits that matter) -> (numbers of those drawn, at least the
+# wanted, (m,) on the CPU; their logits (m, outputs, rows, columns))
+Draw = Callable[[torch.Tensor, Hw], tuple[torch.Tensor, torch.Tensor]]
 # decode(sparse embeddings (n, tokens, channels), outputs) -> (first prompt, predicted IoUs, draw) of parts of them
 Decode = Callable[[torch.Tensor, slice], Iterator[tuple[int, torch.Tensor, Draw]]]
 
@@ -39,8 +41,8 @@ class ModelOutputError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """Some prompts that have an output somebody wants. prompts: (m,) their numbers, ascending. predicted_iou: (m,
-    outputs) float32; wanted: the same shape, bool; logits: (m, outputs, rows, columns) float32."""
+    """Some prompts. prompts: (m,) their numbers, rising. predicted_iou: (m, outputs) float32; wanted: the same shape,
+    bool; logits: (m, outputs, rows, columns) float32."""
 
     prompts: NDArray[np.int64]
     predicted_iou: Floats
@@ -83,14 +85,15 @@ def decode_points(
         for first, iou, draw in decode(sparse, slice(1, None)):
             predicted_iou = _finite(iou, "predicted IoUs").float().cpu()
             wanted = predicted_iou > least_iou if least_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
-            chosen = wanted.any(dim=1).nonzero()[:, 0]
-            if len(chosen):
-                yield Decoded(
-                    prompts=chosen.numpy() + (start + first),
-                    predicted_iou=predicted_iou[chosen].numpy(),
-                    wanted=wanted[chosen].numpy(),
-                    logits=draw(chosen, used_hw).float().cpu().numpy(),
-                )
+            if not wanted.any():
+                continue
+            drawn, logits = draw(wanted.any(dim=1), used_hw)
+            yield Decoded(
+                prompts=drawn.numpy() + (start + first),
+                predicted_iou=predicted_iou[drawn].numpy(),
+                wanted=wanted[drawn].numpy(),
+                logits=logits.float().cpu().numpy(),
+            )
 
 
 def prompt_logits(
@@ -130,7 +133,9 @@ def prompt_logits(
         for start in range(0, len(sparse), at_once):
             for _, iou, draw in decode(sparse[start : start + at_once], outputs):
                 ious.append(_finite(iou, "predicted IoUs").float())
-                logits.append(_finite(draw(torch.arange(len(iou)), everything), "mask logits").float())
+                logits.append(
+                    _finite(draw(torch.ones(len(iou), dtype=torch.bool), everything)[1], "mask logits").float()
+                )
     return torch.cat(logits), torch.cat(ious)
 
 
@@ -155,7 +160,7 @@ def _decoder(sam: Sam, embedding: torch.Tensor, fold_from_dim: int = FOLD_FROM_D
             dense_prompt_embeddings=dense.expand(len(sparse), -1, -1, -1),
             multimask_output=outputs.start > 0,
         )
-        yield 0, iou, lambda chosen, used_hw: logits[chosen.to(logits.device)]
+        yield 0, iou, lambda wanted, used_hw: (torch.arange(len(wanted)), logits)
 
     return decode
 
@@ -170,9 +175,12 @@ def _decode_folded(
         for first in range(0, len(sparse), step):
             state = folded.attend(image, sparse[first : first + step])
 
-            def draw(chosen: torch.Tensor, used_hw: tuple[int, int], state: PromptState = state) -> torch.Tensor:
+            def draw(
+                wanted: torch.Tensor, used_hw: Hw, state: PromptState = state
+            ) -> tuple[torch.Tensor, torch.Tensor]:
                 used = (min(-(-used_hw[0] // 4), image.grid[0]), min(-(-used_hw[1] // 4), image.grid[1]))
-                return folded.upscale(state, chosen.to(sparse.device), outputs, image.grid, used)
+                drawn = wanted.nonzero()[:, 0]
+                return drawn, folded.upscale(state, drawn.to(sparse.device), outputs, image.grid, used)
 
             yield first, state.iou[:, outputs], draw
 

@@ -46,7 +46,7 @@ class Suppression:
 
     def would_drop(self, inner: Box, outer: Box) -> bool:
         """Whether every box that contains `inner` and lies in `outer` would be dropped by now."""
-        kept = self._boxes[: self._kept].astype(np.float64)
+        kept = self._boxes[: self._kept]
         at_least = _intersections(kept, np.array(inner, np.float64))
         widest = np.array(outer, np.float64)
         joint = _areas(kept) + _areas(widest) - _intersections(kept, widest)

@@ -105,6 +105,8 @@ class Upsampling:
         self.x = make_axis(low_hw[1], mid, inside_hw[1], frame_hw[1])
         # rows and columns of the logits that any pixel depends on
         self.used_hw = (self.y.used, self.x.used)
+        # where the frame is smaller than the logits, some lie between two pixels
+        self.has_empty_cells = not (self.x.sizes.all() and self.y.sizes.all())
         self._low_hw, self._mid, self._inside_hw, self._frame_hw = low_hw, mid, inside_hw, frame_hw
 
     def patch(self, logits: Floats, threshold: float) -> Patch | None:
@@ -120,11 +122,12 @@ class Upsampling:
         left, top, width, height = cv2.boundingRect((seen > np.float32(threshold) - doubt).view(np.uint8))
         if width == 0:
             return None
-        corner_x, across = _reach(self.x, left, left + width - 1)
-        corner_y, down = _reach(self.y, top, top + height - 1)
-        patch = Patch(logits=seen[down][:, across].T.copy(), corner=(corner_x, corner_y), doubt=doubt)
-        cells_x, cells_y = patch.cells(self.x, self.y)
-        return patch if self.x.sizes[cells_x].any() and self.y.sizes[cells_y].any() else None
+        corner_x, columns = _reach(self.x, left, left + width - 1)
+        corner_y, rows = _reach(self.y, top, top + height - 1)
+        patch = Patch(logits=seen[rows][:, columns].T.copy(), corner=(corner_x, corner_y), doubt=doubt)
+        across, down = patch.cells(self.x, self.y)
+        is_between_pixels = self.has_empty_cells and not (self.x.sizes[across].any() and self.y.sizes[down].any())
+        return None if is_between_pixels else patch
 
     def box_bounds(self, patch: Patch, threshold: float) -> tuple[Box | None, Box | None]:
         """(inner, outer): inclusive boxes that the mask's box surely contains, and surely lies in."""
@@ -141,40 +144,50 @@ class Upsampling:
         lines = np.asarray(cv2.transpose(columns), np.float32).reshape(columns.shape[::-1])
         counts = np.zeros(len(thresholds), np.int64)
         parts: list[BoolMask] = []
-        step = max(1, PIXELS_AT_ONCE // max(1, lines.shape[1] * self.x.weights.shape[2]))
+        doubtful: list[tuple[int, Ints]] = []
+        step = max(1, PIXELS_AT_ONCE // (lines.shape[1] * self.x.weights.shape[2]))
         for first in range(across.start, across.stop, step):
             part = slice(first, min(first + step, across.stop))
             read = slice(first - across.start, part.stop - across.start + self.x.taps - 1)
             values = _interpolate(lines[read], self.x, part)
-            corner = (int(self.x.starts[first]), int(self.y.starts[down.start]))
-            above = [self._above(values, threshold, patch=patch, corner=corner) for threshold in thresholds]
-            counts += [np.count_nonzero(pixels) for pixels in above]
-            parts.append(above[0])
+            begin = int(self.x.starts[first] - self.x.starts[across.start]) * lines.shape[1]
+            for number, threshold in enumerate(thresholds):
+                surely, unsure, count = _compare(values, np.float32(threshold), patch.doubt)
+                counts[number] += count
+                doubtful += [(number, unsure + begin)] if len(unsure) else []
+                parts += [surely] if number == 0 else []
         corner = (int(self.x.starts[across.start]), int(self.y.starts[down.start]))
-        return Cut(counts=counts, pixels=parts[0] if len(parts) == 1 else np.concatenate(parts), corner=corner)
+        cut = Cut(counts=counts, pixels=parts[0] if len(parts) == 1 else np.concatenate(parts), corner=corner)
+        self._settle(cut, doubtful, patch=patch, thresholds=thresholds)
+        return cut
 
-    def _above(self, values: Floats, threshold: float, *, patch: Patch, corner: tuple[int, int]) -> BoolMask:
-        """Which of values (x, y), the first at pixel `corner`, are above the threshold in torch's arithmetic."""
-        surely = values > np.float32(threshold) + patch.doubt
-        perhaps = values > np.float32(threshold) - patch.doubt
-        if np.count_nonzero(surely) != np.count_nonzero(perhaps):
-            x, y = np.nonzero(surely ^ perhaps)
-            surely[x, y] = self.exact_logits(patch, x + corner[0], y + corner[1]) > np.float32(threshold)
-        return surely
+    def _settle(
+        self, cut: Cut, doubtful: list[tuple[int, Ints]], *, patch: Patch, thresholds: tuple[float, ...]
+    ) -> None:
+        """Decide the doubtful pixels, (threshold's number, places in cut.pixels) each, in torch's arithmetic."""
+        if not doubtful:
+            return
+        number = np.concatenate([np.full(len(places), number) for number, places in doubtful])
+        place = np.concatenate([places for _, places in doubtful])
+        x, y = np.divmod(place, cut.pixels.shape[1])
+        exact = self.exact_logits(patch, x + cut.corner[0], y + cut.corner[1])
+        above = exact > np.array(thresholds, np.float32)[number]
+        np.add.at(cut.counts, number, above)
+        cut.pixels.reshape(-1)[place[number == 0]] = above[number == 0]
 
     def exact_logits(self, patch: Patch, x: Ints, y: Ints) -> Floats:
         """The reference's float32 logits at pixels (x, y) of the frame: (n,)."""
         if not _kernel_is_known():
             return self._logits_by_torch(patch)[y, x]
         from_x, from_y = self.x.to_pixel.at(x), self.y.to_pixel.at(y)
-        corners = [self._mid_logits(patch, u, v) for v in from_y.sources for u in from_x.sources]
-        return _bilinear(corners, from_y.weights, from_x.weights)
+        mid = self._mid_logits(patch, from_x.sources, from_y.sources)
+        return _bilinear(mid, from_y.weights, from_x.weights)
 
     def _mid_logits(self, patch: Patch, x: Ints, y: Ints) -> Floats:
-        """The first step's result at (x, y) of the padded square: (n,)."""
-        from_x, from_y = self.x.to_mid.at(x), self.y.to_mid.at(y)
+        """The first step's result at x (2, n) and y (2, n) of the padded square: (2, 2, n), y first."""
+        from_x, from_y = self.x.to_mid.at(x[None]), self.y.to_mid.at(y[:, None])
         left, top = patch.corner[0] - 1, patch.corner[1] - 1
-        corners = [patch.logits[u - left, v - top] for v in from_y.sources for u in from_x.sources]
+        corners = patch.logits[from_x.sources[None] - left, from_y.sources[:, None] - top]
         return _bilinear(corners, from_y.weights, from_x.weights)
 
     def _logits_by_torch(self, patch: Patch) -> Floats:
@@ -190,8 +203,8 @@ class Upsampling:
     def _pixel_box(self, patch: Patch, cells: BoolMask) -> Box | None:
         """The inclusive box (x0, y0, x1, y1) of the pixels of cells (x, y) that are set."""
         across, down = patch.cells(self.x, self.y)
-        cells &= (self.x.sizes[across] > 0)[:, None]
-        cells &= self.y.sizes[down] > 0
+        if self.has_empty_cells:
+            cells &= (self.x.sizes[across, None] > 0) & (self.y.sizes[down] > 0)
         y, x, height, width = cv2.boundingRect(cells.view(np.uint8))
         if width == 0:
             return None
@@ -241,17 +254,17 @@ def bilinear_taps(size_in: int, size_out: int) -> Taps:
     return Taps(np.stack([first, second]), np.stack([np.float32(1) - weight, weight]))
 
 
-def _bilinear(corners: list[Floats], weights_y: Floats, weights_x: Floats) -> Floats:
+def _bilinear(corners: Floats, weights_y: Floats, weights_x: Floats) -> Floats:
     """`y0*x0*a + y0*x1*b + y1*x0*c + y1*x1*d` as torch's compiled kernel rounds it: b first, then fused
-    multiply-adds of a, c and d.
+    multiply-adds of a, c and d. corners: (2, 2, ...), weights: (2, ...) each.
 
     Source: ATen/native/cpu/UpSampleKernel.cpp, held by `_kernel_is_known`. A product of two float32 is exact in
     float64; the sum's second rounding could matter only in a tie, once in 2**29.
     """
-    products = [y * x for y in weights_y for x in weights_x]
-    total: Floats = products[1] * corners[1]
-    for index in (0, 2, 3):
-        total = (corners[index].astype(np.float64) * products[index] + total).astype(np.float32)
+    products = weights_y[:, None] * weights_x[None]
+    total: Floats = products[0, 1] * corners[0, 1]
+    for corner in ((0, 0), (1, 0), (1, 1)):
+        total = (corners[corner].astype(np.float64) * products[corner] + total).astype(np.float32)
     return total
 
 
@@ -261,7 +274,7 @@ def _kernel_is_known() -> bool:
     logits = np.random.default_rng(0).normal(scale=5, size=(23, 29)).astype(np.float32)
     size = (67, 101)
     from_y, from_x = (bilinear_taps(*sizes) for sizes in zip(logits.shape, size, strict=True))
-    corners = [logits[np.ix_(v, u)] for v in from_y.sources for u in from_x.sources]
+    corners = logits[from_y.sources[:, None, :, None], from_x.sources[None, :, None, :]]
     ours = _bilinear(corners, from_y.weights[:, :, None], from_x.weights[:, None])
     return bool(np.array_equal(ours, _torch_resize(logits, size)))
 
@@ -291,11 +304,22 @@ def _interpolate(lines: Floats, axis: Axis, cells: slice) -> Floats:
     return pixels.reshape(-1, lines.shape[1]) if present.all() else pixels[present]
 
 
-def _reach(axis: Axis, first: int, last: int) -> tuple[int, Ints]:
+def _compare(values: Floats, threshold: np.float32, doubt: np.float32) -> tuple[BoolMask, Ints, int]:
+    """(values surely above the threshold, places of others that may be, how many surely are)."""
+    surely, perhaps = values > threshold + doubt, values > threshold - doubt
+    count = np.count_nonzero(surely)
+    if count == np.count_nonzero(perhaps):
+        return surely, np.zeros(0, np.int64), count
+    return surely, np.flatnonzero(surely ^ perhaps), count
+
+
+def _reach(axis: Axis, first: int, last: int) -> tuple[int, slice | Ints]:
     """The cells that read logits first..last: (the first of them, every logit they read)."""
     start = max(first - axis.taps + 2, 0)
-    stop = min(last + 2, len(axis.sizes))
-    return start, np.arange(start - 1, stop + axis.taps - 2).clip(0, axis.low - 1)
+    read = slice(start - 1, min(last + 2, len(axis.sizes)) + axis.taps - 2)
+    if read.start >= 0 and read.stop <= axis.low:
+        return start, read
+    return start, np.arange(read.start, read.stop).clip(0, axis.low - 1)
 
 
 def _window(combine: np.ufunc, values: BoolMask, taps: int, axis: int) -> BoolMask:

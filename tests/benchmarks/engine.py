@@ -1,0 +1,465 @@
+"""Times the mask engine against SamAutomaticMaskGenerator, both in one process by turns, agreement beside every speed.
+
+    python tests/benchmarks/engine.py                     every section, a table
+    python tests/benchmarks/engine.py --json              one document, {"bars": [...]}
+    python tests/benchmarks/engine.py --short             what CI runs: 16 x 16 points, a tiny encoder, nothing judged
+    python tests/benchmarks/engine.py --section vit_b     one section
+
+Every section runs in a process of its own, with the C library's allocator as it is or tuned (MALLOC_MMAP_THRESHOLD_
+and MALLOC_TRIM_THRESHOLD_: freed memory is kept instead of being mapped and faulted in again), since the reference
+spends more than half of its time in page faults without. Times are CPU seconds of the process: they bear a busy machine.
+
+No trained weights are needed: a planted decoder answers each point with an object of a drawn scene at three scales,
+smooth inside and ragged at the border, tuned to the counts of ViT-H on dog.jpg in segment-anything-fast's published
+trace: 68 % of the outputs pass predicted IoU 0.88, 42 % stability 0.95 too, with some 1,440 runs each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT.parent / "shared" / "testdata" / "photos_plain"
+sys.path.insert(0, str(ROOT))
+
+from workers import decoder as engine_decoder  # noqa: E402
+from workers.automatic import automatic_masks, prompt_logits  # noqa: E402
+from workers.folded_decoder import FoldedDecoder  # noqa: E402
+from workers.params import AutomaticParams  # noqa: E402
+
+TUNED = {"MALLOC_MMAP_THRESHOLD_": "8000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure. bar: what it is held against, None where it is only shown."""
+
+    name: str
+    value: float
+    bar: float | None = None
+    at_most: bool = False
+    note: str = ""
+
+    @property
+    def holds(self) -> bool:
+        if self.bar is None:
+            return True
+        return self.value <= self.bar if self.at_most else self.value >= self.bar
+
+
+class Scene(nn.Module):
+    """Objects at three scales with ragged borders: the logits (3, low, low) and predicted IoUs of any point."""
+
+    SCALES = (8, 36, 200)  # objects of each
+
+    def __init__(self, prompt_encoder: PromptEncoder, seed: int = 0) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.low = prompt_encoder.mask_input_size[0]
+        self._read_points_with(prompt_encoder)
+        rows, columns = torch.meshgrid(torch.arange(self.low), torch.arange(self.low), indexing="ij")
+        place = torch.stack([columns, rows]).float().add(0.5) / self.low
+        place = place + 0.10 * self._noise(5, 2, random) + 0.022 * self._noise(64, 2, random)
+        place = place + 0.010 * self._noise(self.low // 2, 2, random)
+        self.objects, self.owner, self.iou = [], [], []
+        for count in self.SCALES:
+            centres = torch.rand(count, 2, generator=random)
+            distance = (place[None] - centres[:, :, None, None]).norm(dim=1)
+            nearest, owner = distance.topk(2, dim=0, largest=False)
+            rival = torch.where(owner[0] == torch.arange(count)[:, None, None], nearest[1], nearest[0])
+            unsteady = 0.034 * torch.exp(0.55 * torch.randn(count, generator=random))
+            self.objects.append(self._with_stability(rival - distance, 1 - unsteady.clamp(max=0.4)))
+            self.owner.append(owner[0])
+            self.iou.append(0.912 + 0.045 * torch.randn(count, generator=random))
+        self.ripples = 0.3 * self._noise(12, 16, random)
+
+    def forward(self, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sparse: (n, tokens, channels), the first token a point's, to (n, 3, low, low) and (n, 3)."""
+        cell = (sparse[:, 0] @ self.table.T).argmax(dim=1)
+        x, y = self.table_xy[cell].unbind(1)
+        jitter = ((cell[:, None] * torch.tensor([12.9898, 78.233, 37.719])).sin() * 43758.5453).frac().abs()
+        column, row = (x * self.low).long(), (y * self.low).long()
+        logits, ious = [], []
+        for scale, objects in enumerate(self.objects):
+            number = self.owner[scale][row, column]
+            ripple = self.ripples[(jitter[:, scale] * 15.99).long()]
+            logits.append(objects[number] + ripple + (jitter[:, scale, None, None] - 0.5))
+            ious.append(self.iou[scale][number] + 0.03 * (jitter[:, 2 - scale] - 0.5))
+        return torch.stack(logits, 1), torch.stack(ious, 1)
+
+    def _read_points_with(self, prompt_encoder: PromptEncoder) -> None:
+        steps = (torch.arange(128) + 0.5) / 128
+        self.table_xy = torch.cartesian_prod(steps, steps).flip(1)
+        self.table = prompt_encoder.pe_layer._pe_encoding(self.table_xy) + prompt_encoder.point_embeddings[1].weight
+
+    def _noise(self, size: int, channels: int, random: torch.Generator) -> torch.Tensor:
+        coarse = torch.randn(1, channels, size, size, generator=random)
+        return F.interpolate(coarse, (self.low, self.low), mode="bicubic", align_corners=False)[0]
+
+    @staticmethod
+    def _with_stability(margin: torch.Tensor, stability: torch.Tensor) -> torch.Tensor:
+        """Scale each object's margin so that pixels above 1 over pixels above -1 is its stability; flatten far away."""
+        slope = torch.full_like(stability, 300.0)
+        for _ in range(12):
+            scaled = margin * slope[:, None, None]
+            inner, outer = ((scaled > edge).sum((1, 2)).float().clamp(min=1) for edge in (1, -1))
+            slope = slope * ((1 - inner / outer).clamp(min=1e-3) / (1 - stability)).clamp(0.3, 3)
+        return 22 * torch.tanh(margin * slope[:, None, None] / 22)
+
+
+class PlantedDecoder(nn.Module):
+    """MaskDecoder's signature around a Scene; `real`, where given, is run first for its cost and forgotten."""
+
+    def __init__(self, scene: Scene, real: MaskDecoder | None = None) -> None:
+        super().__init__()
+        self.scene, self.real = scene, real
+
+    def forward(self, sparse_prompt_embeddings: torch.Tensor, **other: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.real is not None:
+            self.real(sparse_prompt_embeddings=sparse_prompt_embeddings, **other)
+        return self.scene(sparse_prompt_embeddings)
+
+
+class PlantedFolded(FoldedDecoder):
+    """The folded decoder run for its cost, its outputs replaced by the scene's."""
+
+    def __init__(self, planted: PlantedDecoder) -> None:
+        super().__init__(planted.real)
+        self.scene = planted.scene
+
+    def attend(self, image, sparse):  # type: ignore[no-untyped-def]
+        self.logits, iou = self.scene(sparse)
+        return replace(super().attend(image, sparse), iou=torch.cat([iou[:, :1], iou], dim=1))
+
+    def upscale(self, state, prompts, outputs, grid, used):  # type: ignore[no-untyped-def]
+        super().upscale(state, prompts, outputs, grid, used)
+        return self.logits[prompts][:, :, : 4 * used[0], : 4 * used[1]]
+
+
+class Stopwatch:
+    """CPU seconds spent in some modules of a model, by hooks, so that what remains is the post-processing."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.seconds, self._start = 0.0, 0.0
+        for module in modules:
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end)
+
+    def _begin(self, *_: Any) -> None:
+        self._start = time.process_time()
+
+    def _end(self, *_: Any) -> None:
+        self.seconds += time.process_time() - self._start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Medians of CPU seconds, in all and without the model's modules, and how well the masks agree."""
+
+    reference: float
+    ours: float
+    reference_post: float
+    ours_post: float
+    masks: int
+    identical: int
+    kept_by_both: bool
+
+    def note(self) -> str:
+        order = "same order" if self.kept_by_both else "another set or order"
+        return f"{self.identical} of {self.masks} masks identical, {order}"
+
+
+def tiny_sam(scene: bool = True) -> Sam:
+    """SAM's geometry (1024 px, 64 x 64 embedding, 256 x 256 logits) around an encoder of two layers."""
+    torch.manual_seed(0)
+    encoder = ImageEncoderViT(
+        depth=2, embed_dim=192, img_size=1024, mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_heads=3,
+        patch_size=16, qkv_bias=True, use_rel_pos=True, global_attn_indexes=(), window_size=14, out_chans=256,
+    )  # fmt: skip
+    prompts = PromptEncoder(
+        embed_dim=256, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16
+    )
+    transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
+    decoder: nn.Module = MaskDecoder(transformer_dim=256, transformer=transformer)
+    if scene:
+        decoder = PlantedDecoder(Scene(prompts))
+    return Sam(encoder, prompts, decoder).eval().requires_grad_(False)
+
+
+def photo(width: int, height: int) -> np.ndarray:
+    """The truck of segment-anything's own notebooks, resized; noise where the photos are not here."""
+    path = PHOTOS / "sam_truck.jpg"
+    if not path.exists():
+        return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return np.asarray(Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+
+
+def compare(sam: Sam, image: np.ndarray, params: AutomaticParams, *, repeat: int, reference_batch: int = 64) -> Compared:
+    """Run both sides by turns, A B B A."""
+    modules = Stopwatch(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
+    generator = SamAutomaticMaskGenerator(
+        sam,
+        points_per_side=params.points_per_side,
+        points_per_batch=reference_batch,
+        min_mask_region_area=params.min_mask_region_area,
+        output_mode="coco_rle",
+    )
+    sides: list[Callable[[], Any]] = [lambda: generator.generate(image), lambda: automatic_masks(sam, image, params)]
+    automatic_masks(sam, image, replace(params, points_per_side=2))  # tables and first touches are nobody's time
+    spent: list[list[tuple[float, float]]] = [[], []]
+    results: list[Any] = [None, None]
+    for turn in range(repeat):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            start, before = time.process_time(), modules.seconds
+            results[side] = sides[side]()
+            total = time.process_time() - start
+            spent[side].append((total, total - (modules.seconds - before)))
+    theirs = [mask["segmentation"]["counts"] for mask in results[0]]
+    ours = [mask.counts for mask in results[1]]
+    medians = [[statistics.median(values) for values in zip(*side, strict=True)] for side in spent]
+    return Compared(
+        reference=medians[0][0],
+        ours=medians[1][0],
+        reference_post=medians[0][1],
+        ours_post=medians[1][1],
+        masks=len(theirs),
+        identical=len(set(theirs) & set(ours)),
+        kept_by_both=theirs == ours,
+    )
+
+
+def post_rows(what: str, compared: Compared, bar: float | None) -> list[Row]:
+    ratio = compared.reference_post / compared.ours_post
+    seconds = f"{compared.reference_post:.2f} s to {compared.ours_post:.2f} s"
+    identical = float(compared.kept_by_both)
+    return [
+        Row(name=f"{what}: post-processing, times the reference", value=ratio, bar=bar, note=seconds),
+        Row(name=f"{what}: bit-identical masks in the same order", value=identical, bar=1, note=compared.note()),
+    ]
+
+
+def section_short(repeat: int) -> list[Row]:
+    compared = compare(tiny_sam(), photo(512, 342), AutomaticParams(points_per_side=16), repeat=1)
+    return [replace(row, bar=None) for row in post_rows("512x342, 256 points, allocator as it is", compared, None)]
+
+
+def section_counts(repeat: int) -> list[Row]:
+    """What the planted scene gives, beside ViT-H on dog.jpg."""
+    sam, image = tiny_sam(), photo(1024, 683)
+    outputs = {}
+    for name, iou, stability in (("outputs", -1, -1), ("pass predicted IoU", 0.88, -1), ("pass stability too", 0.88, 0.95)):
+        params = AutomaticParams(points_per_side=8, pred_iou_thresh=iou, stability_score_thresh=stability, box_nms_thresh=1)
+        outputs[name] = automatic_masks(sam, image, params)
+    every = len(outputs["outputs"])
+    kept = automatic_masks(sam, image, AutomaticParams())
+    from pycocotools import mask as coco_mask
+
+    runs = [len(coco_mask.decode({"size": m.size_hw, "counts": m.counts}).T.ravel().astype(np.int8)) for m in kept[:0]]
+    del runs
+    return [
+        Row(name="planted scene: part that passes predicted IoU 0.88", value=len(outputs["pass predicted IoU"]) / every, note="ViT-H 0.68"),
+        Row(name="planted scene: part that passes stability 0.95 too", value=len(outputs["pass stability too"]) / every, note="ViT-H 0.42"),
+        Row(name="planted scene: runs a mask", value=statistics.mean(count_runs(m.counts, m.size_hw) for m in outputs["pass stability too"]), note="ViT-H 1440"),
+        Row(name="planted scene: masks kept of 1,024 points", value=len(kept), note="50 to 150 in photographs"),
+    ]
+
+
+def count_runs(counts: str, size_hw: tuple[int, int]) -> int:
+    from pycocotools import mask as coco_mask
+
+    pixels = coco_mask.decode({"size": list(size_hw), "counts": counts.encode()}).T.ravel()
+    return int(np.count_nonzero(np.diff(pixels))) + 1
+
+
+def section_post_1mp(repeat: int) -> list[Row]:
+    compared = compare(tiny_sam(), photo(1024, 683), AutomaticParams(), repeat=repeat)
+    return post_rows("1024x683, 1,024 points, allocator as it is", compared, 40)
+
+
+def section_post_1mp_tuned(repeat: int) -> list[Row]:
+    compared = compare(tiny_sam(), photo(1024, 683), AutomaticParams(), repeat=repeat)
+    return post_rows("1024x683, 1,024 points, allocator tuned", compared, 20)
+
+
+def section_post_12mp_tuned(repeat: int) -> list[Row]:
+    params = AutomaticParams(points_per_side=8, min_mask_region_area=100)
+    compared = compare(tiny_sam(), photo(4000, 3000), params, repeat=repeat, reference_batch=8)
+    return post_rows("12 MP, 64 points (reference 8 a batch), allocator tuned", compared, 20)
+
+
+def section_memory(repeat: int) -> list[Row]:
+    sam, image = tiny_sam(), photo(4000, 3000)
+    start = time.process_time()
+    masks = automatic_masks(sam, image, AutomaticParams(min_mask_region_area=100))
+    note = f"{len(masks)} masks in {time.process_time() - start:.1f} CPU s, encoder included"
+    return [Row(name="12 MP, 1,024 points: peak RSS, GB", value=peak_rss_gb(), bar=2.5, at_most=True, note=note)]
+
+
+def section_vit_b(repeat: int) -> list[Row]:
+    """The whole road with vit_b's cost: random weights, the planted scene's outputs on both sides."""
+    torch.manual_seed(0)
+    sam = sam_model_registry["vit_b"]().eval().requires_grad_(False)
+    sam.mask_decoder = PlantedDecoder(Scene(sam.prompt_encoder), sam.mask_decoder)
+    engine_decoder.folds = lambda decoder: True
+    engine_decoder.FoldedDecoder = PlantedFolded
+    compared = compare(sam, photo(1024, 683), AutomaticParams(), repeat=repeat)
+    ratio = compared.reference / compared.ours
+    seconds = f"{compared.reference:.1f} to {compared.ours:.1f} CPU s; {compared.note()}"
+    return [Row(name="vit_b end to end, 1024x683, 1,024 points", value=ratio, bar=4, note=seconds)]
+
+
+@torch.no_grad()
+def section_prompts(repeat: int) -> list[Row]:
+    """50 boxes of one image with vit_b's decoder, against a loop over SamPredictor.predict."""
+    sam, image = tiny_sam(scene=False), photo(1024, 683)
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    corners = np.random.default_rng(0).uniform(0, 600, (50, 2))
+    boxes = np.concatenate([corners, corners + 80], axis=1)
+    ratios, difference = [], 0.0
+    for _ in range(repeat):
+        start = time.process_time()
+        theirs = [predictor.predict(box=box, multimask_output=False)[2] for box in boxes]
+        middle = time.process_time()
+        ours, _ = prompt_logits(sam, predictor.features, size_hw=image.shape[:2], boxes_xyxy=boxes, multimask=False)
+        ratios.append((middle - start) / (time.process_time() - middle))
+        difference = max(difference, float(np.abs(np.stack(theirs) - ours.numpy()).max()))
+    note = f"largest difference of logits {difference:.1e}; without the masks' upsampling, which the loop pays"
+    return [Row(name="50 boxes an image, times a SamPredictor loop", value=statistics.median(ratios), bar=5, note=note)]
+
+
+@torch.no_grad()
+def section_decoder(repeat: int) -> list[Row]:
+    """SAM's decoder, folded and not: 64 points of one 1024 x 683 image."""
+    sam = tiny_sam(scene=False)
+    embedding = torch.randn(1, 256, 64, 64, generator=torch.Generator().manual_seed(0))
+    points = np.random.default_rng(0).uniform(0, 600, (64, 2))
+    ratios, flips, worst = [], 0, 0.0
+    for _ in range(repeat):
+        results = []
+        seconds = []
+        for fold in (False, True):
+            engine_decoder.folds = lambda decoder, fold=fold: fold
+            start = time.process_time()
+            parts = engine_decoder.decode_points(
+                sam, embedding, points, size_hw=(683, 1024), at_once=64, least_iou=0, used_hw=(172, 256)
+            )
+            results.append(np.concatenate([part.logits[:, :, :172] for part in parts]))
+            seconds.append(time.process_time() - start)
+        ratios.append(seconds[0] / seconds[1])
+        worst = float(np.abs(results[0] - results[1]).max() / np.abs(results[0]).max())
+        flips = int(((results[0] > 0) != (results[1] > 0)).sum())
+    note = f"worst difference {worst:.1e} of the largest logit, {flips} of {results[0].size} signs differ"
+    return [Row(name="decoder alone, 64 points, times the reference", value=statistics.median(ratios), note=note)]
+
+
+def section_nano(repeat: int) -> list[Row]:
+    """sam_nano on the plain photos, against the reference generator with the same weights."""
+    from workers.models.nano import AUTOMATIC_DEFAULTS, load_sam_nano
+
+    try:
+        sam = load_sam_nano("cpu")
+    except (OSError, ValueError) as error:
+        return [Row(name="sam_nano on photos_plain", value=float("nan"), note=f"not run: {error}")]
+    params = AutomaticParams(**AUTOMATIC_DEFAULTS)
+    generator = SamAutomaticMaskGenerator(sam, **AUTOMATIC_DEFAULTS, output_mode="coco_rle")
+    seconds, same, masks, images = [0.0, 0.0], 0, 0, 0
+    for path in sorted(PHOTOS.glob("*.jpg")):
+        image = np.asarray(Image.open(path).convert("RGB"))
+        start = time.process_time()
+        theirs = [mask["segmentation"]["counts"] for mask in generator.generate(image)]
+        middle = time.process_time()
+        ours = [mask.counts for mask in automatic_masks(sam, image, params)]
+        seconds = [seconds[0] + middle - start, seconds[1] + time.process_time() - middle]
+        same, masks, images = same + (theirs == ours), masks + len(theirs), images + 1
+    if images == 0:
+        return [Row(name="sam_nano on photos_plain", value=float("nan"), note="not run: no photos here")]
+    note = f"{images / seconds[0]:.2f} to {images / seconds[1]:.2f} images a CPU second, {masks} masks"
+    return [
+        Row(name="sam_nano on photos_plain, times the reference", value=seconds[0] / seconds[1], note=note),
+        Row(name="sam_nano: photos with identical masks in order", value=same / images, bar=1, note=f"{images} photos"),
+    ]
+
+
+SECTIONS: dict[str, tuple[Callable[[int], list[Row]], bool]] = {
+    # name: (section, whether its allocator is tuned)
+    "counts": (section_counts, False),
+    "post_1mp": (section_post_1mp, False),
+    "post_1mp_tuned": (section_post_1mp_tuned, True),
+    "post_12mp_tuned": (section_post_12mp_tuned, True),
+    "memory": (section_memory, False),
+    "decoder": (section_decoder, False),
+    "prompts": (section_prompts, False),
+    "vit_b": (section_vit_b, False),
+    "nano": (section_nano, False),
+}
+
+
+def peak_rss_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def run_section(name: str, repeat: int) -> list[Row]:
+    """Run a section in a process of its own, with its allocator."""
+    environment = os.environ | (TUNED if SECTIONS[name][1] else {})
+    command = [sys.executable, __file__, "--child", name, "--repeat", str(repeat)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [Row(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def show(rows: list[Row]) -> None:
+    for row in rows:
+        bar = "" if row.bar is None else f"{'at most' if row.at_most else 'bar'} {row.bar:g} {'holds' if row.holds else 'FAILS'}"
+        print(f"{row.name:62} {row.value:8.2f}  {bar:18} {row.note}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--short", action="store_true", help="the form for CI: shows a ratio, judges nothing")
+    parser.add_argument("--section", action="append", choices=sorted(SECTIONS), help="only this one (repeatable)")
+    parser.add_argument("--repeat", type=int, default=3, help="turns of each side; the medians count")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of both sides")
+    parser.add_argument("--child", choices=sorted(SECTIONS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.child:
+        print(json.dumps([asdict(row) for row in SECTIONS[args.child][0](args.repeat)]))
+        return
+    rows: list[Row] = []
+    for name in [] if args.short else args.section or SECTIONS:
+        found = run_section(name, args.repeat)
+        rows += found
+        if not args.json:
+            show(found)
+    if args.short:
+        rows = section_short(1)
+    if args.json:
+        bars = [{"name": r.name, "value": r.value, "bar": r.bar, "holds": r.holds, "note": r.note} for r in rows]
+        print(json.dumps({"bars": bars}))
+    elif args.short:
+        show(rows)
+
+
+if __name__ == "__main__":
+    main()
