@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,16 @@ class Deployment:
 
     def pool_children(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """The processes that run tasks, below the supervisor and Celery's main process."""
-        mains = [p for p in psutil.Process(worker.pid).children() if "celery" in " ".join(p.cmdline())]
         return [
             child
-            for main in mains
+            for main in self.celery_mains(worker)
             for child in main.children()
-            if "spawn_main" in " ".join(child.cmdline()) or "--billiard-fork" in " ".join(child.cmdline())
+            if "spawn_main" in command_line(child)
         ]
+
+    def celery_mains(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Celery's main processes below a supervisor, one a device."""
+        return [p for p in psutil.Process(worker.pid).children() if "celery" in command_line(p)]
 
     def kill_tree(self, process: subprocess.Popen[bytes]) -> None:
         """SIGKILL a command with all its descendants, as a power cut would."""
@@ -115,6 +119,13 @@ class Deployment:
 
     def logs(self) -> str:
         return "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.folder.glob("*.log")))
+
+
+def command_line(process: psutil.Process) -> str:
+    """Its words, or nothing when it has just ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def draw_pictures(folder: Path, count: int, *, special: dict[str, tuple[int, int, int]] | None = None) -> Path:
