@@ -44,6 +44,24 @@ class LsState(StrEnum):
     REFUSED = "refused"  # it does not fit the project, `error` says why; the next `publish` tries again
 
 
+class Standing(StrEnum):
+    """Whether an annotation counts; the rules are `review.choose`'s."""
+
+    CHOSEN = "chosen"  # the one of its asset that is measured and exported
+    OTHER = "other"  # another annotator's
+    SUPERSEDED = "superseded"  # its annotator has a newer one of the same task
+    SKIPPED = "skipped"  # the annotator passed the task over
+
+
+class Verdict(StrEnum):
+    """What a person did about one mask."""
+
+    KEPT = "kept"
+    EDITED = "edited"
+    DELETED = "deleted"
+    ADDED = "added"
+
+
 class PromptMatch(StrEnum):
     """What of an asset's key a prompt's key is compared with."""
 
@@ -238,3 +256,58 @@ class LsPrediction(Base):
     iou_sum: Mapped[float] = mapped_column(REAL, server_default=text("0"))  # of the masks shown with their regions
     iou_min: Mapped[float | None] = mapped_column(REAL)
     sent_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class LsPull(Base):
+    """How far the annotations of a project have been read."""
+
+    __tablename__ = "ls_pull"
+
+    server: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(primary_key=True)
+    watermark: Mapped[datetime]  # Label Studio's clock: every change of a task before it has been read
+    pulled_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class LsAnnotation(Base):
+    """One annotation of an ls_task, as last read. A task's are replaced together."""
+
+    __tablename__ = "ls_annotation"
+    __table_args__ = (
+        CheckConstraint(_one_of("standing", Standing), name="ls_annotation_standing"),
+        UniqueConstraint("ls_task_id", "annotation_id", name="ls_annotation_once_a_task"),
+        Index("ls_annotation_chosen", "ls_task_id", unique=True, postgresql_where=text("standing = 'chosen'")),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"))
+    annotation_id: Mapped[int]  # Label Studio's
+    annotator: Mapped[int | None]  # Label Studio's user
+    standing: Mapped[str]
+    ground_truth: Mapped[bool]
+    lead_seconds: Mapped[float | None] = mapped_column(REAL)
+    updated_at: Mapped[datetime]  # Label Studio's clock
+    # The prediction it began from, and whose masks those are; null: it began from nothing of ours.
+    model_version: Mapped[str | None]
+    asset_id: Mapped[int | None]
+    unread: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # regions that are no masks we can read
+
+
+class LsRegion(Base):
+    """One mask of a chosen annotation: the prediction's, with what became of it, or one that a person added."""
+
+    __tablename__ = "ls_region"
+    __table_args__ = (CheckConstraint(_one_of("verdict", Verdict), name="ls_region_verdict"),)
+
+    ls_annotation_id: Mapped[int] = mapped_column(ForeignKey("ls_annotation.id", ondelete="CASCADE"), primary_key=True)
+    i: Mapped[int] = mapped_column(Integer, primary_key=True)
+    verdict: Mapped[str]
+    mask_n: Mapped[int | None] = mapped_column(Integer)  # of the annotation's asset_id; null: added
+    label: Mapped[str]
+    iou: Mapped[float | None] = mapped_column(REAL)  # of what was shown with the correction; edited alone
+    counts: Mapped[str | None]  # COCO compressed run lengths of what a person drew; null: the stored mask, or deleted
+    bbox_x: Mapped[int | None] = mapped_column(Integer)
+    bbox_y: Mapped[int | None] = mapped_column(Integer)
+    bbox_w: Mapped[int | None] = mapped_column(Integer)
+    bbox_h: Mapped[int | None] = mapped_column(Integer)
+    area_px: Mapped[int | None] = mapped_column(Integer)

@@ -2,7 +2,7 @@
 
 It holds everything it needs, asks nobody for anything (its own policy forbids it), and stays under about 40 MB whatever
 the job's size. Masks are outlines in SVG: crisp on every screen, and smaller than pictures of them. Everything that
-comes from a source is text from strangers and goes through `_text`.
+comes from a source is text from strangers and goes through `safe_text`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from workers.errors import AssetError, ErrorKind, SourceError, TransientError
 from workers.images import RgbImage, decode, thumbnail_jpeg
 from workers.storage import open_source
 
+TEMPLATE = Path(__file__).with_name("gallery.html")
 MAX_CARDS = 200
 MAX_FAILED = 500
 
@@ -109,11 +110,8 @@ def write_gallery(db: Connection, job: Job, out: Path, *, seconds: float, notice
 
 def write_page(gallery: Gallery, out: Path) -> None:
     """Fill the template, a card at a time."""
-    template = Path(__file__).with_name("gallery.html").read_text(encoding="utf-8")
-    script = template.partition("<script>")[2].partition("</script>")[0]
     parts: dict[str, Iterable[str]] = {
-        "script_hash": ["sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()],
-        "name": [_text(gallery.job.name)],
+        "name": [safe_text(gallery.job.name)],
         "facts": _facts(gallery.job),
         "notice": _notice(gallery.notice),
         "tiles": _tiles(gallery),
@@ -126,10 +124,17 @@ def write_page(gallery: Gallery, out: Path) -> None:
         "skipped": _skipped(gallery.job.skipped),
         "footer": _footer(gallery.job),
     }
+    fill_template(TEMPLATE.read_text(encoding="utf-8"), parts, out)
+
+
+def fill_template(template: str, parts: Mapping[str, Iterable[str]], out: Path) -> None:
+    """Write the template to `out` with each {{name}} filled; {{script_hash}} is found here, from the script in it."""
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     with replacing(out) as file:
         # What fills one gap is never looked at for another, whatever it says.
         for n, piece in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
-            file.writelines(parts[piece] if n % 2 else [piece])
+            file.writelines([piece] if n % 2 == 0 else [script_hash] if piece == "script_hash" else parts[piece])
 
 
 def instance_colour(n: int) -> str:
@@ -166,14 +171,14 @@ def _batches(assets: Iterable[LabeledAsset]) -> Iterator[list[LabeledAsset]]:
 def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
     height, width = asset.size_hw
     shape = min(3.0, max(0.62, width / height))
-    count = _count(len(asset.masks), "mask")
+    count = counted(len(asset.masks), "mask")
     time = "" if asset.segment_ms is None else f" · {asset.segment_ms / 1000:.1f}&nbsp;s"
     sort = f' data-masks="{len(asset.masks)}"'
     if asset.segment_ms is not None:
         sort += f' data-ms="{asset.segment_ms}"'
     if asset.masks:
         sort += f' data-iou="{sum(mask.predicted_iou for mask in asset.masks) / len(asset.masks):.4f}"'
-    key = _text(asset.key)
+    key = safe_text(asset.key)
     folder, slash, name = key.rpartition("/")
     photo = _photo(asset, gallery.read, photo_bytes)
     # One colour for all would tell nothing, and hide where one instance ends.
@@ -193,16 +198,16 @@ def _photo(asset: LabeledAsset, read: Callable[[str], RgbImage], photo_bytes: in
         image = read(asset.key)
         if image.shape[:2] != asset.size_hw:
             return '<span class="gone">The picture has changed since.</span>'
-        jpeg = _small_jpeg(image, photo_bytes)
+        jpeg = small_jpeg(image, photo_bytes)
     except (AssetError, TransientError, SourceError) as error:
         log.warning("the gallery has no photo of asset %d: %s", asset.asset_id, error)
         kind = error.kind if isinstance(error, AssetError) else "the store does not answer"
-        return f'<span class="gone">The picture cannot be read any more: {_text(str(kind))}.</span>'
+        return f'<span class="gone">The picture cannot be read any more: {safe_text(str(kind))}.</span>'
     data = base64.b64encode(jpeg).decode("ascii")
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{_text(asset.key)}">'
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{safe_text(asset.key)}">'
 
 
-def _small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
+def small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
     """Shrink until it fits; a few tries, since a JPEG's bytes go about with its pixels."""
     height, width = image.shape[:2]
     side = min(_PHOTO_SIDE_PX, max(height, width))
@@ -245,7 +250,7 @@ def _mask_path(mask: StoredMask, size_hw: tuple[int, int], *, by_label: bool) ->
     if mask.stability_score is not None:
         scores += f' data-stability="{mask.stability_score:.2f}"'
     if mask.label is not None:
-        scores += f' data-label="{_text(mask.label)}"'
+        scores += f' data-label="{safe_text(mask.label)}"'
     return f'<path color="{colour}" data-n="{mask.n}"{scores} d="{d}"/>' if d else ""
 
 
@@ -255,7 +260,7 @@ def _mask_path(mask: StoredMask, size_hw: tuple[int, int], *, by_label: bool) ->
 def _facts(job: Job) -> Iterator[str]:
     facts = {"Source": job.source, "Model": job.model_version, "Job": str(job.id)}
     for name, value in facts.items():
-        yield f"<div><dt>{name}</dt><dd><code>{_text(value)}</code></dd></div>"
+        yield f"<div><dt>{name}</dt><dd><code>{safe_text(value)}</code></dd></div>"
     yield f"<div><dt>Submitted</dt><dd>{job.created_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC</dd></div>"
 
 
@@ -263,27 +268,27 @@ def _notice(notice: str | None) -> Iterator[str]:
     if notice:
         icon = '<svg viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2" aria-hidden="true">'
         icon += '<circle cx="12" cy="12" r="10"/><path d="M12 7v6M12 16.5v.5"/></svg>'
-        marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", _text(notice))
+        marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe_text(notice))
         yield f'<div class="notice" role="note">{icon}<p>{marked}</p></div>'
 
 
 def _tiles(gallery: Gallery) -> Iterator[str]:
     counts = gallery.counts
-    yield _tile("listed", f"{counts.listed:,}")
-    yield _tile("labeled", f"{counts.labeled:,}")
-    yield _tile("failed", f"{counts.failed:,}", "bad" if counts.failed else "")
+    yield tile("listed", f"{counts.listed:,}")
+    yield tile("labeled", f"{counts.labeled:,}")
+    yield tile("failed", f"{counts.failed:,}", "bad" if counts.failed else "")
     if counts.pending:
-        yield _tile(f"pending ({gallery.job.state})", f"{counts.pending:,}")
-    yield _tile("masks", f"{counts.masks:,}")
-    yield _tile("time", _duration(gallery.seconds))
+        yield tile(f"pending ({gallery.job.state})", f"{counts.pending:,}")
+    yield tile("masks", f"{counts.masks:,}")
+    yield tile("time", _duration(gallery.seconds))
     if counts.reused:
-        yield _tile("answered from stored", f"{counts.reused:,}")
+        yield tile("answered from stored", f"{counts.reused:,}")
     if counts.without_prompts:
-        yield _tile("without prompts", f"{counts.without_prompts:,}")
+        yield tile("without prompts", f"{counts.without_prompts:,}")
 
 
-def _tile(name: str, number: str, css_class: str = "") -> str:
-    return f'<div class="{css_class}"><dt>{_text(name)}</dt><dd>{number}</dd></div>'
+def tile(name: str, number: str, css_class: str = "") -> str:
+    return f'<div class="{css_class}"><dt>{safe_text(name)}</dt><dd>{number}</dd></div>'
 
 
 def _share(counts: Counts) -> Iterator[str]:
@@ -292,11 +297,11 @@ def _share(counts: Counts) -> Iterator[str]:
 
 
 def _charts(gallery: Gallery) -> Iterator[str]:
-    yield _chart("Masks an asset", gallery.masks_per_asset, "asset", "{:,}", step=1)
-    yield _chart("Predicted IoU of the masks", gallery.iou_percents, "mask", "{:.2f}", step=0.01)
+    yield chart("Masks an asset", gallery.masks_per_asset, "asset", "{:,}", step=1)
+    yield chart("Predicted IoU of the masks", gallery.iou_percents, "mask", "{:.2f}", step=0.01)
 
 
-def _chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step: float) -> str:
+def chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step: float) -> str:
     """A histogram of at most _BARS bars over the values that occur."""
     if not numbers:
         return f"<figure><figcaption>{title}</figcaption><p class='quiet'>none</p></figure>"
@@ -309,7 +314,7 @@ def _chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step
     columns = max(len(bars), 6)
     drawn = [
         f'<rect x="{i + 0.08:g}" y="{100 - height:.1f}" width="0.84" height="{height:.1f}">'
-        f"<title>{form.format((low + i * width) * step)}: {_count(number, unit)}</title></rect>"
+        f"<title>{form.format((low + i * width) * step)}: {counted(number, unit)}</title></rect>"
         for i, number in enumerate(bars)
         if (height := max(2.0, 100 * number / max(bars)) if number else 0)
     ]
@@ -324,7 +329,7 @@ def _chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step
 def _shown(labeled: int) -> str:
     if labeled > MAX_CARDS:
         return f"{MAX_CARDS:,} of {labeled:,} assets shown, spread evenly over them"
-    return _count(labeled, "asset")
+    return counted(labeled, "asset")
 
 
 def _legend(labels: Sequence[str]) -> Iterator[str]:
@@ -332,7 +337,7 @@ def _legend(labels: Sequence[str]) -> Iterator[str]:
         yield '<ul class="legend">'
         for label in labels[:60]:
             dot = f'<span class="dot" style="background:{label_colour(label)}"></span>'
-            yield f"<li>{dot}<bdi>{_text(label)}</bdi></li>"
+            yield f"<li>{dot}<bdi>{safe_text(label)}</bdi></li>"
         more = len(labels) - 60
         yield f"<li>and {more:,} more labels</li></ul>" if more > 0 else "</ul>"
 
@@ -341,7 +346,7 @@ def _failed(gallery: Gallery) -> Iterator[str]:
     counts = gallery.counts
     if not counts.failed:
         return
-    yield f"<section><h2>Failed</h2><p>{_count(counts.failed, 'asset')} without masks, and why."
+    yield f"<section><h2>Failed</h2><p>{counted(counts.failed, 'asset')} without masks, and why."
     if counts.failed > len(gallery.failed):
         command = f"<code>maskfleet show {gallery.job.id} --failed</code>"
         yield f" The first {len(gallery.failed):,} are shown; {command} has all."
@@ -349,11 +354,11 @@ def _failed(gallery: Gallery) -> Iterator[str]:
     for kind, failed in groupby(sorted(gallery.failed, key=lambda asset: asset.error_kind), lambda a: a.error_kind):
         meaning = _WHAT_HAPPENED.get(kind, "")
         number = counts.failed_by_kind.get(kind, 0)
-        yield f'<div class="sheet kind"><h3>{_text(kind)} · {number:,}<span>{meaning}</span></h3><table>'
+        yield f'<div class="sheet kind"><h3>{safe_text(kind)} · {number:,}<span>{meaning}</span></h3><table>'
         yield '<thead class="unseen"><tr><th scope="col">Asset</th><th scope="col">Found</th></tr></thead><tbody>\n'
         for asset in failed:
-            reason = _text(asset.error.removeprefix(f"{asset.key}: "))
-            yield f'<tr><td><bdi class="key">{_text(asset.key)}</bdi></td><td>{reason}</td></tr>\n'
+            reason = safe_text(asset.error.removeprefix(f"{asset.key}: "))
+            yield f'<tr><td><bdi class="key">{safe_text(asset.key)}</bdi></td><td>{reason}</td></tr>\n'
         yield "</tbody></table></div>\n"
     yield "</section>\n"
 
@@ -363,7 +368,7 @@ def _skipped(skipped: Mapping[str, int]) -> Iterator[str]:
         yield "<section><h2>Skipped</h2><p>Not taken as assets when the source was listed.</p>"
         yield '<ul class="skipped">'
         for reason, number in sorted(skipped.items()):
-            yield f"<li><b>{number:,}</b> {_text(reason.replace('_', ' '))}</li>"
+            yield f"<li><b>{number:,}</b> {safe_text(reason.replace('_', ' '))}</li>"
         yield "</ul></section>\n"
 
 
@@ -373,7 +378,7 @@ def _footer(job: Job) -> Iterator[str]:
     yield "<span>Masks are drawn as outlines; <code>maskfleet export</code> gives their exact pixels.</span>"
 
 
-def _count(number: int, unit: str) -> str:
+def counted(number: int, unit: str) -> str:
     return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
 
 
@@ -391,7 +396,7 @@ def _duration(seconds: float) -> str:
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
-def _text(text: str) -> str:
+def safe_text(text: str) -> str:
     """Escape for HTML text and quoted attributes; what cannot be seen is shown as its code."""
     return html.escape(_UNSEEN.sub(_visible, text), quote=True)
 

@@ -140,6 +140,8 @@ def publish(engine: Engine, client: LabelStudio, server: Server, job: Job, optio
     """A new project with the job's assets in it."""
     with engine.begin() as db:
         labels = queries.labels_of(db, job_id=job.id)
-    project = client.create_project(title=f"review {secrets.token_hex(4)}", label_config=label_config([*labels, DEFAULT_LABEL]))
+    project = client.create_project(
+        title=f"review {secrets.token_hex(4)}", label_config=label_config([*labels, DEFAULT_LABEL])
+    )
     publish_job(engine, client, job, project.id, options or Options())
     return Project(id=project.id, client=client, server=server)
