@@ -24,14 +24,15 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 WEIGHTS_PATH = Path(__file__).with_name("sam_nano.safetensors")
-WEIGHTS_SHA256 = "0" * 64
+WEIGHTS_SHA256 = "06d3b0ffe8b1f8b8259009615f8a3be840b45cd3627663d6f4e9aa725f5b8f3c"
 
-# SamAutomaticMaskGenerator's names; its own defaults are for a model a thousand times larger.
+# SamAutomaticMaskGenerator's names; its own values are for a model two hundred times larger. Chosen on eight scenes
+# apart from those of the benchmark: twice as many points a side cost four times as much and find hardly more.
 AUTOMATIC_DEFAULTS = {
-    "points_per_side": 16,
-    "pred_iou_thresh": 0.7,
-    "stability_score_thresh": 0.8,
-    "box_nms_thresh": 0.6,
+    "points_per_side": 12,
+    "pred_iou_thresh": 0.6,
+    "stability_score_thresh": 0.75,
+    "box_nms_thresh": 0.4,
 }
 
 

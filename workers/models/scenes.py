@@ -20,7 +20,7 @@ Owner: TypeAlias = npt.NDArray[np.uint8]  # (H, W), 0 background, k the k-th obj
 BoolMasks: TypeAlias = npt.NDArray[np.bool_]  # (N, H, W)
 
 # An object that shows less of itself than this is not one that a person would be asked to find.
-MIN_VISIBLE_SHARE = 0.7
+MIN_VISIBLE_SHARE = 0.75
 MIN_VISIBLE_UNITS2 = 0.004  # 1049 px of a 512 px scene, some 32 px a side
 
 
@@ -119,8 +119,8 @@ def _place_object(
     inside = alpha >= 0.5
     area = int(np.count_nonzero(inside))
     least_area = MIN_VISIBLE_UNITS2 * unit**2
-    # Cells lie side by side, and so do half of the other objects.
-    least_share = MIN_VISIBLE_SHARE if style.uniform is None and rng.random() < 0.5 else 1.0
+    # Cells lie side by side, and so do two thirds of the other objects.
+    least_share = MIN_VISIBLE_SHARE if style.uniform is None and rng.random() < 0.35 else 1.0
     if area < least_area or _hides_another(owner, part, inside, full_areas, least_share, least_area):
         return
     if style.shadow:

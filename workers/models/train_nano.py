@@ -1,4 +1,4 @@
-"""Trains sam_nano on scenes drawn on the fly: `python -m workers.models.train_nano --out DIR --seconds 4600`.
+"""Trains sam_nano on scenes drawn on the fly: `python -m workers.models.train_nano --out DIR --seconds 4800`.
 
 Most of the time goes to crops of the image, which cost a part of it and, keeping their place in the positional
 embeddings, teach the same thing; the last part is whole images. No photograph is ever read.
@@ -33,7 +33,7 @@ MASK_CELL_PX = PATCH_SIZE_PX // 4
 STAGES = ((0.2, 16, 4), (0.4, 16, 8), (0.65, 24, 8), (1.0, EMBEDDING_SIZE, 6))
 OBJECT_CLICKS = 5
 BACKGROUND_CLICKS = 2
-SECOND_PROMPTS = 3  # objects an image that also get a box, and corrections of their click
+CORRECTIONS = 3  # objects an image whose click is corrected; all get a box
 WARM_UP_STEPS = 80
 LOG_SECONDS, SAVE_SECONDS = 20, 120
 
@@ -258,8 +258,8 @@ def take_step(run: Run, batch: Batch, rate: float) -> dict[str, float]:
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         optimizer.step()
-    # The average moves quickly at first, over some 500 steps later.
-    share = max(0.002, 9 / (run.step + 10))
+    # The average moves quickly at first, over some 150 steps later.
+    share = max(0.007, 9 / (run.step + 10))
     with torch.no_grad():
         for name, value in run.model.state_dict().items():
             run.average[name].lerp_(value, share)
@@ -270,24 +270,23 @@ def compute_loss(model: Sam, batch: Batch) -> tuple[torch.Tensor, dict[str, floa
     """Clicks, then boxes, then corrections of the clicks' own masks."""
     embeddings = encode(model, batch)
     clicks, points, logits, ious, report = click_loss(model, batch, embeddings)
-    targets = batch.targets[:, :SECOND_PROMPTS]
-    # Half of the boxes are drawn by a loose hand, a quarter come with a click.
-    points_of_boxes = sample_points(targets)[:, :, None] if torch.rand(()) < 0.25 else None
+    # A third of the boxes are drawn by a loose hand, a sixth come with a click.
+    points_of_boxes = sample_points(batch.targets)[:, :, None] if torch.rand(()) < 1 / 6 else None
     labels_of_boxes = None if points_of_boxes is None else torch.ones_like(points_of_boxes[..., 0])
-    boxes = jitter(batch.boxes_xyxy[:, :SECOND_PROMPTS])
-    prompts = Prompts(points=points_of_boxes, labels=labels_of_boxes, boxes=boxes)
+    prompts = Prompts(points=points_of_boxes, labels=labels_of_boxes, boxes=jitter(batch.boxes_xyxy))
     boxed, report["box"] = single_mask_loss(model, batch, embeddings, prompts)
     # Corrections go to the mask that the model itself would show.
-    shown = ious[..., 1:].argmax(-1)[:, :SECOND_PROMPTS, None, None, None].expand(-1, -1, 1, *logits.shape[-2:])
-    first = logits[:, :SECOND_PROMPTS, 1:].gather(2, shown)[:, :, 0].detach().float()
+    shown = ious[..., 1:].argmax(-1)[:, :CORRECTIONS, None, None, None].expand(-1, -1, 1, *logits.shape[-2:])
+    targets = batch.targets[:, :CORRECTIONS]
+    first = logits[:, :CORRECTIONS, 1:].gather(2, shown)[:, :, 0].detach().float()
     more, labels = sample_corrections(first, targets, count=int(torch.randint(1, 4, ())))
     prompts = Prompts(
-        points=torch.cat([points[:, :SECOND_PROMPTS, None], more], dim=2),
+        points=torch.cat([points[:, :CORRECTIONS, None], more], dim=2),
         labels=torch.cat([torch.ones_like(labels[..., :1]), labels], dim=2),
         previous=first if torch.rand(()) < 0.4 else None,
     )
     corrected, report["corrected"] = single_mask_loss(model, batch, embeddings, prompts)
-    return clicks + boxed + corrected, report
+    return clicks + 1.5 * boxed + corrected, report
 
 
 def click_loss(
@@ -322,8 +321,8 @@ def single_mask_loss(
     model: Sam, batch: Batch, embeddings: torch.Tensor, prompts: Prompts
 ) -> tuple[torch.Tensor, float]:
     """Prompts that leave no doubt go to the first mask token; gives the loss and the mean IoU."""
-    targets = batch.targets[:, :SECOND_PROMPTS]
     logits, ious = decode(model, batch, embeddings, prompts)
+    targets = batch.targets[:, : logits.shape[1]]
     true = true_ious(logits[:, :, :1], targets)
     loss = mask_losses(logits[:, :, :1], targets).mean() + F.mse_loss(ious[..., :1], true)
     return loss, float(true.mean())
@@ -424,16 +423,16 @@ def sample_corrections(logits: torch.Tensor, targets: torch.Tensor, *, count: in
 
 @torch.no_grad()
 def jitter(boxes_xyxy: torch.Tensor) -> torch.Tensor:
-    """The boxes (B, P, 4), the corners of half of them off by about 5 % of the sides."""
+    """The boxes (B, P, 4), the corners of a third of them off by about 5 % of the sides."""
     sides = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).repeat(1, 1, 2)
-    is_loose = torch.rand_like(boxes_xyxy[..., :1]) < 0.5
+    is_loose = torch.rand_like(boxes_xyxy[..., :1]) < 1 / 3
     return boxes_xyxy + is_loose * 0.05 * sides * torch.randn_like(boxes_xyxy)
 
 
 def _parse_plan() -> Plan:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights and of the checkpoint")
-    parser.add_argument("--seconds", type=float, default=4600, help="how long to train, in all")
+    parser.add_argument("--seconds", type=float, default=4800, help="how long to train, in all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak-rate", type=float, default=1.5e-3)
