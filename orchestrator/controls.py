@@ -44,9 +44,11 @@ class Control:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Controls:
-    """The controls of a config that we use, by kind, and the field of a task's data that its image comes from."""
+    """The controls of a config that we use, by kind; the image they are for, and the field of a task's data that it
+    comes from."""
 
     by_kind: Mapping[str, Control]
+    image_name: str
     image_field: str
 
 
@@ -75,7 +77,7 @@ def find_controls(label_config: str) -> Controls:
                 by_kind[kind] = Control(
                     name=element.get("name", ""), to_name=image.get("name", ""), labels=frozenset(_labels(element))
                 )
-    return Controls(by_kind=by_kind, image_field=variable[1])
+    return Controls(by_kind=by_kind, image_name=image.get("name", ""), image_field=variable[1])
 
 
 def missing_lines(controls: Controls, *, kinds: Iterable[str], labels: Iterable[str]) -> list[str]:
@@ -89,7 +91,7 @@ def missing_lines(controls: Controls, *, kinds: Iterable[str], labels: Iterable[
         new = [label for label in labels if control is None or label not in control.labels]
         tags = [f"  {_label_tag(label)}" for label in new]
         if control is None:
-            lines += [f'<{_TAGS[kind]} name="{kind}" toName="{IMAGE_CONTROL}">', *tags, f"</{_TAGS[kind]}>"]
+            lines += [f'<{_TAGS[kind]} name="{kind}" toName="{controls.image_name}">', *tags, f"</{_TAGS[kind]}>"]
         elif new:
             lines += [f'in <{_TAGS[kind]} name="{control.name}">:', *tags]
     return lines
@@ -126,12 +128,13 @@ def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[st
     """Add to a config what `missing_lines` says, and change nothing that is there."""
     root = ElementTree.fromstring(label_config)  # noqa: S314
     controls = find_controls(label_config)
-    image = next(iter(root.iter("Image"))).get("name", IMAGE_CONTROL)
     for kind in kinds:
         control = controls.by_kind.get(kind)
         element = next((e for e in root.iter(_TAGS[kind]) if control and e.get("name") == control.name), None)
         if element is None:
-            element = ElementTree.SubElement(root, _TAGS[kind], {"name": _free_name(root, kind), "toName": image})
+            element = ElementTree.SubElement(
+                root, _TAGS[kind], {"name": _free_name(root, kind), "toName": controls.image_name}
+            )
         for label in labels:
             if control is None or label not in control.labels:
                 ElementTree.SubElement(element, "Label", {"value": label, "background": label_colour(label)})

@@ -22,7 +22,7 @@ BASE = ROOT / "docker-compose.yml"
 OVERLAYS = [ROOT / "infra" / "gpu.yml", ROOT / "infra" / "gpu-per-device.yml"]
 EXAMPLE = ROOT / "infra" / "env.example"
 SERVICES = yaml.safe_load(BASE.read_text())["services"]
-OURS = ["migrate", "dispatch", "worker", "flower"]
+OURS = ["migrate", "dispatch", "worker", "publisher", "flower"]
 ONE_SHOT = {"migrate"}
 WRITES_INTO_ITSELF = {"label-studio"}
 
@@ -158,6 +158,7 @@ def test_a_stopping_worker_has_the_time_to_drain():
 
 def test_the_health_checks_look_for_what_runs():
     assert SERVICES["dispatch"]["healthcheck"]["test"][-1] in SERVICES["dispatch"]["command"]
+    assert SERVICES["publisher"]["healthcheck"]["test"][-1] in SERVICES["publisher"]["command"]
     assert SERVICES["worker"]["healthcheck"]["test"][-1] == "workers.app"
     assert '"workers.app"' in Path(devices.__file__).read_text()
 
