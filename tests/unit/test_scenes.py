@@ -29,7 +29,7 @@ def test_masks_are_disjoint_and_each_object_shows_enough_of_itself(seed):
 
 
 def test_an_object_looks_unlike_what_surrounds_the_scene():
-    scenes = [draw_scene(seed, (256, 256)) for seed in range(20)]
+    scenes = [draw_scene(seed, (256, 256)) for seed in range(10)]
 
     distances = [
         np.linalg.norm(s.image[mask].mean(axis=0) - s.image[s.owner == 0].mean(axis=0))
