@@ -114,6 +114,7 @@ class Reviewed:
 
     asset_id: int
     key: str
+    size_hw: tuple[int, int]
     task_id: int | None
     agreement: float
     kept: int
@@ -340,7 +341,7 @@ def worst_assets(db: Connection, *, job_id: int, place: Place, limit: int) -> li
     rows = db.execute(
         text(
             f"""WITH {_MINE}
-                SELECT mine.id AS asset_id, mine.key, mine.task_id,
+                SELECT mine.id AS asset_id, mine.key, mine.task_id, max(o.height) AS height, max(o.width) AS width,
                        (sum(CASE r.verdict WHEN 'kept' THEN 1 WHEN 'edited' THEN coalesce(r.iou, 0) ELSE 0 END)
                         / count(*))::float AS agreement,
                        count(*) FILTER (WHERE r.verdict = 'kept') AS kept,
@@ -350,12 +351,14 @@ def worst_assets(db: Connection, *, job_id: int, place: Place, limit: int) -> li
                 FROM mine JOIN ls_annotation n ON n.ls_task_id = mine.ls_task_id AND n.standing = 'chosen'
                      AND n.model_version = mine.model_version
                 JOIN ls_region r ON r.ls_annotation_id = n.id
+                JOIN outcome o ON o.asset_id = mine.asset_id
                 GROUP BY mine.id, mine.key, mine.task_id HAVING bool_or(r.verdict <> 'kept')
                 ORDER BY agreement, mine.id LIMIT :limit"""
         ),
         {"job_id": job_id, **place.values(), "limit": limit},
     ).mappings()
-    return [Reviewed(**row) for row in rows]
+    names = ("asset_id", "key", "task_id", "agreement", "kept", "edited", "deleted", "added")
+    return [Reviewed(size_hw=(row["height"], row["width"]), **{name: row[name] for name in names}) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------ what is exported

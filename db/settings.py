@@ -22,6 +22,9 @@ class Settings(BaseSettings):
     label_studio_project: int | None = Field(
         None, description="Project that `publish` takes when --project is not given"
     )
+    webhook_secret: SecretStr | None = Field(
+        None, description="What Label Studio's webhooks must carry in X-Maskfleet-Secret to wake `review --follow`"
+    )
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
     state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")
     model: str | None = Field(None, description="Model that `submit` takes when --model is not given")

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -333,9 +333,7 @@ def publish(
     from orchestrator import publish as publisher
 
     _log_to_stderr()
-    number = project or settings().label_studio_project
-    if number is None:
-        _fail("which project? --project or MASKFLEET_LABEL_STUDIO_PROJECT; `maskfleet label-studio setup` makes one")
+    number = _project_number(project)
     if job is None and not follow:
         _fail("which job? `maskfleet jobs` lists them; without one, --follow keeps up with all")
     engine = _engine()
@@ -385,6 +383,76 @@ def publish(
         _print_json([*documents.values()] if job is None else documents.get(job))
     if any(document["refused"] for document in documents.values()):
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `maskfleet review 12 --project 3 --html review.html`")
+def review(
+    job: JobArgument,
+    project: Annotated[int | None, typer.Option("--project", help="Label Studio's project, by number.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots and the worst overlays.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep reading until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option("--every", min=1, help="Seconds between looks, with --follow.")] = 30,
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", metavar="HOST:PORT", help="With --follow: look when Label Studio's webhook calls."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read what people made of a job's masks in Label Studio, and count what they kept, edited, deleted and added.
+
+    `maskfleet export --reviewed` writes what was read last. With --follow and --json there is one document a line.
+    """
+    from orchestrator.wake import wake_on_webhook
+
+    number = _project_number(project)
+    engine = _engine(statement_timeout_seconds=0)
+    found, _ = watching.read_job(engine, job)
+    called = threading.Event()
+    with ExitStack() as stack:
+        client = stack.enter_context(_label_studio())
+        if listen is not None:
+            if not follow:
+                _fail("--listen only wakes --follow: give both")
+            place = stack.enter_context(
+                wake_on_webhook(*_listen_address(listen), secret=_webhook_secret(), event=called)
+            )
+            err.print(f"webhooks may call http://{place[0]}:{place[1]}/", style="dim", highlight=False)
+        try:
+            while True:
+                called.clear()
+                _review_once(engine, client, found, number, html, as_json=as_json, in_a_line=follow)
+                if not follow:
+                    return
+                called.wait(every)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _review_once(
+    engine: Engine,
+    client: LabelStudio,
+    job: queries.Job,
+    project: int,
+    html: Path | None,
+    *,
+    as_json: bool,
+    in_a_line: bool,
+) -> None:
+    from orchestrator.review import pull, read_review
+    from orchestrator.review_page import write_review
+
+    with err.status("reading annotations") as status:
+        pull(engine, client, project, progress=lambda n: status.update(f"reading annotations: {n:,} tasks"))
+    read = read_review(engine, job, publishing.Place(client.url, project))
+    if as_json and in_a_line:
+        print(json.dumps(read.as_json(), ensure_ascii=False), flush=True)
+    elif as_json:
+        _print_json(read.as_json())
+    else:
+        watching.print_review(Console(), read)
+    if html is not None:
+        write_review(engine, read, html)
+        err.print(f"wrote {html}")
 
 
 @app.command(epilog="Example: `maskfleet worker --devices 0,1`")
@@ -584,6 +652,27 @@ def label_studio_setup(
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def _project_number(project: int | None) -> int:
+    number = project or settings().label_studio_project
+    if number is None:
+        _fail("which project? --project or MASKFLEET_LABEL_STUDIO_PROJECT; `maskfleet label-studio setup` makes one")
+    return number
+
+
+def _listen_address(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        _fail(f"--listen {listen!r}: expected a host and a port, such as 127.0.0.1:8090")
+    return host or "127.0.0.1", int(port)
+
+
+def _webhook_secret() -> str:
+    secret = settings().webhook_secret
+    if secret is None:
+        _fail("set MASKFLEET_WEBHOOK_SECRET, and give Label Studio's webhook the header X-Maskfleet-Secret with it")
+    return secret.get_secret_value()
 
 
 def _label_studio() -> LabelStudio:

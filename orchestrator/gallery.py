@@ -182,7 +182,7 @@ def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
     folder, slash, name = key.rpartition("/")
     photo = _photo(asset, gallery.read, photo_bytes)
     # One colour for all would tell nothing, and hide where one instance ends.
-    masks, left_out = _masks(asset, by_label=len(gallery.labels) > 1)
+    masks, left_out = mask_outlines(asset, by_label=len(gallery.labels) > 1)
     note = f" · the smallest {left_out} not drawn" if left_out else ""
     return (
         f'<li class="card" style="--shape:{shape:.3f}"{sort}>'
@@ -223,7 +223,7 @@ def small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
     return jpeg
 
 
-def _masks(asset: LabeledAsset, *, by_label: bool) -> tuple[str, int]:
+def mask_outlines(asset: LabeledAsset, *, by_label: bool) -> tuple[str, int]:
     """The masks as SVG, large ones below small ones, and how many there was no room for."""
     height, width = asset.size_hw
     unit = GRID / max(height, width)
@@ -280,7 +280,7 @@ def _tiles(gallery: Gallery) -> Iterator[str]:
     if counts.pending:
         yield tile(f"pending ({gallery.job.state})", f"{counts.pending:,}")
     yield tile("masks", f"{counts.masks:,}")
-    yield tile("time", _duration(gallery.seconds))
+    yield tile("time", duration(gallery.seconds))
     if counts.reused:
         yield tile("answered from stored", f"{counts.reused:,}")
     if counts.without_prompts:
@@ -382,7 +382,7 @@ def counted(number: int, unit: str) -> str:
     return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f}<small> s</small>"
     minutes, rest = divmod(round(seconds), 60)

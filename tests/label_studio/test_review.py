@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +92,44 @@ def test_review_reports_what_people_did(engine: Engine, client: LabelStudio, lab
     assert found.masks.mean_iou is not None
     assert 0.5 < found.masks.mean_iou < 0.95
     assert [asset.key for asset in found.worst] == ["b.jpg", "c.jpg"]
+
+
+def test_the_command_prints_one_document_and_writes_a_page(
+    engine: Engine, database_url: str, client: LabelStudio, label_studio: Server, tmp_path: Path
+) -> None:
+    job = labeled_job(engine, ["<b>.jpg", "b.jpg"], masks)
+    project = publish(engine, client, label_studio, job)
+    task = project.tasks()["<b>.jpg"]
+    project.submit(task, [moved(prediction(task)[0], 4)])
+    page = tmp_path / "review.html"
+
+    done = run_maskfleet(
+        database_url, label_studio, "review", job.id, "--project", project.id, "--json", "--html", page
+    )
+    shown = run_maskfleet(database_url, label_studio, "review", job.id, "--project", project.id)
+
+    document = json.loads(done)
+    assert document["masks"]["deleted"] == 2
+    assert document["assets"]["corrected"] == 1
+    assert document["by_label"]["ring"]["edited"] == 1
+    assert document["worst"][0]["key"] == "<b>.jpg"
+    assert "&lt;b&gt;.jpg" in page.read_text()
+    assert "<b>.jpg" not in page.read_text()
+    assert "1 corrected" in shown
+
+
+def run_maskfleet(database_url: str, server: Server, *arguments: object) -> str:
+    environment = {
+        **os.environ,
+        "MASKFLEET_DATABASE_URL": database_url,
+        "MASKFLEET_LABEL_STUDIO_URL": server.url,
+        "MASKFLEET_LABEL_STUDIO_API_KEY": server.token,
+        "COLUMNS": "200",
+    }
+    command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_an_untouched_empty_task_counts_as_accepted(engine: Engine, client: LabelStudio, label_studio: Server) -> None:

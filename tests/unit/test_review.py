@@ -1,0 +1,253 @@
+"""Verdicts on regions, which annotation counts, and the numbers made of them."""
+
+from __future__ import annotations
+
+import copy
+import http.client
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from db.models import Standing, Verdict
+from db.reviewing import KnownTask
+from orchestrator.regions import mask_from_region, regions_for
+from orchestrator.review import accepted_above, judge_task
+from orchestrator.verdicts import Comparison, base_prediction, choose, compare
+from orchestrator.wake import SECRET_HEADER, wake_on_webhook
+from workers.masks import BoolMask, decode_counts, mask_from_pixels
+
+SIZE_HW = (100, 140)
+ROWS, COLUMNS = np.mgrid[: SIZE_HW[0], : SIZE_HW[1]]
+
+
+def disc(x: float, y: float, radius: float) -> BoolMask:
+    found: BoolMask = (COLUMNS - x) ** 2 + (ROWS - y) ** 2 < radius**2
+    return found
+
+
+def shown(*masks: BoolMask, labels: tuple[str, ...] = (), as_: Any = "auto") -> list[dict[str, Any]]:
+    names = labels or ("car",) * len(masks)
+    made = [mask_from_pixels(m, predicted_iou=0.9, label=label) for m, label in zip(masks, names, strict=True)]
+    return regions_for(made, asset_id=7, as_=as_).result
+
+
+def judge(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Comparison:
+    return compare(before, after, asset_id=7, size_hw=SIZE_HW)
+
+
+def verdicts(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[Verdict]:
+    return [row.verdict for row in judge(before, after).regions]
+
+
+def moved(region: dict[str, Any], percent: float) -> dict[str, Any]:
+    changed = copy.deepcopy(region)
+    changed["value"]["points"] = [[x + percent, y] for x, y in region["value"]["points"]]
+    return changed
+
+
+def drawn(x: float, y: float, side: float, **fields: Any) -> dict[str, Any]:
+    value = {"x": x, "y": y, "width": side, "height": side, "rotation": 0, "rectanglelabels": ["tree"]}
+    frame = {"original_width": SIZE_HW[1], "original_height": SIZE_HW[0], "image_rotation": 0}
+    return {"id": "xYz1", "type": "rectanglelabels", "origin": "manual", "value": value, **frame, **fields}
+
+
+# ------------------------------------------------------------------------------------------ one annotation
+
+
+def test_what_comes_back_as_it_was_is_kept() -> None:
+    regions = shown(disc(30, 30, 20), disc(90, 50, 25) & ~disc(90, 50, 10))
+    assert verdicts(regions, copy.deepcopy(regions)) == [Verdict.KEPT, Verdict.KEPT]
+
+
+def test_numbers_that_a_page_wrote_back_a_little_differently_are_kept() -> None:
+    regions = shown(disc(30, 30, 20))
+    assert verdicts(regions, [moved(regions[0], 3e-6)]) == [Verdict.KEPT]
+
+
+def test_a_moved_region_is_edited_with_the_iou_of_before_and_after_whatever_its_origin_says() -> None:
+    regions = shown(disc(30, 30, 20))
+    after = moved(regions[0], 5)
+
+    (row,) = judge(regions, [after]).regions
+
+    one, other = mask_from_region(regions[0]), mask_from_region(after)
+    assert after["origin"] == "prediction"
+    assert row.verdict is Verdict.EDITED
+    assert row.iou == pytest.approx((one & other).sum() / (one | other).sum())
+    assert row.counts is not None
+    assert (decode_counts(row.counts, SIZE_HW) == other).all()
+
+
+def test_another_label_is_an_edit_that_leaves_the_stored_mask() -> None:
+    regions = shown(disc(30, 30, 20))
+    after = copy.deepcopy(regions)
+    after[0]["value"]["polygonlabels"] = ["bus"]
+
+    (row,) = judge(regions, after).regions
+
+    assert (row.verdict, row.label, row.iou, row.counts) == (Verdict.EDITED, "bus", 1.0, None)
+
+
+def test_a_region_that_is_gone_is_deleted_and_a_drawn_one_added() -> None:
+    regions = shown(disc(30, 30, 20), disc(90, 50, 25))
+    found = judge(regions, [regions[0], drawn(50, 60, 20)]).regions
+    assert sorted(row.verdict for row in found) == [Verdict.ADDED, Verdict.DELETED, Verdict.KEPT]
+    added = next(row for row in found if row.verdict is Verdict.ADDED)
+    assert (added.label, added.mask_n, added.bbox_xywh) == ("tree", None, (70, 60, 28, 20))
+
+
+def test_the_parts_of_a_mask_are_one_and_losing_one_is_an_edit() -> None:
+    regions = shown(disc(30, 30, 15) | disc(100, 60, 25))
+    assert len(regions) == 2
+    assert verdicts(regions, regions[::-1]) == [Verdict.KEPT]
+
+    for left in regions:
+        (row,) = judge(regions, [left]).regions
+        assert row.verdict is Verdict.EDITED
+        assert 0 < (row.iou or 0) < 1
+    assert verdicts(regions, []) == [Verdict.DELETED]
+
+
+def test_what_is_drawn_under_a_mask_belongs_to_it() -> None:
+    regions = shown(disc(30, 30, 15))
+    child = drawn(60, 60, 20, parentID=regions[0]["id"])
+
+    (row,) = judge(regions, [child, *regions]).regions
+
+    assert row.verdict is Verdict.EDITED
+    assert row.area_px is not None
+    assert row.area_px > mask_from_region(regions[0]).sum()
+
+
+def test_drawn_parts_of_a_drawn_parent_are_one_mask() -> None:
+    after = [drawn(0, 0, 10, id="child", parentID="parent"), drawn(50, 50, 10, id="parent")]
+    (row,) = judge([], after).regions
+    assert row.verdict is Verdict.ADDED
+    assert row.area_px == 2 * 14 * 10
+
+
+def test_parents_in_a_circle_end() -> None:
+    after = [drawn(0, 0, 10, id="a", parentID="b"), drawn(50, 50, 10, id="b", parentID="a")]
+    assert {row.verdict for row in judge([], after).regions} == {Verdict.ADDED}
+
+
+def test_an_untouched_brush_is_kept_and_a_painted_one_is_edited() -> None:
+    regions = shown(disc(30, 30, 20), as_="brush")
+    painted = shown(disc(30, 30, 22), as_="brush")
+    assert verdicts(regions, regions) == [Verdict.KEPT]
+    assert verdicts(regions, painted) == [Verdict.EDITED]
+
+
+def test_a_brush_wiped_empty_is_deleted() -> None:
+    regions = shown(disc(30, 30, 20), as_="brush")
+    painted = copy.deepcopy(regions)
+    whole = shown(disc(30, 30, 20), as_="brush")
+    assert verdicts(whole, painted) == [Verdict.KEPT]
+    outside = moved(shown(disc(30, 30, 20))[0], 400)
+    assert verdicts(shown(disc(30, 30, 20)), [outside]) == [Verdict.DELETED]
+
+
+def test_a_damaged_region_leaves_the_stored_mask_and_is_counted() -> None:
+    regions = shown(disc(30, 30, 20))
+    damaged = copy.deepcopy(regions)
+    damaged[0]["value"]["points"] = [[1, 2]]
+
+    found = judge(regions, damaged)
+
+    assert found.unread == 1
+    assert [(row.verdict, row.counts, row.iou) for row in found.regions] == [(Verdict.EDITED, None, None)]
+
+
+def test_key_points_are_counted_as_unread_and_choices_are_not() -> None:
+    frame = {"original_width": SIZE_HW[1], "original_height": SIZE_HW[0]}
+    point = {"id": "p", "type": "keypointlabels", "value": {"x": 1, "y": 1}, **frame}
+    choice = {"id": "c", "type": "choices", "value": {"choices": ["blurred"]}}
+    found = judge([], [point, choice])
+    assert (found.regions, found.unread) == ((), 1)
+
+
+# ------------------------------------------------------------------------------------------ several annotations
+
+
+def annotation(number: int, person: int, minute: int, **fields: Any) -> dict[str, Any]:
+    stamp = f"2026-11-20T12:{minute:02}:00Z"
+    return {"id": number, "completed_by": person, "updated_at": stamp, "was_cancelled": False, "result": [], **fields}
+
+
+def test_a_persons_newest_counts_and_of_several_people_the_newest() -> None:
+    found = choose([annotation(1, 5, 10), annotation(2, 5, 11), annotation(3, 6, 9)])
+    assert found == {1: Standing.SUPERSEDED, 2: Standing.CHOSEN, 3: Standing.OTHER}
+
+
+def test_an_older_annotation_that_was_changed_last_is_the_newest() -> None:
+    found = choose([annotation(1, 5, 30), annotation(2, 5, 11)])
+    assert found == {1: Standing.CHOSEN, 2: Standing.SUPERSEDED}
+
+
+def test_half_a_second_later_is_later() -> None:
+    half = annotation(1, 5, 10, updated_at="2026-11-20T12:10:00.500000Z")
+    assert choose([half, annotation(2, 6, 10)])[1] is Standing.CHOSEN
+
+
+def test_ground_truth_goes_before_the_newest() -> None:
+    found = choose([annotation(1, 5, 10, ground_truth=True), annotation(2, 6, 11)])
+    assert found == {1: Standing.CHOSEN, 2: Standing.OTHER}
+
+
+def test_skipped_ones_never_count() -> None:
+    found = choose([annotation(1, 5, 20, was_cancelled=True), annotation(2, {"id": 6}, 11)])  # type: ignore[arg-type]
+    assert found == {1: Standing.SKIPPED, 2: Standing.CHOSEN}
+    assert choose([annotation(1, 5, 20, was_cancelled=True)]) == {1: Standing.SKIPPED}
+
+
+def test_an_annotation_began_from_the_prediction_it_names_or_the_one_it_shares_regions_with() -> None:
+    one, two = {"id": 1, "result": [{"id": "m7-0"}]}, {"id": 2, "result": [{"id": "m8-0"}, {"id": "m8-1"}]}
+    assert base_prediction({"parent_prediction": 1, "result": [{"id": "m8-0"}]}, [one, two]) is one
+    assert base_prediction({"parent_prediction": None, "result": [{"id": "m8-1"}]}, [one, two]) is two
+    assert base_prediction({"parent_prediction": 99, "result": []}, [one, two]) is None
+
+
+def test_an_annotation_of_a_strangers_prediction_is_drawn_from_nothing_of_ours() -> None:
+    known = KnownTask(ls_task_id=1, task_id=1, size_hw=SIZE_HW, asset_ids={"ours": 7})
+    strange = {"id": 9, "model_version": "theirs", "result": shown(disc(30, 30, 20))}
+    task = {
+        "annotations": [annotation(1, 5, 1, result=strange["result"], parent_prediction=9)],
+        "predictions": [strange],
+    }
+
+    (row,) = judge_task(task, known)
+
+    assert (row.model_version, row.asset_id) == (None, None)
+    assert [region.verdict for region in row.regions] == [Verdict.ADDED]
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+def test_the_score_from_which_on_nineteen_of_twenty_were_kept() -> None:
+    found = accepted_above([(0.99, 10, 10), (0.9, 9, 10), (0.8, 0, 5), (0.7, 0, 1)], share=0.95)
+    assert found is not None
+    assert (found.score, found.kept, found.predictions) == (0.9, 19, 20)
+    assert accepted_above([(0.9, 9, 10)], share=0.95) is None
+    assert accepted_above([], share=0.95) is None
+
+
+def test_a_webhook_wakes_only_with_the_secret() -> None:
+    event = threading.Event()
+    with wake_on_webhook("127.0.0.1", 0, secret="open sesame", event=event) as (host, port):
+        assert post(host, port, {}) == 403
+        assert post(host, port, {SECRET_HEADER: "close sesame"}) == 403
+        assert not event.is_set()
+        assert post(host, port, {SECRET_HEADER: "open sesame"}) == 204
+        assert event.is_set()
+
+
+def post(host: str, port: int, headers: dict[str, str]) -> int:
+    connection = http.client.HTTPConnection(host, port, timeout=10)
+    try:
+        connection.request("POST", "/", body=b"{}" * 100_000, headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
