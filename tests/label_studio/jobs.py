@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -32,6 +33,12 @@ def ring(asset_id: int, n: int, label: str | None = "car") -> StoredMask:
         label=label,
         prompt=None,
     )
+
+
+def noise(asset_id: int, n: int) -> StoredMask:
+    """A mask of single pixels, which takes a brush of 20 KB in JSON."""
+    pixels = np.random.default_rng(n).random(SIZE_HW) < 0.5
+    return dataclasses.replace(ring(asset_id, n), counts=encode_counts(pixels), area_px=int(pixels.sum()))
 
 
 def rings(count: int = 2, label: str | None = "car") -> Callable[[int], list[StoredMask]]:

@@ -7,13 +7,14 @@ setting from a variable of the plain name, so a stray HOST or DEBUG would change
 from __future__ import annotations
 
 import fcntl
-import secrets
+import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from tests.waiting import wait_for
 VERSION = "1.23.2"
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / ".uv" / f"label-studio-{VERSION}"
+_SQLITE = "label_studio.sqlite3"
 USER, PASSWORD = "admin@example.com", "only-on-loopback-1"
-TOKEN = secrets.token_hex(20)
+TOKEN = "5ca1ab1e" * 5  # of servers that only this machine reaches, for as long as a test runs
+_TEMPLATE = PLACE / "migrated.sqlite3"  # a first boot runs every migration: half a minute, minutes on a busy machine
 
 
 class NotInstallable(RuntimeError):
@@ -72,6 +75,8 @@ def serve(folder: Path, *, database: Mapping[str, str] | None = None, **settings
     program = install()
     (folder / "files").mkdir(parents=True)
     (folder / "home").mkdir()
+    if database is None and _TEMPLATE.exists():
+        shutil.copy(_TEMPLATE, folder / _SQLITE)
     port = free_port()
     environment = {
         "HOME": str(folder / "home"),
@@ -100,7 +105,9 @@ def serve(folder: Path, *, database: Mapping[str, str] | None = None, **settings
     ):
         server = Server(url=f"http://127.0.0.1:{port}", token=TOKEN, folder=folder, process=process)
         try:
-            wait_for(lambda: _answers(server), f"Label Studio, see {folder}/log", seconds=300)
+            wait_for(lambda: _answers(server), f"Label Studio, see {folder}/log", seconds=600)
+            if database is None and not _TEMPLATE.exists():
+                _keep_template(folder / _SQLITE)
             yield server
         finally:
             process.terminate()
@@ -130,6 +137,14 @@ def _install_commands() -> list[list[str]]:
             [uv, "pip", "install", "--python", python, package],
         ]
     return [[sys.executable, "-m", "venv", str(PLACE)], [python, "-m", "pip", "install", "--quiet", package]]
+
+
+def _keep_template(database: Path) -> None:
+    """Keep a database that has the user and the token, and nothing else yet, for later servers."""
+    making = _TEMPLATE.with_name(f"{_TEMPLATE.name}.{os.getpid()}")
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(making)) as copy:
+        source.backup(copy)
+    making.replace(_TEMPLATE)
 
 
 def _answers(server: Server) -> bool:
