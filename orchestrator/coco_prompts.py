@@ -74,11 +74,11 @@ def _instances(file: IO[bytes], name: str) -> Iterator[Entry | BadEntry]:
 def _detections(file: IO[bytes], name: str, match: PromptMatch) -> Iterator[Entry | BadEntry]:
     for number, detection in enumerate(_items(file, name, "item"), start=1):
         where = f"{name}, detection {number}"
-        found = _match_of(detection)
-        if found is not match or not (detection.keys() & {"file_name", "image_id"}):
+        named = detection.get("file_name", detection.get("image_id"))
+        if not isinstance(named, str | int) or _match_of(detection) is not match:
             yield BadEntry(where, f"image_id {shown(detection.get('image_id'))}, expected one such as the first's")
             continue
-        key = str(detection.get("file_name", detection.get("image_id")))
+        key = str(named)
         category = detection.get("category_id")
         label = detection.get("category_name", None if category is None else str(category))
         yield Entry(where, key.lstrip("0") if match is PromptMatch.NUMBER else key, [_prompt_of(detection, label)])

@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -73,14 +73,17 @@ def read_prompts(address: str, *, source: str, spec: ModelSpec, s3_endpoint: str
     Raises PromptFileError where it cannot be read at all, holds no usable prompt, or asks what the model does not take;
     TransientError where the store does not answer.
     """
-    with _open(address, s3_endpoint) as file:
-        reader = _reader_of(file, address, source, s3_endpoint)
+    with ExitStack() as on_error:
         intake = _Intake(spec=spec, source=source)
-        for entry in reader.entries:
-            intake.take(entry)
-    if not intake.prompts:
-        why = f": {intake.bad[0]}" if intake.bad else ""
-        raise PromptFileError(f"{redact(address)}: no usable prompt among {intake.keys} entries{why}")
+        on_error.enter_context(intake.stored)
+        with _open(address, s3_endpoint) as file:
+            reader = _reader_of(file, address, source, s3_endpoint)
+            for entry in reader.entries:
+                intake.take(entry)
+        if not intake.prompts:
+            why = f": {intake.bad[0]}" if intake.bad else ""
+            raise PromptFileError(f"{redact(address)}: no usable prompt among {intake.keys} entries{why}")
+        on_error.pop_all()
     return PromptFile(
         name=redact(address),
         file_format=reader.file_format,

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.prompt_entries import PromptFileError
+from orchestrator.prompt_files import PromptFile, read_prompts
+from workers import models
+
+SOURCE = "/data/images"
+
+
+def read(path: Path | str, source: str = SOURCE) -> PromptFile:
+    return read_prompts(str(path), source=source, spec=models.find("sam_vit_b"), s3_endpoint=None)
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def stored(found: PromptFile) -> list[tuple[str, list[dict[str, Any]]]]:
+    rows = [(key, json.loads(prompts)) for key, prompts in found.rows()]
+    found.stored.close()
+    return rows
+
+
+BOX = {"box_xyxy": [1.0, 2.0, 3.0, 4.0]}
+
+
+def test_bad_lines_are_reported_with_file_and_line_and_stop_nothing_else(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "p.jsonl",
+        {"key": "a.jpg", "prompts": [BOX, {"box_xyxy": [9, 9, 1, 1]}]},
+        "{broken",
+        "",
+        {"key": "b.jpg"},
+        [1, 2],
+        {"key": "c\x00.jpg", "prompts": [BOX]},
+        '{"key": "d.jpg", "prompts": [{"box_xyxy": [NaN, 1, 2, 3]}]}',
+        {"key": f"{SOURCE}/e.jpg", "prompts": [BOX], "width": 5},
+    )
+    found = read(path)
+    assert [line.partition(": ")[0] for line in found.bad] == [
+        "p.jsonl:1, prompt 1",
+        "p.jsonl:2",
+        "p.jsonl:4",
+        "p.jsonl:5",
+        "p.jsonl:6",
+        "p.jsonl:7",
+    ]
+    assert (found.prompts, found.bad_count, found.file_format) == (2, 6, "json-lines")
+    rows = stored(found)
+    assert [key for key, _ in rows] == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
+    assert rows[0][1][0] == BOX
+    assert "p.jsonl:1, prompt 1: box_xyxy: [9, 9, 1, 1] is inverted" in rows[0][1][1]["error"]
+    assert "error" in rows[1][1][0]
+
+
+def test_the_hash_is_of_what_is_asked_whatever_the_files_name_and_layout(tmp_path: Path) -> None:
+    one = read(write(tmp_path / "a.jsonl", {"key": "a.jpg", "prompts": [{"label": "x", "box_xyxy": [1, 2, 3, 4]}]}))
+    same = read(write(tmp_path / "b", {"prompts": [{"box_xyxy": [1.0, 2, 3, 4], "label": "x"}], "key": "a.jpg"}, ""))
+    other = read(write(tmp_path / "c", {"key": "a.jpg", "prompts": [{"label": "y", "box_xyxy": [1, 2, 3, 4]}]}))
+    assert one.sha256 == same.sha256 != other.sha256
+    for found in (one, same, other):
+        found.stored.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"key": "a.jpg", "prompts": [{"text": "bus"}]}', "p:1: a prompt by text, expected box or points"),
+        ("nothing of the kind", "no usable prompt among 0 entries: p:1: not JSON"),
+        ("", "no usable prompt"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bb', "damaged JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_at_once(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "p").write_text(content)
+    with pytest.raises(PromptFileError, match=said):
+        read(tmp_path / "p")
+    with pytest.raises(PromptFileError, match="cannot be read"):
+        read(tmp_path / "absent")
+
+
+def test_a_long_file_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    line = json.dumps({"key": "%07d.jpg", "prompts": [BOX]})
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(line % n + "\n" for n in range(50_000)))
+    tracemalloc.start()
+    found = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found.stored.close()
+    assert found.keys == 50_000
+    assert peak < 4 * 2**20
+
+
+COCO = {
+    "info": {"description": "x"},
+    "annotations": [
+        {"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 2, 10, 20], "score": 0.5},
+        {"id": 2, "image_id": 8, "category_id": 3, "bbox": [1, 2, 0, 0]},
+        {"id": 3, "image_id": 99, "category_id": 3, "bbox": [1, 2, 3, 4]},
+        {"id": 4, "image_id": 7, "category_id": 5, "bbox": [0, 0, 5, 5]},
+    ],
+    "categories": [{"id": 3, "name": "car"}],
+    "images": [{"id": 7, "file_name": "a/b.jpg", "width": 64, "height": 48}, {"id": 8, "file_name": "c.jpg"}],
+}
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_coco_instances_file_is_known_by_its_content_and_gives_boxes_and_labels(
+    tmp_path: Path, indent: int | None
+) -> None:
+    path = tmp_path / "whatever.txt"
+    path.write_text(json.dumps(COCO, indent=indent))
+    found = read(path)
+    assert (found.file_format, found.bad_count) == ("coco-instances", 2)
+    assert [line.partition(": ")[0] for line in found.bad] == [
+        "whatever.txt, annotation 2",
+        "whatever.txt, annotation 3",
+    ]
+    rows = stored(found)
+    first = {"label": "car", "box_xyxy": [1.0, 2.0, 11.0, 22.0], "score": 0.5, "size_wh": [64.0, 48.0]}
+    assert rows[0] == ("a/b.jpg", [first])
+    assert rows[2] == ("a/b.jpg", [{"label": "5", "box_xyxy": [0.0, 0.0, 5.0, 5.0], "size_wh": [64.0, 48.0]}])
+
+
+@pytest.mark.parametrize(
+    ("image_id", "key", "match"),
+    [(42, "42", "number"), ("a/b", "a/b", "stem"), ("a/b.jpg", "a/b.jpg", "key")],
+)
+def test_a_coco_detections_file_names_its_images_by_number_or_name(
+    tmp_path: Path, image_id: object, key: str, match: str
+) -> None:
+    detection = {"image_id": image_id, "category_id": 18, "bbox": [1, 2, 3, 4], "score": 0.25}
+    found = read(write(tmp_path / "d.json", [detection, {"image_id": None, "bbox": [1, 2, 3, 4]}]))
+    assert (found.file_format, found.match, found.bad_count) == ("coco-detections", match, 1)
+    assert stored(found) == [(key, [{"label": "18", "box_xyxy": [1.0, 2.0, 4.0, 6.0], "score": 0.25}])]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "source", "stem"),
+    [
+        ("ds", "ds/images", "train/a"),
+        ("ds/labels", "ds/images/train", "a"),
+        ("ds/labels/train", "ds", "images/train/a"),
+        ("ds/labels", "elsewhere", "train/a"),
+    ],
+)
+def test_yolo_labels_find_their_images_wherever_the_source_begins(
+    tmp_path: Path, prompts: str, source: str, stem: str
+) -> None:
+    write(tmp_path / "ds" / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4", "0 0.1 0.1 0.3 0.1 0.2 0.6")
+    (tmp_path / "ds" / "data.yaml").write_text("names:\n  0: cat\n  1: dog\n")
+    found = read(tmp_path / prompts, source=str(tmp_path / source))
+    assert (found.file_format, found.match, found.bad_count) == ("yolo", "stem", 0)
+    rows = stored(found)
+    assert [key for key, _ in rows] == [stem, stem]
+    [[box], [polygon]] = (asked for _, asked in rows)
+    assert (box["label"], box["size_wh"]) == ("dog", [1.0, 1.0])
+    assert box["box_xyxy"] == pytest.approx([0.4, 0.3, 0.6, 0.7])
+    assert (polygon["label"], polygon["box_xyxy"]) == ("cat", [0.1, 0.1, 0.3, 0.6])
+
+
+def test_bad_yolo_lines_are_reported_and_the_names_may_come_from_classes_txt(tmp_path: Path) -> None:
+    write(tmp_path / "classes.txt", "cat", "dog")
+    write(tmp_path / "a.txt", "0 0.5 0.5 0.2 0.4 0.9", "7 0.5 0.5 0.2 0.4", "0 0.5", "x y", "0 0.5 0.5 0 0.4")
+    found = read(tmp_path)
+    assert [line.partition(": ")[0] for line in found.bad] == [f"a.txt:{n}" for n in (2, 3, 4, 5)]
+    assert "class 7 has no name; known are 0, 1" in found.bad[0]
+    rows = stored(found)
+    assert (rows[0][1][0]["label"], rows[0][1][0]["score"]) == ("cat", 0.9)
+    assert len(rows) == 5
