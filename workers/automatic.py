@@ -54,10 +54,10 @@ class Found:
 
 
 @torch.no_grad()
-def embed(sam: Sam, images: Sequence[RgbImage]) -> list[torch.Tensor]:
-    """Encode images (H, W, 3) uint8 RGB in one batch: an embedding (1, C, h, w) each.
+def embed(sam: Sam, images: Sequence[RgbImage], *, fast: bool = False) -> list[torch.Tensor]:
+    """Encode images (H, W, 3) uint8 RGB in one batch: an embedding (1, C, h, w) float32 each.
 
-    Resized, normalised and padded as by SamPredictor.set_image, to the bit.
+    Resized, normalised and padded as by SamPredictor.set_image, to the bit. fast: encode in bfloat16.
     """
     if not images:
         return []
@@ -65,7 +65,9 @@ def embed(sam: Sam, images: Sequence[RgbImage]) -> list[torch.Tensor]:
     resized = [np.array(resize(to_pil_image(image), size)) for image, size in zip(images, sizes, strict=True)]
     pixels = [torch.as_tensor(image, device=sam.device).permute(2, 0, 1) for image in resized]
     batch = torch.cat([sam.preprocess(one[None].contiguous()) for one in pixels])
-    return list(sam.image_encoder(batch).split(1))
+    with _half_precision(sam, is_wanted=fast):
+        embeddings = sam.image_encoder(batch)
+    return list(embeddings.float().split(1))
 
 
 @torch.no_grad()
@@ -86,7 +88,9 @@ def automatic_masks(
         if x0 >= x1 or y0 >= y1 or len(grids[layer]) == 0:
             continue  # more crops than pixels, or no point left for this layer: the reference fails here
         given = embedding if layer == 0 else None
-        crop_embedding = embed(sam, [image[y0:y1, x0:x1]])[0] if given is None else given
+        crop_embedding = (
+            embed(sam, [image[y0:y1, x0:x1]], fast=params.precision == "fast")[0] if given is None else given
+        )
         search = _CropSearch(sam, params, crop=(x0, y0, x1, y1), size_hw=size_hw)
         found += search.masks(crop_embedding, grids[layer])
     if len(crops) > 1:
@@ -132,7 +136,8 @@ class _CropSearch:
             least_iou=self.params.pred_iou_thresh,
             used_hw=self.upsampling.used_hw,
         )
-        candidates = [candidate for batch in decoded for candidate in self._candidates(batch, points)]
+        with _half_precision(self.sam, is_wanted=self.params.precision == "fast"):
+            candidates = [candidate for batch in decoded for candidate in self._candidates(batch, points)]
         with one_thread():
             return self._best(candidates)
 
@@ -260,6 +265,11 @@ def _to_masks(found: list[Found], size_hw: tuple[int, int]) -> list[Mask]:
         )
         masks.append(mask)
     return masks
+
+
+def _half_precision(sam: Sam, *, is_wanted: bool) -> torch.autocast:
+    """Heavy products in bfloat16; sums, norms, predicted IoUs and all comparisons stay in float32."""
+    return torch.autocast(sam.device.type, dtype=torch.bfloat16, enabled=is_wanted)
 
 
 @contextmanager

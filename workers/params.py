@@ -26,7 +26,7 @@ class AutomaticParams:
 
     The last four are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
     part of the image, max_masks keeps the best by predicted IoU; 0 means no limit. precision: "exact" computes in
-    float32 what the reference does, "fast" in half precision on the device, "auto" is fast on CUDA and exact elsewhere.
+    float32 what the reference does, "fast" multiplies in bfloat16; "auto" is exact until fast is measured on a GPU.
     """
 
     points_per_side: int = 32
