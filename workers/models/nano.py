@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
+from workers.models import MODELS
+
 # 256 px in patches of 8 give the 32 x 32 embedding and 128 x 128 mask grid of a 512 px ViT of patch 16, but reading
 # 192 values a patch instead of 768, which a model this narrow can hold.
 IMAGE_SIZE_PX = 256
@@ -27,16 +29,8 @@ PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
 
 WEIGHTS_PATH = Path(__file__).with_name("sam_nano.safetensors")
-WEIGHTS_SHA256 = "06d3b0ffe8b1f8b8259009615f8a3be840b45cd3627663d6f4e9aa725f5b8f3c"
-
-# SamAutomaticMaskGenerator's names; its own values are for a model two hundred times larger. Chosen on eight scenes
-# apart from those of the benchmark: twice as many points a side cost four times as much and find hardly more.
-AUTOMATIC_DEFAULTS = {
-    "points_per_side": 12,
-    "pred_iou_thresh": 0.6,
-    "stability_score_thresh": 0.75,
-    "box_nms_thresh": 0.4,
-}
+WEIGHTS_SHA256 = MODELS["sam_nano"].sha256
+AUTOMATIC_DEFAULTS = dict(MODELS["sam_nano"].defaults)
 
 
 def build_sam_nano() -> Sam:
