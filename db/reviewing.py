@@ -7,7 +7,7 @@ the same version, the task and the masks are that job's, and the counts are the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import groupby
 from operator import attrgetter
@@ -128,6 +128,11 @@ class ReviewedMask(StoredMask):
     """A mask that a person kept, corrected or drew, numbered anew in its asset. predicted_iou is NaN where drawn."""
 
     verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewedAsset(LabeledAsset):
+    """An asset whose masks are what a person left of it."""
 
 
 # ------------------------------------------------------------------------------------------------ what is read
@@ -433,7 +438,7 @@ def _batches(assets: Iterator[LabeledAsset], size: int) -> Iterator[list[Labeled
 
 
 def reviewed_assets(
-    db: Connection, *, job_id: int, min_score: float | None = None, page: int = 20
+    db: Connection, *, job_id: int, min_score: float | None = None, page: int = 10
 ) -> Iterator[LabeledAsset]:
     """Stream a job's assets in key order as people left them; those without an annotation only with min_score, with
     their predictions of that score at least."""
@@ -441,9 +446,17 @@ def reviewed_assets(
         chosen = chosen_masks(db, job_id=job_id, asset_ids=[asset.asset_id for asset in batch])
         for asset in batch:
             if asset.asset_id in chosen:
-                masks: list[StoredMask] = list(chosen[asset.asset_id])
+                left = list[StoredMask](chosen[asset.asset_id])
+                yield ReviewedAsset(asset_id=asset.asset_id, key=asset.key, size_hw=asset.size_hw, masks=left)
             elif min_score is not None:
-                masks = [mask for mask in asset.masks if mask.predicted_iou >= min_score]
-            else:
-                continue
-            yield LabeledAsset(asset_id=asset.asset_id, key=asset.key, size_hw=asset.size_hw, masks=masks)
+                yield _with_score(asset, min_score)
+
+
+def scored_assets(db: Connection, *, job_id: int, min_score: float, page: int = 10) -> Iterator[LabeledAsset]:
+    """Stream a job's labeled assets in key order with their predictions of that score at least."""
+    for asset in queries.labeled_assets(db, job_id=job_id, page=page):
+        yield _with_score(asset, min_score)
+
+
+def _with_score(asset: LabeledAsset, min_score: float) -> LabeledAsset:
+    return replace(asset, masks=[mask for mask in asset.masks if mask.predicted_iou >= min_score])

@@ -4,6 +4,7 @@ environment, 130 interrupted."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -28,10 +29,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import OperationalError
 
-from db import publishing, queries
+from db import publishing, queries, reviewing
 from db.models import JobState
 from db.queries import Job
 from db.session import DatabaseNotReady, check_migrated, open_engine
@@ -72,6 +73,7 @@ err = watching.stderr_console()
 
 class ExportFormat(StrEnum):
     COCO = "coco"
+    YOLO = "yolo"
     PNG = "png"
     LABEL_STUDIO = "label-studio"
 
@@ -293,24 +295,54 @@ def retry(
 def export(
     job: JobArgument,
     file_format: Annotated[ExportFormat, typer.Option("--format", help="What to write.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="File, or folder for png.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="File, or folder for png and yolo.", show_default=False)],
+    reviewed: Annotated[
+        bool, typer.Option("--reviewed", help="What people made of them, as `review` read it.")
+    ] = False,
+    min_score: Annotated[
+        float | None,
+        typer.Option(
+            "--min-score", help="Only predictions of this score; with --reviewed, for assets nobody annotated."
+        ),
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="With yolo: copy the images too.")] = False,
 ) -> None:
-    """Write a job's masks as COCO, PNG files or Label Studio tasks, streaming."""
+    """Write a job's masks as COCO, YOLO datasets, PNG files or Label Studio tasks, streaming.
+
+    With --reviewed: of annotated assets alone, and with --min-score of the others too. Run `maskfleet review` before.
+    """
     from orchestrator.export import export_coco, export_label_studio
     from orchestrator.png import export_png
+    from orchestrator.yolo import export_yolo
 
     write: dict[ExportFormat, Callable[..., Any]] = {
         ExportFormat.COCO: export_coco,
+        ExportFormat.YOLO: functools.partial(export_yolo, images=images),
         ExportFormat.PNG: export_png,
         ExportFormat.LABEL_STUDIO: export_label_studio,
     }
+    if images and file_format is not ExportFormat.YOLO:
+        _fail("--images goes with --format yolo")
     engine = _engine(statement_timeout_seconds=0)
     found, counts = watching.read_job(engine, job)
     if counts.pending:
         err.print(f"job {job} is {found.state}: {counts.pending} assets are not in the export yet", style="yellow")
     with engine.connect() as db:
-        write[file_format](db, found, out)
+        write[file_format](db, found, out, _exported(db, job, reviewed=reviewed, min_score=min_score))
     err.print(f"wrote {out}")
+
+
+def _exported(
+    db: Connection, job: int, *, reviewed: bool, min_score: float | None
+) -> Iterator[queries.LabeledAsset] | None:
+    """What is exported instead of the labeled assets as they are."""
+    if not reviewed:
+        return None if min_score is None else reviewing.scored_assets(db, job_id=job, min_score=min_score)
+    count = reviewing.annotated_assets(db, job_id=job)
+    if count == 0 and min_score is None:
+        _fail(f"no annotation of job {job} has been read: `maskfleet review {job} --project ID` reads them")
+    err.print(f"{count:,} assets as people left them")
+    return reviewing.reviewed_assets(db, job_id=job, min_score=min_score)
 
 
 @app.command(epilog="Example: `maskfleet publish 12 --project 3`")

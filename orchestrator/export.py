@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from sqlalchemy import Connection
 
 from db import queries
 from db.queries import Job, LabeledAsset, StoredMask
+from db.reviewing import ReviewedAsset, ReviewedMask
 from db.settings import settings
 from orchestrator.png import export_png as export_png
 from orchestrator.regions import DEFAULT_LABEL, prediction_task, regions_for
@@ -32,6 +33,7 @@ from workers.storage import Source, open_source
 # Between two pages nobody talks to the database, which ends sessions that idle in a transaction for a minute: finding
 # regions takes up to a second an asset (100 masks on 12 MP).
 _SLOW_PAGE = 20
+_NO_LIMIT = 1_000_000
 
 
 @contextmanager
@@ -53,12 +55,12 @@ def replacing(out: Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
-def export_coco(db: Connection, job: Job, out: Path) -> None:
+def export_coco(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None) -> None:
     """Write a job's masks as COCO instances, exact, as compressed RLE.
 
     `images` are the labeled assets, those without a mask too; failed ones are in the summary. Ids are Postgres's asset
     ids, so two exports of a job agree; file_name is the key, coco_url the asset's address. Masks without a label are of
-    the category "object".
+    the category "object". assets: instead of the job's labeled ones; what people reviewed says so.
     """
     labels = queries.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
     category_ids = {label: category_id for category_id, label in enumerate(labels, start=1)}
@@ -66,7 +68,7 @@ def export_coco(db: Connection, job: Job, out: Path) -> None:
     with replacing(out) as file, tempfile.TemporaryFile("w+", encoding="utf-8", dir=out.resolve().parent) as images:
         file.write(f'{{"info":{_json(_info(job))},\n"licenses":[],\n"annotations":[')
         annotation_id = 0
-        for n, asset in enumerate(queries.labeled_assets(db, job_id=job.id)):
+        for n, asset in enumerate(queries.labeled_assets(db, job_id=job.id) if assets is None else assets):
             # One pass over the database: annotations straight away, the much shorter images aside.
             images.write(f"{',' if n else ''}\n{_json(_image(asset, source))}")
             for mask in asset.masks:
@@ -83,20 +85,34 @@ def export_coco(db: Connection, job: Job, out: Path) -> None:
         file.write("\n]}\n")
 
 
-def export_label_studio(db: Connection, job: Job, out: Path) -> None:
-    """Write a job's labeled assets as a JSON list of Label Studio tasks, each with its masks as one prediction."""
+def export_label_studio(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None) -> None:
+    """Write a job's labeled assets as a JSON list of Label Studio tasks, each with its masks as one prediction.
+
+    assets: instead of the job's labeled ones; what people reviewed becomes an annotation, with every mask.
+    """
     source = _source(job)
     with replacing(out) as file:
         file.write("[")
-        for n, asset in enumerate(queries.labeled_assets(db, job_id=job.id, page=_SLOW_PAGE)):
+        for n, asset in enumerate(
+            queries.labeled_assets(db, job_id=job.id, page=_SLOW_PAGE) if assets is None else assets
+        ):
             masks = [_mask(mask, asset.size_hw) for mask in asset.masks]
+            reviewed = isinstance(asset, ReviewedAsset)
+            shown = (
+                regions_for(masks, asset_id=asset.asset_id, max_regions=_NO_LIMIT, max_brush=_NO_LIMIT)
+                if reviewed
+                else regions_for(masks, asset_id=asset.asset_id)
+            )
             task = prediction_task(
                 image=source.uri(asset.key),
                 asset_id=asset.asset_id,
                 size_hw=asset.size_hw,
                 model_version=job.model_version,
-                regions=regions_for(masks, asset_id=asset.asset_id),
+                regions=shown,
             )
+            if reviewed:
+                (prediction,) = task.pop("predictions")
+                task["annotations"] = [{"result": prediction["result"]}]
             file.write(f"{',' if n else ''}\n{_json(task)}")
         file.write("\n]\n")
 
@@ -149,11 +165,12 @@ def _info(job: Job) -> dict[str, Any]:
 def _image(asset: LabeledAsset, source: Source) -> dict[str, Any]:
     height, width = asset.size_hw
     uri = source.uri(asset.key)
-    return {"id": asset.asset_id, "file_name": asset.key, "width": width, "height": height, "coco_url": uri}
+    image = {"id": asset.asset_id, "file_name": asset.key, "width": width, "height": height, "coco_url": uri}
+    return {**image, "reviewed": True} if isinstance(asset, ReviewedAsset) else image
 
 
 def _annotation(asset: LabeledAsset, mask: StoredMask, annotation_id: int, category_id: int) -> dict[str, Any]:
-    annotation = {
+    annotation: dict[str, Any] = {
         "id": annotation_id,
         "image_id": asset.asset_id,
         "category_id": category_id,
@@ -168,6 +185,9 @@ def _annotation(asset: LabeledAsset, mask: StoredMask, annotation_id: int, categ
         "predicted_iou": _number(mask.predicted_iou),
         "stability_score": _number(mask.stability_score),
     }
+    if isinstance(mask, ReviewedMask):
+        # A person vouches for it; predicted_iou is still what the model said of a mask of its own.
+        annotation |= {"score": 1.0, "verdict": str(mask.verdict)}
     return annotation if mask.prompt is None else {**annotation, "prompt": mask.prompt}
 
 

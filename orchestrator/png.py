@@ -14,7 +14,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,16 @@ _LEVEL = 1
 _PAGE = 10
 
 
-def export_png(db: Connection, job: Job, out: Path) -> None:
+def export_png(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None) -> None:
     """Write a job's masks as PNG files into a new folder, which appears when all of them are there.
 
+    assets: instead of the job's labeled ones.
     A label map has 8 bits a pixel and the palette of PASCAL VOC, and 16 bits of grey where there are more than 255
     masks. Raises FileExistsError where `out` is a file or a folder with something in it.
     """
-    with _new_folder(out) as folder, (folder / "index.json").open("w", encoding="utf-8") as index:
+    with new_folder(out) as folder, (folder / "index.json").open("w", encoding="utf-8") as index:
         index.write("[")
-        for i, asset in enumerate(queries.labeled_assets(db, job_id=job.id, page=_PAGE)):
+        for i, asset in enumerate(queries.labeled_assets(db, job_id=job.id, page=_PAGE) if assets is None else assets):
             _write_asset(asset, folder)
             entry = json.dumps(_entry(asset), ensure_ascii=False, separators=(",", ":"))
             index.write(f"{',' if i else ''}\n{entry}")
@@ -123,7 +124,7 @@ def _entry(asset: LabeledAsset) -> dict[str, Any]:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Make a folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a new or empty folder")

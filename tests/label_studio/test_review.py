@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pycocotools.coco import COCO
 from sqlalchemy import Engine
 
 from db.publishing import Place
 from db.queries import StoredMask
 from orchestrator.label_studio import LabelStudio
+from orchestrator.prompt_files import read_prompts
+from orchestrator.regions import mask_from_region
 from orchestrator.review import Review, pull, read_review
 from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, Project, labeled_job, publish, stored
 from tests.label_studio.server import Server
+from workers.models import find
 
 pytestmark = pytest.mark.label_studio
 
@@ -130,6 +134,67 @@ def run_maskfleet(database_url: str, server: Server, *arguments: object) -> str:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_reviewed_export_is_what_people_left_to_the_pixel(
+    engine: Engine, database_url: str, client: LabelStudio, label_studio: Server, tmp_path: Path
+) -> None:
+    job = labeled_job(engine, KEYS, masks)
+    project = publish(engine, client, label_studio, job)
+    tasks = project.tasks()
+    changed = moved(prediction(tasks["b.jpg"])[0], 4)
+    project.submit(tasks["a.jpg"], prediction(tasks["a.jpg"]))
+    project.submit(tasks["b.jpg"], [changed, drawn("xYz12", "pair")])
+    project.submit(tasks["c.jpg"], [])
+    project.submit(tasks["d.jpg"], [], skip=True)
+    run_maskfleet(database_url, label_studio, "review", job.id, "--project", project.id)
+
+    def export(file_format: str, name: str, *more: object) -> Path:
+        out = tmp_path / name
+        arguments = ("export", job.id, "--reviewed", "--format", file_format, "--out", out, *more)
+        run_maskfleet(database_url, label_studio, *arguments)
+        return out
+
+    coco = COCO(export("coco", "coco.json"))
+    images = {image["file_name"]: image["id"] for image in coco.dataset["images"]}
+    found = {
+        key: {
+            coco.cats[a["category_id"]]["name"]: (coco.annToMask(a).astype(bool), a["verdict"])
+            for a in coco.imgToAnns[number]
+        }
+        for key, number in images.items()
+    }
+
+    # Untouched: the stored masks, hole and parts. Edited and drawn: what the page shows. Deleted: an image without.
+    assert sorted(found) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert found["c.jpg"] == {}
+    for label, pixels in (("ring", RING), ("pair", TWO_PARTS), ("object", BLOCK)):
+        assert found["a.jpg"][label][1] == "kept"
+        assert (found["a.jpg"][label][0] == pixels).all()
+    assert {label: verdict for label, (_, verdict) in found["b.jpg"].items()} == {"ring": "edited", "pair": "added"}
+    assert (found["b.jpg"]["ring"][0] == mask_from_region(changed)).all()
+    assert (found["b.jpg"]["pair"][0] == mask_from_region(drawn(""))).all()
+
+    # With --min-score the others come along, with their best predictions.
+    more = COCO(export("coco", "more.json", "--min-score", 0.8))
+    others = {image["file_name"]: len(more.imgToAnns[image["id"]]) for image in more.dataset["images"]}
+    assert others == {"a.jpg": 3, "b.jpg": 2, "c.jpg": 0, "d.jpg": 2, "e.jpg": 2, "none.jpg": 0}
+
+    # The boxes of the file are prompts again.
+    prompts = read_prompts(str(tmp_path / "coco.json"), source=job.source, spec=find("sam_nano"), s3_endpoint=None)
+    boxes = [p["box_xyxy"] for key, listed in prompts.rows() if key == "a.jpg" for p in json.loads(listed)]
+    prompts.stored.close()
+    stored_boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in coco.imgToAnns[images["a.jpg"]])]
+    assert sorted(boxes) == sorted(stored_boxes)
+
+    # The other formats have the same masks.
+    yolo = export("yolo", "yolo")
+    assert len(list(yolo.glob("segment/labels/*/*.txt"))) == len(list(yolo.glob("detect/labels/*/*.txt"))) == 3
+    written = json.loads((export("png", "png") / "index.json").read_text())
+    assert {entry["key"]: len(entry["masks"]) for entry in written} == {"a.jpg": 3, "b.jpg": 2, "c.jpg": 0}
+    again = json.loads(export("label-studio", "tasks.json").read_text())
+    assert [len(task["annotations"]) for task in again] == [1, 1, 1]
+    assert "predictions" not in again[0]
 
 
 def test_an_untouched_empty_task_counts_as_accepted(engine: Engine, client: LabelStudio, label_studio: Server) -> None:
