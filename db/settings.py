@@ -37,7 +37,6 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(50, gt=0, description="Time a worker has to finish its batch after SIGTERM")
     max_pixels: int = Field(100_000_000, ge=1, description="Larger images are refused from their header")
     max_object_bytes: int = Field(200 * 1024 * 1024, ge=1, description="Larger objects are refused unread")
-    points_memory_mb: int = Field(2048, ge=64, description="Memory the mask decoder may take for one batch of points")
 
 
 @cache
