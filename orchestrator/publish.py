@@ -44,6 +44,7 @@ from workers.storage import Source, open_source
 
 # Beyond 50 to 100 tasks a request gains nothing; 8 MB pass the proxies that stop at 10.
 MAX_TASKS = 100
+FIRST_TASKS = 50  # of the first request, so that the server starts while the next is made
 MAX_BYTES = 8_000_000
 # How long a request that nobody waits for any more may still be at work in the server: an import of 8 MB took 20 s.
 SETTLE_SECONDS = 30.0
@@ -347,10 +348,11 @@ class _Publisher:
         """What is to be sent, in requests of at most MAX_TASKS tasks and MAX_BYTES, or one larger task alone."""
         batch: list[_Entry] = []
         size_bytes = 0
+        most = FIRST_TASKS
         for entry in self._entries():
-            if batch and (len(batch) >= MAX_TASKS or size_bytes + entry.size_bytes > self._max_bytes):
+            if batch and (len(batch) >= most or size_bytes + entry.size_bytes > self._max_bytes):
                 yield batch
-                batch, size_bytes = [], 0
+                batch, size_bytes, most = [], 0, MAX_TASKS
             batch.append(entry)
             size_bytes += entry.size_bytes
         if batch:

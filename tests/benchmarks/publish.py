@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--masks", type=int, default=50)
     parser.add_argument("--as", dest="as_", default="auto", choices=["auto", "polygon", "brush", "rectangle"])
-    parser.add_argument("--rounds", type=int, default=3, help="parts that the tasks are published in, taking turns")
+    parser.add_argument("--rounds", type=int, default=2, help="parts that the tasks are published in, taking turns")
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -11,6 +13,7 @@ from sqlalchemy import create_engine, text
 
 from db.session import psycopg2_url
 from orchestrator.label_studio import LabelStudio
+from orchestrator.postgres import EmbeddedPostgres
 from tests.label_studio.server import NotInstallable, Server, install, serve
 
 
@@ -31,16 +34,32 @@ def label_studio(installed_label_studio: None, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
+def postgres_with_trigrams(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server with the extension pg_trgm, which Label Studio's migrations want and our wheel has not:
+    MASKFLEET_TEST_DATABASE_URL, else the machine's own programs."""
+    if given := os.environ.get("MASKFLEET_TEST_DATABASE_URL"):
+        yield given
+        return
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL with pg_trgm for Label Studio: on Debian, apt-get install postgresql")
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("postgres-of-label-studio") / "data", durable=False)
+    server._bin = programs
+    with server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
 def label_studio_on_postgres(
-    installed_label_studio: None, postgres_url: str, tmp_path_factory: pytest.TempPathFactory
+    installed_label_studio: None, postgres_with_trigrams: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A Label Studio on PostgreSQL, as deployments have it."""
     name = f"label_studio_{os.getpid()}"
-    admin = create_engine(psycopg2_url(postgres_url), isolation_level="AUTOCOMMIT")
+    admin = create_engine(psycopg2_url(postgres_with_trigrams), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
-    url = psycopg2_url(postgres_url)
-    socket_dir = parse_qs(urlsplit(postgres_url).query).get("host", [""])[0]
+    url = psycopg2_url(postgres_with_trigrams)
+    socket_dir = parse_qs(urlsplit(postgres_with_trigrams).query).get("host", [""])[0]
     database = {
         "POSTGRE_HOST": url.host or socket_dir,
         "POSTGRE_PORT": str(url.port or 5432),
@@ -59,3 +78,15 @@ def label_studio_on_postgres(
 def client(label_studio: Server) -> Iterator[LabelStudio]:
     with LabelStudio(label_studio.url, label_studio.token) as opened:
         yield opened
+
+
+def _postgres_programs() -> Path | None:
+    """The folder of an installed PostgreSQL's initdb that has the extension, the newest first."""
+    on_path = shutil.which("initdb")
+    found = [Path(on_path).resolve().parent] if on_path else []
+    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: path.parent.name, reverse=True)
+    for programs in found:
+        shares = (programs.parent / "share", Path("/usr/share/postgresql") / programs.parent.name)
+        if any(list(share.glob("**/extension/pg_trgm.control")) for share in shares if share.is_dir()):
+            return programs
+    return None

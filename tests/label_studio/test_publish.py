@@ -261,7 +261,7 @@ def test_an_answer_that_is_lost_is_looked_up_and_nothing_is_sent_twice(
     report = publish_job(engine, through_proxy, job, project.id, Options(settle_seconds=2))
 
     arrived = spoil != "503"
-    assert (report.adopted, report.created) == ((100, 20) if arrived else (0, 120))
+    assert (report.adopted, report.created) == ((50, 70) if arrived else (0, 120))
     assert len(proxy.imports()) == (2 if arrived else 3)
     assert_once(client, project, job, versions=[VERSION], assets=120)
 
@@ -274,7 +274,7 @@ def test_requests_hold_at_most_8_mb_and_100_tasks_so_a_proxy_that_cuts_at_10_mb_
     report = publish_job(engine, through_proxy, job, project.id, Options(as_="brush"))
 
     assert report.created == 30
-    assert 10_000_000 < sum(proxy.imports())
+    assert sum(proxy.imports()) > MAX_BYTES
     assert max(proxy.imports()) <= MAX_BYTES
     assert_once(client, project, job, versions=[VERSION], assets=30)
 
