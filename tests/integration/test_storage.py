@@ -14,6 +14,9 @@ from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.server import ThreadedMotoServer
 
+from orchestrator.prompt_entries import PromptFileError
+from orchestrator.prompt_files import read_prompts
+from workers import models
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
 from workers.storage import PAGE_SIZE, Listed, SkipReason, open_source
 
@@ -390,3 +393,24 @@ def test_secrets_are_in_no_message(wire, monkeypatch, caplog):
     for secret in ("AKIATESTTESTTESTTEST", "secret-of-the-test", "session-of-the-test"):
         assert secret not in str(caught.value)
         assert secret not in caplog.text
+
+
+# --- prompts
+
+
+def test_prompts_are_read_from_an_object_or_below_a_prefix(s3_server, make_bucket):
+    line = b'{"key": "a.jpg", "prompts": [{"box_xyxy": [1, 2, 3, 4]}]}\n'
+    bucket = make_bucket(
+        {"asked/p": line, "ds/labels/train/a.txt": b"0 0.5 0.5 0.2 0.4\n", "ds/data.yaml": b"names: [cat]\n"}
+    )
+    spec = models.find("sam_nano")
+
+    def rows(address):
+        found = read_prompts(address, source=f"s3://{bucket}/ds/images", spec=spec, s3_endpoint=s3_server)
+        with found.stored:
+            return [(key, json.loads(prompts)[0].get("label")) for key, prompts in found.rows()]
+
+    assert rows(f"s3://{bucket}/asked/p") == [("a.jpg", None)]
+    assert rows(f"s3://{bucket}/ds/labels") == [("train/a", "cat")]
+    with pytest.raises(PromptFileError, match=r"no \.txt file below it"):
+        rows(f"s3://{bucket}/absent")
