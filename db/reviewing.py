@@ -240,7 +240,8 @@ def tallies(db: Connection, *, job_id: int, place: Place) -> list[Tally]:
             f"""WITH {_MINE}
                 SELECT n.model_version, CASE WHEN r.verdict = 'added' THEN r.label ELSE coalesce(m.label, 'object') END
                            AS label,
-                       least(19, floor({_SCORE} * 20))::int AS band, r.verdict, count(*) AS masks,
+                       CASE WHEN m.n IS NOT NULL THEN least(19, floor({_SCORE} * 20))::int END AS band,
+                       r.verdict, count(*) AS masks,
                        count(*) FILTER (WHERE r.verdict = 'edited' AND r.label <> coalesce(m.label, 'object'))
                            AS relabelled,
                        count(r.iou) AS measured, coalesce(sum(r.iou), 0)::float AS iou_sum

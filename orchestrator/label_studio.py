@@ -20,7 +20,6 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -258,27 +257,6 @@ class LabelStudio:
         if include and not whole:
             params["include"] = ",".join(include)
         return self._pages("/api/tasks/", params, key="tasks")
-
-    def annotated_tasks(
-        self, project_id: int, *, updated_since: datetime | None = None, page_size: int = 50
-    ) -> Iterator[dict[str, Any]]:
-        """Stream the project's tasks that have annotations, skipped ones too, whole, least recently updated first.
-
-        updated_since: instead all that changed at or after this moment of the server's clock, those without an
-        annotation too: what is submitted, changed or deleted changes its task, and so does a prediction of ours.
-        """
-        worked_on = {"operator": "greater", "type": "Number", "value": 0}
-        filters: list[dict[str, Any]] = [
-            {"filter": "filter:tasks:total_annotations", **worked_on},
-            {"filter": "filter:tasks:cancelled_annotations", **worked_on},
-        ]
-        if updated_since is not None:
-            moment = updated_since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # no other form is read
-            since = {"operator": "greater_or_equal", "type": "Datetime", "value": moment}
-            filters = [{"filter": "filter:tasks:updated_at", **since}]
-        return self.list_tasks(
-            project_id, filters, any_of=True, whole=True, ordering=("tasks:updated_at",), page_size=page_size
-        )
 
     def get_task(self, task_id: int) -> dict[str, Any]:
         """One task, whole, addresses as stored."""

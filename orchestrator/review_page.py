@@ -82,7 +82,7 @@ def _tiles(review: Review) -> Iterator[str]:
     if review.seconds_mean is not None:
         yield tile("a task, on average", duration(review.seconds_mean))
     if review.accepted is not None:
-        yield tile(f"score above which {review.accepted.share:.0%} were kept", f"{review.accepted.score:.2f}")
+        yield tile(f"score above which {review.accepted.share:.0%} were kept", f"{review.accepted.score:.3f}")
 
 
 def _share(masks: Numbers) -> Iterator[str]:

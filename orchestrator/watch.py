@@ -209,8 +209,8 @@ def print_review(console: Console, review: Review) -> None:
         "time a task": f"{review.seconds_mean:.1f} s on average, {review.seconds_median:.1f} s median"
         if review.seconds_mean is not None and review.seconds_median is not None
         else "",
-        "score": f"of the {review.accepted.predictions:,} predictions with {review.accepted.score:.4f} or more "
-        f"{review.accepted.share:.0%} were kept untouched"
+        "score": f"at least {review.accepted.share:.0%} of the {review.accepted.predictions:,} predictions with "
+        f"{review.accepted.score:.4f} or more were kept untouched"
         if review.accepted
         else "",
     }

@@ -91,6 +91,8 @@ def test_review_reports_what_people_did(engine: Engine, client: LabelStudio, lab
     assert found.by_label["ring"].deleted == 1
     assert found.by_label["object"].edited == found.by_label["pair"].edited == 1
     assert found.by_band[19].kept == 2
+    assert sum(numbers.added for numbers in found.by_band.values()) == 0
+    assert sum(numbers.predicted for numbers in found.by_band.values()) == 9
     assert found.timed_tasks == 3
     assert found.seconds_total == 30
     assert found.masks.mean_iou is not None
