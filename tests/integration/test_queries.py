@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from db import queries
-from db.models import JobState
+from db.models import JobState, PromptMatch
 from db.queries import LeaseLost, NewAsset, NewOutcome
 from tests.factories import (
     chunk_ids,
@@ -284,3 +284,39 @@ def test_deleting_a_job_takes_its_masks_along_and_no_others(engine: Engine) -> N
     with engine.begin() as db:
         assert queries.delete_job(db, job_id=jobs[0].id)
         assert db.execute(text("SELECT count(*) FROM mask")).scalar_one() == 2
+
+
+def test_prompts_of_one_key_are_joined_in_their_order_and_matched_as_the_job_says(engine: Engine) -> None:
+    job = make_job(engine, keys=["a/007.jpg", "b.jpg", "c.jpg"])
+    rows = [
+        ("a/007.jpg", '[{"n": 1}, {"n": 2}]'),
+        ("c.jpg", "[]"),
+        ("a/007.jpg", '[{"n": 3}]'),
+        ("gone\t\\.jpg", "[1]"),
+    ]
+    with engine.begin() as db:
+        queries.store_prompts(db, job_id=job.id, rows=rows)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+
+    with engine.begin() as db:
+        [asked] = queries.prompted_assets(db, chunk=chunk, match=PromptMatch.KEY)
+        prompts = queries.prompts_of(db, asset_id=asked, match=PromptMatch.KEY)
+        unmatched = queries.unmatched_prompts(db, job_id=job.id, match=PromptMatch.KEY, limit=5)
+
+    assert [prompt["n"] for prompt in prompts] == [1, 2, 3]
+    assert unmatched == (1, ["gone\t\\.jpg"])
+
+
+@pytest.mark.parametrize(("match", "key"), [(PromptMatch.STEM, "a.b/007"), (PromptMatch.NUMBER, "7")])
+def test_a_prompts_key_may_stand_for_a_part_of_the_assets(engine: Engine, match: PromptMatch, key: str) -> None:
+    job = make_job(engine, keys=["a.b/007.jpg", "a.b/008"])
+    with engine.begin() as db:
+        queries.store_prompts(db, job_id=job.id, rows=[(key, "[1]")])
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    first = pending(engine, chunk)[0]
+
+    with engine.begin() as db:
+        assert queries.prompted_assets(db, chunk=chunk, match=match) == {first.id}
+        assert queries.unmatched_prompts(db, job_id=job.id, match=match, limit=5) == (0, [])

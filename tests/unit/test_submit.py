@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from orchestrator.prompt_files import read_prompts
 from orchestrator.submit import Request, select
+from workers import models
 from workers.storage import open_source
 
 
@@ -53,3 +56,19 @@ def test_the_model_version_changes_with_what_changes_masks_and_with_nothing_else
     assert Request(source="/a", model="sam_vit_b", params={"points_per_side": 16}).model_version() != plain
     assert Request(source="/a", model="sam_vit_b", label="car").model_version() != plain
     assert Request(source="/a", model="sam_vit_l").model_version() != plain
+
+
+def test_the_model_version_changes_with_the_prompts_and_how_they_are_answered(tmp_path: Path) -> None:
+    def version(box: list[int], name: str = "p.jsonl", **changes: object) -> str:
+        (tmp_path / name).write_text(json.dumps({"key": "a.jpg", "prompts": [{"box_xyxy": box}]}))
+        spec = models.find("sam_vit_b")
+        found = read_prompts(str(tmp_path / name), source="/a", spec=spec, s3_endpoint=None)
+        with found.stored:
+            return Request(source="/a", model="sam_vit_b", prompts=found, **changes).model_version()  # type: ignore[arg-type]
+
+    plain = version([1, 2, 3, 4])
+    assert plain != Request(source="/a", model="sam_vit_b").model_version()
+    assert version([1, 2, 3, 4], name="other") == plain
+    assert version([1, 2, 3, 4], params={"multimask": "best"}) == plain
+    assert version([1, 2, 3, 4], params={"multimask": "all"}) != plain
+    assert version([1, 2, 3, 5]) != plain
