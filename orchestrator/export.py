@@ -24,6 +24,7 @@ from db import queries
 from db.queries import Job, LabeledAsset, StoredMask
 from db.reviewing import ReviewedAsset, ReviewedMask
 from db.settings import settings
+from orchestrator.label_studio import asset_uid
 from orchestrator.png import export_png as export_png
 from orchestrator.regions import DEFAULT_LABEL, prediction_task, regions_for
 from orchestrator.watch import prompts_report
@@ -105,7 +106,7 @@ def export_label_studio(db: Connection, job: Job, out: Path, assets: Iterable[La
             )
             task = prediction_task(
                 image=source.uri(asset.key),
-                asset_id=asset.asset_id,
+                asset_id=asset_uid(source.uri(asset.key)),  # as `publish` names it, so that it adopts what was imported
                 size_hw=asset.size_hw,
                 model_version=job.model_version,
                 regions=shown,
