@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from pycocotools.coco import COCO
 from sqlalchemy import Engine
@@ -21,6 +22,8 @@ from orchestrator.label_studio import LabelStudio
 from orchestrator.prompt_files import read_prompts
 from orchestrator.regions import mask_from_region
 from orchestrator.review import Review, pull, read_review
+from orchestrator.wake import SECRET_HEADER
+from tests.conftest import free_port
 from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, Project, labeled_job, publish, stored
 from tests.label_studio.server import Server
 from workers.models import find
@@ -124,14 +127,41 @@ def test_the_command_prints_one_document_and_writes_a_page(
     assert "1 corrected" in shown
 
 
-def run_maskfleet(database_url: str, server: Server, *arguments: object) -> str:
-    environment = {
+def test_a_webhook_wakes_a_review_that_follows(
+    engine: Engine, database_url: str, client: LabelStudio, label_studio: Server
+) -> None:
+    job = labeled_job(engine, ["a.jpg"], masks)
+    project = publish(engine, client, label_studio, job)
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "orchestrator.cli", "review", str(job.id), "--project", str(project.id)]
+    command += ["--json", "--follow", "--every", "600", "--listen", address]
+    environment = maskfleet_environment(database_url, label_studio) | {"MASKFLEET_WEBHOOK_SECRET": "a secret"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            before = json.loads(process.stdout.readline())
+            project.submit(project.tasks()["a.jpg"], [])
+            httpx.post(f"http://{address}/", headers={SECRET_HEADER: "a secret"}, json={}, timeout=10)
+            after = json.loads(process.stdout.readline())
+        finally:
+            process.terminate()
+
+    assert (before["assets"]["waiting"], after["assets"]["waiting"]) == (1, 0)
+    assert after["masks"]["deleted"] == 3
+
+
+def maskfleet_environment(database_url: str, server: Server) -> dict[str, str]:
+    return {
         **os.environ,
         "MASKFLEET_DATABASE_URL": database_url,
         "MASKFLEET_LABEL_STUDIO_URL": server.url,
         "MASKFLEET_LABEL_STUDIO_API_KEY": server.token,
         "COLUMNS": "200",
     }
+
+
+def run_maskfleet(database_url: str, server: Server, *arguments: object) -> str:
+    environment = maskfleet_environment(database_url, server)
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
