@@ -33,7 +33,7 @@ class EmbeddedPostgres:
     def __init__(self, data_dir: Path, *, durable: bool = True) -> None:
         """data_dir: made when missing. durable False, for tests: no fsync, and the data are removed at the end."""
         self._as_user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
-        self.data_dir = data_dir if self._as_user is None else _place_for_root(data_dir)
+        self.data_dir = data_dir.absolute() if self._as_user is None else _place_for_root(data_dir)
         self._bin = (_wheel() if self._as_user is None else _copy_of_wheel()) / "pginstall18" / "bin"
         self._durable = durable
         self._socket_dir = Path()
