@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import cv2
 import numpy as np
 import psycopg2
 from PIL import Image
@@ -32,6 +33,7 @@ from db import queries
 from db.session import migrate, open_engine, psycopg2_url
 from db.settings import Settings, settings
 from orchestrator.postgres import EmbeddedPostgres
+from workers.boxed_runs import encode_runs, take_runs
 from workers.images import RgbImage
 from workers.masks import BoolMask, Mask
 
@@ -198,16 +200,20 @@ class ReadyMasks:
         return [None] * len(images)
 
     def automatic(self, image: RgbImage, embedding: None, params: Any) -> list[Mask]:
-        from workers.boxed_runs import encode_runs, take_runs
+        return [_encode(pixels) for pixels in self._masks]
 
-        found = []
-        for pixels in self._masks:
-            runs = take_runs(np.ascontiguousarray(pixels.T), (0, 0))
-            x0, y0, x1, y1 = runs.box
-            counts = encode_runs(runs, SIZE_HW)
-            box = (x0, y0, x1 - x0 + 1, y1 - y0 + 1)
-            found.append(Mask(counts=counts, size_hw=SIZE_HW, bbox_xywh=box, area_px=runs.area_px, predicted_iou=0.9))
-        return found
+
+def _encode(pixels: BoolMask) -> Mask:
+    """A mask's run lengths from its box, as the mask engine makes them."""
+    x, y, width, height = cv2.boundingRect(pixels.view(np.uint8))
+    runs = take_runs(np.ascontiguousarray(pixels[y : y + height, x : x + width].T), (x, y))
+    return Mask(
+        counts=encode_runs(runs, SIZE_HW),
+        size_hw=SIZE_HW,
+        bbox_xywh=(x, y, width, height),
+        area_px=runs.area_px,
+        predicted_iou=0.9,
+    )
 
 
 def plain_loop(url: str, folder: Path, names: Sequence[str], masks: Sequence[BoolMask]) -> None:

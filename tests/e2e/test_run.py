@@ -27,12 +27,15 @@ def environment(**settings: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(STUB), **settings}
 
 
-def run(*words: str | Path, code: int = 0, **settings: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str | Path, code: int = 0, cwd: Path | None = None, **settings: str
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [*MASKFLEET, "run", *map(str, words)],
         env=environment(**settings),
         capture_output=True,
         text=True,
+        cwd=cwd,
         timeout=300,
         check=False,
     )
@@ -48,7 +51,7 @@ def test_a_folder_becomes_coco_label_studio_tasks_a_summary_and_a_gallery(tmp_pa
     (source / "notes.txt").write_text("not listed")
     out = tmp_path / "out"
 
-    done = run(source, "--out", out, "--model", "stub", "--label", "thing", "--json", code=1)
+    done = run(source, "--out", "out", "--model", "stub", "--label", "thing", "--json", code=1, cwd=tmp_path)
 
     summary = json.loads(done.stdout)
     assert summary == json.loads((out / "summary.json").read_text())
