@@ -50,10 +50,7 @@ def test_an_outcome_is_stored_with_its_masks_exactly_as_given(engine: Engine) ->
         [stored] = queries.labeled_assets(db, job_id=job.id)
     assert stored.key == "a\tb\\n\n.jpg"
     assert stored.size_hw == (3, 4)
-    assert stored.masks == list(given.masks) or [m.counts for m in stored.masks] == [m.counts for m in given.masks]
-    assert [m.label for m in stored.masks] == [m.label for m in given.masks]
-    assert [m.prompt for m in stored.masks] == [m.prompt for m in given.masks]
-    assert stored.masks[0].predicted_iou == pytest.approx(0.9, abs=1e-7)
+    assert stored.masks == list(given.masks)
 
 
 def test_recording_the_same_outcome_twice_keeps_the_first(engine: Engine) -> None:
