@@ -32,7 +32,7 @@ help:  ## Show what can be made
 
 setup: $(UV)  ## Make .venv with everything for development, or bring it up to date
 	@test -n "$(PYTHON)" || { echo "make setup: no Python 3.11 or newer with venv on PATH (on Debian: python3-venv)" >&2; exit 2; }
-	$(CERTIFICATES) UV_PYTHON="$(PYTHON)" $(UV) sync --frozen
+	$(CERTIFICATES) UV_PYTHON="$(PYTHON)" $(UV) sync --frozen --all-extras
 	@touch .venv/.complete
 
 .uv/bin/uv:

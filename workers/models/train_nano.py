@@ -22,7 +22,15 @@ from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention
 
-from workers.models.nano import EMBEDDING_SIZE, IMAGE_SIZE_PX, PATCH_SIZE_PX, PIXEL_MEAN, PIXEL_STD, build_sam_nano
+from workers.models.nano import (
+    EMBEDDING_SIZE,
+    IMAGE_SIZE_PX,
+    PATCH_SIZE_PX,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    build_sam_nano,
+    load_sam_nano,
+)
 from workers.models.scenes import Scene, draw_scene
 
 log = logging.getLogger(__name__)
@@ -30,10 +38,11 @@ log = logging.getLogger(__name__)
 MASK_CELL_PX = PATCH_SIZE_PX // 4
 # (part of the time after which it ends, side of the crop in cells of the embedding, images a batch). Small batches at
 # first, where many steps matter more than quiet ones; whole images last, for objects larger than a crop.
-STAGES = ((0.2, 16, 4), (0.4, 16, 8), (0.65, 24, 8), (1.0, EMBEDDING_SIZE, 6))
+STAGES = ((0.2, 16, 8), (0.4, 16, 12), (0.6, 24, 8), (1.0, EMBEDDING_SIZE, 6))
 OBJECT_CLICKS = 5
 BACKGROUND_CLICKS = 2
 CORRECTIONS = 3  # objects an image whose click is corrected; all get a box
+BOX_WEIGHT, IOU_WEIGHT = 3.0, 4.0
 WARM_UP_STEPS = 80
 LOG_SECONDS, SAVE_SECONDS = 20, 120
 
@@ -47,6 +56,7 @@ class Plan:
     seed: int
     device: str
     peak_rate: float
+    start: Path | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,8 +122,8 @@ def train(plan: Plan) -> None:
 
 
 def start_run(plan: Plan) -> Run:
-    """A new run, or the one whose checkpoint lies in plan.out."""
-    model = init_weights(build_sam_nano()).to(plan.device)
+    """A new run, from plan.start's weights where it names some, or the one whose checkpoint lies in plan.out."""
+    model = (load_sam_nano("cpu", plan.start).train() if plan.start else init_weights(build_sam_nano())).to(plan.device)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     run = Run(model=model, average=average, optimizers=build_optimizers(model, plan.peak_rate))
     if (plan.out / "checkpoint.pt").exists():
@@ -286,7 +296,7 @@ def compute_loss(model: Sam, batch: Batch) -> tuple[torch.Tensor, dict[str, floa
         previous=first if torch.rand(()) < 0.4 else None,
     )
     corrected, report["corrected"] = single_mask_loss(model, batch, embeddings, prompts)
-    return clicks + 1.5 * boxed + corrected, report
+    return clicks + BOX_WEIGHT * boxed + corrected, report
 
 
 def click_loss(
@@ -305,7 +315,7 @@ def click_loss(
     # The best of the three learns most; the others follow a little, so that none is left to rot.
     losses = mask_losses(logits[:, :k], batch.targets)
     three = losses[..., 1:]
-    loss = three.amin(-1).mean() + 0.15 * three.mean() + 0.5 * losses[..., 0].mean() + F.mse_loss(ious, true)
+    loss = three.amin(-1).mean() + 0.15 * three.mean() + 0.5 * losses[..., 0].mean() + IOU_WEIGHT * F.mse_loss(ious, true)
     guess = ious.detach()
     shown = guess[:, :k, 1:].argmax(-1, keepdim=True)
     report = {
@@ -324,7 +334,7 @@ def single_mask_loss(
     logits, ious = decode(model, batch, embeddings, prompts)
     targets = batch.targets[:, : logits.shape[1]]
     true = true_ious(logits[:, :, :1], targets)
-    loss = mask_losses(logits[:, :, :1], targets).mean() + F.mse_loss(ious[..., :1], true)
+    loss = mask_losses(logits[:, :, :1], targets).mean() + IOU_WEIGHT * F.mse_loss(ious[..., :1], true)
     return loss, float(true.mean())
 
 
@@ -436,6 +446,7 @@ def _parse_plan() -> Plan:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak-rate", type=float, default=1.5e-3)
+    parser.add_argument("--start", type=Path, help="weights to go on from, instead of random ones")
     return Plan(**vars(parser.parse_args()))
 
 
