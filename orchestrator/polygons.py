@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.runs import Crop, Edges, area_px, crop_edges, run_ious, without_empty_runs
+from orchestrator.runs import Crop, Edges, area_px, crops_of_masks, run_ious, without_empty_runs
 
 Ring = NDArray[np.float64]
 """(n, 2) x, y of a closed line whose last point joins the first: pixels of the frame, or percent where it says so."""
@@ -92,7 +92,7 @@ def fit_polygons(
     Fifty small masks at once take half the time of one by one, where numpy's calls outweigh the work.
     """
     traced = [n for n, edges in enumerate(masks) if 0 < edges.size // 2 <= _MAX_RUNS]
-    outlines = _trace_outlines([crop_edges(masks[n], size_hw) for n in traced]) if traced else []
+    outlines = _trace_outlines(crops_of_masks([masks[n] for n in traced], size_hw)) if traced else []
     searches = {
         n: _Search(outlines=outline, rung=_first_rung(outline, area_px(masks[n]), size_hw, min_iou))
         for n, outline in zip(traced, outlines, strict=True)

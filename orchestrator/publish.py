@@ -2,22 +2,21 @@
 
 A reconciler over the outbox of `db.publishing`: what it is about to send is written down first, what the server
 answers after. Label Studio neither deduplicates nor has keys of its own, so whatever may have arrived is looked up by
-its data.asset_id before it is sent again. Only the thread that sends talks to the server, while this one reads masks
-and finds regions for the next request.
+its data.asset_id before it is sent again. Only the thread that sends talks to the server, while the next requests are
+made (`entries`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any
 from urllib.parse import quote, unquote
 
 from sqlalchemy import Connection, Engine
@@ -27,7 +26,8 @@ from db.models import JobState, LsState
 from db.publishing import Candidate, Intent, Place
 from db.queries import Job, StoredMask
 from db.settings import settings
-from orchestrator.controls import Controls, address_regions, faults, find_controls, require_controls
+from orchestrator.controls import Controls, find_controls, require_controls
+from orchestrator.entries import MAX_BYTES, Entry, Labeled, Plan, entries_of
 from orchestrator.label_studio import (
     FoundTask,
     LabelStudio,
@@ -38,14 +38,13 @@ from orchestrator.label_studio import (
     asset_uid,
     pause_seconds,
 )
-from orchestrator.regions import DEFAULT_LABEL, RegionKind, Regions, prediction_task, regions_for
+from orchestrator.regions import DEFAULT_LABEL, RegionKind
 from workers.masks import Mask
 from workers.storage import Source, open_source
 
-# Beyond 50 to 100 tasks a request gains nothing; 8 MB pass the proxies that stop at 10.
+# Beyond 50 to 100 tasks a request gains nothing.
 MAX_TASKS = 100
 FIRST_TASKS = 50  # of the first request, so that the server starts while the next is made
-MAX_BYTES = 8_000_000
 # How long a request that nobody waits for any more may still be at work in the server: an import of 8 MB took 20 s.
 SETTLE_SECONDS = 30.0
 
@@ -53,7 +52,8 @@ _ATTEMPTS = 5
 _ATTEMPTS_AT_ERROR = 2  # of a request that the server itself answers with 500
 _REFUSALS_IN_A_ROW = 3  # by 500: then it is the server's fault, not the assets'
 _PAGE = 200
-_BUILD_PAGE = 20  # masks of so many assets are read at once: 3,000 on one asset are a few MB
+_BUILD_PAGE = 10  # masks of so many assets are read at once: 3,000 on one asset are a few MB
+_LOOKED_AT = 10  # images that the server is asked for before files are published
 _POLL_SECONDS = 1.0
 _FOLLOW_SECONDS = 3.0
 _OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
@@ -92,20 +92,6 @@ class Report:
     shown_version: str = ""
     refused: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
-    """One asset, ready to be sent: JSON of its task's data and of its prediction."""
-
-    intent: Intent
-    task_id: int | None
-    data: bytes
-    prediction: bytes
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.data) + len(self.prediction) + 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,42 +282,41 @@ class _Publisher:
     def _check_images(self) -> None:
         """See that the project shows the job's images: a bucket without a storage is noted, a folder is refused."""
         with self._db.begin():
-            first = publishing.unpublished(self._db, job_id=self._job.id, after_asset_id=0, page=1, place=self._place)
-        if not first:
+            some = publishing.unpublished(
+                self._db, job_id=self._job.id, after_asset_id=0, page=_LOOKED_AT, place=self._place
+            )
+        addresses = [image_address(self._source.uri(asset.key), self._options.local_files) for asset in some]
+        if not addresses:
             return
-        address = image_address(self._source.uri(first[0].key), self._options.local_files)
-        if address.startswith("s3://"):
-            bucket = address.split("/")[2]
+        if addresses[0].startswith("s3://"):
+            bucket = addresses[0].split("/")[2]
             if all(storage["bucket"] != bucket for storage in self._client.list_storages("s3", self._project.id)):
                 self.report.notes.append(
                     f"project {self._project.id} has no storage of bucket {bucket}, so its images will not show: "
                     f"maskfleet label-studio setup --project {self._project.id} --job {self._job.id}"
                 )
-        elif not self._client.serves(address):
+        # Some images may be gone since they were labeled; where none is served it is the project that serves none.
+        elif not any(map(self._client.serves, addresses)):
             raise PublishError(
-                f"Label Studio does not serve {address}: maskfleet label-studio setup --project {self._project.id} "
-                f"--job {self._job.id} --local-files lets it, where --local-files here is its document root"
+                f"Label Studio does not serve {addresses[0]}: maskfleet label-studio setup --project "
+                f"{self._project.id} --job {self._job.id} --local-files lets it, where --local-files here is its "
+                "document root"
             )
 
     # -------------------------------------------------------------------------------------------------------- sending
 
     def _send_all(self) -> None:
-        """Send every labeled asset that the project has not; the next request is made while one is under way."""
+        """Send every labeled asset that the project has not; one request waits, ready, while another is under way."""
         with ThreadPoolExecutor(1, thread_name_prefix="sender") as sender:
-            flight: tuple[dict[str, int], Future[list[_Landed]]] | None = None
+            flights: deque[tuple[dict[str, int], Future[list[_Landed]]]] = deque()
+            before: Future[list[_Landed]] | None = None
             for batch in self._batches():
-                if flight is not None:
-                    self._land(*flight)
-                with self._db.begin():
-                    ids = publishing.write_intents(
-                        self._db,
-                        job_id=self._job.id,
-                        model_version=self._job.model_version,
-                        intents=[entry.intent for entry in batch],
-                        place=self._place,
-                    )
-                flight = ids, sender.submit(self._deliver, batch)
-            if flight is not None:
+                ids = self._write_intents(batch)
+                before = sender.submit(self._deliver, batch, before)
+                flights.append((ids, before))
+                if len(flights) > 1:
+                    self._land(*flights.popleft())
+            for flight in flights:
                 self._land(*flight)
 
     def _land(self, ls_task_ids: dict[str, int], flight: Future[list[_Landed]]) -> None:
@@ -344,9 +329,9 @@ class _Publisher:
             publishing.mark_refused(self._db, model_version=self._job.model_version, errors=errors)
         self._progress(len(done))
 
-    def _batches(self) -> Iterator[list[_Entry]]:
+    def _batches(self) -> Iterator[list[Entry]]:
         """What is to be sent, in requests of at most MAX_TASKS tasks and MAX_BYTES, or one larger task alone."""
-        batch: list[_Entry] = []
+        batch: list[Entry] = []
         size_bytes = 0
         most = FIRST_TASKS
         for entry in self._entries():
@@ -358,22 +343,49 @@ class _Publisher:
         if batch:
             yield batch
 
-    def _entries(self) -> Iterator[_Entry]:
+    def _entries(self) -> Iterator[Entry]:
         """The labeled assets that the project has not; those that do not fit its config are written down as refused."""
+        plan = Plan(
+            controls=self._controls,
+            as_=self._options.as_,
+            max_regions=self._options.max_regions,
+            model_version=self._job.model_version,
+        )
+        for entries in entries_of(plan, self._groups()):
+            if refused := [entry for entry in entries if entry.error is not None]:
+                self._write_intents(refused)
+            yield from (entry for entry in entries if entry.error is None)
+
+    def _write_intents(self, entries: Sequence[Entry]) -> dict[str, int]:
+        """Write down what is about to be sent, or refused; gives the ls_task id of each by its asset_uid."""
+        with self._db.begin():
+            return publishing.write_intents(
+                self._db,
+                job_id=self._job.id,
+                model_version=self._job.model_version,
+                intents=[_intent(entry) for entry in entries],
+                place=self._place,
+            )
+
+    def _groups(self) -> Iterator[list[Labeled]]:
+        """The labeled assets to send with their masks, few at a time."""
         for page in self._candidates():
             for start in range(0, len(page), _BUILD_PAGE):
                 group = page[start : start + _BUILD_PAGE]
                 with self._db.begin():
                     masks = queries.masks_of(self._db, asset_ids=[candidate.asset_id for candidate, *_ in group])
-                built = [self._entry(c, uri, task_id, masks.get(c.asset_id, [])) for c, uri, task_id in group]
-                unfit = [entry.intent for entry in built if entry.intent.error is not None]
-                if unfit:
-                    with self._db.begin():
-                        version = self._job.model_version
-                        publishing.write_intents(
-                            self._db, job_id=self._job.id, model_version=version, intents=unfit, place=self._place
-                        )
-                yield from (entry for entry in built if entry.intent.error is None)
+                yield [self._labeled(c, uri, task_id, masks.get(c.asset_id, [])) for c, uri, task_id in group]
+
+    def _labeled(self, asset: Candidate, uri: str, task_id: int | None, stored: Sequence[StoredMask]) -> Labeled:
+        return Labeled(
+            asset_id=asset.asset_id,
+            asset_uid=asset_uid(uri),
+            uri=uri,
+            address=image_address(uri, self._options.local_files),
+            task_id=task_id,
+            size_hw=asset.size_hw,
+            masks=[_mask(mask, asset.size_hw) for mask in stored],
+        )
 
     def _candidates(self) -> Iterator[list[tuple[Candidate, str, int | None]]]:
         """Pages of labeled assets to send, each with its uri and the task that the project has of it already."""
@@ -401,46 +413,15 @@ class _Publisher:
                 return
             after = page[-1].asset_id
 
-    def _entry(self, asset: Candidate, uri: str, task_id: int | None, stored: Sequence[StoredMask]) -> _Entry:
-        """Find the asset's regions and check them against the project's config."""
-        masks = [_mask(mask, asset.size_hw) for mask in stored]
-        options = self._options
-        regions = regions_for(masks, asset_id=asset.asset_id, as_=options.as_, max_regions=options.max_regions)
-        address_regions(self._controls, regions.result)
-        task = self._task(asset, uri, regions)
-        prediction = _json(task["predictions"][0])
-        if len(prediction) > MAX_BYTES:
-            regions = _smaller(regions, MAX_BYTES - 10_000)
-            task = self._task(asset, uri, regions)
-            prediction = _json(task["predictions"][0])
-        found = faults(self._controls, task["predictions"][0])
-        intent = Intent(
-            asset_uid=task["data"]["asset_id"],
-            uri=uri,
-            asset_id=asset.asset_id,
-            mask_count=len(masks),
-            left_out=len(masks) - len(regions.ious),
-            iou_sum=sum(regions.ious),
-            iou_min=min(regions.ious, default=None),
-            error="; ".join(found) or None,
-        )
-        return _Entry(intent=intent, task_id=task_id, data=_json(task["data"]), prediction=prediction)
-
-    def _task(self, asset: Candidate, uri: str, regions: Regions) -> dict[str, Any]:
-        task = prediction_task(
-            image=image_address(uri, self._options.local_files),
-            asset_id=asset_uid(uri),
-            size_hw=asset.size_hw,
-            model_version=self._job.model_version,
-            regions=regions,
-        )
-        task["data"][self._controls.image_field] = task["data"].pop("image")
-        return task
-
     # ------------------------------------------------------------------------------------- in the thread that sends
 
-    def _deliver(self, batch: Sequence[_Entry]) -> list[_Landed]:
-        """Send a batch, looking first where the server may have some of it; every entry lands or is refused."""
+    def _deliver(self, batch: Sequence[Entry], before: Future[list[_Landed]] | None) -> list[_Landed]:
+        """Send a batch, looking first where the server may have some of it; every entry lands or is refused.
+
+        before: the batch before this one; where that could not be sent, neither is this.
+        """
+        if before is not None:
+            before.result()
         landed: list[_Landed] = []
         entries = list(batch)
         if self._careful or any(entry.task_id is not None for entry in entries):
@@ -448,7 +429,7 @@ class _Publisher:
         self._post(entries, landed)
         return landed
 
-    def _post(self, entries: list[_Entry], landed: list[_Landed]) -> None:
+    def _post(self, entries: list[Entry], landed: list[_Landed]) -> None:
         """Send entries until each has landed; looks after a failure, and halves what is refused or too large."""
         attempt = 0
         while entries:
@@ -477,7 +458,7 @@ class _Publisher:
                     self._halve(entries, landed, error)
                     return
 
-    def _send(self, entries: Sequence[_Entry], landed: list[_Landed]) -> None:
+    def _send(self, entries: Sequence[Entry], landed: list[_Landed]) -> None:
         """Send entries that are all new, or all known, in one request; compare the server's counts with ours."""
         if entries[0].task_id is None:
             body = b",".join(b'{"data":%b,"predictions":[%b]}' % (entry.data, entry.prediction) for entry in entries)
@@ -489,15 +470,15 @@ class _Publisher:
             body = b",".join(b'{"task":%d,%b' % (entry.task_id or 0, entry.prediction[1:]) for entry in entries)
             whole = self._client.import_predictions(self._project.id, b"[" + body + b"]") == len(entries)
         if whole:
-            landed += [_Landed(asset_uid=e.intent.asset_uid, task_id=i) for e, i in zip(entries, task_ids, strict=True)]
+            landed += [_Landed(asset_uid=e.asset_uid, task_id=i) for e, i in zip(entries, task_ids, strict=True)]
             self.report.created += len(entries) if entries[0].task_id is None else 0
             self.report.attached += len(entries) if entries[0].task_id is not None else 0
             return
         for entry in self._look(list(entries), landed):
             error = "Label Studio took the request and left this asset's prediction out"
-            landed.append(_Landed(asset_uid=entry.intent.asset_uid, error=error))
+            landed.append(_Landed(asset_uid=entry.asset_uid, error=error))
 
-    def _halve(self, entries: list[_Entry], landed: list[_Landed], error: LabelStudioError) -> None:
+    def _halve(self, entries: list[Entry], landed: list[_Landed], error: LabelStudioError) -> None:
         """Send two halves of what cannot be sent whole; an entry that fails alone is refused with the reason."""
         if isinstance(error, TooLarge):
             self._max_bytes = max(min(self._max_bytes, sum(entry.size_bytes for entry in entries) // 2), 100_000)
@@ -509,9 +490,9 @@ class _Publisher:
         self._refusals_in_a_row += error.status == 500
         if self._refusals_in_a_row >= _REFUSALS_IN_A_ROW:
             raise error
-        landed.append(_Landed(asset_uid=entries[0].intent.asset_uid, error=str(error)))
+        landed.append(_Landed(asset_uid=entries[0].asset_uid, error=str(error)))
 
-    def _look_again(self, entries: list[_Entry], landed: list[_Landed], error: Unavailable) -> list[_Entry]:
+    def _look_again(self, entries: list[Entry], landed: list[_Landed], error: Unavailable) -> list[Entry]:
         """What the server has not after a failed request, once it can no longer be at work on it.
 
         With 500 and 429 it answered itself and is done; a proxy's answer, or none, says nothing about the server.
@@ -523,13 +504,13 @@ class _Publisher:
                 return entries
             time.sleep(_POLL_SECONDS)
 
-    def _look(self, entries: list[_Entry], landed: list[_Landed]) -> list[_Entry]:
+    def _look(self, entries: list[Entry], landed: list[_Landed]) -> list[Entry]:
         """Land the entries whose prediction the server has; return the others with their task, if it has that."""
-        uids = [entry.intent.asset_uid for entry in entries]
+        uids = [entry.asset_uid for entry in entries]
         tasks, versioned = self._find(uids, self._job.model_version)
         missing = []
         for entry in entries:
-            uid = entry.intent.asset_uid
+            uid = entry.asset_uid
             if uid in versioned:
                 landed.append(_Landed(asset_uid=uid, task_id=versioned[uid][0].id))
                 self.report.adopted += 1
@@ -693,33 +674,14 @@ def _mask(mask: StoredMask, size_hw: tuple[int, int]) -> Mask:
     )
 
 
-def _smaller(regions: Regions, max_bytes: int) -> Regions:
-    """The best of the regions whose JSON takes max_bytes at most; a mask is kept whole or left out."""
-    kept: list[dict[str, Any]] = []
-    ious = []
-    size_bytes = 0
-    for n, parts in enumerate(_by_mask(regions.result)):
-        size_bytes += len(_json(parts))
-        if size_bytes <= max_bytes:
-            kept += parts
-            ious.append(regions.ious[n])
-        else:
-            size_bytes -= len(_json(parts))
-    left_out = regions.left_out + len(regions.ious) - len(ious)
-    return Regions(result=kept, ious=tuple(ious), left_out=left_out)
-
-
-def _by_mask(result: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Regions with the further parts that follow them, mask by mask."""
-    parts: list[dict[str, Any]] = []
-    for region in result:
-        if parts and "parentID" not in region:
-            yield parts
-            parts = []
-        parts.append(region)
-    if parts:
-        yield parts
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+def _intent(entry: Entry) -> Intent:
+    return Intent(
+        asset_uid=entry.asset_uid,
+        uri=entry.uri,
+        asset_id=entry.asset_id,
+        mask_count=entry.mask_count,
+        left_out=entry.mask_count - len(entry.ious),
+        iou_sum=sum(entry.ious),
+        iou_min=min(entry.ious, default=None),
+        error=entry.error,
+    )

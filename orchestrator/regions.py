@@ -18,7 +18,7 @@ import numpy as np
 from orchestrator.brush import BrushError, decode_brush, encode_brush_counts
 from orchestrator.colours import label_colour
 from orchestrator.polygons import PolygonError, Polygons, Ring, fit_polygons, polygon_edges, ring_px
-from orchestrator.runs import edges_from_counts, pixels_from_edges
+from orchestrator.runs import edges_of_masks, pixels_from_edges
 from workers.masks import BoolMask, Mask
 
 IMAGE_CONTROL = "image"
@@ -187,7 +187,7 @@ def _ranked_polygons(
     for group in _groups(masks, ranked):
         polygons: list[Polygons | None] = [None] * len(group)
         if as_ in ("auto", "polygon"):
-            edges = [edges_from_counts(masks[n].counts, masks[n].size_hw) for n in group]
+            edges = edges_of_masks([masks[n].counts for n in group], masks[0].size_hw)
             polygons = fit_polygons(edges, masks[0].size_hw, max_vertices=max_vertices)
         yield from zip(group, polygons, strict=True)
 

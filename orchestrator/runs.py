@@ -6,6 +6,7 @@ Everything here costs by the number of runs or the size of the mask's box, not b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,16 +34,29 @@ class Crop:
 
 
 def edges_from_counts(counts: str, size_hw: tuple[int, int]) -> Edges:
-    """Read COCO compressed run lengths into edges. Source: cocoapi maskApi.c, rleFrString.
+    """Read COCO compressed run lengths into edges. Raises what `edges_of_masks` raises."""
+    return edges_of_masks([counts], size_hw)[0]
 
-    Raises ValueError when the text is not such a string or does not add up to the frame.
+
+def edges_of_masks(counts: Sequence[str], size_hw: tuple[int, int]) -> list[Edges]:
+    """Read COCO compressed run lengths of many masks of one frame. Source: cocoapi maskApi.c, rleFrString.
+
+    Raises ValueError where a text is not such a string or does not add up to the frame.
     """
-    lengths = _parse_counts(counts)
+    if not counts:
+        return []
+    lengths, ends = _parse_counts(counts)
     pixels = size_hw[0] * size_hw[1]
-    if (lengths < 0).any() or (lengths > pixels).any() or int(lengths.sum()) != pixels:
-        raise ValueError(f"counts {counts[:20]!r}…: do not add up to {size_hw[0]} x {size_hw[1]} pixels")
+    starts = np.concatenate(([0], ends[:-1]))
+    wrong = (lengths < 0) | (lengths > pixels)
+    if wrong.any() or (np.add.reduceat(lengths, starts) != pixels).any():
+        ranges = zip(counts, starts, ends, strict=True)
+        bad = next(text for text, i, j in ranges if wrong[i:j].any() or int(lengths[i:j].sum()) != pixels)
+        raise ValueError(f"counts {bad[:20]!r}…: do not add up to {size_hw[0]} x {size_hw[1]} pixels")
+    positions = lengths.cumsum()
     # Counts alternate from background on, so after an odd number of them the frame ends in background.
-    return without_empty_runs(np.cumsum(lengths)[: lengths.size - lengths.size % 2])
+    bounds = zip(starts.tolist(), (ends - (ends - starts) % 2).tolist(), strict=True)
+    return [without_empty_runs(positions[i:j] - n * pixels) for n, (i, j) in enumerate(bounds)]
 
 
 def edges_from_pixels(pixels: BoolMask) -> Edges:
@@ -68,19 +82,35 @@ def pixels_from_edges(edges: Edges, size_hw: tuple[int, int]) -> BoolMask:
 
 def crop_edges(edges: Edges, size_hw: tuple[int, int]) -> Crop:
     """Paint edges into their bounding box only. edges must not be empty."""
+    return crops_of_masks([edges], size_hw)[0]
+
+
+def crops_of_masks(masks: Sequence[Edges], size_hw: tuple[int, int]) -> list[Crop]:
+    """Paint many masks of one frame, each into its bounding box only. None of them may be empty."""
+    if not masks:
+        return []
     height = size_hw[0]
-    last = edges.copy()
+    ends = np.cumsum([edges.size for edges in masks])
+    starts = np.concatenate(([0], ends[:-1]))
+    last = np.concatenate(masks)
     last[1::2] -= 1
     column = last // height
     row = last - column * height
     # A run that goes on into the next column touches the frame's bottom and top.
-    tall = bool((column[0::2] != column[1::2]).any())
-    top, bottom = (0, height) if tall else (int(row.min()), int(row.max()) + 1)
-    left, box_width, box_height = int(column[0]), int(column[-1] - column[0]) + 1, bottom - top
-    inside = (column - left) * box_height + row - top
+    tall = np.add.reduceat(column[1::2] - column[0::2], starts // 2) > 0
+    top = np.where(tall, 0, np.minimum.reduceat(row, starts))
+    box_height = np.where(tall, height, np.maximum.reduceat(row, starts) + 1) - top
+    left = column[starts]
+    box_width = column[ends - 1] - left + 1
+
+    sizes = box_width * box_height
+    stops = sizes.cumsum()
+    inside = (column - left.repeat(ends - starts)) * box_height.repeat(ends - starts) + row
+    inside += (stops - sizes - top).repeat(ends - starts)
     inside[1::2] += 1
-    columns = paint(inside, box_width * box_height).reshape(box_width, box_height)
-    return Crop(columns=columns, left=left, top=top)
+    painted = paint(inside, int(stops[-1]))
+    boxes = zip((stops - sizes).tolist(), stops.tolist(), box_width.tolist(), left.tolist(), top.tolist(), strict=True)
+    return [Crop(columns=painted[i:j].reshape(w, -1), left=x, top=y) for i, j, w, x, y in boxes]
 
 
 def area_px(edges: Edges) -> int:
@@ -128,16 +158,21 @@ def run_lengths(edges: Edges, size: int) -> NDArray[np.int64]:
     return bounds[1:] - bounds[:-1]
 
 
-def _parse_counts(counts: str) -> NDArray[np.int64]:
-    chars = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((chars & 32) == 0)
-    if chars.size == 0 or chars.min() < 0 or chars.max() > 63 or ends.size == 0 or ends[-1] != chars.size - 1:
-        raise ValueError(f"counts {counts[:20]!r}…: not a COCO run-length string")
-    widths = ends.copy()
-    widths[0] += 1
-    widths[1:] -= ends[:-1]
+def _parse_counts(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The run lengths of all texts one after another, and where those of each end."""
+    chars = np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
+    text_ends = np.cumsum([len(text) for text in texts])
+    is_end = (chars & 32) == 0
+    for text, end in zip(texts, text_ends.tolist(), strict=True):
+        part = chars[end - len(text) : end]
+        if part.size == 0 or not is_end[end - 1] or part.min() < 0 or part.max() > 63:
+            raise ValueError(f"counts {text[:20]!r}…: not a COCO run-length string")
+    ends = np.flatnonzero(is_end)
+    widths = np.diff(ends, prepend=-1)
+    counts_ends = np.searchsorted(ends, text_ends)
     if widths.max() > _MAX_CHARS_A_COUNT:
-        raise ValueError(f"counts {counts[:20]!r}…: one count takes {widths.max()} characters, more than a frame needs")
+        text = texts[int(np.searchsorted(counts_ends, widths.argmax(), side="right"))]
+        raise ValueError(f"counts {text[:20]!r}…: one count takes {widths.max()} characters, more than a frame needs")
 
     # Assemble each count from its 5-bit groups, the low ones first, and extend its sign.
     starts = ends - widths + 1
@@ -146,9 +181,12 @@ def _parse_counts(counts: str) -> NDArray[np.int64]:
     lengths -= ((chars[ends] & 16) >> 4) << (5 * widths)
 
     # From the fourth on, a count is stored as the difference with the one two places before.
-    lengths[1::2] = lengths[1::2].cumsum()
-    lengths[2::2] = lengths[2::2].cumsum()
-    return lengths
+    first = 0
+    for end in counts_ends.tolist():
+        lengths[first + 1 : end : 2].cumsum(out=lengths[first + 1 : end : 2])
+        lengths[first + 2 : end : 2].cumsum(out=lengths[first + 2 : end : 2])
+        first = end
+    return lengths, counts_ends
 
 
 def without_empty_runs(edges: Edges) -> Edges:

@@ -30,7 +30,7 @@ from db.settings import settings
 from orchestrator.png import new_folder
 from orchestrator.polygons import Ring, fit_polygons
 from orchestrator.regions import DEFAULT_LABEL
-from orchestrator.runs import edges_from_counts
+from orchestrator.runs import edges_of_masks
 from workers.storage import Source, open_source
 
 _SETS = ("segment", "detect")
@@ -98,7 +98,7 @@ def _rings(masks: Sequence[StoredMask], size_hw: tuple[int, int]) -> list[Ring |
     """One outline a mask, in percent; None for noise that has none."""
     if not masks:
         return []
-    found = fit_polygons([edges_from_counts(mask.counts, size_hw) for mask in masks], size_hw)
+    found = fit_polygons(edges_of_masks([mask.counts for mask in masks], size_hw), size_hw)
     return [None if polygons is None else _joined(polygons.rings) for polygons in found]
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -17,9 +18,11 @@ from sqlalchemy import Engine, text
 from db import publishing
 from db.queries import Job
 from orchestrator.controls import ConfigError
+from orchestrator.entries import MAX_BYTES
+from orchestrator.export import export_coco
 from orchestrator.label_studio import LabelStudio, Project, Refused, asset_uid
 from orchestrator.project import Wanted, make_project, set_up_project
-from orchestrator.publish import MAX_BYTES, Options, PublishError, Report, follow, publish_job
+from orchestrator.publish import Options, PublishError, Report, follow, publish_job
 from orchestrator.regions import label_config
 from tests.factories import chunk_ids
 from tests.label_studio.jobs import label_chunk, labeled_job, noise, read_job, ring, rings
@@ -433,6 +436,25 @@ def test_a_folder_is_published_through_local_files_or_refused_with_the_remedy(
     address = next(client.list_tasks(project.id))["data"]["image"]
     assert address == "/data/local-files/?d=my%20photos/a%201.png"
     assert client.serves(address)
+
+
+def test_an_asset_whose_image_is_gone_is_published_and_exported_like_its_neighbours(
+    engine: Engine, label_studio: Server, client: LabelStudio, project: Project, tmp_path: Path
+) -> None:
+    folder = label_studio.files / "half gone"
+    folder.mkdir(exist_ok=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (80, 60), "red").save(folder / name)
+    job = labeled_job(engine, keys=["a.png", "b.png"], source=str(folder))
+    set_up_project(client, project, Wanted(labels=["car"], source=job.source, local_files=True))
+    (folder / "a.png").unlink()
+    report = publish_job(engine, client, job, project.id, Options(local_files=str(label_studio.files)))
+
+    assert (report.created, report.refused) == (2, [])
+    with engine.connect() as db:
+        export_coco(db, job, tmp_path / "coco.json")
+    images = json.loads((tmp_path / "coco.json").read_text())["images"]
+    assert sorted(image["file_name"] for image in images) == ["a.png", "b.png"]
 
 
 def test_setup_makes_a_project_once_and_a_second_time_changes_nothing(
