@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from segment_anything import SamPredictor
 
 from workers.models import nano, train_nano
@@ -85,6 +86,18 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
     assert (again.step, again.seconds) == (5, 10.0)
     assert all(torch.equal(value, again.average[name]) for name, value in run.average.items())
     assert (tmp_path / "sam_nano.safetensors").stat().st_size <= 8_000_000
+
+
+def test_the_last_fit_changes_the_head_that_predicts_ious_and_nothing_else(tmp_path):
+    start = nano.WEIGHTS_PATH
+    plan = train_nano.Plan(out=tmp_path, seconds=0, seed=3, device="cpu", peak_rate=1e-3, start=start, head_batches=1)
+
+    train_nano.train(plan)
+
+    before, after = load_file(start), load_file(tmp_path / "sam_nano.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("mask_decoder.iou_prediction_head.") for name in changed)
 
 
 def _iou(one, other):
