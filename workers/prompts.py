@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workers.params import ParamError, check_decoder
@@ -240,7 +240,8 @@ def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
         if name not in _PARAM_NAMES:
             known = ", ".join(_PARAM_NAMES)
             raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: {known}")
-    return asdict(PromptParams(**texts)) if texts else {}  # type: ignore[arg-type]  # checked by itself
+    PromptParams(**texts)  # type: ignore[arg-type]  # checked by itself
+    return dict(texts)
 
 
 def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:
