@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import TemporaryDirectory
 
 import torch
 from segment_anything.modeling import Sam
@@ -96,15 +97,16 @@ def export(sam: Sam, spec: ModelSpec, path: Path) -> None:
     """
     models.require_libraries("writing ONNX", ("onnx",))
     content = _trace(sam, spec)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(content)
-        # Private until now, as temporary files are; the umask decides for all others.
-        Path(file.name).chmod(0o666 & ~_umask())
-        Path(file.name).replace(path)
+        part.write_bytes(content)
+        part.replace(path)
     except OSError as error:
         raise ModelError(f"{spec.name}: cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def _trace(sam: Sam, spec: ModelSpec) -> bytes:
@@ -148,12 +150,6 @@ def _example(sam: Sam) -> tuple[Tensor, ...]:
         torch.zeros(1, device=sam.device),
         torch.tensor([30.0, 40], device=sam.device),
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def main(name: str, file: str | None = None) -> None:
