@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import threading
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeAlias, cast
 from db.settings import settings
 from workers.images import RgbImage
 from workers.masks import Mask
-from workers.params import AutomaticParams
+from workers.params import DECODERS, AutomaticParams, ParamError
 from workers.prompts import Prompt, PromptKind, PromptParams
 
 # What a model remembers of one image between its encoder and its decoder; only the family that made it looks inside.
@@ -34,6 +35,10 @@ class UnknownModelError(ModelError):
     """The name is in no registry entry."""
 
 
+class MissingLibraryError(ModelError):
+    """A library of the optional extra `models` is needed and not installed."""
+
+
 class WeightsError(ModelError):
     """The weights are absent, damaged, another model's, or cannot be downloaded."""
 
@@ -44,8 +49,9 @@ class ModelSpec:
 
     loader: "module:function", called as function(spec, device). weights_file: name in the weights folder, or beside
     this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
-    takes besides automatic masks. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration: too
-    small for real work, and said so wherever its masks are shown.
+    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. decoders: what can
+    run its decoder, of params.DECODERS. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration:
+    too small for real work, and said so wherever its masks are shown.
     """
 
     name: str
@@ -58,6 +64,8 @@ class ModelSpec:
     parameter_count: int
     prompts: tuple[PromptKind, ...]
     licence: str
+    libraries: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     demonstration: bool = False
 
@@ -89,6 +97,7 @@ class Model(Protocol):
 
 
 _SAM_PROMPTS: tuple[PromptKind, ...] = ("box", "points")
+_UNASKED = ("segment-anything", "mobile-sam")  # the families taken where no model is named
 
 MODELS: dict[str, ModelSpec] = {
     "sam_vit_h": ModelSpec(
@@ -101,6 +110,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=2_564_550_879,
         parameter_count=641_090_608,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
     ),
     "sam_vit_l": ModelSpec(
@@ -113,6 +123,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=1_249_524_607,
         parameter_count=312_342_832,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
     ),
     "sam_vit_b": ModelSpec(
@@ -125,7 +136,22 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=375_042_383,
         parameter_count=93_735_472,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
+    ),
+    "mobile_sam": ModelSpec(
+        name="mobile_sam",
+        family="mobile-sam",
+        loader="workers.models.sam:load",
+        weights_file="mobile_sam.pt",
+        url="https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/c12dd83cbe26dffdcc6a0f9e7be2f6fb024df0ed/weights/mobile_sam.pt",
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        size_bytes=40_728_226,
+        parameter_count=10_130_092,
+        prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
+        licence="Apache-2.0",
+        libraries=("timm",),
     ),
     "sam_nano": ModelSpec(
         name="sam_nano",
@@ -137,6 +163,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=5_982_184,
         parameter_count=2_978_464,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
         # Chosen on eight scenes apart from those of the benchmark: SAM's own values are for a model two hundred times
         # larger, and twice as many points a side cost four times as much and find hardly more.
@@ -149,6 +176,8 @@ MODELS: dict[str, ModelSpec] = {
         demonstration=True,
     ),
 }
+
+ONNX_LIBRARIES = ("onnx", "onnxruntime")  # what decoder=onnx needs
 
 _loaded: dict[tuple[str, str, str], Model] = {}
 _loading = threading.Lock()
@@ -184,10 +213,29 @@ def is_present(spec: ModelSpec) -> bool:
     return weights_path(spec).is_file()
 
 
+def missing_libraries(libraries: Sequence[str]) -> list[str]:
+    """Those that are not installed; none is imported."""
+    return [name for name in libraries if importlib.util.find_spec(name) is None]
+
+
+def require_libraries(what: str, libraries: Sequence[str]) -> None:
+    """Raise MissingLibraryError, naming what needs them, where one of these is not installed."""
+    if missing := missing_libraries(libraries):
+        raise MissingLibraryError(
+            f'{what} needs {" and ".join(missing)}, not installed here: run `pip install "maskfleet[models]"`'
+        )
+
+
+def require_decoder(spec: ModelSpec, decoder: str) -> None:
+    """Raise ParamError where this model cannot be decoded so."""
+    if decoder not in spec.decoders:
+        raise ParamError(f"decoder={decoder}: {spec.name} takes {' or '.join(spec.decoders)} only")
+
+
 def largest_present() -> ModelSpec:
-    """The largest official SAM whose weights are present, else sam_nano."""
-    official = [spec for spec in MODELS.values() if spec.family == "segment-anything" and not spec.demonstration]
-    present = [spec for spec in official if is_present(spec)]
+    """The largest official SAM or MobileSAM whose weights and libraries are present, else sam_nano."""
+    official = [spec for spec in MODELS.values() if spec.family in _UNASKED and not spec.demonstration]
+    present = [spec for spec in official if is_present(spec) and not missing_libraries(spec.libraries)]
     return max(present, key=lambda spec: spec.parameter_count, default=MODELS["sam_nano"])
 
 
@@ -205,9 +253,10 @@ def model_version(spec: ModelSpec, asked: Mapping[str, Any]) -> str:
 def load(spec: ModelSpec, device: str) -> Model:
     """The model on this device ("cpu", "cuda", "cuda:1"), loaded on the first call and kept. Threads may call it.
 
-    Raises WeightsError where the file is absent, damaged or another model's, torch.cuda.OutOfMemoryError where the
-    device has no room for it.
+    Raises WeightsError where the file is absent, damaged or another model's, MissingLibraryError where its libraries
+    are not installed, torch.cuda.OutOfMemoryError where the device has no room for it.
     """
+    require_libraries(spec.name, spec.libraries)
     key = (spec.name, spec.sha256, device)
     with _loading:
         if key not in _loaded:
