@@ -34,6 +34,10 @@ class UnknownModelError(ModelError):
     """The name is in no registry entry."""
 
 
+class MissingLibraryError(ModelError):
+    """The model's family needs a library of the optional extra `models` that is not installed."""
+
+
 class WeightsError(ModelError):
     """The weights are absent, damaged, another model's, or cannot be downloaded."""
 
@@ -89,6 +93,9 @@ class Model(Protocol):
 
 
 _SAM_PROMPTS: tuple[PromptKind, ...] = ("box", "points")
+
+# SAM2AutomaticMaskGenerator's, where they are not SamAutomaticMaskGenerator's.
+_SAM2_DEFAULTS = {"pred_iou_thresh": 0.8}
 
 MODELS: dict[str, ModelSpec] = {
     "sam_vit_h": ModelSpec(
@@ -147,6 +154,58 @@ MODELS: dict[str, ModelSpec] = {
             "box_nms_thresh": 0.4,
         },
         demonstration=True,
+    ),
+    "sam2.1_tiny": ModelSpec(
+        name="sam2.1_tiny",
+        family="sam2.1",
+        loader="workers.models.sam2:load",
+        weights_file="sam2.1_hiera_tiny.pt",
+        url="https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_tiny.pt",
+        sha256="7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        size_bytes=156_008_466,
+        parameter_count=31_440_721,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+        defaults=_SAM2_DEFAULTS,
+    ),
+    "sam2.1_small": ModelSpec(
+        name="sam2.1_small",
+        family="sam2.1",
+        loader="workers.models.sam2:load",
+        weights_file="sam2.1_hiera_small.pt",
+        url="https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_small.pt",
+        sha256="6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+        size_bytes=184_416_285,
+        parameter_count=38_538_577,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+        defaults=_SAM2_DEFAULTS,
+    ),
+    "sam2.1_base_plus": ModelSpec(
+        name="sam2.1_base_plus",
+        family="sam2.1",
+        loader="workers.models.sam2:load",
+        weights_file="sam2.1_hiera_base_plus.pt",
+        url="https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_base_plus.pt",
+        sha256="a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+        size_bytes=323_606_802,
+        parameter_count=73_328_401,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+        defaults=_SAM2_DEFAULTS,
+    ),
+    "sam2.1_large": ModelSpec(
+        name="sam2.1_large",
+        family="sam2.1",
+        loader="workers.models.sam2:load",
+        weights_file="sam2.1_hiera_large.pt",
+        url="https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_large.pt",
+        sha256="2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+        size_bytes=898_083_611,
+        parameter_count=216_924_865,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+        defaults=_SAM2_DEFAULTS,
     ),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from workers import automatic
+from workers.decoder import Promptable
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
@@ -27,7 +29,7 @@ from workers.params import AutomaticParams
 from workers.prompted import prompted_masks
 from workers.prompts import Prompt, PromptParams
 
-Architecture = Callable[[], Sam]
+Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 
 ARCHITECTURES: dict[str, Architecture] = {
     "sam_vit_h": build_sam_vit_h,
@@ -38,19 +40,19 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 class SamModel:
-    """One loaded Sam. Stateless: every call is given its image, and threads may share the model."""
+    """One loaded Sam or another Promptable. Stateless: every call is given its image, and threads may share it."""
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam | Promptable) -> None:
         self.sam = sam
 
-    def embed(self, images: Sequence[RgbImage]) -> list[Tensor]:
+    def embed(self, images: Sequence[RgbImage]) -> list[Any]:
         """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass; one embedding an image, on the device.
 
         May raise torch.cuda.OutOfMemoryError; fewer images need less.
         """
         return automatic.embed(self.sam, images)
 
-    def automatic(self, image: RgbImage, embedding: Tensor, params: AutomaticParams) -> list[Mask]:
+    def automatic(self, image: RgbImage, embedding: Any, params: AutomaticParams) -> list[Mask]:
         """Every object of one image that passes `params`, in the frame of `image`. `embedding` is this image's.
 
         Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
@@ -58,7 +60,7 @@ class SamModel:
         return automatic.automatic_masks(self.sam, image, params, embedding=embedding)
 
     def prompted(
-        self, image: RgbImage, embedding: Tensor, prompts: Sequence[Prompt], params: PromptParams
+        self, image: RgbImage, embedding: Any, prompts: Sequence[Prompt], params: PromptParams
     ) -> list[list[Mask]]:
         """One mask a prompt, or three with multimask=all, in the frame of `image`. `embedding` is this image's.
 
@@ -72,18 +74,30 @@ def load(spec: ModelSpec, device: str) -> Model:
     return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device))
 
 
-def load_sam(spec: ModelSpec, architecture: Architecture, device: str) -> Sam:
+def load_sam(
+    spec: ModelSpec,
+    architecture: Architecture,
+    device: str,
+    *,
+    known: Mapping[str, Architecture] = ARCHITECTURES,
+    unpack: Callable[[Any], Any] = lambda checkpoint: checkpoint,
+) -> Any:
     """Build `architecture` with the weights of spec's file: float32, frozen, in evaluation mode, on `device`.
+
+    known: what another model's weights are compared with, to name them. unpack: from what the file holds to its
+    tensors by name, unless it holds something else.
 
     Raises WeightsError where the file is absent, unreadable, truncated, another model's or not the pinned one, naming
     the file, what it is and the command that mends it; torch.cuda.OutOfMemoryError where it does not fit.
     """
     verified = verify(spec)
-    state = _read_weights(spec, verified)
+    if verified.state is WeightsState.OTHER_MODEL:
+        raise WeightsError(f"{verified.path}: {verified.found}, expected the weights of {spec.name}; {remedy(spec)}")
+    state = _read_weights(spec, verified, unpack)
     # Without memory of its own: the weights take their places as they are, and nothing is initialised to be replaced.
     with torch.device("meta"):
         sam = architecture()
-    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state))
+    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state), known=known)
     if not verified.ok:
         raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
     # Copied out of the mapped file, so that the file may be replaced while the model is in use.
@@ -92,13 +106,13 @@ def load_sam(spec: ModelSpec, architecture: Architecture, device: str) -> Sam:
     return sam.to(device).eval().requires_grad_(False)
 
 
-def _read_weights(spec: ModelSpec, verified: Verified) -> dict[str, Tensor]:
+def _read_weights(spec: ModelSpec, verified: Verified, unpack: Callable[[Any], Any]) -> dict[str, Tensor]:
     """Read tensors by name, mapped from the file; nothing in it is run."""
     path = verified.path
     if verified.state is WeightsState.ABSENT:
         raise WeightsError(f"{spec.name}: no weights at {path}; {remedy(spec)}")
     try:
-        state = _read_tensors(path)
+        state = unpack(_read_tensors(path))
     except pickle.UnpicklingError as error:
         found = "holds pickled objects other than tensors, which are not loaded because they could run code"
         raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
@@ -124,15 +138,17 @@ def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _require_same_shapes(spec: ModelSpec, *, expected: Shapes, found: Shapes) -> None:
+def _require_same_shapes(
+    spec: ModelSpec, *, expected: Shapes, found: Shapes, known: Mapping[str, Architecture]
+) -> None:
     if found == expected:
         return
-    differences = _name_other_model(found) or _describe_differences(expected, found)
+    differences = _name_other_model(found, known) or _describe_differences(expected, found)
     raise WeightsError(f"{weights_path(spec)}: {differences}, expected the weights of {spec.name}; {remedy(spec)}")
 
 
-def _name_other_model(found: Shapes) -> str | None:
-    for name, architecture in ARCHITECTURES.items():
+def _name_other_model(found: Shapes, known: Mapping[str, Architecture]) -> str | None:
+    for name, architecture in known.items():
         with torch.device("meta"):
             shapes = _shapes(architecture().state_dict())
         if shapes == found:
