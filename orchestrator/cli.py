@@ -843,9 +843,10 @@ def _database_url() -> str:
 
 
 def _require_weights(spec: models.ModelSpec) -> None:
-    """A run's worker is this machine's own: it would wait for weights in vain."""
+    """A run's worker is this machine's own: it would wait for weights and libraries in vain."""
     from workers.models.weights import remedy, verify
 
+    models.require_libraries(spec.name, spec.libraries)
     verified = verify(spec)
     if not verified.ok:
         _fail(f"{spec.name}: {verified.path} is {verified.found}; {remedy(spec)}")

@@ -235,14 +235,11 @@ def test_pickled_payload_is_refused_and_never_run(folder: Path) -> None:
     assert not (folder / "owned").exists()
 
 
-def test_missing_transformers_is_an_error_that_says_what_to_install(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = save(folder, draw_weights())
+def test_missing_transformers_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
 
-    with pytest.raises(MissingLibraryError, match=r'needs transformers, .*: pip install "maskfleet\[models\]"'):
-        load_variant(spec, TINY, "cpu")
+    with pytest.raises(MissingLibraryError, match=r'sam2.1_tiny needs transformers.*"maskfleet\[models\]"'):
+        models.load(find("sam2.1_tiny"), "cpu")
 
 
 # Prompts

@@ -442,6 +442,7 @@ def test_official_addresses_are_the_authors_own_over_https_and_end_in_the_file_n
     authors = {
         "segment-anything": "https://dl.fbaipublicfiles.com/segment_anything/",
         "sam2.1": "https://dl.fbaipublicfiles.com/segment_anything_2/092824/",
+        "mobile-sam": "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/c12dd83cbe26dffdcc6a0f9e7be2f6fb024df0ed/weights/",
     }
     for spec in MODELS.values():
         if spec.family in authors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import threading
@@ -35,7 +36,7 @@ class UnknownModelError(ModelError):
 
 
 class MissingLibraryError(ModelError):
-    """The model's family needs a library of the optional extra `models` that is not installed."""
+    """A library of the optional extra `models` is needed and not installed."""
 
 
 class WeightsError(ModelError):
@@ -48,8 +49,9 @@ class ModelSpec:
 
     loader: "module:function", called as function(spec, device). weights_file: name in the weights folder, or beside
     this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
-    takes besides automatic masks. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration: too
-    small for real work, and said so wherever its masks are shown.
+    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. defaults: its own
+    AutomaticParams where they differ, JSON-safe. demonstration: too small for real work, and said so wherever its
+    masks are shown.
     """
 
     name: str
@@ -62,6 +64,7 @@ class ModelSpec:
     parameter_count: int
     prompts: tuple[PromptKind, ...]
     licence: str
+    libraries: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     demonstration: bool = False
 
@@ -93,6 +96,7 @@ class Model(Protocol):
 
 
 _SAM_PROMPTS: tuple[PromptKind, ...] = ("box", "points")
+_UNASKED = ("segment-anything", "mobile-sam")  # the families taken where no model is named
 
 # SAM2AutomaticMaskGenerator's, where they are not SamAutomaticMaskGenerator's.
 _SAM2_DEFAULTS = {"pred_iou_thresh": 0.8}
@@ -134,6 +138,19 @@ MODELS: dict[str, ModelSpec] = {
         prompts=_SAM_PROMPTS,
         licence="Apache-2.0",
     ),
+    "mobile_sam": ModelSpec(
+        name="mobile_sam",
+        family="mobile-sam",
+        loader="workers.models.sam:load",
+        weights_file="mobile_sam.pt",
+        url="https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/c12dd83cbe26dffdcc6a0f9e7be2f6fb024df0ed/weights/mobile_sam.pt",
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        size_bytes=40_728_226,
+        parameter_count=10_130_092,
+        prompts=_SAM_PROMPTS,
+        licence="Apache-2.0",
+        libraries=("timm",),
+    ),
     "sam_nano": ModelSpec(
         name="sam_nano",
         family="segment-anything",
@@ -166,6 +183,7 @@ MODELS: dict[str, ModelSpec] = {
         parameter_count=31_440_721,
         prompts=_SAM_PROMPTS,
         licence="Apache-2.0",
+        libraries=("transformers",),
         defaults=_SAM2_DEFAULTS,
     ),
     "sam2.1_small": ModelSpec(
@@ -179,6 +197,7 @@ MODELS: dict[str, ModelSpec] = {
         parameter_count=38_538_577,
         prompts=_SAM_PROMPTS,
         licence="Apache-2.0",
+        libraries=("transformers",),
         defaults=_SAM2_DEFAULTS,
     ),
     "sam2.1_base_plus": ModelSpec(
@@ -192,6 +211,7 @@ MODELS: dict[str, ModelSpec] = {
         parameter_count=73_328_401,
         prompts=_SAM_PROMPTS,
         licence="Apache-2.0",
+        libraries=("transformers",),
         defaults=_SAM2_DEFAULTS,
     ),
     "sam2.1_large": ModelSpec(
@@ -205,6 +225,7 @@ MODELS: dict[str, ModelSpec] = {
         parameter_count=216_924_865,
         prompts=_SAM_PROMPTS,
         licence="Apache-2.0",
+        libraries=("transformers",),
         defaults=_SAM2_DEFAULTS,
     ),
 }
@@ -243,10 +264,23 @@ def is_present(spec: ModelSpec) -> bool:
     return weights_path(spec).is_file()
 
 
+def missing_libraries(libraries: Sequence[str]) -> list[str]:
+    """Those that are not installed; none is imported."""
+    return [name for name in libraries if importlib.util.find_spec(name) is None]
+
+
+def require_libraries(what: str, libraries: Sequence[str]) -> None:
+    """Raise MissingLibraryError, naming what needs them, where one of these is not installed."""
+    if missing := missing_libraries(libraries):
+        raise MissingLibraryError(
+            f'{what} needs {" and ".join(missing)}, not installed here: run `pip install "maskfleet[models]"`'
+        )
+
+
 def largest_present() -> ModelSpec:
-    """The largest official SAM whose weights are present, else sam_nano."""
-    official = [spec for spec in MODELS.values() if spec.family == "segment-anything" and not spec.demonstration]
-    present = [spec for spec in official if is_present(spec)]
+    """The largest official SAM or MobileSAM whose weights and libraries are present, else sam_nano."""
+    official = [spec for spec in MODELS.values() if spec.family in _UNASKED and not spec.demonstration]
+    present = [spec for spec in official if is_present(spec) and not missing_libraries(spec.libraries)]
     return max(present, key=lambda spec: spec.parameter_count, default=MODELS["sam_nano"])
 
 
@@ -264,9 +298,10 @@ def model_version(spec: ModelSpec, asked: Mapping[str, Any]) -> str:
 def load(spec: ModelSpec, device: str) -> Model:
     """The model on this device ("cpu", "cuda", "cuda:1"), loaded on the first call and kept. Threads may call it.
 
-    Raises WeightsError where the file is absent, damaged or another model's, torch.cuda.OutOfMemoryError where the
-    device has no room for it.
+    Raises WeightsError where the file is absent, damaged or another model's, MissingLibraryError where its libraries
+    are not installed, torch.cuda.OutOfMemoryError where the device has no room for it.
     """
+    require_libraries(spec.name, spec.libraries)
     key = (spec.name, spec.sha256, device)
     with _loading:
         if key not in _loaded:

@@ -1,7 +1,8 @@
-"""The segment_anything family: the official vit_h, vit_l and vit_b checkpoints, and our sam_nano, as a `Model`.
+"""Segment Anything as a `Model`: the official vit_h, vit_l and vit_b checkpoints, MobileSAM, and our sam_nano.
 
-The architectures are segment_anything's own modules. A checkpoint is loaded only where every name and shape fits and
-its sha256 is the pinned one, so that a model_version never stands for other weights.
+The architectures are segment_anything's own modules, MobileSAM's image encoder is timm's. A checkpoint is loaded only
+where every name and shape fits and its sha256 is the pinned one, so that a model_version never stands for other
+weights.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from workers.decoder import Promptable
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
+from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams
@@ -35,6 +37,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sam_vit_h": build_sam_vit_h,
     "sam_vit_l": build_sam_vit_l,
     "sam_vit_b": build_sam_vit_b,
+    "mobile_sam": build_mobile_sam,
     "sam_nano": build_sam_nano,
 }
 
@@ -101,9 +104,13 @@ def load_sam(
     if not verified.ok:
         raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
     # Copied out of the mapped file, so that the file may be replaced while the model is in use.
-    weights = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in state.items()}
+    weights = {name: tensor.to(device, _dtype(tensor), copy=True) for name, tensor in state.items()}
     sam.load_state_dict(weights, strict=True, assign=True)
     return sam.to(device).eval().requires_grad_(False)
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def _read_weights(spec: ModelSpec, verified: Verified, unpack: Callable[[Any], Any]) -> dict[str, Tensor]:
@@ -149,8 +156,11 @@ def _require_same_shapes(
 
 def _name_other_model(found: Shapes, known: Mapping[str, Architecture]) -> str | None:
     for name, architecture in known.items():
-        with torch.device("meta"):
-            shapes = _shapes(architecture().state_dict())
+        try:
+            with torch.device("meta"):
+                shapes = _shapes(architecture().state_dict())
+        except ImportError:
+            continue  # its library is not installed here
         if shapes == found:
             return f"holds the weights of {name}"
     return None

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import normalize, resize
 
 from workers.decoder import Decode, Draw, Hw, Points, half_precision
 from workers.images import RgbImage
-from workers.models import MissingLibraryError, Model, ModelSpec
+from workers.models import Model, ModelSpec
 from workers.models.sam import ARCHITECTURES, Architecture, SamModel, load_sam
 from workers.upsampling import Upsampling
 
@@ -68,7 +68,7 @@ VARIANTS = {
 
 
 def load(spec: ModelSpec, device: str) -> Model:
-    """The named model with its weights on `device`. Raises what `load_sam` raises, and MissingLibraryError."""
+    """The named model with its weights on `device`. Raises what `load_sam` raises."""
     return load_variant(spec, VARIANTS[spec.name], device)
 
 
@@ -91,7 +91,7 @@ class Sam2(nn.Module):
     mask_threshold = 0.0
 
     def __init__(self, hiera: Hiera) -> None:
-        """Random weights, in training mode. Raises MissingLibraryError where transformers is not installed."""
+        """Random weights, in training mode. Raises ImportError where transformers is not installed."""
         super().__init__()
         self.image_px = hiera.image_px
         self.model = _build(hiera)
@@ -164,12 +164,8 @@ def _pick(logits: Tensor, wanted: Tensor, used_hw: Hw) -> tuple[Tensor, Tensor]:
 
 
 def _build(hiera: Hiera) -> Any:
-    try:
-        from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
-    except ImportError as error:
-        raise MissingLibraryError(
-            'SAM 2.1 needs transformers, which is not installed: pip install "maskfleet[models]"'
-        ) from error
+    from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
+
     widths = [hiera.width * 2**stage for stage in range(4)]
     backbone = Sam2HieraDetConfig(
         hidden_size=hiera.width,
