@@ -1,4 +1,4 @@
-"""Segment Anything as a `Model`: the official vit_h, vit_l and vit_b checkpoints, MobileSAM, and our sam_nano.
+"""Segment Anything as a `Model`: the official vit_h, vit_l and vit_b checkpoints, SAM-HQ, MobileSAM, our sam_nano.
 
 The architectures are segment_anything's own modules, MobileSAM's image encoder is timm's. A checkpoint is loaded only
 where every name and shape fits and its sha256 is the pinned one, so that a model_version never stands for other
@@ -26,6 +26,7 @@ from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
+from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams
 from workers.prompted import prompted_masks
@@ -38,6 +39,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sam_vit_l": build_sam_vit_l,
     "sam_vit_b": build_sam_vit_b,
     "mobile_sam": build_mobile_sam,
+    "sam_hq_vit_h": build_sam_hq_vit_h,
+    "sam_hq_vit_l": build_sam_hq_vit_l,
+    "sam_hq_vit_b": build_sam_hq_vit_b,
     "sam_nano": build_sam_nano,
 }
 
