@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +19,23 @@ from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid, generate_crop_boxes, is_box_near_crop_edge
 from torchvision.ops.boxes import batched_nms, box_area
-from torchvision.transforms.functional import resize, to_pil_image
 
 from workers.boxed_runs import Box, BoxedRuns, encode_runs, take_runs
-from workers.decoder import Decoded, ModelOutputError, decode_points, input_hw, prompt_logits
+from workers.decoder import (
+    Decoded,
+    ModelOutputError,
+    Promptable,
+    decode_points,
+    half_precision,
+    prompt_logits,
+    promptable,
+)
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.params import AutomaticParams
 from workers.small_regions import remove_small_regions
 from workers.suppression import STABLE_UP_TO, Suppression, order_of_kept
-from workers.upsampling import Cut, Patch, Upsampling
+from workers.upsampling import Cut, Patch
 
 __all__ = ["ModelOutputError", "automatic_masks", "embed", "prompt_logits"]
 
@@ -54,25 +62,14 @@ class Found:
 
 
 @torch.no_grad()
-def embed(sam: Sam, images: Sequence[RgbImage], *, fast: bool = False) -> list[torch.Tensor]:
-    """Encode images (H, W, 3) uint8 RGB in one batch: an embedding (1, C, h, w) float32 each.
-
-    Resized, normalised and padded as by SamPredictor.set_image, to the bit. fast: encode in bfloat16.
-    """
-    if not images:
-        return []
-    sizes = [input_hw(sam, (image.shape[0], image.shape[1])) for image in images]
-    resized = [np.array(resize(to_pil_image(image), size)) for image, size in zip(images, sizes, strict=True)]
-    pixels = [torch.as_tensor(image, device=sam.device).permute(2, 0, 1) for image in resized]
-    batch = torch.cat([sam.preprocess(one[None].contiguous()) for one in pixels])
-    with _half_precision(sam, is_wanted=fast):
-        embeddings = sam.image_encoder(batch)
-    return list(embeddings.float().split(1))
+def embed(sam: Sam | Promptable, images: Sequence[RgbImage], *, fast: bool = False) -> list[Any]:
+    """Encode images (H, W, 3) uint8 RGB of any sizes in one batch; one embedding an image. fast: in bfloat16."""
+    return promptable(sam).embed(images, fast=fast) if images else []
 
 
 @torch.no_grad()
 def automatic_masks(
-    sam: Sam, image: RgbImage, params: AutomaticParams, *, embedding: torch.Tensor | None = None
+    sam: Sam | Promptable, image: RgbImage, params: AutomaticParams, *, embedding: Any = None
 ) -> list[Mask]:
     """Every mask of image (H, W, 3) uint8 RGB that passes `params`, in the reference's order.
 
@@ -91,7 +88,7 @@ def automatic_masks(
         crop_embedding = (
             embed(sam, [image[y0:y1, x0:x1]], fast=params.precision == "fast")[0] if given is None else given
         )
-        search = _CropSearch(sam, params, crop=(x0, y0, x1, y1), size_hw=size_hw)
+        search = _CropSearch(promptable(sam), params, crop=(x0, y0, x1, y1), size_hw=size_hw)
         found += search.masks(crop_embedding, grids[layer])
     if len(crops) > 1:
         found = _suppress_between_crops(found, params.crop_nms_thresh)
@@ -112,23 +109,18 @@ def _point_grids(params: AutomaticParams) -> list[NDArray[np.float64]]:
 class _CropSearch:
     """The search for masks in one crop of an image; the whole image is the first crop."""
 
-    def __init__(self, sam: Sam, params: AutomaticParams, *, crop: Box, size_hw: tuple[int, int]) -> None:
-        self.sam, self.params, self.crop, self.size_hw = sam, params, crop, size_hw
+    def __init__(self, model: Promptable, params: AutomaticParams, *, crop: Box, size_hw: tuple[int, int]) -> None:
+        self.model, self.params, self.crop, self.size_hw = model, params, crop, size_hw
         self.crop_hw = (crop[3] - crop[1], crop[2] - crop[0])
-        middle, offset = float(sam.mask_threshold), params.stability_score_offset
+        middle, offset = model.mask_threshold, params.stability_score_offset
         self.thresholds = (middle, middle + offset, middle - offset)
-        self.upsampling = Upsampling(
-            low_hw=sam.prompt_encoder.mask_input_size,
-            mid=sam.image_encoder.img_size,
-            inside_hw=input_hw(sam, self.crop_hw),
-            frame_hw=self.crop_hw,
-        )
+        self.upsampling = model.upsampling(self.crop_hw)
 
-    def masks(self, embedding: torch.Tensor, grid: NDArray[np.float64]) -> list[Found]:
+    def masks(self, embedding: Any, grid: NDArray[np.float64]) -> list[Found]:
         """Masks from the points of grid (n, 2), fractions of the crop, after suppression inside the crop."""
         points = grid * np.array(self.crop_hw[::-1])
         decoded = decode_points(
-            self.sam,
+            self.model,
             embedding,
             points,
             size_hw=self.crop_hw,
@@ -136,7 +128,7 @@ class _CropSearch:
             least_iou=self.params.pred_iou_thresh,
             used_hw=self.upsampling.used_hw,
         )
-        with _half_precision(self.sam, is_wanted=self.params.precision == "fast"):
+        with half_precision(self.model.device, is_wanted=self.params.precision == "fast"):
             candidates = [candidate for batch in decoded for candidate in self._candidates(batch, points)]
         with one_thread():
             return self._best(candidates)
@@ -265,11 +257,6 @@ def _to_masks(found: list[Found], size_hw: tuple[int, int]) -> list[Mask]:
         )
         masks.append(mask)
     return masks
-
-
-def _half_precision(sam: Sam, *, is_wanted: bool) -> torch.autocast:
-    """Heavy products in bfloat16; sums, norms, predicted IoUs and all comparisons stay in float32."""
-    return torch.autocast(sam.device.type, dtype=torch.bfloat16, enabled=is_wanted)
 
 
 @contextmanager

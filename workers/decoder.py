@@ -1,21 +1,26 @@
 """Prompts of one image to low-resolution logits and predicted IoUs, through one shared decoder, in bounded batches.
 
 A decoder of SAM's own architecture and width is folded (`folded_decoder`): the same sums, associated otherwise. Any
-other module with MaskDecoder's signature is called as it is, in the reference's own batches: the same bits.
+other module with MaskDecoder's signature is called as it is, in the reference's own batches: the same bits. What is
+not built like SAM at all says for itself how it encodes and decodes (`Promptable`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
+from torchvision.transforms.functional import resize, to_pil_image
 
 from workers.folded_decoder import FOLD_FROM_DIM, FoldedDecoder, PromptState, folds
+from workers.images import RgbImage
+from workers.upsampling import Upsampling
 
 Floats = NDArray[np.float32]
 
@@ -35,6 +40,10 @@ Draw = Callable[[torch.Tensor, Hw], tuple[torch.Tensor, torch.Tensor]]
 Decode = Callable[[torch.Tensor, slice], Iterator[tuple[int, torch.Tensor, Draw]]]
 
 
+# points (n, p, 2) in pixels of the encoder's input with labels (n, p), 1 inside and 0 outside
+Points = tuple[torch.Tensor, torch.Tensor]
+
+
 class ModelOutputError(ValueError):
     """The model gave NaN or infinity for an image: its weights, its precision or the image's pixels are broken."""
 
@@ -50,6 +59,99 @@ class Decoded:
     logits: Floats
 
 
+class Promptable(Protocol):
+    """What the engine needs of a model that segments what points and boxes show; for Sam itself, `promptable` gives it.
+
+    Nobody else looks into its embedding of an image, nor into its prompts (n, tokens, channels).
+    """
+
+    @property
+    def mask_threshold(self) -> float: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def low_hw(self) -> Hw:
+        """Rows and columns of the logits."""
+        ...
+
+    def embed(self, images: Sequence[RgbImage], *, fast: bool) -> list[Any]:
+        """Encode images (H, W, 3) uint8 RGB of any sizes, at least one, in one batch; fast: in bfloat16."""
+        ...
+
+    def input_hw(self, size_hw: Hw) -> Hw:
+        """The size in which an image of size_hw pixels enters the encoder, before padding."""
+        ...
+
+    def upsampling(self, size_hw: Hw) -> Upsampling:
+        """How logits become the pixels of an image of size_hw."""
+        ...
+
+    def encode_prompts(self, points: Points | None, boxes: torch.Tensor | None) -> torch.Tensor:
+        """n prompts of one make. boxes: (n, 4), x0, y0, x1, y1 in pixels of the encoder's input."""
+        ...
+
+    def decoder(self, embedding: Any) -> Decode:
+        """How prompts of this image are decoded. outputs: slice(0, 1) for one mask, slice(1, None) for several."""
+        ...
+
+
+def promptable(model: Sam | Promptable, fold_from_dim: int = FOLD_FROM_DIM) -> Promptable:
+    """The model as the engine needs it. fold_from_dim: the narrowest decoder of SAM's that is folded."""
+    return SamPromptable(model, fold_from_dim) if isinstance(model, Sam) else model
+
+
+@dataclass(frozen=True, slots=True)
+class SamPromptable:
+    """segment_anything's Sam, or what is built like it."""
+
+    sam: Sam
+    fold_from_dim: int
+
+    @property
+    def mask_threshold(self) -> float:
+        return float(self.sam.mask_threshold)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.sam.device
+        return device
+
+    @property
+    def low_hw(self) -> Hw:
+        low_hw: Hw = self.sam.prompt_encoder.mask_input_size
+        return low_hw
+
+    def embed(self, images: Sequence[RgbImage], *, fast: bool) -> list[torch.Tensor]:
+        """Resized, normalised and padded as by SamPredictor.set_image, to the bit: (1, C, h, w) float32 each."""
+        sizes = [self.input_hw((image.shape[0], image.shape[1])) for image in images]
+        resized = [np.array(resize(to_pil_image(image), size)) for image, size in zip(images, sizes, strict=True)]
+        pixels = [torch.as_tensor(image, device=self.device).permute(2, 0, 1) for image in resized]
+        batch = torch.cat([self.sam.preprocess(one[None].contiguous()) for one in pixels])
+        with half_precision(self.device, is_wanted=fast):
+            embeddings: torch.Tensor = self.sam.image_encoder(batch)
+        return [one[None] for one in embeddings.float()]
+
+    def input_hw(self, size_hw: Hw) -> Hw:
+        return input_hw(self.sam, size_hw)
+
+    def upsampling(self, size_hw: Hw) -> Upsampling:
+        return Upsampling(
+            low_hw=self.low_hw,
+            mid=self.sam.image_encoder.img_size,
+            inside_hw=self.input_hw(size_hw),
+            frame_hw=size_hw,
+        )
+
+    def encode_prompts(self, points: Points | None, boxes: torch.Tensor | None) -> torch.Tensor:
+        sparse: torch.Tensor = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
+        return sparse
+
+    def decoder(self, embedding: torch.Tensor) -> Decode:
+        return _decoder(self.sam, embedding, self.fold_from_dim)
+
+
 def input_hw(sam: Sam, size_hw: tuple[int, int]) -> tuple[int, int]:
     """The size in which an image of size_hw pixels enters the encoder, before padding.
 
@@ -60,8 +162,8 @@ def input_hw(sam: Sam, size_hw: tuple[int, int]) -> tuple[int, int]:
 
 
 def decode_points(
-    sam: Sam,
-    embedding: torch.Tensor,
+    model: Promptable,
+    embedding: Any,
     points: NDArray[np.float64],
     *,
     size_hw: tuple[int, int],
@@ -76,12 +178,12 @@ def decode_points(
     is not finite.
     """
     # float64 up to the positional encoding, as the reference's generator has them
-    coords = torch.as_tensor(points * _scale_xy(sam, size_hw), device=embedding.device)[:, None]
-    labels = torch.ones(coords.shape[:2], dtype=torch.int, device=embedding.device)
-    decode = _decoder(sam, embedding)
+    coords = torch.as_tensor(points * _scale_xy(model, size_hw), device=model.device)[:, None]
+    labels = torch.ones(coords.shape[:2], dtype=torch.int, device=model.device)
+    decode = model.decoder(embedding)
     for start in range(0, len(coords), at_once):
         prompts = (coords[start : start + at_once], labels[start : start + at_once])
-        sparse, _ = sam.prompt_encoder(points=prompts, boxes=None, masks=None)
+        sparse = model.encode_prompts(prompts, None)
         for first, iou, draw in decode(sparse, slice(1, None)):
             predicted_iou = _finite(iou, "predicted IoUs").float().cpu()
             wanted = predicted_iou > least_iou if least_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
@@ -97,8 +199,8 @@ def decode_points(
 
 
 def prompt_logits(
-    sam: Sam,
-    embedding: torch.Tensor,
+    sam: Sam | Promptable,
+    embedding: Any,
     *,
     size_hw: tuple[int, int],
     point_coords: NDArray[np.floating] | None = None,
@@ -115,21 +217,22 @@ def prompt_logits(
     to SamPredictor.predict's low_res_masks of each prompt alone, where folded but for rounding. fold_from_dim: the
     narrowest decoder that is folded. Raises ModelOutputError where an output is not finite.
     """
-    scale = _scale_xy(sam, size_hw)
+    model = promptable(sam, fold_from_dim)
+    scale = _scale_xy(model, size_hw)
     points = boxes = None
     if point_coords is not None and point_labels is not None:
-        coords = torch.as_tensor(point_coords * scale, dtype=torch.float, device=embedding.device)
-        points = (coords, torch.as_tensor(point_labels, dtype=torch.int, device=embedding.device))
+        coords = torch.as_tensor(point_coords * scale, dtype=torch.float, device=model.device)
+        points = (coords, torch.as_tensor(point_labels, dtype=torch.int, device=model.device))
     if boxes_xyxy is not None:
-        boxes = torch.as_tensor(boxes_xyxy * np.tile(scale, 2), dtype=torch.float, device=embedding.device)
+        boxes = torch.as_tensor(boxes_xyxy * np.tile(scale, 2), dtype=torch.float, device=model.device)
     if points is None and boxes is None:
         raise ValueError("prompt_logits: neither points with labels nor boxes were given")
     outputs = slice(1, None) if multimask else slice(0, 1)
-    everything = sam.prompt_encoder.mask_input_size
+    everything = model.low_hw
     logits, ious = [], []
     with torch.no_grad():
-        sparse, _ = sam.prompt_encoder(points=points, boxes=boxes, masks=None)
-        decode = _decoder(sam, embedding, fold_from_dim)
+        sparse = model.encode_prompts(points, boxes)
+        decode = model.decoder(embedding)
         for start in range(0, len(sparse), at_once):
             for _, iou, draw in decode(sparse[start : start + at_once], outputs):
                 ious.append(_finite(iou, "predicted IoUs").float())
@@ -139,13 +242,13 @@ def prompt_logits(
     return torch.cat(logits), torch.cat(ious)
 
 
-def _scale_xy(sam: Sam, size_hw: tuple[int, int]) -> NDArray[np.float64]:
+def _scale_xy(model: Promptable, size_hw: tuple[int, int]) -> NDArray[np.float64]:
     """What pixels of the image are multiplied with to be pixels of the encoder's input, (x, y)."""
-    (height, width), (new_height, new_width) = size_hw, input_hw(sam, size_hw)
+    (height, width), (new_height, new_width) = size_hw, model.input_hw(size_hw)
     return np.array([new_width / width, new_height / height])
 
 
-def _decoder(sam: Sam, embedding: torch.Tensor, fold_from_dim: int = FOLD_FROM_DIM) -> Decode:
+def _decoder(sam: Sam, embedding: torch.Tensor, fold_from_dim: int) -> Decode:
     """How prompts of this image are decoded: folded where that stands for the module, else by the module itself."""
     position = sam.prompt_encoder.get_dense_pe()
     _, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
@@ -185,6 +288,11 @@ def _decode_folded(
             yield first, state.iou[:, outputs], draw
 
     return decode
+
+
+def half_precision(device: torch.device, *, is_wanted: bool) -> torch.autocast:
+    """Heavy products in bfloat16; sums, norms, predicted IoUs and all comparisons stay in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_wanted)
 
 
 def _finite(values: torch.Tensor, what: str) -> torch.Tensor:

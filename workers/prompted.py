@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 
 from workers.automatic import one_thread
 from workers.boxed_runs import BoxedRuns, encode_runs, take_runs
-from workers.decoder import ModelOutputError, input_hw, prompt_logits
+from workers.decoder import ModelOutputError, Promptable, prompt_logits, promptable
 from workers.masks import Mask
 from workers.prompts import Prompt, PromptParams, asks_one_point
 from workers.upsampling import Upsampling
@@ -27,7 +27,7 @@ _AT_ONCE = 64  # their logits, 256 KiB each, are held together
 
 
 def prompted_masks(
-    sam: Sam, embedding: torch.Tensor, prompts: Sequence[Prompt], params: PromptParams, *, size_hw: tuple[int, int]
+    sam: Sam | Promptable, embedding: Any, prompts: Sequence[Prompt], params: PromptParams, *, size_hw: tuple[int, int]
 ) -> list[list[Mask]]:
     """The masks of each prompt, in their order: the single-mask output for a box or several points, for one point the
     best of three by predicted IoU; with multimask=all the three, whatever the prompt.
@@ -35,16 +35,11 @@ def prompted_masks(
     embedding: what `embed` gave for the image, whose size is size_hw in pixels. prompts: boxes and points inside it.
     Raises ModelOutputError where the model gives NaN or infinity.
     """
-    upsampling = Upsampling(
-        low_hw=sam.prompt_encoder.mask_input_size,
-        mid=sam.image_encoder.img_size,
-        inside_hw=input_hw(sam, size_hw),
-        frame_hw=size_hw,
-    )
-    drawing = _Drawing(upsampling=upsampling, size_hw=size_hw, threshold=float(sam.mask_threshold))
+    model = promptable(sam, fold_from_dim=0)
+    drawing = _Drawing(upsampling=model.upsampling(size_hw), size_hw=size_hw, threshold=model.mask_threshold)
     masks: list[list[Mask]] = [[] for _ in prompts]
     for numbers in _decodable_together(prompts):
-        logits, predicted_iou = _decode(sam, embedding, [prompts[n] for n in numbers], params, size_hw)
+        logits, predicted_iou = _decode(model, embedding, [prompts[n] for n in numbers], params, size_hw)
         for n, outputs, scores in zip(numbers, logits, predicted_iou, strict=True):
             with one_thread():
                 masks[n] = [drawing.draw(*output) for output in zip(outputs, scores.tolist(), strict=True)]
@@ -63,21 +58,20 @@ def _decodable_together(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
 
 
 def _decode(
-    sam: Sam, embedding: torch.Tensor, prompts: Sequence[Prompt], params: PromptParams, size_hw: tuple[int, int]
+    model: Promptable, embedding: Any, prompts: Sequence[Prompt], params: PromptParams, size_hw: tuple[int, int]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Decode prompts of one make: logits (n, kept, h, w) and predicted IoUs (n, kept), kept being 1 or 3."""
     one_point = asks_one_point(prompts[0])
     points = np.array([prompt.points for prompt in prompts], np.float64)
     boxes = np.array([prompt.box_xyxy for prompt in prompts]) if prompts[0].box_xyxy is not None else None
     logits, predicted_iou = prompt_logits(
-        sam,
+        model,
         embedding,
         size_hw=size_hw,
         point_coords=points[..., :2] if points.size else None,
         point_labels=points[..., 2].astype(np.int32) if points.size else None,
         boxes_xyxy=boxes,
         multimask=one_point or params.multimask == "all",
-        fold_from_dim=0,
     )
     if one_point and params.multimask == "best":
         best = predicted_iou.argmax(dim=1, keepdim=True)

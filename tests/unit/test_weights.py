@@ -441,6 +441,8 @@ def test_verify_of_a_folder_in_the_files_place_is_an_error_with_its_path():
 def test_official_addresses_are_the_authors_own_over_https_and_end_in_the_file_name():
     authors = {
         "segment-anything": "https://dl.fbaipublicfiles.com/segment_anything/",
+        "sam-hq": "https://huggingface.co/lkeab/hq-sam/resolve/main/",
+        "sam2.1": "https://dl.fbaipublicfiles.com/segment_anything_2/092824/",
         "mobile-sam": "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/c12dd83cbe26dffdcc6a0f9e7be2f6fb024df0ed/weights/",
     }
     for spec in MODELS.values():

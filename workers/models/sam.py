@@ -1,4 +1,4 @@
-"""Segment Anything as a `Model`: the official vit_h, vit_l and vit_b checkpoints, MobileSAM, and our sam_nano.
+"""Segment Anything as a `Model`: the official vit_h, vit_l and vit_b checkpoints, SAM-HQ, MobileSAM, our sam_nano.
 
 The architectures are segment_anything's own modules, MobileSAM's image encoder is timm's. A checkpoint is loaded only
 where every name and shape fits and its sha256 is the pinned one, so that a model_version never stands for other
@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,45 +21,50 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from workers import automatic
+from workers.decoder import Promptable
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
+from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams
 from workers.prompted import prompted_masks
 from workers.prompts import Prompt, PromptParams
 
-Architecture = Callable[[], Sam]
+Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 
 ARCHITECTURES: dict[str, Architecture] = {
     "sam_vit_h": build_sam_vit_h,
     "sam_vit_l": build_sam_vit_l,
     "sam_vit_b": build_sam_vit_b,
     "mobile_sam": build_mobile_sam,
+    "sam_hq_vit_h": build_sam_hq_vit_h,
+    "sam_hq_vit_l": build_sam_hq_vit_l,
+    "sam_hq_vit_b": build_sam_hq_vit_b,
     "sam_nano": build_sam_nano,
 }
 
 
 class SamModel:
-    """One loaded Sam. Stateless: every call is given its image, and threads may share the model.
+    """One loaded Sam or another Promptable. Stateless: every call is given its image, and threads may share it.
 
     spec: whose weights these are, which decoder=onnx has to know.
     """
 
-    def __init__(self, sam: Sam, spec: ModelSpec | None = None) -> None:
+    def __init__(self, sam: Sam | Promptable, spec: ModelSpec | None = None) -> None:
         self.sam = sam
         self.spec = spec
 
-    def embed(self, images: Sequence[RgbImage]) -> list[Tensor]:
+    def embed(self, images: Sequence[RgbImage]) -> list[Any]:
         """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass; one embedding an image, on the device.
 
         May raise torch.cuda.OutOfMemoryError; fewer images need less.
         """
         return automatic.embed(self.sam, images)
 
-    def automatic(self, image: RgbImage, embedding: Tensor, params: AutomaticParams) -> list[Mask]:
+    def automatic(self, image: RgbImage, embedding: Any, params: AutomaticParams) -> list[Mask]:
         """Every object of one image that passes `params`, in the frame of `image`. `embedding` is this image's.
 
         Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
@@ -66,7 +72,7 @@ class SamModel:
         return automatic.automatic_masks(self._decoded_by(params.decoder), image, params, embedding=embedding)
 
     def prompted(
-        self, image: RgbImage, embedding: Tensor, prompts: Sequence[Prompt], params: PromptParams
+        self, image: RgbImage, embedding: Any, prompts: Sequence[Prompt], params: PromptParams
     ) -> list[list[Mask]]:
         """One mask a prompt, or three with multimask=all, in the frame of `image`. `embedding` is this image's.
 
@@ -75,15 +81,15 @@ class SamModel:
         sam = self._decoded_by(params.decoder)
         return prompted_masks(sam, embedding, prompts, params, size_hw=(image.shape[0], image.shape[1]))
 
-    def _decoded_by(self, decoder: str) -> Sam:
+    def _decoded_by(self, decoder: str) -> Sam | Promptable:
         return self._with_onnx if decoder == "onnx" else self.sam
 
     @cached_property
     def _with_onnx(self) -> Sam:
         from workers.models.onnx_decoder import with_onnx_decoder
 
-        if self.spec is None:
-            raise ValueError("decoder=onnx: a SamModel without its spec has no exported decoder")
+        if self.spec is None or not isinstance(self.sam, Sam):
+            raise ValueError("decoder=onnx: only a Sam with its spec has an exported decoder")
         return with_onnx_decoder(self.sam, self.spec)
 
 
@@ -92,18 +98,30 @@ def load(spec: ModelSpec, device: str) -> Model:
     return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device), spec)
 
 
-def load_sam(spec: ModelSpec, architecture: Architecture, device: str) -> Sam:
+def load_sam(
+    spec: ModelSpec,
+    architecture: Architecture,
+    device: str,
+    *,
+    known: Mapping[str, Architecture] = ARCHITECTURES,
+    unpack: Callable[[Any], Any] = lambda checkpoint: checkpoint,
+) -> Any:
     """Build `architecture` with the weights of spec's file: float32, frozen, in evaluation mode, on `device`.
+
+    known: what another model's weights are compared with, to name them. unpack: from what the file holds to its
+    tensors by name, unless it holds something else.
 
     Raises WeightsError where the file is absent, unreadable, truncated, another model's or not the pinned one, naming
     the file, what it is and the command that mends it; torch.cuda.OutOfMemoryError where it does not fit.
     """
     verified = verify(spec)
-    state = _read_weights(spec, verified)
+    if verified.state is WeightsState.OTHER_MODEL:
+        raise WeightsError(f"{verified.path}: {verified.found}, expected the weights of {spec.name}; {remedy(spec)}")
+    state = _read_weights(spec, verified, unpack)
     # Without memory of its own: the weights take their places as they are, and nothing is initialised to be replaced.
     with torch.device("meta"):
         sam = architecture()
-    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state))
+    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state), known=known)
     if not verified.ok:
         raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
     # Copied out of the mapped file, so that the file may be replaced while the model is in use.
@@ -116,13 +134,13 @@ def _dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
-def _read_weights(spec: ModelSpec, verified: Verified) -> dict[str, Tensor]:
+def _read_weights(spec: ModelSpec, verified: Verified, unpack: Callable[[Any], Any]) -> dict[str, Tensor]:
     """Read tensors by name, mapped from the file; nothing in it is run."""
     path = verified.path
     if verified.state is WeightsState.ABSENT:
         raise WeightsError(f"{spec.name}: no weights at {path}; {remedy(spec)}")
     try:
-        state = _read_tensors(path)
+        state = unpack(_read_tensors(path))
     except pickle.UnpicklingError as error:
         found = "holds pickled objects other than tensors, which are not loaded because they could run code"
         raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
@@ -148,15 +166,17 @@ def _shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _require_same_shapes(spec: ModelSpec, *, expected: Shapes, found: Shapes) -> None:
+def _require_same_shapes(
+    spec: ModelSpec, *, expected: Shapes, found: Shapes, known: Mapping[str, Architecture]
+) -> None:
     if found == expected:
         return
-    differences = _name_other_model(found) or _describe_differences(expected, found)
+    differences = _name_other_model(found, known) or _describe_differences(expected, found)
     raise WeightsError(f"{weights_path(spec)}: {differences}, expected the weights of {spec.name}; {remedy(spec)}")
 
 
-def _name_other_model(found: Shapes) -> str | None:
-    for name, architecture in ARCHITECTURES.items():
+def _name_other_model(found: Shapes, known: Mapping[str, Architecture]) -> str | None:
+    for name, architecture in known.items():
         try:
             with torch.device("meta"):
                 shapes = _shapes(architecture().state_dict())
