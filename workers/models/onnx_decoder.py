@@ -7,6 +7,7 @@ them, the second runs it. So points, boxes, batches and drawing are the same cod
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from workers.models import ModelError, ModelSpec
 from workers.models.onnx_export import INPUTS, WEIGHTS_KEY, export, onnx_path
 
 log = logging.getLogger(__name__)
+
+_exporting = threading.Lock()
 
 _ASKED_WITH, _ASKED_FOR = INPUTS[:-1], ("low_res_masks", "iou_predictions")
 # Each holds the image's embedding, 4 MiB, a few times over. Sixteen at once took a tenth to a fifth longer than four
@@ -37,9 +40,10 @@ def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
     """
     models.require_libraries("--decoder onnx", models.ONNX_LIBRARIES)
     path = onnx_path(spec)
-    if not path.is_file():
-        log.info("%s: exporting its decoder to %s", spec.name, path)
-        export(sam, spec, path)
+    with _exporting:
+        if not path.is_file():
+            log.info("%s: exporting its decoder to %s", spec.name, path)
+            export(sam, spec, path)
     session = _open(path, spec, sam.device)
     decoding = Sam(
         image_encoder=sam.image_encoder,
