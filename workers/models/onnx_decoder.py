@@ -29,7 +29,7 @@ _ASKED_WITH, _ASKED_FOR = INPUTS[:-1], ("low_res_masks", "iou_predictions")
 # Each holds the image's embedding, 4 MiB, a few times over. Sixteen at once took a tenth to a fifth longer than four
 # (EPYC Zen5, one thread, November 2026).
 _PROMPTS_A_RUN = 4
-_INSIDE_OF_NEITHER, _FIRST_CORNER, _LAST_CORNER = -1, 2, 3  # the official export's point labels besides 0 and 1
+_PADDING, _FIRST_CORNER, _LAST_CORNER = -1, 2, 3  # the official export's point labels besides 0 and 1
 
 
 def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
@@ -114,7 +114,7 @@ class _PromptsInRows(nn.Module):
             parts.append(_rows(coords, labels))
             if boxes is None:
                 padding = coords.new_zeros(len(coords), 1, 2)
-                parts.append(_rows(padding, torch.full_like(labels[:, :1], _INSIDE_OF_NEITHER)))
+                parts.append(_rows(padding, torch.full_like(labels[:, :1], _PADDING)))
         if boxes is not None:
             corners = boxes.reshape(-1, 2, 2)
             kinds = torch.tensor([_FIRST_CORNER, _LAST_CORNER], device=corners.device)
