@@ -365,6 +365,16 @@ def assets_with_unused_prompts(db: Connection, *, job_id: int, limit: int) -> tu
     return (rows[0].n if rows else 0), [(row.key, row.error) for row in rows]
 
 
+def classes_of(db: Connection, *, job_id: int) -> dict[str, int]:
+    """How many boxes of each class a job's detector gave that became masks, the most frequent first."""
+    statement = text(
+        """SELECT m.prompt->>'class' AS class, count(DISTINCT (m.asset_id, m.prompt->'index')) AS n
+           FROM asset a JOIN mask m ON m.asset_id = a.id
+           WHERE a.job_id = :job_id AND m.prompt->>'class' IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"""
+    )
+    return {row[0]: row.n for row in db.execute(statement, {"job_id": job_id})}
+
+
 # ----------------------------------------------------------------------------------------------------------- listing
 
 

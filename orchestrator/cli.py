@@ -39,6 +39,7 @@ from db.session import DatabaseNotReady, check_migrated, open_engine
 from db.session import migrate as migrate_database
 from db.settings import settings
 from orchestrator import watch as watching
+from orchestrator.detection import read_detector
 from orchestrator.doctor import examine
 from orchestrator.embedded import INTERRUPTED, RunError
 from orchestrator.embedded import run as run_embedded
@@ -47,6 +48,8 @@ from orchestrator.postgres import PostgresFailed
 from orchestrator.prompt_files import PromptFile, list_reports, read_prompts
 from orchestrator.submit import Request, select, submit_job
 from workers import models
+from workers.detector_files import require_library
+from workers.detectors import AskedDetector
 from workers.errors import ErrorKind, SourceError, TransientError, redact
 from workers.models import ModelError
 from workers.params import ParamError, parse_params
@@ -102,6 +105,25 @@ PromptsOption = Annotated[
         "`grid` (every object, without prompts) is the default.",
     ),
 ]
+DetectorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--detector",
+        help="Ask where this detector finds something: a transformers checkpoint (folder or hub name) or an .onnx file "
+        "in the layout of mmdeploy's RTMDet. Its classes become the labels.",
+    ),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option("--detector-threshold", min=0, max=1, help="Take the detector's boxes of scores above this; 0.5."),
+]
+ClassesOption = Annotated[
+    str | None, typer.Option("--classes", help="Only these classes of the detector, separated by commas.")
+]
+LabelMapOption = Annotated[
+    Path | None,
+    typer.Option("--label-map", help="YAML or JSON: the detector's class -> your label, or null to drop it."),
+]
 LabelOption = Annotated[str | None, typer.Option("--label", help="The class of every mask, for jobs with one class.")]
 IncludeOption = Annotated[
     list[str] | None, typer.Option("--include", help="Take keys that match this glob, whatever their suffix.")
@@ -136,6 +158,10 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="Where the results go.", show_default=False)],
     model: ModelOption = None,
     prompts: PromptsOption = None,
+    detector: DetectorOption = None,
+    detector_threshold: ThresholdOption = None,
+    classes: ClassesOption = None,
+    label_map: LabelMapOption = None,
     param: ParamOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
@@ -152,11 +178,14 @@ def run(
     Ctrl-C leaves a job that the same command resumes.
     """
     chosen = models.find(model) if model else models.largest_present()
-    request = _request(source, chosen.name, prompts, param, label, include, exclude, limit, fresh, name)
+    asked = _read_detector(detector, detector_threshold, classes, label_map, prompts, label)
+    request = _request(source, chosen.name, prompts, asked, param, label, include, exclude, limit, fresh, name)
     if dry_run:
         _dry_run(request, as_json)
         return
     _require_weights(chosen)
+    if asked:
+        require_library(asked.kind)
     notice = _demonstration_notice() if chosen.demonstration else None
     if notice and not model:
         err.print(notice, style="yellow")
@@ -170,6 +199,10 @@ def submit(
     source: SourceArgument,
     model: ModelOption = None,
     prompts: PromptsOption = None,
+    detector: DetectorOption = None,
+    detector_threshold: ThresholdOption = None,
+    classes: ClassesOption = None,
+    label_map: LabelMapOption = None,
     param: ParamOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
@@ -184,7 +217,9 @@ def submit(
     wanted = model or settings().model
     if wanted is None:
         _fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(models.MODELS)}")
-    request = _request(source, models.find(wanted).name, prompts, param, label, include, exclude, limit, fresh, name)
+    chosen = models.find(wanted)
+    asked = _read_detector(detector, detector_threshold, classes, label_map, prompts, label)
+    request = _request(source, chosen.name, prompts, asked, param, label, include, exclude, limit, fresh, name)
     if dry_run:
         _dry_run(request, as_json)
         return
@@ -246,12 +281,14 @@ def show(
         failures = queries.failed_assets(db, job_id=job) if failed else []
         published = publishing.published(db, job_id=job)
         prompts = watching.prompts_report(db, found)
+        detector = watching.detector_report(db, found)
     if as_json:
         listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
-        shown = {"prompts": prompts, "published": [dataclasses.asdict(place) for place in published]}
+        places = [dataclasses.asdict(place) for place in published]
+        shown = {"prompts": prompts, "detector": detector, "published": places}
         _print_json(watching.job_as_json(found, counts) | shown | ({"failed": listed} if failed else {}))
     else:
-        watching.print_job(Console(), found, counts, failures, published, prompts)
+        watching.print_job(Console(), found, counts, failures, published, prompts, detector)
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")
@@ -731,6 +768,7 @@ def _request(
     source: str,
     model: str,
     prompts: str | None,
+    detector: AskedDetector | None,
     param: list[str] | None,
     label: str | None,
     include: list[str] | None,
@@ -747,12 +785,13 @@ def _request(
         texts[key.strip()] = value.strip()
     where = source if "://" in source else str(Path(source).expanduser().absolute())
     asked_by_grid = prompts is None or prompts == "grid"
-    params = parse_params(texts) if asked_by_grid else parse_prompt_params(texts)
+    params = parse_params(texts) if asked_by_grid and detector is None else parse_prompt_params(texts)
     return Request(
         source=where,
         model=model,
         name=name,
         prompts=None if asked_by_grid or prompts is None else _read_prompts(prompts, where, model),
+        detector=detector,
         params=params,
         label=label,
         include=include or (),
@@ -760,6 +799,27 @@ def _request(
         limit=limit,
         fresh=fresh,
     )
+
+
+def _read_detector(
+    name: str | None,
+    threshold: float | None,
+    classes: str | None,
+    label_map: Path | None,
+    prompts: str | None,
+    label: str | None,
+) -> AskedDetector | None:
+    """What is asked of a detector; options that mean nothing together are refused."""
+    if name is None:
+        if threshold is not None or classes or label_map:
+            _fail("--detector-threshold, --classes and --label-map go with --detector")
+        return None
+    if prompts is not None:
+        _fail("--detector and --prompts both say where to look: give one of them")
+    if label is not None:
+        _fail("--detector gives every mask its class: rename classes with --label-map instead of --label")
+    with err.status(f"reading {watching.printable(name)}"):
+        return read_detector(name, threshold=threshold, classes=classes, label_map=label_map)
 
 
 def _read_prompts(address: str, source: str, model: str) -> PromptFile:
@@ -778,8 +838,9 @@ def _run(request: Request, out: Path, devices: str, as_json: bool, *, notice: st
     except KeyboardInterrupt:
         err.print("\nstopped; the same command goes on where it was")
         raise typer.Exit(INTERRUPTED) from None
-    assets, prompts = outputs.summary["assets"], outputs.summary["prompts"]
-    for what, line in (watching.prompt_rows(prompts) if prompts else {}).items():
+    assets, prompts, detector = (outputs.summary[name] for name in ("assets", "prompts", "detector"))
+    rows = watching.prompt_rows(prompts) if prompts else watching.detector_rows(detector) if detector else {}
+    for what, line in rows.items():
         if line:
             err.print(f"{what}: {watching.printable(line)}", style="dim", markup=False)
     if as_json:

@@ -13,6 +13,7 @@ from db import queries
 from db.queries import Job, NewAsset
 from orchestrator.prompt_files import PromptFile
 from workers import models
+from workers.detectors import AskedDetector
 from workers.params import AutomaticParams, automatic_params
 from workers.prompts import PromptParams
 from workers.storage import Source
@@ -34,12 +35,14 @@ class Request:
     limit: int | None = None
     fresh: bool = False
     prompts: PromptFile | None = None
+    detector: AskedDetector | None = None
 
     def asked(self) -> dict[str, Any]:
         """What goes on the job's row, JSON-safe."""
         return {
-            "mode": "prompts" if self.prompts else "automatic",
+            "mode": self._mode(),
             "prompts": self.prompts.as_json() if self.prompts else None,
+            "detector": self.detector.as_json() if self.detector else None,
             "params": dict(self.params),
             "label": self.label,
             "include": list(self.include),
@@ -50,9 +53,16 @@ class Request:
     def model_version(self) -> str:
         """Changes with whatever changes the masks, and with nothing else."""
         spec = models.find(self.model)
+        if self.detector:
+            return models.model_version(spec, what_detections_compute(self.detector, self.params))
         if self.prompts:
             return models.model_version(spec, what_prompts_compute(self.prompts.sha256, self.params, self.label))
         return models.model_version(spec, what_is_computed(spec, self.params, self.label))
+
+    def _mode(self) -> str:
+        if self.detector:
+            return "detector"
+        return "prompts" if self.prompts else "automatic"
 
 
 def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
@@ -67,6 +77,11 @@ def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: s
 def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
     """The same for a job with prompts: equal exactly where the prompts of every asset are."""
     return {"mode": "prompts", "prompts": sha256, "params": asdict(PromptParams(**params)), "label": label}
+
+
+def what_detections_compute(detector: AskedDetector, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a job with a detector, whose files' identity stands for their content."""
+    return {"mode": "detector", "detector": detector.what_is_computed(), "params": asdict(PromptParams(**params))}
 
 
 def submit_job(db: Connection, request: Request) -> Job:

@@ -14,7 +14,7 @@ class DeviceFault(StrEnum):
 
 def device_fault(error: BaseException) -> DeviceFault | None:
     """Classify an error raised by a model; frees cached device memory when it was full."""
-    full = ("can't allocate memory", "_ALLOC_FAILED", "CUDA out of memory")
+    full = ("can't allocate memory", "_ALLOC_FAILED", "CUDA out of memory", "Failed to allocate memory")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in full):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
