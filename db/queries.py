@@ -366,11 +366,12 @@ def assets_with_unused_prompts(db: Connection, *, job_id: int, limit: int) -> tu
 
 
 def classes_of(db: Connection, *, job_id: int) -> dict[str, int]:
-    """How many boxes of each class a job's detector gave that became masks, the most frequent first."""
+    """How many masks a job has of each class of its detector, or of each phrase, the most frequent first."""
     statement = text(
-        """SELECT m.prompt->>'class' AS class, count(DISTINCT (m.asset_id, m.prompt->'index')) AS n
+        """SELECT coalesce(m.prompt->>'class', m.prompt->>'text') AS class, count(*) AS n
            FROM asset a JOIN mask m ON m.asset_id = a.id
-           WHERE a.job_id = :job_id AND m.prompt->>'class' IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1"""
+           WHERE a.job_id = :job_id AND coalesce(m.prompt->>'class', m.prompt->>'text') IS NOT NULL
+           GROUP BY 1 ORDER BY 2 DESC, 1"""
     )
     return {row[0]: row.n for row in db.execute(statement, {"job_id": job_id})}
 

@@ -1,14 +1,57 @@
-"""From the words of --detector, --detector-threshold, --classes and --label-map to what goes on a job's row."""
+"""From the words of --detector, its companions and --text to what goes on a job's row."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from workers.detector_files import DetectorError, examine, require_classes
-from workers.detectors import DEFAULT_THRESHOLD, AskedDetector
-from workers.prompts import is_storable
+from workers.detector_files import DetectorError, DetectorKind, examine, require_classes
+from workers.detectors import AskedDetector
+from workers.prompts import PromptError, is_storable, parse_prompt
+
+# A phrase's boxes score lower than a class's: Grounding DINO's and OWLv2's authors ask for 0.25 to 0.4 and 0.1 to 0.3.
+_DEFAULT_THRESHOLDS = {
+    DetectorKind.TRANSFORMERS: 0.5,
+    DetectorKind.ONNX: 0.5,
+    DetectorKind.OPEN_VOCABULARY: 0.3,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phrase:
+    """What --text asks: a phrase, and the label of its masks."""
+
+    text: str
+    label: str
+
+    def as_json(self) -> dict[str, str]:
+        """A prompt's JSON."""
+        return {"text": self.text, "label": self.label}
+
+
+def read_phrases(words: Sequence[str]) -> list[Phrase]:
+    r"""Read `phrase` or `phrase:label`; a colon of the phrase is written `\:`.
+
+    Raises PromptError for one that is empty or comes twice.
+    """
+    phrases = [_read_phrase(word) for word in words]
+    for n, phrase in enumerate(phrases):
+        if phrase.text in (earlier.text for earlier in phrases[:n]):
+            raise PromptError(f"--text {phrase.text!r} comes twice")
+    return phrases
+
+
+def _read_phrase(word: str) -> Phrase:
+    parts = [part.replace(r"\:", ":").strip() for part in re.split(r"(?<!\\):", word)]
+    if len(parts) > 2 or not all(parts):
+        raise PromptError(rf"--text {word!r}: expected a phrase, or phrase:label; a colon of the phrase is written \:")
+    text, label = parts[0], parts[-1]
+    parse_prompt({"text": text, "label": label})
+    return Phrase(text=text, label=label)
 
 
 def read_detector(
@@ -19,13 +62,15 @@ def read_detector(
     Raises DetectorError for a detector that is not there or not one, an unknown class, a label map that cannot be read.
     """
     files = examine(name)
+    if files.kind is DetectorKind.OPEN_VOCABULARY and (classes or label_map):
+        raise DetectorError(f"detector {name} has no classes of its own: --text phrase:label says what it looks for")
     wanted = tuple(dict.fromkeys(word.strip() for word in (classes or "").split(",") if word.strip()))
     require_classes(files, wanted)
     return AskedDetector(
         name=files.name,
         kind=files.kind,
         identity=files.identity,
-        threshold=DEFAULT_THRESHOLD if threshold is None else threshold,
+        threshold=_DEFAULT_THRESHOLDS[files.kind] if threshold is None else threshold,
         classes=wanted,
         label_map=read_label_map(label_map) if label_map else None,
     )

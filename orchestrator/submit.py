@@ -11,6 +11,7 @@ from sqlalchemy import Connection
 
 from db import queries
 from db.queries import Job, NewAsset
+from orchestrator.detection import Phrase
 from orchestrator.prompt_files import PromptFile
 from workers import models
 from workers.detectors import AskedDetector
@@ -36,6 +37,7 @@ class Request:
     fresh: bool = False
     prompts: PromptFile | None = None
     detector: AskedDetector | None = None
+    text: Sequence[Phrase] = ()
 
     def asked(self) -> dict[str, Any]:
         """What goes on the job's row, JSON-safe."""
@@ -43,6 +45,7 @@ class Request:
             "mode": self._mode(),
             "prompts": self.prompts.as_json() if self.prompts else None,
             "detector": self.detector.as_json() if self.detector else None,
+            "text": [phrase.as_json() for phrase in self.text] or None,
             "params": dict(self.params),
             "label": self.label,
             "include": list(self.include),
@@ -53,16 +56,23 @@ class Request:
     def model_version(self) -> str:
         """Changes with whatever changes the masks, and with nothing else."""
         spec = models.find(self.model)
-        if self.detector:
-            return models.model_version(spec, what_detections_compute(self.detector, self.params))
-        if self.prompts:
-            return models.model_version(spec, what_prompts_compute(self.prompts.sha256, self.params, self.label))
-        return models.model_version(spec, what_is_computed(spec, self.params, self.label))
+        detector = {"detector": self.detector.what_is_computed()} if self.detector else {}
+        if self.text:
+            computed = what_text_computes(self.text, self.params)
+        elif self.prompts:
+            computed = what_prompts_compute(self.prompts.sha256, self.params, self.label)
+        elif self.detector:
+            computed = {"mode": "detector", "params": asdict(PromptParams(**self.params))}
+        else:
+            computed = what_is_computed(spec, self.params, self.label)
+        return models.model_version(spec, computed | detector)
 
     def _mode(self) -> str:
-        if self.detector:
-            return "detector"
-        return "prompts" if self.prompts else "automatic"
+        if self.text:
+            return "text"
+        if self.prompts:
+            return "prompts"
+        return "detector" if self.detector else "automatic"
 
 
 def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
@@ -79,9 +89,9 @@ def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | No
     return {"mode": "prompts", "prompts": sha256, "params": asdict(PromptParams(**params)), "label": label}
 
 
-def what_detections_compute(detector: AskedDetector, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a job with a detector, whose files' identity stands for their content."""
-    return {"mode": "detector", "detector": detector.what_is_computed(), "params": asdict(PromptParams(**params))}
+def what_text_computes(text: Sequence[Phrase], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a job with phrases."""
+    return {"mode": "text", "text": [phrase.as_json() for phrase in text], "params": asdict(PromptParams(**params))}
 
 
 def submit_job(db: Connection, request: Request) -> Job:

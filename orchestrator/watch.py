@@ -128,10 +128,12 @@ def print_job(
     published: Sequence[Published] = (),
     prompts: dict[str, Any] | None = None,
     detector: dict[str, Any] | None = None,
+    phrases: list[dict[str, Any]] | None = None,
 ) -> None:
     """One job's page: how far it is, what was left out, what went wrong, and what to do about it.
 
-    prompts: what `prompts_report` gives. detector: what `detector_report` gives.
+    prompts: what `prompts_report` gives. detector: what `detector_report` gives. phrases: what `text_report`
+    gives.
     """
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -153,6 +155,7 @@ def print_job(
         else "",
         **(prompt_rows(prompts) if prompts else {}),
         **(detector_rows(detector) if detector else {}),
+        **(text_rows(phrases) if phrases else {}),
         **{f"published to {p.project_id}": _published(p) for p in published},
     }
     for name, value in rows.items():
@@ -290,7 +293,7 @@ def prompt_rows(report: dict[str, Any]) -> dict[str, str]:
 def detector_report(db: Connection, job: Job) -> dict[str, Any] | None:
     """What a job's detector found so far; None for a job without one.
 
-    found: class -> boxes that became masks. unmapped: those of them that the label map does not name, which keep their
+    found: class or phrase -> masks. unmapped: those of them that the label map does not name, which keep their
     own names as labels. unused: assets with boxes that could not be used, of which the first few are named.
     """
     asked: dict[str, Any] | None = job.asked.get("detector")
@@ -323,6 +326,21 @@ def detector_rows(report: dict[str, Any]) -> dict[str, str]:
 
 def _classes(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n:,} {name}" for name, n in counts.items())
+
+
+def text_report(db: Connection, job: Job) -> list[dict[str, Any]] | None:
+    """A job's phrases with their labels and how many masks each has so far, none included; None for a job without."""
+    asked: list[dict[str, Any]] | None = job.asked.get("text")
+    if asked is None:
+        return None
+    found = queries.classes_of(db, job_id=job.id)
+    return [{**phrase, "masks": found.get(phrase["text"], 0)} for phrase in asked]
+
+
+def text_rows(report: list[dict[str, Any]]) -> dict[str, str]:
+    """The line of a job's page about its phrases."""
+    named = (f"{p['masks']:,} {p['text']}{'' if p['label'] == p['text'] else ' as ' + p['label']}" for p in report)
+    return {"text": ", ".join(named)}
 
 
 def failed_table(failed: Sequence[FailedAsset]) -> Table:

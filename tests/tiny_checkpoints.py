@@ -22,11 +22,11 @@ def save_detector(family: str, folder: Path) -> Path:
     return folder
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path, noise: float = 0.1) -> None:
     """Save a model whose weights are random everywhere: some heads begin as zeros, and answer alike to all images."""
     generator = torch.Generator().manual_seed(5)
     for weights in model.parameters():
-        weights.data += 0.1 * torch.randn(weights.shape, generator=generator)
+        weights.data += noise * torch.randn(weights.shape, generator=generator)
     model.save_pretrained(folder)
 
 
@@ -105,3 +105,105 @@ def _rf_detr() -> torch.nn.Module:
             label2id={label: number for number, label in LABELS.items()},
         )
     )
+
+
+WORDS = ("red", "blue", "bus", "car", "a", "square", "person", ".")
+
+
+def save_phrase_detector(family: str, folder: Path) -> Path:
+    """A transformers checkpoint that boxes what phrases say, with its processor: grounding_dino or owlv2."""
+    model, processor = {"grounding_dino": _grounding_dino, "owlv2": _owlv2}[family](folder / "words")
+    save(model, folder, noise=0.02)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _bert_tokenizer(folder: Path) -> Any:
+    from transformers import BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "?")))
+    return BertTokenizerFast.from_pretrained(folder, model_max_length=16)
+
+
+def clip_tokenizer(folder: Path, most: int) -> Any:
+    """A CLIP tokenizer whose vocabulary is letters, so that every phrase has tokens of its own."""
+    import json
+
+    from transformers import CLIPTokenizerFast
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,:"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizerFast.from_pretrained(folder, model_max_length=most, pad_token="<|endoftext|>")
+
+
+def _grounding_dino(folder: Path) -> tuple[Any, Any]:
+    from transformers import (
+        BertConfig,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    tokenizer = _bert_tokenizer(folder)
+    backbone = SwinConfig(
+        image_size=64,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    text = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    config = GroundingDinoConfig(
+        backbone_config=backbone,
+        text_config=text,
+        d_model=32,
+        encoder_layers=2,
+        encoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_layers=2,
+        decoder_ffn_dim=32,
+        decoder_attention_heads=2,
+        num_queries=10,
+        max_text_len=16,
+        num_feature_levels=4,
+    )
+    pictures = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    return GroundingDinoForObjectDetection(config), GroundingDinoProcessor(pictures, tokenizer)
+
+
+def _owlv2(folder: Path) -> tuple[Any, Any]:
+    from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
+
+    tokenizer = clip_tokenizer(folder, 16)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Owlv2Config(
+        text_config={
+            **sizes,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 16,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**sizes, "image_size": 64, "patch_size": 16},
+        projection_dim=32,
+    )
+    model = Owlv2ForObjectDetection(config)
+    for weights in (model.box_head.dense2.weight, model.class_head.dense0.weight):
+        weights.data *= 0.01  # else every answer is at an end of its sigmoid
+    pictures = Owlv2ImageProcessor(size={"height": 64, "width": 64})
+    return model, Owlv2Processor(pictures, tokenizer)

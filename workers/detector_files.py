@@ -27,7 +27,12 @@ class DetectorError(ModelError):
 
 class DetectorKind(StrEnum):
     TRANSFORMERS = "transformers"  # an object-detection checkpoint with classes of its own
+    OPEN_VOCABULARY = "open-vocabulary"  # a checkpoint that boxes what phrases say
     ONNX = "onnx"  # a graph with the outputs of mmdeploy's RTMDet
+
+
+# What config.json calls the checkpoints that AutoModelForZeroShotObjectDetection loads.
+_OPEN_VOCABULARY = frozenset({"grounding-dino", "mm-grounding-dino", "owlvit", "owlv2"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +40,8 @@ class DetectorFiles:
     """What is known of a detector without loading it.
 
     name: as a job remembers it: an absolute path, a name in the weights folder, or a hub name. identity: "sha256:" of
-    its files, or "commit:" of the hub. classes: its names in its order; empty where its files do not say.
+    its files, or "commit:" of the hub. classes: its names in its order; empty where its files do not say, and where
+    it takes phrases.
     """
 
     name: str
@@ -144,6 +150,8 @@ def _read_config(name: str, content: bytes) -> tuple[DetectorKind, tuple[str, ..
         raise DetectorError(f"detector {name}: config.json is no configuration of transformers ({error})") from error
     if not architecture.endswith("ForObjectDetection"):
         raise DetectorError(f"detector {name}: its architecture is {architecture}, expected one …ForObjectDetection")
+    if config.get("model_type") in _OPEN_VOCABULARY:
+        return DetectorKind.OPEN_VOCABULARY, ()
     return DetectorKind.TRANSFORMERS, tuple(numbered[number] for number in sorted(numbered))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from workers.detector_files import DetectorError, DetectorKind, require_library, require_same_files
@@ -17,9 +17,12 @@ from workers.prompts import Box, Prompt, PromptError, fit
 
 _LOADERS = {
     DetectorKind.TRANSFORMERS: "workers.models.transformers_detector",
+    DetectorKind.OPEN_VOCABULARY: "workers.models.open_vocabulary",
     DetectorKind.ONNX: "workers.models.onnx_detector",
 }
-DEFAULT_THRESHOLD = 0.5
+
+Asked = tuple[Prompt, dict[str, Any]]
+"""A prompt fitted to its image, and what its masks' rows say of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +94,24 @@ class Detector(Protocol):
         ...
 
 
+class PhraseDetector(Protocol):
+    """A loaded detector of what phrases say. Stateless; threads may share it."""
+
+    def find(self, image: RgbImage, phrases: Sequence[str], *, threshold: float) -> list[list[Detection]]:
+        """The boxes above the threshold for each phrase, in their order, each asked as if it were alone.
+
+        A detection's class_name is its phrase. May raise torch.cuda.OutOfMemoryError. Raises PromptError for a phrase
+        that is too long, ModelOutputError where scores are NaN.
+        """
+        ...
+
+
 def prompts_of(
     detections: Sequence[Detection], asked: AskedDetector, size_wh: tuple[int, int]
-) -> tuple[list[tuple[Prompt, dict[str, Any]]], list[str]]:
+) -> tuple[list[Asked], list[str]]:
     """Boxes as prompts fitted to an image of this size, each with what its masks' rows say; and what is wrong with the
     others. A row's `index` counts the detector's boxes, its `class` is the detector's own name of it."""
-    usable: list[tuple[Prompt, dict[str, Any]]] = []
+    usable: list[Asked] = []
     wrong: list[str] = []
     for index, found in enumerate(detections):
         label = asked.label_of(found.class_name)
@@ -109,11 +124,46 @@ def prompts_of(
     return usable, wrong
 
 
-_loaded: dict[tuple[str, str, str], Detector] = {}
+_loaded: dict[tuple[str, str, str], Detector | PhraseDetector] = {}
 _loading = threading.Lock()
 
 
-def load(asked: AskedDetector, device: str) -> Detector:
+def boxes_of_phrases(
+    detector: PhraseDetector, image: RgbImage, prompts: Sequence[Asked], threshold: float
+) -> tuple[list[Asked], list[str]]:
+    """The prompts of an image with each that is by text alone replaced by the boxes that the detector finds for it, any
+    number; and what is wrong with other boxes. A prompt that says where keeps its box or points, its text as its label.
+
+    The row of such a box has its prompt's number and text, the box and its score. Raises what `find` raises.
+    """
+    phrases = list(dict.fromkeys(prompt.text for prompt, _ in prompts if prompt.text and _is_text_alone(prompt)))
+    boxes = dict(zip(phrases, detector.find(image, phrases, threshold=threshold) if phrases else [], strict=True))
+    usable: list[Asked] = []
+    wrong: list[str] = []
+    for prompt, row in prompts:
+        if prompt.text is None or not _is_text_alone(prompt):
+            usable.append((replace(prompt, text=None, label=prompt.label or prompt.text), row))
+            continue
+        for found in boxes[prompt.text]:
+            try:
+                boxed = _box_of_phrase(found, prompt, image)
+            except PromptError as error:
+                wrong.append(f"a box of {prompt.text!r}: {error}")
+                continue
+            usable.append((boxed, {**row, "box_xyxy": boxed.box_xyxy, "score": boxed.score}))
+    return usable, wrong
+
+
+def _is_text_alone(prompt: Prompt) -> bool:
+    return prompt.kinds == {"text"}
+
+
+def _box_of_phrase(found: Detection, prompt: Prompt, image: RgbImage) -> Prompt:
+    label = prompt.label or prompt.text
+    return fit(Prompt(box_xyxy=found.box_xyxy, score=found.score, label=label), (image.shape[1], image.shape[0]))
+
+
+def load(asked: AskedDetector, device: str) -> Detector | PhraseDetector:
     """The detector of a job on this device ("cpu", "cuda:0"), loaded on the first call and kept.
 
     Raises DetectorError where its library or files are missing, or the files are not those that the job was given.
@@ -124,6 +174,6 @@ def load(asked: AskedDetector, device: str) -> Detector:
             require_library(asked.kind)
             path = require_same_files(asked.name, asked.identity)
             module = importlib.import_module(_LOADERS[asked.kind])
-            loaded: Detector = module.load(asked, path, device)
+            loaded: Detector | PhraseDetector = module.load(asked, path, device)
             _loaded[key] = loaded
         return _loaded[key]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -24,12 +24,12 @@ from db.models import PromptMatch
 from db.queries import Asset, ClaimedChunk, LeaseLost, NewOutcome, StoredMask
 from db.settings import Settings
 from workers import detectors, models
-from workers.detectors import AskedDetector, Detection, Detector
+from workers.detectors import Asked, AskedDetector, Detection, Detector, PhraseDetector
 from workers.errors import AssetError, ErrorKind, TransientError, redact
 from workers.images import RgbImage, decode
 from workers.masks import Mask
 from workers.params import automatic_params
-from workers.prompts import Prompt, PromptParams, fit_all
+from workers.prompts import Prompt, PromptError, PromptParams, fit_all
 from workers.storage import Source, open_source
 
 _LOOKAHEAD = 2  # batches marked and decoded beyond the one on the device, so that it never waits for a commit
@@ -40,13 +40,13 @@ _SHOWN_REASONS = 5
 log = logging.getLogger(__name__)
 
 LoadModel = Callable[[str], models.Model]
-LoadDetector = Callable[[AskedDetector], Detector]
+LoadDetector = Callable[[AskedDetector], Detector | PhraseDetector]
 Encode = Callable[[Sequence[RgbImage]], list[Any]]
 """What a look needs of each of some images: the model's embedding, at least."""
 Look = Callable[[Asset, RgbImage, Any], "Found"]
 """Finds an asset's masks in its image with what the encoder made of that."""
-Asked = tuple[Prompt, dict[str, Any]]
-"""A prompt fitted to its image, and what its masks' rows say of it."""
+AskedOf = Callable[[Asset], Sequence[Any]]
+"""What is asked of an asset: prompts as they are stored."""
 
 
 class Draining(Exception):
@@ -191,12 +191,31 @@ class _ChunkRun:
         """How this job's images are encoded, and looked at; loads what it takes."""
         with _loading(self._worker, self._chunk, self._chunk.model):
             model = self._worker.load_model(self._chunk.model)
-        if stored := self._chunk.asked.get("detector"):
-            asked = detectors.asked_of_json(stored)
-            with _loading(self._worker, self._chunk, f"detector {asked.name}"):
-                detector = self._worker.load_detector(asked)
-            return _detecting(model, detector, asked), self._detected_look(model, asked)
-        return model.embed, self._automatic_look(model) if match is None else self._prompted_look(model, match)
+        asked_of = self._asked_of(match)
+        stored = self._chunk.asked.get("detector")
+        if stored is None:
+            return model.embed, self._automatic_look(model) if asked_of is None else self._prompted_look(
+                model, asked_of
+            )
+        asked = detectors.asked_of_json(stored)
+        with _loading(self._worker, self._chunk, f"detector {asked.name}"):
+            detector = self._worker.load_detector(asked)
+        if asked_of is None:
+            return _detecting(model, cast(Detector, detector), asked), self._detected_look(model, asked)
+        phrases = _Phrases(detector=cast(PhraseDetector, detector), threshold=asked.threshold)
+        return model.embed, self._prompted_look(model, asked_of, phrases)
+
+    def _asked_of(self, match: PromptMatch | None) -> AskedOf | None:
+        """Where an asset's prompts are: in the database, or the same phrases for all; None for a job without."""
+        text = self._chunk.asked.get("text")
+        if match is None:
+            return (lambda asset: text) if text else None
+
+        def stored(asset: Asset) -> Sequence[Any]:
+            with self._worker.engine.begin() as db:
+                return queries.prompts_of(db, asset_id=asset.id, match=match)
+
+        return stored
 
     def _pass_by_unprompted(self, assets: Sequence[Asset], match: PromptMatch) -> list[Asset]:
         """Label the assets that the job has no prompt for, with no masks and unread; returns the others."""
@@ -209,17 +228,25 @@ class _ChunkRun:
         params = automatic_params(models.find(self._chunk.model).defaults, self._chunk.asked.get("params", {}))
         return lambda asset, image, embedding: Found(masks=model.automatic(image, embedding, params))
 
-    def _prompted_look(self, model: models.Model, match: PromptMatch) -> Look:
+    def _prompted_look(self, model: models.Model, asked_of: AskedOf, phrases: _Phrases | None = None) -> Look:
+        """phrases: boxes what prompts say in text, for models that take none."""
+
         def look(asset: Asset, image: RgbImage, embedding: Any) -> Found:
-            with self._worker.engine.begin() as db:
-                asked = queries.prompts_of(db, asset_id=asset.id, match=match)
+            asked = asked_of(asset)
             height, width = image.shape[:2]
             usable, wrong = fit_all(asked, (width, height))
             if not usable:
                 raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {_list_unused(wrong, len(asked), 'prompts')}")
             prompts = [(prompt, {"index": index, **asked[index]}) for index, prompt in usable.items()]
-            masks = self._ask(model, image, embedding, prompts)
-            return Found(masks=masks, unused=_list_unused(wrong, len(asked), "prompts") if wrong else None)
+            unused = [_list_unused(wrong, len(asked), "prompts")] if wrong else []
+            try:
+                if phrases is not None:
+                    prompts, lost = phrases.box(image, prompts)
+                    unused += [_list_unused(lost, len(prompts) + len(lost), "boxes")] if lost else []
+                masks = self._ask(model, image, embedding, prompts)
+            except PromptError as error:
+                raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {error}") from error
+            return Found(masks=masks, unused="; ".join(unused) or None)
 
         return look
 
@@ -395,6 +422,17 @@ class _Detected:
 
     boxes: Sequence[Detection]
     embedding: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phrases:
+    """A job's detector of what phrases say."""
+
+    detector: PhraseDetector
+    threshold: float
+
+    def box(self, image: RgbImage, prompts: Sequence[Asked]) -> tuple[list[Asked], list[str]]:
+        return detectors.boxes_of_phrases(self.detector, image, prompts, self.threshold)
 
 
 def _detecting(model: models.Model, detector: Detector, asked: AskedDetector) -> Encode:

@@ -129,7 +129,7 @@ def _load_model(name: str) -> models.Model:
     return models.load(models.find(name), default_device())
 
 
-def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector:
+def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detectors.PhraseDetector:
     from workers.models.device import default_device
 
     return detectors.load(asked, default_device())

@@ -1,4 +1,4 @@
-"""Jobs with a detector through the real `maskfleet run`: masks where its boxes are, its classes as labels, its counts."""
+"""Jobs with a detector through the real `maskfleet run`: masks where its boxes are, its classes as labels, counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SQUARES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 
 
 def draw(folder: Path) -> Path:
-    """Coloured rectangles on images of 320 x 240; one is stored on its side with the EXIF mark that turns it upright."""
+    """Coloured rectangles on images of 320 x 240; one lies on its side with the EXIF mark that turns it upright."""
     folder.mkdir(parents=True)
     for name, squares in SQUARES.items():
         pixels = np.zeros((240, 320, 3), np.uint8)
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_the_hub_is_pinned_to_its_commit_and_run_from_the_cache(
     [
         (["--classes", "red"], "go with --detector"),
         (["--detector", "d.onnx", "--prompts", "p.jsonl"], "give one of them"),
-        (["--detector", "d.onnx", "--label", "thing"], "instead of --label"),
+        (["--detector", "d.onnx", "--label", "thing"], "renames it, not --label"),
         (["--detector", "d.onnx", "--classes", "red,bus"], "has no class 'bus'; it knows blue, green, red"),
         (["--detector", "d.onnx", "--label-map", "none.yaml"], "none.yaml: cannot be read"),
         (["--detector", "d.onnx", "--param", "points_per_side=3"], "known: multimask"),
@@ -141,6 +141,65 @@ def test_a_checkpoint_of_the_hub_is_pinned_to_its_commit_and_run_from_the_cache(
     ],
 )
 def test_wrong_usage_of_a_detector_is_said_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
+    write_colour_detector(tmp_path / "d.onnx", classes="\n".join(CLASSES))
+    done = run(".", "--out", "out", "--model", "stub", *words, code=2, cwd=tmp_path)
+    assert said in " ".join(done.stderr.split())
+    assert not (tmp_path / "out" / ".maskfleet" / "postgres").exists()
+
+
+def test_phrases_are_boxed_by_a_detector_masked_by_the_model_and_counted_apart(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from tests.tiny_checkpoints import save_phrase_detector
+
+    source, checkpoint = draw(tmp_path / "images"), save_phrase_detector("owlv2", tmp_path / "owl")
+    words = [source, "--out", tmp_path / "out", "--model", "stub", "--devices", "cpu", "--json"]
+    words += ["--detector", checkpoint, "--detector-threshold", "0"]
+
+    done = run(*words, "--text", "red bus", "--text", "person:pedestrian")
+
+    summary = json.loads(done.stdout)
+    assert summary["assets"] == {"listed": 3, "labeled": 3, "failed": 0}
+    assert [(p["text"], p["label"]) for p in summary["text"]] == [("red bus", "red bus"), ("person", "pedestrian")]
+    assert sum(p["masks"] for p in summary["text"]) == summary["masks"]
+    assert all(p["masks"] > 3 for p in summary["text"])
+    coco = COCO(tmp_path / "out" / "coco.json")
+    for annotation in coco.anns.values():
+        prompt = annotation["prompt"]
+        assert coco.cats[annotation["category_id"]]["name"] == prompt["label"]
+        assert (prompt["index"], prompt["text"], prompt["label"]) in (
+            (0, "red bus", "red bus"),
+            (1, "person", "pedestrian"),
+        )
+        x0, y0, x1, y1 = (round(v) for v in prompt["box_xyxy"])
+        assert coco.annToMask(annotation)[y0:y1, x0:x1].all()
+        assert coco.annToMask(annotation).sum() == (y1 - y0) * (x1 - x0)
+    assert "person as pedestrian" in done.stderr
+
+    lines = {
+        "side.jpg": [{"text": "car"}, {"box_xyxy": [1, 2, 30, 40], "label": "place"}],
+        "two.png": [{"text": "a" * 99}],
+    }
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"key": key, "prompts": prompts}) for key, prompts in lines.items()))
+    mixed = json.loads(run(*words, "--prompts", file, code=1).stdout)
+    [failed] = mixed["failed"]
+    assert (failed["key"], failed["error_kind"]) == ("two.png", "bad_prompt")
+    assert "tokens long, expected at most 16" in failed["error"]
+    assert mixed["without_prompts"] == 1
+    assert mixed["detector"]["found"].keys() == {"car"}
+    assert mixed["masks"] == mixed["detector"]["found"]["car"] + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--text", "bus"], "stub takes no text: choose a model that does"),
+        (["--text", "bus", "--prompts", "p.jsonl"], "a prompt line of the file may hold a text"),
+        (["--text", "bus", "--detector", "d.onnx"], "text needs a detector that takes phrases"),
+        (["--text", "a:b:c"], "expected a phrase, or phrase:label"),
+    ],
+)
+def test_wrong_usage_of_text_is_said_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:
     write_colour_detector(tmp_path / "d.onnx", classes="\n".join(CLASSES))
     done = run(".", "--out", "out", "--model", "stub", *words, code=2, cwd=tmp_path)
     assert said in " ".join(done.stderr.split())

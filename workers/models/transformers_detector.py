@@ -68,7 +68,7 @@ def load(asked: AskedDetector, path: Path | None, device: str) -> Detector:
     Only safetensors are read, and no code that comes with a checkpoint is run. Raises DetectorError where it cannot be
     loaded; torch.cuda.OutOfMemoryError where the device has no room.
     """
-    where, how = _whence(asked, path)
+    where, how = whence(asked, path)
     try:
         processor = AutoImageProcessor.from_pretrained(where, trust_remote_code=False, **how)
         model = load_whole(AutoModelForObjectDetection, where, how)
@@ -93,7 +93,8 @@ def load_whole(auto_class: Any, where: str, how: dict[str, Any]) -> Any:
     return model
 
 
-def _whence(asked: AskedDetector, path: Path | None) -> tuple[str, dict[str, Any]]:
+def whence(asked: AskedDetector, path: Path | None) -> tuple[str, dict[str, Any]]:
+    """Where from_pretrained finds a job's checkpoint: its folder, or the hub at the job's commit."""
     if path is None:
         return asked.name, {"revision": asked.identity.removeprefix("commit:")}
     return str(path), {"local_files_only": True}
