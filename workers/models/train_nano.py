@@ -315,9 +315,7 @@ def click_loss(
     # The best of the three learns most; the others follow a little, so that none is left to rot.
     losses = mask_losses(logits[:, :k], batch.targets)
     three = losses[..., 1:]
-    loss = (
-        three.amin(-1).mean() + 0.15 * three.mean() + 0.5 * losses[..., 0].mean() + IOU_WEIGHT * F.mse_loss(ious, true)
-    )
+    loss = three.amin(-1).mean() + 0.15 * three.mean() + 0.5 * losses[..., 0].mean() + IOU_WEIGHT * F.mse_loss(ious, true)
     guess = ious.detach()
     shown = guess[:, :k, 1:].argmax(-1, keepdim=True)
     report = {
