@@ -841,6 +841,11 @@ def _require_one_way(
     label: str | None,
 ) -> None:
     """Options that mean nothing together are refused."""
+    prompts = None if prompts == "grid" else prompts
+    if not (spec.automatic or detector or text or prompts):
+        _fail(f"{spec.name} makes no masks of everything: tell it what to look for with --text or --prompts")
+    if detector and "box" not in spec.prompts:
+        _fail(f"{spec.name} takes no boxes of a detector, only {' and '.join(spec.prompts)}")
     takes_phrases = detector is not None and detector.kind is DetectorKind.OPEN_VOCABULARY
     if text and prompts is not None:
         _fail("--text and --prompts both say where to look: a prompt line of the file may hold a text")
@@ -950,6 +955,7 @@ def _require_weights(spec: models.ModelSpec) -> None:
     """A run's worker is this machine's own: it would wait for weights in vain."""
     from workers.models.weights import remedy, verify
 
+    models.require_libraries(spec.name, spec.libraries)
     verified = verify(spec)
     if not verified.ok:
         _fail(f"{spec.name}: {verified.path} is {verified.found}; {remedy(spec)}")

@@ -62,7 +62,7 @@ class Request:
         elif self.prompts:
             computed = what_prompts_compute(self.prompts.sha256, self.params, self.label)
         elif self.detector:
-            computed = {"mode": "detector", "params": asdict(PromptParams(**self.params))}
+            computed = {"mode": "detector", "params": _prompt_params(self.params)}
         else:
             computed = what_is_computed(spec, self.params, self.label)
         return models.model_version(spec, computed | detector)
@@ -86,12 +86,18 @@ def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: s
 
 def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
     """The same for a job with prompts: equal exactly where the prompts of every asset are."""
-    return {"mode": "prompts", "prompts": sha256, "params": asdict(PromptParams(**params)), "label": label}
+    return {"mode": "prompts", "prompts": sha256, "params": _prompt_params(params), "label": label}
 
 
 def what_text_computes(text: Sequence[Phrase], params: Mapping[str, Any]) -> dict[str, Any]:
     """The same for a job with phrases."""
-    return {"mode": "text", "text": [phrase.as_json() for phrase in text], "params": asdict(PromptParams(**params))}
+    return {"mode": "text", "text": [phrase.as_json() for phrase in text], "params": _prompt_params(params)}
+
+
+def _prompt_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the threshold where it is the usual one: what was stored before there was a choice answers still."""
+    values = asdict(PromptParams(**params))
+    return {name: value for name, value in values.items() if (name, value) != ("text_threshold", 0.5)}
 
 
 def submit_job(db: Connection, request: Request) -> Job:

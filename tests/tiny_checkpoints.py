@@ -207,3 +207,45 @@ def _owlv2(folder: Path) -> tuple[Any, Any]:
         weights.data *= 0.01  # else every answer is at an end of its sigmoid
     pictures = Owlv2ImageProcessor(size={"height": 64, "width": 64})
     return model, Owlv2Processor(pictures, tokenizer)
+
+
+def save_sam3(folder: Path) -> Path:
+    """A checkpoint of SAM 3's image model with its processor."""
+    from transformers import Sam3Config, Sam3ImageProcessor, Sam3Model, Sam3Processor
+
+    tokenizer = clip_tokenizer(folder / "words", 32)
+    side = 56
+    layers = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    text = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32, "hidden_size": 32}
+    text |= {"vocab_size": len(tokenizer), "intermediate_size": 32, "projection_dim": 16}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    backbone = {
+        "model_type": "sam3_vit_model",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": side,
+        "patch_size": 7,
+        "window_size": 4,
+        "global_attn_indexes": [1],
+        "pretrain_image_size": 28,
+    }
+    grid = side // 7
+    config = Sam3Config(
+        vision_config={
+            "backbone_config": backbone,
+            "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[4 * grid, 4 * grid], [2 * grid, 2 * grid], [grid, grid]],
+        },
+        text_config=text,
+        geometry_encoder_config=layers,
+        detr_encoder_config=layers,
+        detr_decoder_config={**layers, "num_queries": 9},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 4},
+    )
+    save(Sam3Model(config), folder)
+    size = {"height": side, "width": side}
+    pictures = Sam3ImageProcessor(size=size, mask_size={"height": 4 * grid, "width": 4 * grid})
+    Sam3Processor(pictures, tokenizer).save_pretrained(folder)
+    return folder

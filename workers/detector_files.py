@@ -6,8 +6,6 @@ Torch-free, and without the libraries that run detectors: the command line looks
 from __future__ import annotations
 
 import ast
-import hashlib
-import importlib.util
 import io
 import json
 from collections.abc import Collection, Iterable, Sequence
@@ -16,7 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO
 
-from workers.models import ModelError, weights_dir
+from workers.models import ModelError, require_libraries, weights_dir
+from workers.models.folders import checkpoint_files, has_weights, identity
 
 _NAMED = 12  # class names in a message
 
@@ -74,26 +73,24 @@ def require_classes(files: DetectorFiles, wanted: Collection[str]) -> None:
 
 
 def require_library(kind: DetectorKind) -> None:
-    """Raises DetectorError where the library that runs such detectors is not installed."""
-    library = "onnxruntime" if kind is DetectorKind.ONNX else "transformers"
-    if importlib.util.find_spec(library) is None:
-        raise DetectorError(f"{kind} detectors need {library}: pip install 'maskfleet[models]'")
+    """Raises MissingLibraryError where the library that runs such detectors is not installed."""
+    require_libraries(f"a detector ({kind})", ("onnxruntime" if kind is DetectorKind.ONNX else "transformers",))
 
 
-def require_same_files(name: str, identity: str) -> Path | None:
+def require_same_files(name: str, asked: str) -> Path | None:
     """Where the files of a job's detector are on this machine; None for the hub's, which its commit identifies.
 
     Raises DetectorError where they are absent, or not those that the job was given.
     """
-    if identity.startswith("commit:"):
+    if asked.startswith("commit:"):
         return None
     path = weights_dir() / name  # an absolute name stays as it is
     if not path.exists():
         raise DetectorError(f"detector {name}: nothing at {path} on this machine; put the job's detector there")
     found = _examine_local(name, path)
-    if found.identity != identity:
+    if found.identity != asked:
         raise DetectorError(
-            f"detector {name}: {path} is {found.identity}, the job was given {identity}; put the same files there, or "
+            f"detector {name}: {path} is {found.identity}, the job was given {asked}; put the same files there, or "
             "submit again"
         )
     return path
@@ -113,16 +110,14 @@ def _examine_local(name: str, path: Path) -> DetectorFiles:
 def _examine_folder(name: str, folder: Path) -> DetectorFiles:
     if not (folder / "config.json").is_file():
         raise DetectorError(f"detector {name}: no config.json in the folder, expected a transformers checkpoint")
-    # Everything that from_pretrained reads; a pickled pytorch_model.bin it must not.
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".txt", ".safetensors"))
-    if not any(file.suffix == ".safetensors" for file in files):
+    if not has_weights(folder):
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:_NAMED])
         raise DetectorError(
             f"detector {name}: no .safetensors file among {found}; pickled weights could run code and are not loaded: "
             "bring the checkpoint as safetensors, as transformers' save_pretrained writes it"
         )
     kind, classes = _read_config(name, (folder / "config.json").read_bytes())
-    return DetectorFiles(name=name, kind=kind, identity=_identity(files), classes=classes)
+    return DetectorFiles(name=name, kind=kind, identity=_named(checkpoint_files(folder)), classes=classes)
 
 
 def _examine_on_hub(name: str) -> DetectorFiles:
@@ -157,17 +152,12 @@ def _read_config(name: str, content: bytes) -> tuple[DetectorKind, tuple[str, ..
 
 def _examine_onnx(name: str, path: Path) -> DetectorFiles:
     beside = [classes_file(path), path.with_name(f"{path.name}.data")]
-    identity = _identity([path, *(file for file in beside if file.is_file())])
-    return DetectorFiles(name=name, kind=DetectorKind.ONNX, identity=identity, classes=onnx_classes(path))
+    found = _named([path, *(file for file in beside if file.is_file())])
+    return DetectorFiles(name=name, kind=DetectorKind.ONNX, identity=found, classes=onnx_classes(path))
 
 
-def _identity(files: Iterable[Path]) -> str:
-    """Equal exactly where names and contents are."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
+def _named(files: Iterable[Path]) -> str:
+    return f"sha256:{identity(files)}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -190,6 +190,7 @@ class _ChunkRun:
     def _ways(self, match: PromptMatch | None) -> tuple[Encode, Look]:
         """How this job's images are encoded, and looked at; loads what it takes."""
         with _loading(self._worker, self._chunk, self._chunk.model):
+            models.require_same_weights(models.find(self._chunk.model), self._chunk.model_version)
             model = self._worker.load_model(self._chunk.model)
         asked_of = self._asked_of(match)
         stored = self._chunk.asked.get("detector")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workers.params import ParamError
@@ -219,21 +219,33 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptParams:
-    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three."""
+    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three.
+    text_threshold: 0..1, the masks of a text or an example count that a model scores above it."""
 
     multimask: Literal["best", "all"] = "best"
+    text_threshold: float = 0.5
 
     def __post_init__(self) -> None:
         if self.multimask not in ("best", "all"):
             raise ParamError(f"multimask={self.multimask!r}: expected best (one mask a prompt) or all (three)")
+        if not 0 <= self.text_threshold <= 1:
+            raise ParamError(f"text_threshold={self.text_threshold}: expected 0..1")
 
 
 def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
     """Read `name=value` texts of the command line. Raises ParamError naming what was given and what is expected."""
+    values: dict[str, Any] = dict(texts)
     for name in texts:
-        if name != "multimask":
-            raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: multimask")
-    return asdict(PromptParams(**texts)) if texts else {}  # type: ignore[arg-type]  # checked by itself
+        if name not in PromptParams.__dataclass_fields__:
+            known = ", ".join(PromptParams.__dataclass_fields__)
+            raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: {known}")
+    if "text_threshold" in values:
+        try:
+            values["text_threshold"] = float(values["text_threshold"])
+        except ValueError as error:
+            raise ParamError(f"text_threshold={texts['text_threshold']!r}: expected a number, 0..1") from error
+    PromptParams(**values)
+    return values
 
 
 def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:

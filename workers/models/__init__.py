@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import threading
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeAlias, cast
 from db.settings import settings
 from workers.images import RgbImage
 from workers.masks import Mask
+from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.params import AutomaticParams
 from workers.prompts import Prompt, PromptKind, PromptParams
 
@@ -34,6 +36,10 @@ class UnknownModelError(ModelError):
     """The name is in no registry entry."""
 
 
+class MissingLibraryError(ModelError):
+    """A library of the optional extra `models` is needed and not installed."""
+
+
 class WeightsError(ModelError):
     """The weights are absent, damaged, another model's, or cannot be downloaded."""
 
@@ -44,7 +50,9 @@ class ModelSpec:
 
     loader: "module:function", called as function(spec, device). weights_file: name in the weights folder, or beside
     this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
-    takes besides automatic masks. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration: too
+    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. hub: where a model
+    comes from whose weights are a folder, weights_file, with no sha256 of its own but its content's. automatic: whether
+    it makes masks without prompts. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration: too
     small for real work, and said so wherever its masks are shown.
     """
 
@@ -58,6 +66,9 @@ class ModelSpec:
     parameter_count: int
     prompts: tuple[PromptKind, ...]
     licence: str
+    libraries: tuple[str, ...] = ()
+    hub: str | None = None
+    automatic: bool = True
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     demonstration: bool = False
 
@@ -148,6 +159,21 @@ MODELS: dict[str, ModelSpec] = {
         },
         demonstration=True,
     ),
+    "sam3": ModelSpec(
+        name="sam3",
+        family="sam3",
+        loader="workers.models.sam3:load",
+        weights_file="sam3",
+        url=None,
+        sha256="",
+        size_bytes=0,
+        parameter_count=840_376_374,
+        prompts=("text", "exemplar"),
+        licence="SAM License",
+        libraries=("transformers",),
+        hub="facebook/sam3",
+        automatic=False,
+    ),
 }
 
 _loaded: dict[tuple[str, str, str], Model] = {}
@@ -163,7 +189,7 @@ def find(name: str) -> ModelSpec:
 
 def weights_path(spec: ModelSpec) -> Path:
     """Where this model's weights are, or would be once pulled; nothing is looked at."""
-    if spec.url is None:
+    if spec.url is None and spec.hub is None:
         return Path(__file__).with_name(spec.weights_file)
     return weights_dir() / spec.weights_file
 
@@ -181,7 +207,48 @@ def weights_dir() -> Path:
 
 def is_present(spec: ModelSpec) -> bool:
     """Whether a file lies where the weights belong; whether it is the right one is for `weights.verify` and `load`."""
+    if spec.hub is not None:
+        return has_weights(weights_path(spec))
     return weights_path(spec).is_file()
+
+
+def weights_sha256(spec: ModelSpec) -> str:
+    """The sha256 that stands for the model's weights: the pinned one, or, of a folder, that of what lies here.
+
+    Raises WeightsError where that folder is absent.
+    """
+    if spec.hub is None:
+        return spec.sha256
+    folder = weights_path(spec)
+    if not has_weights(folder):
+        raise WeightsError(f"{spec.name}: no weights at {folder}; run `maskfleet models pull {spec.name}`")
+    return identity(checkpoint_files(folder))
+
+
+def require_same_weights(spec: ModelSpec, version: str) -> None:
+    """Raise WeightsError where a job of this model_version was given another folder than lies here."""
+    if spec.hub is None:
+        return
+    found = weights_sha256(spec)[:8]
+    asked = version.removeprefix(f"{spec.name}@").partition("+")[0]
+    if found != asked:
+        raise WeightsError(
+            f"{spec.name}: {weights_path(spec)} is {found}, the job was given {asked}; put the same files there, or "
+            "submit again"
+        )
+
+
+def missing_libraries(libraries: Sequence[str]) -> list[str]:
+    """Those that are not installed; none is imported."""
+    return [name for name in libraries if importlib.util.find_spec(name) is None]
+
+
+def require_libraries(what: str, libraries: Sequence[str]) -> None:
+    """Raise MissingLibraryError, naming what needs them, where one of these is not installed."""
+    if missing := missing_libraries(libraries):
+        raise MissingLibraryError(
+            f'{what} needs {" and ".join(missing)}, not installed here: run `pip install "maskfleet[models]"`'
+        )
 
 
 def largest_present() -> ModelSpec:
@@ -199,16 +266,17 @@ def model_version(spec: ModelSpec, asked: Mapping[str, Any]) -> str:
     infinity and TypeError for what JSON cannot hold.
     """
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return f"{spec.name}@{spec.sha256[:8]}+{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+    return f"{spec.name}@{weights_sha256(spec)[:8]}+{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
 
 def load(spec: ModelSpec, device: str) -> Model:
     """The model on this device ("cpu", "cuda", "cuda:1"), loaded on the first call and kept. Threads may call it.
 
-    Raises WeightsError where the file is absent, damaged or another model's, torch.cuda.OutOfMemoryError where the
-    device has no room for it.
+    Raises WeightsError where the file is absent, damaged or another model's, MissingLibraryError where its libraries
+    are not installed, torch.cuda.OutOfMemoryError where the device has no room for it.
     """
-    key = (spec.name, spec.sha256, device)
+    require_libraries(spec.name, spec.libraries)
+    key = (spec.name, weights_sha256(spec), device)
     with _loading:
         if key not in _loaded:
             module, function = spec.loader.split(":")
