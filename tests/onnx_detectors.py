@@ -17,6 +17,7 @@ def write_colour_detector(
     path: Path,
     *,
     size_hw: tuple[int | str, int | str] = (160, 192),
+    batch: int | str | None = 1,
     constant: Sequence[tuple[float, float, float, float, float, int]] = (),
     metadata: str | None = None,
     classes: str | None = None,
@@ -24,7 +25,8 @@ def write_colour_detector(
     """Write a graph with mmdeploy's outputs: for each colour x0, y0, x1, y1 in the input's pixels and a score.
 
     What enters is normalised as RTMDet wants it, BGR: above 2 a channel is full, below -1 it is empty. constant: boxes
-    (x0, y0, x1, y1, score, class number) that it gives besides, whatever the image.
+    (x0, y0, x1, y1, score, class number) that it gives besides, whatever the image. batch: images at once, any number
+    where it is a name; None for one, in outputs (k, 5) and (k,).
     """
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
@@ -59,23 +61,25 @@ def write_colour_detector(
         (x0, x1), (y0, y1) = edges
         found = make("ReduceMax", [across, value([1], np.int64)], keepdims=1)
         parts = [x0, y0, make("Add", [x1, one]), make("Add", [y1, one])]
-        rows.append(make("Concat", [*parts, make("Mul", [found, value(score, np.float32)])], axis=1))
-    boxes = make("Unsqueeze", [make("Concat", rows, axis=0), value([0], np.int64)])
+        row = make("Concat", [*parts, make("Mul", [found, value(score, np.float32)])], axis=1)
+        rows.append(make("Unsqueeze", [row, value([1], np.int64)]))
+    boxes = make("Concat", rows, axis=1)
     if constant:
         boxes = make("Concat", [boxes, value([[row[:5] for row in constant]], np.float32)], axis=1)
-    make("Identity", [boxes])
-    nodes[-1].output[0] = "dets"
-    nodes.append(
-        helper.make_node("Identity", [value([[0, 1, 2, *(row[5] for row in constant)]], np.int64)], ["labels"])
-    )
+    numbers = value([[0, 1, 2, *(row[5] for row in constant)]], np.int64)
+    images = make("Shape", ["image"], end=1)
+    labels = make("Expand", [numbers, make("Concat", [images, value([3 + len(constant)], np.int64)], axis=0)])
+    for made, name in ((boxes, "dets"), (labels, "labels")):
+        make("Squeeze", [made, value([0], np.int64)]) if batch is None else make("Identity", [made])
+        nodes[-1].output[0] = name
 
     graph = helper.make_graph(
         nodes,
         "colours",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, *size_hw])],
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch or 1, 3, *size_hw])],
         [
-            helper.make_tensor_value_info("dets", TensorProto.FLOAT, [1, None, 5]),
-            helper.make_tensor_value_info("labels", TensorProto.INT64, [1, None]),
+            helper.make_tensor_value_info("dets", TensorProto.FLOAT, [batch, None, 5] if batch else [None, 5]),
+            helper.make_tensor_value_info("labels", TensorProto.INT64, [batch, None] if batch else [None]),
         ],
         constants,
     )

@@ -31,11 +31,12 @@ def found_by(asked: AskedDetector, *images: np.ndarray) -> list[list[Detection]]
     return detectors.load(asked, "cpu").detect(images, threshold=asked.threshold)
 
 
+@pytest.mark.parametrize("batch", [1, "n", 2, None])
 @pytest.mark.parametrize("size_hw", [(160, 192), ("h", "w")])
 def test_an_onnx_detectors_boxes_are_in_the_pixels_of_images_of_any_shape(
-    tmp_path: Path, size_hw: tuple[int | str, int | str]
+    tmp_path: Path, size_hw: tuple[int | str, int | str], batch: int | str | None
 ) -> None:
-    path = write_colour_detector(tmp_path / "d.onnx", size_hw=size_hw, classes=NAMES)
+    path = write_colour_detector(tmp_path / "d.onnx", size_hw=size_hw, batch=batch, classes=NAMES)
     wide = paint((200, 500), red=(310, 40, 400, 120))
     tall = paint((333, 111), red=(10, 200, 60, 320), blue=(70, 20, 100, 90))
     empty = paint((50, 50))
