@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -132,6 +133,10 @@ TextOption = Annotated[
         "--detector a Grounding DINO or OWLv2 checkpoint.",
     ),
 ]
+DecoderOption = Annotated[
+    str | None,
+    typer.Option("--decoder", help="What runs SAM's decoder: torch (the default) or onnx, with onnxruntime."),
+]
 LabelOption = Annotated[str | None, typer.Option("--label", help="The class of every mask, for jobs with one class.")]
 IncludeOption = Annotated[
     list[str] | None, typer.Option("--include", help="Take keys that match this glob, whatever their suffix.")
@@ -172,6 +177,7 @@ def run(
     label_map: LabelMapOption = None,
     text: TextOption = None,
     param: ParamOption = None,
+    decoder: DecoderOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -190,13 +196,18 @@ def run(
     asked = _read_detector(detector, detector_threshold, classes, label_map)
     phrases = read_phrases(text or [])
     _require_one_way(chosen, asked, phrases, prompts, label)
-    request = _request(source, chosen.name, prompts, asked, phrases, param, label, include, exclude, limit, fresh, name)
+    params = _with_decoder(param, decoder)
+    request = _request(
+        source, chosen.name, prompts, asked, phrases, params, label, include, exclude, limit, fresh, name
+    )
     if dry_run:
         _dry_run(request, as_json)
         return
     _require_weights(chosen)
     if asked:
         require_library(asked.kind)
+    if request.params.get("decoder") == "onnx":
+        models.require_libraries("--decoder onnx", models.ONNX_LIBRARIES)
     notice = _demonstration_notice() if chosen.demonstration else None
     if notice and not model:
         err.print(notice, style="yellow")
@@ -216,6 +227,7 @@ def submit(
     label_map: LabelMapOption = None,
     text: TextOption = None,
     param: ParamOption = None,
+    decoder: DecoderOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -233,7 +245,10 @@ def submit(
     asked = _read_detector(detector, detector_threshold, classes, label_map)
     phrases = read_phrases(text or [])
     _require_one_way(chosen, asked, phrases, prompts, label)
-    request = _request(source, chosen.name, prompts, asked, phrases, param, label, include, exclude, limit, fresh, name)
+    params = _with_decoder(param, decoder)
+    request = _request(
+        source, chosen.name, prompts, asked, phrases, params, label, include, exclude, limit, fresh, name
+    )
     if dry_run:
         _dry_run(request, as_json)
         return
@@ -615,6 +630,8 @@ def models_list(as_json: JsonOption = False) -> None:
                     "family": spec.family,
                     "parameters": spec.parameter_count,
                     "prompts": list(spec.prompts),
+                    "decoders": list(spec.decoders),
+                    "missing_libraries": models.missing_libraries(spec.libraries),
                     "licence": spec.licence,
                     "present": models.is_present(spec),
                     "path": str(models.weights_path(spec)),
@@ -627,10 +644,13 @@ def models_list(as_json: JsonOption = False) -> None:
     for column in ("name", "family", "parameters", "prompts", "licence", "weights"):
         table.add_column(column)
     for spec in models.MODELS.values():
-        weights = "present" if models.is_present(spec) else f"maskfleet models pull {spec.name}"
+        weights = "present" if models.is_present(spec) else "absent"
+        if missing := models.missing_libraries(spec.libraries):
+            weights += f", needs {' and '.join(missing)}"
         size = f"{spec.parameter_count / 1e6:.1f} M"
         table.add_row(spec.name, spec.family, size, ", ".join(spec.prompts), spec.licence, weights)
     Console().print(table)
+    err.print("maskfleet models pull NAME    brings absent weights", style="dim")
 
 
 ModelArgument = Annotated[str, typer.Argument(help="The model's name.", show_default=False)]
@@ -665,6 +685,24 @@ def models_verify(name: ModelArgument) -> None:
     print(f"{verified.path}: {verified.found}")
     if not verified.ok:
         _fail(remedy(spec))
+
+
+@models_app.command("export-onnx", epilog="Example: `maskfleet models export-onnx sam_vit_b`")
+def models_export_onnx(
+    name: ModelArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where it goes; default: the weights' folder, for `--decoder onnx`.")
+    ] = None,
+) -> None:
+    """Write SAM's prompt encoder and mask decoder as one ONNX file, for `--decoder onnx` and for other programs."""
+    spec = models.find(name)
+    models.require_decoder(spec, "onnx")
+    models.require_libraries("export-onnx", models.ONNX_LIBRARIES)
+    _require_weights(spec)
+    # In a process of its own: it needs torch, which no command loads.
+    command = [sys.executable, "-P", "-m", "workers.models.onnx_export", name, *([] if out is None else [str(out)])]
+    if subprocess.run(command, check=False).returncode:
+        raise typer.Exit(USAGE)
 
 
 # ------------------------------------------------------------------------------------------------------ label studio
@@ -803,6 +841,7 @@ def _request(
     asked_by_grid = prompts is None or prompts == "grid"
     is_automatic = asked_by_grid and not (detector or text)
     params = parse_params(texts) if is_automatic else parse_prompt_params(texts)
+    models.require_decoder(models.find(model), params.get("decoder", "torch"))
     return Request(
         source=where,
         model=model,
@@ -863,6 +902,11 @@ def _require_one_way(
         )
     if label is not None and (text or (detector and not takes_phrases)):
         _fail("a class or phrase is each mask's label: --label-map or --text phrase:label renames it, not --label")
+
+
+def _with_decoder(param: list[str] | None, decoder: str | None) -> list[str]:
+    """`--decoder X` is `--param decoder=X`."""
+    return [*(param or []), *([] if decoder is None else [f"decoder={decoder}"])]
 
 
 def _read_prompts(address: str, source: str, model: str, detector: AskedDetector | None) -> PromptFile:
@@ -952,7 +996,7 @@ def _database_url() -> str:
 
 
 def _require_weights(spec: models.ModelSpec) -> None:
-    """A run's worker is this machine's own: it would wait for weights in vain."""
+    """A run's worker is this machine's own: it would wait for weights and libraries in vain."""
     from workers.models.weights import remedy, verify
 
     models.require_libraries(spec.name, spec.libraries)

@@ -81,7 +81,7 @@ def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: s
     values = {name: getattr(effective, name) for name in AutomaticParams.__dataclass_fields__}
     # How many points are decoded at once is a matter of memory, not of masks.
     values.pop("points_per_batch")
-    return {"mode": "automatic", "params": values, "label": label}
+    return {"mode": "automatic", "params": _without_usual(values), "label": label}
 
 
 def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
@@ -95,9 +95,13 @@ def what_text_computes(text: Sequence[Phrase], params: Mapping[str, Any]) -> dic
 
 
 def _prompt_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the threshold where it is the usual one: what was stored before there was a choice answers still."""
-    values = asdict(PromptParams(**params))
-    return {name: value for name, value in values.items() if (name, value) != ("text_threshold", 0.5)}
+    return _without_usual(asdict(PromptParams(**params)))
+
+
+def _without_usual(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the decoder and threshold where they are the usual: what was stored before the choice answers still."""
+    usual = {"decoder": "torch", "text_threshold": 0.5}
+    return {name: value for name, value in values.items() if (name, value) not in usual.items()}
 
 
 def submit_job(db: Connection, request: Request) -> Job:

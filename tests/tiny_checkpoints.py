@@ -14,6 +14,7 @@ def save_detector(family: str, folder: Path) -> Path:
     """A transformers object-detection checkpoint with its image processor: rt_detr_v2, d_fine or rf_detr."""
     from transformers import RfDetrImageProcessor, RTDetrImageProcessor
 
+    torch.manual_seed(5)
     model = {"rt_detr_v2": _rt_detr_v2, "d_fine": _d_fine, "rf_detr": _rf_detr}[family]()
     save(model, folder)
     side = {"height": 64, "width": 64}
@@ -112,6 +113,7 @@ WORDS = ("red", "blue", "bus", "car", "a", "square", "person", ".")
 
 def save_phrase_detector(family: str, folder: Path) -> Path:
     """A transformers checkpoint that boxes what phrases say, with its processor: grounding_dino or owlv2."""
+    torch.manual_seed(5)
     model, processor = {"grounding_dino": _grounding_dino, "owlv2": _owlv2}[family](folder / "words")
     save(model, folder, noise=0.02)
     processor.save_pretrained(folder)
@@ -213,6 +215,7 @@ def save_sam3(folder: Path) -> Path:
     """A checkpoint of SAM 3's image model with its processor."""
     from transformers import Sam3Config, Sam3ImageProcessor, Sam3Model, Sam3Processor
 
+    torch.manual_seed(5)
     tokenizer = clip_tokenizer(folder / "words", 32)
     side = 56
     layers = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}

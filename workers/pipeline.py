@@ -116,6 +116,8 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     except TransientError as error:
         log.warning("chunk %d of job %d goes back: %s", chunk.id, chunk.job_id, redact(str(error)))
         _release(worker, chunk, pause=True, error=str(error))
+    except models.ModelError as error:  # a part of the model that is opened when it is first asked
+        raise _unfit(worker, chunk, chunk.model, error) from error
     return ChunkReport(
         labeled=run.labeled,
         failed=run.failed,
@@ -137,8 +139,13 @@ def _loading(worker: Worker, chunk: ClaimedChunk, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _release(worker, chunk, error=f"{name} cannot be loaded: {error}")
-        raise ProcessUnfit(f"{name} cannot be loaded: {error}") from error
+        raise _unfit(worker, chunk, name, error) from error
+
+
+def _unfit(worker: Worker, chunk: ClaimedChunk, name: str, error: Exception) -> ProcessUnfit:
+    """Hand the chunk back with the reason on its job, for a worker that has the model."""
+    _release(worker, chunk, error=f"{name} cannot be loaded: {error}")
+    return ProcessUnfit(f"{name} cannot be loaded: {error}")
 
 
 class _ChunkRun:
@@ -328,7 +335,7 @@ class _ChunkRun:
             started = time.perf_counter()
             try:
                 found = look(asset, image, embedding)
-            except (LeaseLost, DBAPIError):
+            except (LeaseLost, DBAPIError, models.ModelError):
                 raise  # about this worker, not about the asset
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
                 outcomes.append(self._failed(asset, error))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from workers.params import ParamError
+from workers.params import ParamError, check_decoder
 
 Point = tuple[float, float, int]
 Box = tuple[float, float, float, float]
@@ -219,10 +219,12 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptParams:
-    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three.
-    text_threshold: 0..1, the masks of a text or an example count that a model scores above it."""
+    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three. decoder:
+    what runs SAM's prompt encoder and mask decoder, "torch" or "onnx". text_threshold: 0..1, the masks of a text or an
+    example count that a model scores above it."""
 
     multimask: Literal["best", "all"] = "best"
+    decoder: str = "torch"
     text_threshold: float = 0.5
 
     def __post_init__(self) -> None:
@@ -230,14 +232,18 @@ class PromptParams:
             raise ParamError(f"multimask={self.multimask!r}: expected best (one mask a prompt) or all (three)")
         if not 0 <= self.text_threshold <= 1:
             raise ParamError(f"text_threshold={self.text_threshold}: expected 0..1")
+        check_decoder(self.decoder)
+
+
+_PARAM_NAMES = tuple(PromptParams.__dataclass_fields__)
 
 
 def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
     """Read `name=value` texts of the command line. Raises ParamError naming what was given and what is expected."""
     values: dict[str, Any] = dict(texts)
     for name in texts:
-        if name not in PromptParams.__dataclass_fields__:
-            known = ", ".join(PromptParams.__dataclass_fields__)
+        if name not in _PARAM_NAMES:
+            known = ", ".join(_PARAM_NAMES)
             raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: {known}")
     if "text_threshold" in values:
         try:

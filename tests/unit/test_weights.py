@@ -438,6 +438,11 @@ def test_verify_of_a_folder_in_the_files_place_is_an_error_with_its_path():
         verify(make_spec())
 
 
-def test_official_addresses_are_https_and_end_in_the_file_name():
+def test_official_addresses_are_the_authors_own_over_https_and_end_in_the_file_name():
+    authors = {
+        "segment-anything": "https://dl.fbaipublicfiles.com/segment_anything/",
+        "mobile-sam": "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/c12dd83cbe26dffdcc6a0f9e7be2f6fb024df0ed/weights/",
+    }
     for spec in MODELS.values():
-        assert spec.url in (None, f"https://dl.fbaipublicfiles.com/segment_anything/{spec.weights_file}")
+        if spec.family in authors:
+            assert spec.url in (None, authors[spec.family] + spec.weights_file)

@@ -21,7 +21,7 @@ from db.settings import settings
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.models.folders import checkpoint_files, has_weights, identity
-from workers.params import AutomaticParams
+from workers.params import DECODERS, AutomaticParams, ParamError
 from workers.prompts import Prompt, PromptKind, PromptParams
 
 # What a model remembers of one image between its encoder and its decoder; only the family that made it looks inside.
@@ -52,8 +52,9 @@ class ModelSpec:
     this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
     takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. hub: where a model
     comes from whose weights are a folder, weights_file, with no sha256 of its own but its content's. automatic: whether
-    it makes masks without prompts. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration: too
-    small for real work, and said so wherever its masks are shown.
+    it makes masks without prompts. decoders: what can run its decoder, of params.DECODERS. defaults: its own
+    AutomaticParams where they differ, JSON-safe. demonstration: too small for real work, and said so wherever its masks
+    are shown.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ModelSpec:
     libraries: tuple[str, ...] = ()
     hub: str | None = None
     automatic: bool = True
+    decoders: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     demonstration: bool = False
 
@@ -100,6 +102,7 @@ class Model(Protocol):
 
 
 _SAM_PROMPTS: tuple[PromptKind, ...] = ("box", "points")
+_UNASKED = ("segment-anything", "mobile-sam")  # the families taken where no model is named
 
 MODELS: dict[str, ModelSpec] = {
     "sam_vit_h": ModelSpec(
@@ -112,6 +115,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=2_564_550_879,
         parameter_count=641_090_608,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
     ),
     "sam_vit_l": ModelSpec(
@@ -124,6 +128,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=1_249_524_607,
         parameter_count=312_342_832,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
     ),
     "sam_vit_b": ModelSpec(
@@ -136,7 +141,22 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=375_042_383,
         parameter_count=93_735_472,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
+    ),
+    "mobile_sam": ModelSpec(
+        name="mobile_sam",
+        family="mobile-sam",
+        loader="workers.models.sam:load",
+        weights_file="mobile_sam.pt",
+        url="https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/c12dd83cbe26dffdcc6a0f9e7be2f6fb024df0ed/weights/mobile_sam.pt",
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        size_bytes=40_728_226,
+        parameter_count=10_130_092,
+        prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
+        licence="Apache-2.0",
+        libraries=("timm",),
     ),
     "sam_nano": ModelSpec(
         name="sam_nano",
@@ -148,6 +168,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=5_982_184,
         parameter_count=2_978_464,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
         # Chosen on eight scenes apart from those of the benchmark: SAM's own values are for a model two hundred times
         # larger, and twice as many points a side cost four times as much and find hardly more.
@@ -175,6 +196,8 @@ MODELS: dict[str, ModelSpec] = {
         automatic=False,
     ),
 }
+
+ONNX_LIBRARIES = ("onnx", "onnxruntime")  # what decoder=onnx needs
 
 _loaded: dict[tuple[str, str, str], Model] = {}
 _loading = threading.Lock()
@@ -251,10 +274,16 @@ def require_libraries(what: str, libraries: Sequence[str]) -> None:
         )
 
 
+def require_decoder(spec: ModelSpec, decoder: str) -> None:
+    """Raise ParamError where this model cannot be decoded so."""
+    if decoder not in spec.decoders:
+        raise ParamError(f"decoder={decoder}: {spec.name} takes {' or '.join(spec.decoders)} only")
+
+
 def largest_present() -> ModelSpec:
-    """The largest official SAM whose weights are present, else sam_nano."""
-    official = [spec for spec in MODELS.values() if spec.family == "segment-anything" and not spec.demonstration]
-    present = [spec for spec in official if is_present(spec)]
+    """The largest official SAM or MobileSAM whose weights and libraries are present, else sam_nano."""
+    official = [spec for spec in MODELS.values() if spec.family in _UNASKED and not spec.demonstration]
+    present = [spec for spec in official if is_present(spec) and not missing_libraries(spec.libraries)]
     return max(present, key=lambda spec: spec.parameter_count, default=MODELS["sam_nano"])
 
 

@@ -1,13 +1,15 @@
-"""The segment_anything family: the official vit_h, vit_l and vit_b checkpoints, and our sam_nano, as a `Model`.
+"""Segment Anything as a `Model`: the official vit_h, vit_l and vit_b checkpoints, MobileSAM, and our sam_nano.
 
-The architectures are segment_anything's own modules. A checkpoint is loaded only where every name and shape fits and
-its sha256 is the pinned one, so that a model_version never stands for other weights.
+The architectures are segment_anything's own modules, MobileSAM's image encoder is timm's. A checkpoint is loaded only
+where every name and shape fits and its sha256 is the pinned one, so that a model_version never stands for other
+weights.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from workers import automatic
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
+from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams
@@ -33,15 +36,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sam_vit_h": build_sam_vit_h,
     "sam_vit_l": build_sam_vit_l,
     "sam_vit_b": build_sam_vit_b,
+    "mobile_sam": build_mobile_sam,
     "sam_nano": build_sam_nano,
 }
 
 
 class SamModel:
-    """One loaded Sam. Stateless: every call is given its image, and threads may share the model."""
+    """One loaded Sam. Stateless: every call is given its image, and threads may share the model.
 
-    def __init__(self, sam: Sam) -> None:
+    spec: whose weights these are, which decoder=onnx has to know.
+    """
+
+    def __init__(self, sam: Sam, spec: ModelSpec | None = None) -> None:
         self.sam = sam
+        self.spec = spec
 
     def embed(self, images: Sequence[RgbImage]) -> list[Tensor]:
         """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass; one embedding an image, on the device.
@@ -55,7 +63,7 @@ class SamModel:
 
         Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
         """
-        return automatic.automatic_masks(self.sam, image, params, embedding=embedding)
+        return automatic.automatic_masks(self._decoded_by(params.decoder), image, params, embedding=embedding)
 
     def prompted(
         self, image: RgbImage, embedding: Tensor, prompts: Sequence[Prompt], params: PromptParams
@@ -64,12 +72,24 @@ class SamModel:
 
         May raise torch.cuda.OutOfMemoryError.
         """
-        return prompted_masks(self.sam, embedding, prompts, params, size_hw=(image.shape[0], image.shape[1]))
+        sam = self._decoded_by(params.decoder)
+        return prompted_masks(sam, embedding, prompts, params, size_hw=(image.shape[0], image.shape[1]))
+
+    def _decoded_by(self, decoder: str) -> Sam:
+        return self._with_onnx if decoder == "onnx" else self.sam
+
+    @cached_property
+    def _with_onnx(self) -> Sam:
+        from workers.models.onnx_decoder import with_onnx_decoder
+
+        if self.spec is None:
+            raise ValueError("decoder=onnx: a SamModel without its spec has no exported decoder")
+        return with_onnx_decoder(self.sam, self.spec)
 
 
 def load(spec: ModelSpec, device: str) -> Model:
     """The named model with its weights on `device`. Raises what `load_sam` raises."""
-    return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device))
+    return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device), spec)
 
 
 def load_sam(spec: ModelSpec, architecture: Architecture, device: str) -> Sam:
@@ -87,9 +107,13 @@ def load_sam(spec: ModelSpec, architecture: Architecture, device: str) -> Sam:
     if not verified.ok:
         raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
     # Copied out of the mapped file, so that the file may be replaced while the model is in use.
-    weights = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in state.items()}
+    weights = {name: tensor.to(device, _dtype(tensor), copy=True) for name, tensor in state.items()}
     sam.load_state_dict(weights, strict=True, assign=True)
     return sam.to(device).eval().requires_grad_(False)
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def _read_weights(spec: ModelSpec, verified: Verified) -> dict[str, Tensor]:
@@ -133,8 +157,11 @@ def _require_same_shapes(spec: ModelSpec, *, expected: Shapes, found: Shapes) ->
 
 def _name_other_model(found: Shapes) -> str | None:
     for name, architecture in ARCHITECTURES.items():
-        with torch.device("meta"):
-            shapes = _shapes(architecture().state_dict())
+        try:
+            with torch.device("meta"):
+                shapes = _shapes(architecture().state_dict())
+        except ImportError:
+            continue  # its library is not installed here
         if shapes == found:
             return f"holds the weights of {name}"
     return None

@@ -1,0 +1,131 @@
+"""MobileSAM: Segment Anything with TinyViT-5M for its image encoder (Zhang et al. 2023, arXiv:2306.14289).
+
+The encoder is timm's TinyViT where MobileSAM's is the same: here the last downsampling keeps the grid of 64 x 64, and
+SAM's neck follows instead of the classifier. Its state dict carries the authors' names, the unused classifier of the
+pretraining included, so that `mobile_sam.pt` is read, compared and named as every other checkpoint of SAM.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
+from torch import Tensor, nn
+
+IMAGE_SIZE_PX = 1024
+EMBEDDING_SIZE = 64
+TRANSFORMER_DIM = 256
+STAGE_DIMS = (64, 128, 160, 320)
+
+# RGB, 0..255: SAM's own.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+def build_mobile_sam() -> Sam:
+    """The architecture with random weights, in training mode, float32. Raises ImportError where timm is missing."""
+    return Sam(
+        image_encoder=TinyViTEncoder(),
+        prompt_encoder=PromptEncoder(
+            embed_dim=TRANSFORMER_DIM,
+            image_embedding_size=(EMBEDDING_SIZE, EMBEDDING_SIZE),
+            input_image_size=(IMAGE_SIZE_PX, IMAGE_SIZE_PX),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=TRANSFORMER_DIM, mlp_dim=2048, num_heads=8),
+            transformer_dim=TRANSFORMER_DIM,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+        pixel_mean=list(PIXEL_MEAN),
+        pixel_std=list(PIXEL_STD),
+    )
+
+
+class TinyViTEncoder(nn.Module):
+    """(n, 3, 1024, 1024) normalised pixels to (n, 256, 64, 64) embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.img_size = IMAGE_SIZE_PX
+        tiny_vit = _build_tiny_vit()
+        # TinyViT for classification would halve the grid once more; MobileSAM keeps SAM's 64 x 64.
+        tiny_vit.stages[3].downsample.conv2.conv.stride = (1, 1)
+        self.patch_embed, self.stages = tiny_vit.patch_embed, tiny_vit.stages
+        self.neck = nn.Sequential(
+            nn.Conv2d(STAGE_DIMS[-1], TRANSFORMER_DIM, kernel_size=1, bias=False),
+            LayerNorm2d(TRANSFORMER_DIM),
+            nn.Conv2d(TRANSFORMER_DIM, TRANSFORMER_DIM, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(TRANSFORMER_DIM),
+        )
+        # In the file and never called: what TinyViT was pretrained with.
+        self.norm_head, self.head = nn.LayerNorm(STAGE_DIMS[-1]), nn.Linear(STAGE_DIMS[-1], 1000)
+        self.register_state_dict_post_hook(_to_authors_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_to_own_names)  # type: ignore[no-untyped-call]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        embedding: Tensor = self.neck(self.stages(self.patch_embed(pixels)))
+        return embedding
+
+
+def _build_tiny_vit() -> Any:
+    from timm.models.tiny_vit import TinyVit
+
+    # Not by its name in timm's registry, which the authors' own package takes over where it is imported. On the CPU
+    # whatever device is asked for: its tables of relative positions are in no checkpoint, so that a model built
+    # without memory would be left without them.
+    with torch.device("cpu"):
+        return TinyVit(
+            num_classes=0,
+            embed_dims=STAGE_DIMS,
+            depths=(2, 2, 6, 2),
+            num_heads=(2, 4, 5, 10),
+            window_sizes=(7, 7, 14, 7),
+            drop_path_rate=0.0,
+        )
+
+
+# --------------------------------------------------------------------------------------------- the authors' names
+
+# Names of weights, timm's first. The authors' layers end with the downsampling that timm's next stages begin with.
+_PREFIXES = (
+    ("patch_embed.conv1.", "patch_embed.seq.0."),
+    ("patch_embed.conv2.", "patch_embed.seq.2."),
+    ("stages.1.downsample.", "layers.0.downsample."),
+    ("stages.2.downsample.", "layers.1.downsample."),
+    ("stages.3.downsample.", "layers.2.downsample."),
+    ("stages.", "layers."),
+)
+
+
+def authors_name(name: str) -> str:
+    """What MobileSAM's authors call a weight of the encoder; names that are not TinyViT's stay."""
+    for own, authors in _PREFIXES:
+        if name.startswith(own):
+            return re.sub(r"\.conv\.weight$", ".c.weight", authors + name.removeprefix(own))
+    return name
+
+
+def _to_authors_names(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    _rename(state, prefix, {name: authors_name(name) for name in _names(module)})
+
+
+def _to_own_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    _rename(state, prefix, {authors_name(name): name for name in _names(module)})
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters()] + [name for name, _ in module.named_buffers()]
+
+
+def _rename(state: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
+    """Rename the entries of one module in place, each where it stands."""
+    full_names = {prefix + name: prefix + renamed for name, renamed in names.items()}
+    renamed = [(full_names.get(name, name), value) for name, value in state.items()]
+    state.clear()
+    state.update(renamed)
