@@ -22,6 +22,7 @@ from tests.e2e.test_run import run
 from tests.integration.test_prompted_jobs import box_of, draw, iou
 from workers import models
 from workers.masks import decode_counts
+from workers.models.sam import load
 from workers.pipeline import ProcessUnfit, Worker, run_chunk
 from workers.prompts import Prompt, PromptParams
 
@@ -97,6 +98,20 @@ def test_a_decoder_that_cannot_be_had_is_said_before_any_asset_is_touched(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [("timm", ["--model", "mobile_sam"]), ("onnxruntime", ["--model", "sam_nano", "--decoder", "onnx"])],
+)
+def test_a_missing_library_is_named_before_any_asset_is_touched(tmp_path: Path, library: str, words: list[str]) -> None:
+    # Read by Python at its start: the command finds no such library.
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
+    done = run(".", *words, "--out", tmp_path / "o", code=2, PYTHONPATH=str(tmp_path))
+    assert f'needs {library}, not installed here: run `pip install "maskfleet[models]"`' in " ".join(
+        done.stderr.split()
+    )
+    assert not (tmp_path / "o").exists()
+
+
 def test_export_goes_where_it_is_told_and_needs_a_model_with_such_a_decoder(tmp_path: Path) -> None:
     done = export_onnx("sam_nano", "--out", tmp_path / "deep" / "nano.onnx", weights=tmp_path / "weights")
     assert done.stdout.strip() == str(tmp_path / "deep" / "nano.onnx")
@@ -126,7 +141,7 @@ def test_a_worker_without_onnxruntime_hands_the_chunk_back_without_a_verdict(
         name="one",
         engine=engine,
         settings=Settings(),
-        load_model=lambda name: models.load(models.find(name), "cpu"),
+        load_model=lambda name: load(models.find(name), "cpu"),  # not one kept by an earlier test, its decoder open
         draining=lambda: False,
         on_hang=lambda: None,
     )

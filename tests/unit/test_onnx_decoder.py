@@ -249,14 +249,33 @@ def test_another_weights_decoder_in_the_files_place_is_refused_naming_both(nano:
         with_onnx_decoder(nano, NANO)
 
 
-@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"", b"\x80\x04K\x01."])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"<!DOCTYPE html>", "cannot be read as ONNX"),
+        (b"", "no decoder of ours"),
+        (b"\x80\x04K\x01.", "cannot be read"),
+    ],
+)
 def test_what_is_no_onnx_file_is_refused_with_the_command_that_mends_it(
-    nano: Sam, folder: Path, content: bytes
+    nano: Sam, folder: Path, content: bytes, found: str
 ) -> None:
     folder.mkdir()
     onnx_path(NANO).write_bytes(content)
 
-    with pytest.raises(ModelError, match=r"sam_nano.*\.onnx: .*; run `maskfleet models export-onnx sam_nano`"):
+    with pytest.raises(ModelError, match=rf"\.onnx: {found}.*; run `maskfleet models export-onnx sam_nano`"):
+        with_onnx_decoder(nano, NANO)
+
+
+def test_a_truncated_graph_is_refused_with_the_command_that_mends_it(nano: Sam) -> None:
+    import onnx
+
+    export(nano, NANO, onnx_path(NANO))
+    model = onnx.load_model(onnx_path(NANO))
+    del model.graph.initializer[3:]
+    onnx.save_model(model, onnx_path(NANO))
+
+    with pytest.raises(ModelError, match=r"\.onnx: onnxruntime cannot run it .*; run `maskfleet models export-onnx"):
         with_onnx_decoder(nano, NANO)
 
 

@@ -53,23 +53,26 @@ def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
 
 def _open(path: Path, spec: ModelSpec, device: torch.device) -> Any:
     import onnxruntime
+    from onnx.utils import Extractor
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
+    model = _read(path, spec)
     try:
-        return onnxruntime.InferenceSession(_read(path, spec), options, providers=providers)
+        # Without what draws masks of the image's size: onnxruntime would run that too, and throw it away.
+        asked = Extractor(model).extract_model(list(_ASKED_WITH), list(_ASKED_FOR))
+        return onnxruntime.InferenceSession(asked.SerializeToString(), options, providers=providers)
     except Exception as error:  # onnxruntime's own errors have no common class but this
         raise ModelError(f"{path}: onnxruntime cannot run it ({error}); {_remedy(spec)}") from error
 
 
-def _read(path: Path, spec: ModelSpec) -> bytes:
-    """The file without what draws masks of the image's size: onnxruntime would run that too, and throw it away."""
+def _read(path: Path, spec: ModelSpec) -> Any:
+    """The file as onnx's ModelProto, once it says that it holds the decoder of spec's weights."""
     import onnx
     from google.protobuf.message import DecodeError
-    from onnx.utils import Extractor
 
     try:
         model = onnx.load_model(path, load_external_data=False)
@@ -79,7 +82,7 @@ def _read(path: Path, spec: ModelSpec) -> bytes:
     if found != spec.sha256:
         held = "no decoder of ours" if found is None else f"the decoder of weights with sha256 {found}"
         raise ModelError(f"{path}: {held}, expected that of {spec.name}, {spec.sha256}; {_remedy(spec)}")
-    return bytes(Extractor(model).extract_model(list(_ASKED_WITH), list(_ASKED_FOR)).SerializeToString())
+    return model
 
 
 def _remedy(spec: ModelSpec) -> str:
