@@ -240,6 +240,22 @@ def count_job(db: Connection, *, job_id: int) -> Counts:
     )
 
 
+def busy_share(db: Connection, *, job_id: int) -> float | None:
+    """The part 0..1 of their time in which a job's workers had the model at work, from each one's first stored batch to
+    its last; None where none stored two. Pauses between two runs of a job count as idle."""
+    statement = text(
+        """SELECT sum(busy) / nullif(sum(wall), 0) FROM (
+               SELECT (sum(segment_ms) - sum(segment_ms) FILTER (WHERE created_at = first)) / 1000.0 AS busy,
+                      extract(epoch FROM max(created_at) - min(created_at)) AS wall
+               FROM (SELECT worker, created_at, coalesce(segment_ms, 0) AS segment_ms,
+                            min(created_at) OVER (PARTITION BY worker) AS first
+                     FROM outcome WHERE job_id = :job_id AND answered_by IS NULL) AS own
+               GROUP BY worker) AS workers"""
+    )
+    share = db.execute(statement, {"job_id": job_id}).scalar_one()
+    return None if share is None else min(float(share), 1.0)
+
+
 def cancel_job(db: Connection, *, job_id: int) -> bool:
     """Stop a job; a running chunk is given back at its worker's next write. False if it was over already."""
     statement = "UPDATE job SET state = 'cancelled' WHERE id = :job_id AND state IN ('listing', 'running')"

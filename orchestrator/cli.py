@@ -312,13 +312,15 @@ def show(
         prompts = watching.prompts_report(db, found)
         detector = watching.detector_report(db, found)
         phrases = watching.text_report(db, found)
+        busy = queries.busy_share(db, job_id=job)
     if as_json:
         listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
         places = [dataclasses.asdict(place) for place in published]
-        shown = {"prompts": prompts, "detector": detector, "text": phrases, "published": places}
+        shown: dict[str, Any] = {"prompts": prompts, "detector": detector, "text": phrases, "published": places}
+        shown["model_busy_share"] = busy
         _print_json(watching.job_as_json(found, counts) | shown | ({"failed": listed} if failed else {}))
     else:
-        watching.print_job(Console(), found, counts, failures, published, prompts, detector, phrases)
+        watching.print_job(Console(), found, counts, failures, published, prompts, detector, phrases, busy)
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")

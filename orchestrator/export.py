@@ -122,6 +122,7 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[s
     """Write what became of a job as one JSON document, and return it. seconds: how long the caller took for it."""
     counts = queries.count_job(db, job_id=job.id)
     failed = queries.failed_assets(db, job_id=job.id)
+    busy = queries.busy_share(db, job_id=job.id)
     summary = {
         "job": job.id,
         "name": job.name,
@@ -141,6 +142,7 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[s
         "failed_by_kind": counts.failed_by_kind,
         "failed": [{"key": a.key, "error_kind": a.error_kind, "error": a.error} for a in failed],
         "seconds": round(seconds, 3),
+        "model_busy_share": None if busy is None else round(busy, 3),
     }
     with replacing(out) as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)

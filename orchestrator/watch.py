@@ -129,11 +129,12 @@ def print_job(
     prompts: dict[str, Any] | None = None,
     detector: dict[str, Any] | None = None,
     phrases: list[dict[str, Any]] | None = None,
+    busy: float | None = None,
 ) -> None:
     """One job's page: how far it is, what was left out, what went wrong, and what to do about it.
 
     prompts: what `prompts_report` gives. detector: what `detector_report` gives. phrases: what `text_report`
-    gives.
+    gives. busy: what `queries.busy_share` gives.
     """
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -146,6 +147,7 @@ def print_job(
         "assets": f"{counts.listed:,} listed = {counts.labeled:,} labeled + {counts.failed:,} failed + "
         f"{counts.pending:,} pending ({counts.running:,} running)",
         "masks": f"{counts.masks:,}",
+        "model at work": "" if busy is None else f"{busy:.0%} of its workers' time",
         "answered from stored": f"{counts.reused:,}" if counts.reused else "",
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
         "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),

@@ -330,9 +330,12 @@ class _ChunkRun:
                 outcomes.extend(self._put_off(asset, error))
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
                 outcomes.append(self._failed(asset, error))
-        for asset, image, embedding in self._embed(encode, images, outcomes):
+        began = time.perf_counter()
+        encoded = self._embed(encode, images, outcomes)
+        share_seconds = (time.perf_counter() - began) / max(len(encoded), 1)  # each image's part of its batch's pass
+        for asset, image, embedding in encoded:
             self._go_on()
-            started = time.perf_counter()
+            started = time.perf_counter() - share_seconds
             try:
                 found = look(asset, image, embedding)
             except (LeaseLost, DBAPIError, models.ModelError):

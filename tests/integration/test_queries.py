@@ -176,6 +176,31 @@ def test_a_chunk_whose_message_was_lost_is_sent_again(engine: Engine) -> None:
         assert queries.take_window(db, window=5) == sent
 
 
+def test_the_share_of_time_with_the_model_at_work_is_counted_worker_by_worker_from_the_first_stored_batch(
+    engine: Engine,
+) -> None:
+    job = make_job(engine, keys=6)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    record(engine, chunk, [labeled(asset.id) for asset in pending(engine, chunk)])
+    # When each worker stored its batches, in seconds, and how long the model was at work on them.
+    stored = [("a", 0, 9000), ("a", 1, 900), ("a", 2, 700), ("b", 10, 9000), ("b", 14, 2000), ("c", 3, 50)]
+    with engine.begin() as db:
+        ids = list(db.execute(text("SELECT asset_id FROM outcome ORDER BY asset_id")).scalars())
+        for asset_id, (worker, second, ms) in zip(ids, stored, strict=True):
+            db.execute(
+                text(
+                    """UPDATE outcome SET worker = :worker, segment_ms = :ms,
+                              created_at = timestamptz '2026-01-01' + :second * interval '1 second'
+                       WHERE asset_id = :id"""
+                ),
+                {"id": asset_id, "worker": worker, "second": second, "ms": ms},
+            )
+
+        assert queries.busy_share(db, job_id=job.id) == pytest.approx((0.9 + 0.7 + 2.0) / (2 + 4))
+        db.execute(text("DELETE FROM outcome WHERE worker <> 'c'"))
+        assert queries.busy_share(db, job_id=job.id) is None
+
+
 def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine: Engine) -> None:
     job = make_job(engine, keys=2)
     [chunk_id] = chunk_ids(engine, job)
