@@ -217,6 +217,7 @@ def test_phrases_are_boxed_by_a_detector_masked_by_the_model_and_counted_apart(t
     lines = {
         "side.jpg": [{"text": "car"}, {"box_xyxy": [1, 2, 30, 40], "label": "place"}],
         "two.png": [{"text": "a" * 99}],
+        "dark.png": [{"text": "b" * 99}, {"box_xyxy": [5, 5, 15, 15]}],
     }
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(json.dumps({"key": key, "prompts": prompts}) for key, prompts in lines.items()))
@@ -224,9 +225,11 @@ def test_phrases_are_boxed_by_a_detector_masked_by_the_model_and_counted_apart(t
     [failed] = mixed["failed"]
     assert (failed["key"], failed["error_kind"]) == ("two.png", "bad_prompt")
     assert "tokens long, expected at most 16" in failed["error"]
-    assert mixed["without_prompts"] == 1
+    [unused] = mixed["prompts"]["unused_first"]
+    assert unused["key"] == "dark.png"
+    assert unused["error"].startswith("1 of 2 prompts cannot be used: prompt 0: text: 'bbb")
     assert mixed["detector"]["found"].keys() == {"car"}
-    assert mixed["masks"] == mixed["detector"]["found"]["car"] + 1
+    assert mixed["masks"] == mixed["detector"]["found"]["car"] + 2
 
 
 @pytest.mark.parametrize(
