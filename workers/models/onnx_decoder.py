@@ -7,6 +7,7 @@ them, the second runs it. So points, boxes, batches and drawing are the same cod
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from workers.models.onnx_export import INPUTS, WEIGHTS_KEY, export, onnx_path
 
 log = logging.getLogger(__name__)
 
+_exporting = threading.Lock()
+
 _ASKED_WITH, _ASKED_FOR = INPUTS[:-1], ("low_res_masks", "iou_predictions")
 # Each holds the image's embedding, 4 MiB, a few times over. Sixteen at once took a tenth to a fifth longer than four
 # (EPYC Zen5, one thread, November 2026).
 _PROMPTS_A_RUN = 4
-_INSIDE_OF_NEITHER, _FIRST_CORNER, _LAST_CORNER = -1, 2, 3  # the official export's point labels besides 0 and 1
+_PADDING, _FIRST_CORNER, _LAST_CORNER = -1, 2, 3  # the official export's point labels besides 0 and 1
 
 
 def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
@@ -37,9 +40,10 @@ def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
     """
     models.require_libraries("--decoder onnx", models.ONNX_LIBRARIES)
     path = onnx_path(spec)
-    if not path.is_file():
-        log.info("%s: exporting its decoder to %s", spec.name, path)
-        export(sam, spec, path)
+    with _exporting:
+        if not path.is_file():
+            log.info("%s: exporting its decoder to %s", spec.name, path)
+            export(sam, spec, path)
     session = _open(path, spec, sam.device)
     decoding = Sam(
         image_encoder=sam.image_encoder,
@@ -110,7 +114,7 @@ class _PromptsInRows(nn.Module):
             parts.append(_rows(coords, labels))
             if boxes is None:
                 padding = coords.new_zeros(len(coords), 1, 2)
-                parts.append(_rows(padding, torch.full_like(labels[:, :1], _INSIDE_OF_NEITHER)))
+                parts.append(_rows(padding, torch.full_like(labels[:, :1], _PADDING)))
         if boxes is not None:
             corners = boxes.reshape(-1, 2, 2)
             kinds = torch.tensor([_FIRST_CORNER, _LAST_CORNER], device=corners.device)
