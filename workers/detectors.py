@@ -124,10 +124,6 @@ def prompts_of(
     return usable, wrong
 
 
-_loaded: dict[tuple[str, str, str], Detector | PhraseDetector] = {}
-_loading = threading.Lock()
-
-
 def boxes_of_phrases(
     detector: PhraseDetector, image: RgbImage, prompts: Sequence[Asked], threshold: float
 ) -> tuple[list[Asked], list[str]]:
@@ -161,6 +157,10 @@ def _is_text_alone(prompt: Prompt) -> bool:
 def _box_of_phrase(found: Detection, prompt: Prompt, image: RgbImage) -> Prompt:
     label = prompt.label or prompt.text
     return fit(Prompt(box_xyxy=found.box_xyxy, score=found.score, label=label), (image.shape[1], image.shape[0]))
+
+
+_loaded: dict[tuple[str, str, str], Detector | PhraseDetector] = {}
+_loading = threading.Lock()
 
 
 def load(asked: AskedDetector, device: str) -> Detector | PhraseDetector:

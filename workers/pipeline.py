@@ -243,20 +243,55 @@ class _ChunkRun:
             asked = asked_of(asset)
             height, width = image.shape[:2]
             usable, wrong = fit_all(asked, (width, height))
-            if not usable:
-                raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {_list_unused(wrong, len(asked), 'prompts')}")
             prompts = [(prompt, {"index": index, **asked[index]}) for index, prompt in usable.items()]
-            unused = [_list_unused(wrong, len(asked), "prompts")] if wrong else []
             try:
-                if phrases is not None:
-                    prompts, lost = phrases.box(image, prompts)
-                    unused += [_list_unused(lost, len(prompts) + len(lost), "boxes")] if lost else []
-                masks = self._ask(model, image, embedding, prompts)
-            except PromptError as error:
-                raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {error}") from error
+                masks, lost = self._answer(model, image, embedding, prompts, phrases)
+            except PromptError:
+                masks, lost, unread = self._answer_apart(model, image, embedding, prompts, phrases)
+                wrong += unread
+            if len(wrong) == len(asked):
+                raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {_list_unused(wrong, len(asked), 'prompts')}")
+            unused = [_list_unused(wrong, len(asked), "prompts")] if wrong else []
+            unused += [_list_unused(lost, None, "boxes")] if lost else []
             return Found(masks=masks, unused="; ".join(unused) or None)
 
         return look
+
+    def _answer(
+        self,
+        model: models.Model,
+        image: RgbImage,
+        embedding: Any,
+        prompts: Sequence[Asked],
+        phrases: _Phrases | None,
+    ) -> tuple[list[Mask], list[str]]:
+        """The masks of prompts, and what is wrong with boxes that were found for them. Raises PromptError."""
+        lost: list[str] = []
+        if phrases is not None:
+            prompts, lost = phrases.box(image, prompts)
+        return self._ask(model, image, embedding, prompts), lost
+
+    def _answer_apart(
+        self,
+        model: models.Model,
+        image: RgbImage,
+        embedding: Any,
+        prompts: Sequence[Asked],
+        phrases: _Phrases | None,
+    ) -> tuple[list[Mask], list[str], list[str]]:
+        """The same, and what is wrong with prompts that cannot be read, such as a text that is too long."""
+        masks: list[Mask] = []
+        lost: list[str] = []
+        unread: list[str] = []
+        for prompt, row in prompts:
+            try:
+                some = self._answer(model, image, embedding, [(prompt, row)], phrases)
+            except PromptError as error:
+                unread.append(f"prompt {row['index']}: {error}")
+                continue
+            masks += some[0]
+            lost += some[1]
+        return masks, lost, unread
 
     def _detected_look(self, model: models.Model, asked: AskedDetector) -> Look:
         def look(asset: Asset, image: RgbImage, detected: _Detected) -> Found:
@@ -484,10 +519,11 @@ def _of_prompt(mask: Mask, prompt: Prompt, asked: dict[str, Any]) -> Mask:
     return replace(mask, label=mask.label or prompt.label or prompt.text, prompt=asked)
 
 
-def _list_unused(wrong: Sequence[str], asked: int, what: str) -> str:
+def _list_unused(wrong: Sequence[str], asked: int | None, what: str) -> str:
     """One line for the asset's row; the first reasons stand for the rest."""
+    of = "" if asked is None else f" of {asked}"
     more = f"; and {len(wrong) - _SHOWN_REASONS} more" if len(wrong) > _SHOWN_REASONS else ""
-    return f"{len(wrong)} of {asked} {what} cannot be used: {'; '.join(wrong[:_SHOWN_REASONS])}{more}"
+    return f"{len(wrong)}{of} {what} cannot be used: {'; '.join(wrong[:_SHOWN_REASONS])}{more}"
 
 
 def _slices(prompts: Sequence[Asked], size: int) -> list[Sequence[Asked]]:

@@ -12,11 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+from sqlalchemy import Engine
 
+from db import queries
+from db.queries import NewAsset
+from db.settings import Settings
+from orchestrator.detection import read_detector
 from orchestrator.postgres import EmbeddedPostgres
+from orchestrator.submit import Request, submit_job
 from tests.e2e.test_run import MASKFLEET, environment, run
+from tests.factories import chunk_ids, claim
 from tests.onnx_detectors import CLASSES, write_colour_detector
-from workers import models
+from workers import detectors, models
+from workers.pipeline import ProcessUnfit, Worker, run_chunk
 
 pytestmark = pytest.mark.integration
 
@@ -106,6 +114,37 @@ def test_a_detectors_boxes_become_masks_with_its_classes_and_scores_and_show_cou
     assert (fewer["answered_from_stored"], fewer["detector"]["found"]) == (0, {"blue": 1})
 
 
+def test_a_worker_with_other_detector_files_gives_the_chunk_back_and_names_both(tmp_path: Path, engine: Engine) -> None:
+    source = draw(tmp_path / "images")
+    path = write_colour_detector(tmp_path / "d.onnx", classes="\n".join(CLASSES))
+    asked = read_detector(str(path))
+    with engine.begin() as db:
+        job = submit_job(db, Request(source=str(source), model="sam_nano", detector=asked))
+        listed = [NewAsset(key=name, size_bytes=1, etag=name) for name in SQUARES]
+        queries.add_assets(db, job=job, assets=listed, cursor=None, skipped={}, complete=True, chunk_size=9)
+    write_colour_detector(path, classes="b\ng\nr")
+    worker = Worker(
+        name="one",
+        engine=engine,
+        settings=Settings(),
+        load_model=lambda name: models.load(models.find(name), "cpu"),
+        load_detector=lambda asked: detectors.load(asked, "cpu"),
+        draining=lambda: False,
+        on_hang=lambda: None,
+    )
+    [chunk_id] = chunk_ids(engine, job)
+
+    with pytest.raises(ProcessUnfit, match=rf"is sha256:\w+, the job was given {asked.identity}; put the same files"):
+        run_chunk(worker, chunk_id)
+
+    with engine.begin() as db:
+        found = queries.get_job(db, job_id=job.id)
+        assert found is not None
+        assert f"the job was given {asked.identity}" in (found.error or "")
+        assert queries.count_job(db, job_id=job.id).pending == 3
+    assert claim(engine, chunk_id) is not None
+
+
 def test_a_checkpoint_of_the_hub_is_pinned_to_its_commit_and_run_from_the_cache(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from tests.tiny_checkpoints import save_detector
@@ -178,6 +217,7 @@ def test_phrases_are_boxed_by_a_detector_masked_by_the_model_and_counted_apart(t
     lines = {
         "side.jpg": [{"text": "car"}, {"box_xyxy": [1, 2, 30, 40], "label": "place"}],
         "two.png": [{"text": "a" * 99}],
+        "dark.png": [{"text": "b" * 99}, {"box_xyxy": [5, 5, 15, 15]}],
     }
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(json.dumps({"key": key, "prompts": prompts}) for key, prompts in lines.items()))
@@ -185,9 +225,11 @@ def test_phrases_are_boxed_by_a_detector_masked_by_the_model_and_counted_apart(t
     [failed] = mixed["failed"]
     assert (failed["key"], failed["error_kind"]) == ("two.png", "bad_prompt")
     assert "tokens long, expected at most 16" in failed["error"]
-    assert mixed["without_prompts"] == 1
+    [unused] = mixed["prompts"]["unused_first"]
+    assert unused["key"] == "dark.png"
+    assert unused["error"].startswith("1 of 2 prompts cannot be used: prompt 0: text: 'bbb")
     assert mixed["detector"]["found"].keys() == {"car"}
-    assert mixed["masks"] == mixed["detector"]["found"]["car"] + 1
+    assert mixed["masks"] == mixed["detector"]["found"]["car"] + 2
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Sam3Model, Sam3Processor
-from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
 
 from workers.decoder import ModelOutputError
 from workers.images import RgbImage
 from workers.masks import Mask, mask_from_pixels
-from workers.models import Model, ModelSpec, WeightsError, weights_path
+from workers.models import MissingLibraryError, Model, ModelSpec, WeightsError, weights_path
 from workers.models.transformers_detector import LOADING_ERRORS, load_whole
 from workers.models.weights import remedy, verify
 from workers.params import AutomaticParams
 from workers.prompts import Prompt, PromptError, PromptParams
+
+try:
+    from transformers import Sam3Model, Sam3Processor
+    from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
+except ImportError as error:
+    raise MissingLibraryError(
+        f"sam3 needs a newer transformers ({error}): pip install --upgrade transformers"
+    ) from error
 
 _MASK_THRESHOLD = 0.5  # of a pixel's probability, as Sam3ImageProcessor has it
 _EXAMPLE_ALONE = "visual"  # the phrase with which the model was trained where only examples are shown
