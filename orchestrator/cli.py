@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -102,6 +103,10 @@ PromptsOption = Annotated[
         "`grid` (every object, without prompts) is the default.",
     ),
 ]
+DecoderOption = Annotated[
+    str | None,
+    typer.Option("--decoder", help="What runs SAM's decoder: torch (the default) or onnx, with onnxruntime."),
+]
 LabelOption = Annotated[str | None, typer.Option("--label", help="The class of every mask, for jobs with one class.")]
 IncludeOption = Annotated[
     list[str] | None, typer.Option("--include", help="Take keys that match this glob, whatever their suffix.")
@@ -137,6 +142,7 @@ def run(
     model: ModelOption = None,
     prompts: PromptsOption = None,
     param: ParamOption = None,
+    decoder: DecoderOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -152,11 +158,15 @@ def run(
     Ctrl-C leaves a job that the same command resumes.
     """
     chosen = models.find(model) if model else models.largest_present()
-    request = _request(source, chosen.name, prompts, param, label, include, exclude, limit, fresh, name)
+    request = _request(
+        source, chosen.name, prompts, _with_decoder(param, decoder), label, include, exclude, limit, fresh, name
+    )
     if dry_run:
         _dry_run(request, as_json)
         return
     _require_weights(chosen)
+    if request.params.get("decoder") == "onnx":
+        models.require_libraries("--decoder onnx", models.ONNX_LIBRARIES)
     notice = _demonstration_notice() if chosen.demonstration else None
     if notice and not model:
         err.print(notice, style="yellow")
@@ -171,6 +181,7 @@ def submit(
     model: ModelOption = None,
     prompts: PromptsOption = None,
     param: ParamOption = None,
+    decoder: DecoderOption = None,
     label: LabelOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -184,7 +195,8 @@ def submit(
     wanted = model or settings().model
     if wanted is None:
         _fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(models.MODELS)}")
-    request = _request(source, models.find(wanted).name, prompts, param, label, include, exclude, limit, fresh, name)
+    params = _with_decoder(param, decoder)
+    request = _request(source, models.find(wanted).name, prompts, params, label, include, exclude, limit, fresh, name)
     if dry_run:
         _dry_run(request, as_json)
         return
@@ -563,6 +575,8 @@ def models_list(as_json: JsonOption = False) -> None:
                     "family": spec.family,
                     "parameters": spec.parameter_count,
                     "prompts": list(spec.prompts),
+                    "decoders": list(spec.decoders),
+                    "missing_libraries": models.missing_libraries(spec.libraries),
                     "licence": spec.licence,
                     "present": models.is_present(spec),
                     "path": str(models.weights_path(spec)),
@@ -575,10 +589,13 @@ def models_list(as_json: JsonOption = False) -> None:
     for column in ("name", "family", "parameters", "prompts", "licence", "weights"):
         table.add_column(column)
     for spec in models.MODELS.values():
-        weights = "present" if models.is_present(spec) else f"maskfleet models pull {spec.name}"
+        weights = "present" if models.is_present(spec) else "absent"
+        if missing := models.missing_libraries(spec.libraries):
+            weights += f", needs {' and '.join(missing)}"
         size = f"{spec.parameter_count / 1e6:.1f} M"
         table.add_row(spec.name, spec.family, size, ", ".join(spec.prompts), spec.licence, weights)
     Console().print(table)
+    err.print("maskfleet models pull NAME    brings absent weights", style="dim")
 
 
 ModelArgument = Annotated[str, typer.Argument(help="The model's name.", show_default=False)]
@@ -613,6 +630,24 @@ def models_verify(name: ModelArgument) -> None:
     print(f"{verified.path}: {verified.found}")
     if not verified.ok:
         _fail(remedy(spec))
+
+
+@models_app.command("export-onnx", epilog="Example: `maskfleet models export-onnx sam_vit_b`")
+def models_export_onnx(
+    name: ModelArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where it goes; default: the weights' folder, for `--decoder onnx`.")
+    ] = None,
+) -> None:
+    """Write SAM's prompt encoder and mask decoder as one ONNX file, for `--decoder onnx` and for other programs."""
+    spec = models.find(name)
+    models.require_decoder(spec, "onnx")
+    models.require_libraries("export-onnx", models.ONNX_LIBRARIES)
+    _require_weights(spec)
+    # In a process of its own: it needs torch, which no command loads.
+    command = [sys.executable, "-P", "-m", "workers.models.onnx_export", name, *([] if out is None else [str(out)])]
+    if subprocess.run(command, check=False).returncode:
+        raise typer.Exit(USAGE)
 
 
 # ------------------------------------------------------------------------------------------------------ label studio
@@ -748,6 +783,7 @@ def _request(
     where = source if "://" in source else str(Path(source).expanduser().absolute())
     asked_by_grid = prompts is None or prompts == "grid"
     params = parse_params(texts) if asked_by_grid else parse_prompt_params(texts)
+    models.require_decoder(models.find(model), params.get("decoder", "torch"))
     return Request(
         source=where,
         model=model,
@@ -760,6 +796,11 @@ def _request(
         limit=limit,
         fresh=fresh,
     )
+
+
+def _with_decoder(param: list[str] | None, decoder: str | None) -> list[str]:
+    """`--decoder X` is `--param decoder=X`."""
+    return [*(param or []), *([] if decoder is None else [f"decoder={decoder}"])]
 
 
 def _read_prompts(address: str, source: str, model: str) -> PromptFile:

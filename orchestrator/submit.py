@@ -61,12 +61,18 @@ def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: s
     values = {name: getattr(effective, name) for name in AutomaticParams.__dataclass_fields__}
     # How many points are decoded at once is a matter of memory, not of masks.
     values.pop("points_per_batch")
-    return {"mode": "automatic", "params": values, "label": label}
+    return {"mode": "automatic", "params": _without_torch(values), "label": label}
 
 
 def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
     """The same for a job with prompts: equal exactly where the prompts of every asset are."""
-    return {"mode": "prompts", "prompts": sha256, "params": asdict(PromptParams(**params)), "label": label}
+    values = _without_torch(asdict(PromptParams(**params)))
+    return {"mode": "prompts", "prompts": sha256, "params": values, "label": label}
+
+
+def _without_torch(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the decoder where it is the usual one: what was stored before there was a choice answers still."""
+    return {name: value for name, value in values.items() if (name, value) != ("decoder", "torch")}
 
 
 def submit_job(db: Connection, request: Request) -> Job:

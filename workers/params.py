@@ -18,15 +18,17 @@ class ParamError(ValueError):
 
 
 PRECISIONS = ("auto", "exact", "fast")
+DECODERS = ("torch", "onnx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutomaticParams:
     """Parameters of automatic masks, with SamAutomaticMaskGenerator's names, meanings and defaults.
 
-    The last four are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
+    The last five are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
     part of the image, max_masks keeps the best by predicted IoU; 0 means no limit. precision: "exact" computes in
     float32 what the reference does, "fast" multiplies in bfloat16; "auto" is exact until fast is measured on a GPU.
+    decoder: what runs SAM's prompt encoder and mask decoder, "torch" or "onnx".
     """
 
     points_per_side: int = 32
@@ -45,6 +47,7 @@ class AutomaticParams:
     max_area_fraction: float = 1.0
     max_masks: int = 0
     precision: str = "auto"
+    decoder: str = "torch"
 
     def __post_init__(self) -> None:
         for name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor"):
@@ -73,6 +76,13 @@ class AutomaticParams:
             )
         if self.precision not in PRECISIONS:
             raise ParamError(f"precision={self.precision!r}: expected {', '.join(PRECISIONS)}")
+        check_decoder(self.decoder)
+
+
+def check_decoder(decoder: str) -> None:
+    """Raise ParamError for another name than DECODERS'."""
+    if decoder not in DECODERS:
+        raise ParamError(f"decoder={decoder!r}: expected {' or '.join(DECODERS)}")
 
 
 PARAM_NAMES = tuple(field.name for field in dataclasses.fields(AutomaticParams))
@@ -102,7 +112,7 @@ def automatic_params(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> A
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
-    if name == "precision":
+    if name in ("precision", "decoder"):
         return text
     return _parse_grids(text) if name == "point_grids" else _parse_number(name, text, kind)
 

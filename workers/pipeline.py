@@ -108,6 +108,8 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     except TransientError as error:
         log.warning("chunk %d of job %d goes back: %s", chunk.id, chunk.job_id, redact(str(error)))
         _release(worker, chunk, pause=True, error=str(error))
+    except models.ModelError as error:  # a part of the model that is opened when it is first asked
+        raise _unfit(worker, chunk, error) from error
     return ChunkReport(
         labeled=run.labeled,
         failed=run.failed,
@@ -128,8 +130,13 @@ def _load_model(worker: Worker, chunk: ClaimedChunk) -> models.Model:
     try:
         return worker.load_model(chunk.model)
     except Exception as error:
-        _release(worker, chunk, error=f"{chunk.model} cannot be loaded: {error}")
-        raise ProcessUnfit(f"{chunk.model} cannot be loaded: {error}") from error
+        raise _unfit(worker, chunk, error) from error
+
+
+def _unfit(worker: Worker, chunk: ClaimedChunk, error: Exception) -> ProcessUnfit:
+    """Hand the chunk back with the reason on its job, for a worker that has the model."""
+    _release(worker, chunk, error=f"{chunk.model} cannot be loaded: {error}")
+    return ProcessUnfit(f"{chunk.model} cannot be loaded: {error}")
 
 
 class _ChunkRun:
@@ -267,7 +274,7 @@ class _ChunkRun:
             started = time.perf_counter()
             try:
                 found = look(asset, image, embedding)
-            except (LeaseLost, DBAPIError):
+            except (LeaseLost, DBAPIError, models.ModelError):
                 raise  # about this worker, not about the asset
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
                 outcomes.append(self._failed(asset, error))

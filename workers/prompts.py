@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from workers.params import ParamError
+from workers.params import ParamError, check_decoder
 
 Point = tuple[float, float, int]
 Box = tuple[float, float, float, float]
@@ -219,21 +219,29 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptParams:
-    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three."""
+    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three. decoder:
+    what runs SAM's prompt encoder and mask decoder, "torch" or "onnx"."""
 
     multimask: Literal["best", "all"] = "best"
+    decoder: str = "torch"
 
     def __post_init__(self) -> None:
         if self.multimask not in ("best", "all"):
             raise ParamError(f"multimask={self.multimask!r}: expected best (one mask a prompt) or all (three)")
+        check_decoder(self.decoder)
+
+
+_PARAM_NAMES = tuple(PromptParams.__dataclass_fields__)
 
 
 def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
     """Read `name=value` texts of the command line. Raises ParamError naming what was given and what is expected."""
     for name in texts:
-        if name != "multimask":
-            raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: multimask")
-    return asdict(PromptParams(**texts)) if texts else {}  # type: ignore[arg-type]  # checked by itself
+        if name not in _PARAM_NAMES:
+            known = ", ".join(_PARAM_NAMES)
+            raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: {known}")
+    PromptParams(**texts)  # type: ignore[arg-type]  # checked by itself
+    return dict(texts)
 
 
 def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:

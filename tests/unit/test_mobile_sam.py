@@ -17,16 +17,15 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from db.settings import settings
+from tests.official_shapes import Shapes, official_shapes
 from workers import models
 from workers.masks import decode_counts
 from workers.models import MissingLibraryError, ModelSpec, WeightsError, find, weights_path
 from workers.models.mobile_sam import build_mobile_sam
-from workers.models.sam import ARCHITECTURES, SamModel
+from workers.models.sam import SamModel
 from workers.prompts import Prompt, PromptParams, asks_one_point
 
 pytest.importorskip("timm")
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @pytest.fixture(autouse=True)
@@ -47,47 +46,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def official_encoder() -> Shapes:
-    """Names and shapes of the encoder in mobile_sam.pt, as github.com/ChaoningZhang/MobileSAM at 34bbbfd defines it."""
-    shapes: Shapes = {}
-
-    def conv_bn(name: str, made: int, read: int, side: int) -> None:
-        shapes[f"{name}.c.weight"] = (made, read, side, side)
-        shapes.update({f"{name}.bn.{what}": (made,) for what in ("weight", "bias", "running_mean", "running_var")})
-        shapes[f"{name}.bn.num_batches_tracked"] = ()
-
-    def dense(name: str, made: int, read: int) -> None:
-        shapes.update({f"{name}.weight": (made, read), f"{name}.bias": (made,)})
-
-    def norm(name: str, size: int) -> None:
-        shapes.update({f"{name}.weight": (size,), f"{name}.bias": (size,)})
-
-    conv_bn("patch_embed.seq.0", 32, 3, 3)
-    conv_bn("patch_embed.seq.2", 64, 32, 3)
-    for block in range(2):
-        conv_bn(f"layers.0.blocks.{block}.conv1", 256, 64, 1)
-        conv_bn(f"layers.0.blocks.{block}.conv2", 256, 1, 3)
-        conv_bn(f"layers.0.blocks.{block}.conv3", 64, 256, 1)
-    for layer, dim, following in ((0, 64, 128), (1, 128, 160), (2, 160, 320)):
-        conv_bn(f"layers.{layer}.downsample.conv1", following, dim, 1)
-        conv_bn(f"layers.{layer}.downsample.conv2", following, 1, 3)
-        conv_bn(f"layers.{layer}.downsample.conv3", following, following, 1)
-    for layer, dim, blocks, heads, window in ((1, 128, 2, 4, 7), (2, 160, 6, 5, 14), (3, 320, 2, 10, 7)):
-        for block in range(blocks):
-            name = f"layers.{layer}.blocks.{block}"
-            shapes[f"{name}.attn.attention_biases"] = (heads, window * window)
-            norm(f"{name}.attn.norm", dim)
-            dense(f"{name}.attn.qkv", 3 * dim, dim)
-            dense(f"{name}.attn.proj", dim, dim)
-            norm(f"{name}.mlp.norm", dim)
-            dense(f"{name}.mlp.fc1", 4 * dim, dim)
-            dense(f"{name}.mlp.fc2", dim, 4 * dim)
-            conv_bn(f"{name}.local_conv", dim, 1, 3)
-    norm("norm_head", 320)
-    dense("head", 1000, 320)
-    shapes.update({"neck.0.weight": (256, 320, 1, 1), "neck.2.weight": (256, 256, 3, 3)})
-    norm("neck.1", 256)
-    norm("neck.3", 256)
-    return shapes
+    named = official_shapes("mobile_sam").items()
+    return {name.removeprefix("image_encoder."): shape for name, shape in named if name.startswith("image_encoder.")}
 
 
 def shapes_of(sam: Sam) -> Shapes:
@@ -129,24 +89,14 @@ def save(state: dict[str, torch.Tensor], name: str) -> ModelSpec:
 
 def hollow_state(name: str) -> dict[str, torch.Tensor]:
     """A checkpoint of this model's names and shapes in a few bytes a tensor."""
-    with torch.device("meta"):
-        shapes = shapes_of(ARCHITECTURES[name]())
-    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    return {name: torch.zeros(()).expand(shape) for name, shape in official_shapes(name).items()}
 
 
 # What the authors' file and code are
 
 
 def test_names_and_shapes_are_those_of_the_official_file() -> None:
-    found = shapes_of(build_mobile_sam())
-    with torch.device("meta"):
-        vit_b = shapes_of(ARCHITECTURES["sam_vit_b"]())
-
-    expected = {f"image_encoder.{name}": shape for name, shape in official_encoder().items()}
-    # MobileSAM's prompt encoder and mask decoder are SAM's.
-    expected |= {name: shape for name, shape in vit_b.items() if not name.startswith("image_encoder.")}
-
-    assert found == expected
+    assert shapes_of(build_mobile_sam()) == official_shapes("mobile_sam")
 
 
 def test_architecture_accounts_for_every_byte_of_the_official_file() -> None:

@@ -103,8 +103,11 @@ def test_a_model_is_asked_only_what_it_takes() -> None:
     )
 
 
-def test_a_job_with_prompts_knows_one_parameter() -> None:
+def test_a_job_with_prompts_knows_its_two_parameters() -> None:
     assert parse_prompt_params({"multimask": "all"}) == {"multimask": "all"}
+    assert parse_prompt_params({"decoder": "onnx"}) == {"decoder": "onnx"}
+    with pytest.raises(ParamError, match="decoder='ONNX': expected torch or onnx"):
+        parse_prompt_params({"decoder": "ONNX"})
     with pytest.raises(ParamError, match="expected best"):
         parse_prompt_params({"multimask": "3"})
     with pytest.raises(ParamError, match="'points_per_side' of a job with prompts; known: multimask"):

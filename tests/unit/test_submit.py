@@ -49,11 +49,14 @@ def test_a_limit_counts_what_was_found_before(tmp_path: Path) -> None:
 
 def test_the_model_version_changes_with_what_changes_masks_and_with_nothing_else() -> None:
     plain = Request(source="/a", model="sam_vit_b").model_version()
-    assert plain.startswith("sam_vit_b@ec2df627+")
+    # Pinned: another version for the same masks would have people's stored answers computed again.
+    assert plain == "sam_vit_b@ec2df627+efbab663"
     assert Request(source="/b", model="sam_vit_b", name="n", limit=3).model_version() == plain
     assert Request(source="/a", model="sam_vit_b", params={"points_per_side": 32}).model_version() == plain
     assert Request(source="/a", model="sam_vit_b", params={"points_per_batch": 8}).model_version() == plain
     assert Request(source="/a", model="sam_vit_b", params={"points_per_side": 16}).model_version() != plain
+    assert Request(source="/a", model="sam_vit_b", params={"decoder": "torch"}).model_version() == plain
+    assert Request(source="/a", model="sam_vit_b", params={"decoder": "onnx"}).model_version() != plain
     assert Request(source="/a", model="sam_vit_b", label="car").model_version() != plain
     assert Request(source="/a", model="sam_vit_l").model_version() != plain
 
@@ -71,4 +74,6 @@ def test_the_model_version_changes_with_the_prompts_and_how_they_are_answered(tm
     assert version([1, 2, 3, 4], name="other") == plain
     assert version([1, 2, 3, 4], params={"multimask": "best"}) == plain
     assert version([1, 2, 3, 4], params={"multimask": "all"}) != plain
+    assert version([1, 2, 3, 4], params={"decoder": "torch"}) == plain
+    assert version([1, 2, 3, 4], params={"decoder": "onnx"}) != plain
     assert version([1, 2, 3, 5]) != plain

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias, cast
 from db.settings import settings
 from workers.images import RgbImage
 from workers.masks import Mask
-from workers.params import AutomaticParams
+from workers.params import DECODERS, AutomaticParams, ParamError
 from workers.prompts import Prompt, PromptKind, PromptParams
 
 # What a model remembers of one image between its encoder and its decoder; only the family that made it looks inside.
@@ -49,9 +49,9 @@ class ModelSpec:
 
     loader: "module:function", called as function(spec, device). weights_file: name in the weights folder, or beside
     this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
-    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. defaults: its own
-    AutomaticParams where they differ, JSON-safe. demonstration: too small for real work, and said so wherever its
-    masks are shown.
+    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. decoders: what can
+    run its decoder, of params.DECODERS. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration:
+    too small for real work, and said so wherever its masks are shown.
     """
 
     name: str
@@ -65,6 +65,7 @@ class ModelSpec:
     prompts: tuple[PromptKind, ...]
     licence: str
     libraries: tuple[str, ...] = ()
+    decoders: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     demonstration: bool = False
 
@@ -112,6 +113,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=2_564_550_879,
         parameter_count=641_090_608,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
     ),
     "sam_vit_l": ModelSpec(
@@ -124,6 +126,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=1_249_524_607,
         parameter_count=312_342_832,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
     ),
     "sam_vit_b": ModelSpec(
@@ -136,6 +139,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=375_042_383,
         parameter_count=93_735_472,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
     ),
     "mobile_sam": ModelSpec(
@@ -148,6 +152,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=40_728_226,
         parameter_count=10_130_092,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
         libraries=("timm",),
     ),
@@ -161,6 +166,7 @@ MODELS: dict[str, ModelSpec] = {
         size_bytes=5_982_184,
         parameter_count=2_978_464,
         prompts=_SAM_PROMPTS,
+        decoders=DECODERS,
         licence="Apache-2.0",
         # Chosen on eight scenes apart from those of the benchmark: SAM's own values are for a model two hundred times
         # larger, and twice as many points a side cost four times as much and find hardly more.
@@ -267,6 +273,8 @@ MODELS: dict[str, ModelSpec] = {
     ),
 }
 
+ONNX_LIBRARIES = ("onnx", "onnxruntime")  # what decoder=onnx needs
+
 _loaded: dict[tuple[str, str, str], Model] = {}
 _loading = threading.Lock()
 
@@ -312,6 +320,12 @@ def require_libraries(what: str, libraries: Sequence[str]) -> None:
         raise MissingLibraryError(
             f'{what} needs {" and ".join(missing)}, not installed here: run `pip install "maskfleet[models]"`'
         )
+
+
+def require_decoder(spec: ModelSpec, decoder: str) -> None:
+    """Raise ParamError where this model cannot be decoded so."""
+    if decoder not in spec.decoders:
+        raise ParamError(f"decoder={decoder}: {spec.name} takes {' or '.join(spec.decoders)} only")
 
 
 def largest_present() -> ModelSpec:

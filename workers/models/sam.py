@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 class SamModel:
-    """One loaded Sam or another Promptable. Stateless: every call is given its image, and threads may share it."""
+    """One loaded Sam or another Promptable. Stateless: every call is given its image, and threads may share the model.
 
-    def __init__(self, sam: Sam | Promptable) -> None:
+    spec: whose weights these are, which decoder=onnx has to know.
+    """
+
+    def __init__(self, sam: Sam | Promptable, spec: ModelSpec | None = None) -> None:
         self.sam = sam
+        self.spec = spec
 
     def embed(self, images: Sequence[RgbImage]) -> list[Any]:
         """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass; one embedding an image, on the device.
@@ -64,7 +69,7 @@ class SamModel:
 
         Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
         """
-        return automatic.automatic_masks(self.sam, image, params, embedding=embedding)
+        return automatic.automatic_masks(self._decoded_by(params.decoder), image, params, embedding=embedding)
 
     def prompted(
         self, image: RgbImage, embedding: Any, prompts: Sequence[Prompt], params: PromptParams
@@ -73,12 +78,24 @@ class SamModel:
 
         May raise torch.cuda.OutOfMemoryError.
         """
-        return prompted_masks(self.sam, embedding, prompts, params, size_hw=(image.shape[0], image.shape[1]))
+        sam = self._decoded_by(params.decoder)
+        return prompted_masks(sam, embedding, prompts, params, size_hw=(image.shape[0], image.shape[1]))
+
+    def _decoded_by(self, decoder: str) -> Sam:
+        return self._with_onnx if decoder == "onnx" else self.sam
+
+    @cached_property
+    def _with_onnx(self) -> Sam:
+        from workers.models.onnx_decoder import with_onnx_decoder
+
+        if self.spec is None:
+            raise ValueError("decoder=onnx: a SamModel without its spec has no exported decoder")
+        return with_onnx_decoder(self.sam, self.spec)
 
 
 def load(spec: ModelSpec, device: str) -> Model:
     """The named model with its weights on `device`. Raises what `load_sam` raises."""
-    return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device))
+    return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device), spec)
 
 
 def load_sam(
