@@ -365,6 +365,17 @@ def assets_with_unused_prompts(db: Connection, *, job_id: int, limit: int) -> tu
     return (rows[0].n if rows else 0), [(row.key, row.error) for row in rows]
 
 
+def classes_of(db: Connection, *, job_id: int) -> dict[str, int]:
+    """How many masks a job has of each class of its detector, or of each phrase, the most frequent first."""
+    statement = text(
+        """SELECT coalesce(m.prompt->>'class', m.prompt->>'text') AS class, count(*) AS n
+           FROM asset a JOIN mask m ON m.asset_id = a.id
+           WHERE a.job_id = :job_id AND coalesce(m.prompt->>'class', m.prompt->>'text') IS NOT NULL
+           GROUP BY 1 ORDER BY 2 DESC, 1"""
+    )
+    return {row[0]: row.n for row in db.execute(statement, {"job_id": job_id})}
+
+
 # ----------------------------------------------------------------------------------------------------------- listing
 
 

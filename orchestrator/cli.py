@@ -40,6 +40,7 @@ from db.session import DatabaseNotReady, check_migrated, open_engine
 from db.session import migrate as migrate_database
 from db.settings import settings
 from orchestrator import watch as watching
+from orchestrator.detection import Phrase, read_detector, read_phrases
 from orchestrator.doctor import examine
 from orchestrator.embedded import INTERRUPTED, RunError
 from orchestrator.embedded import run as run_embedded
@@ -48,10 +49,12 @@ from orchestrator.postgres import PostgresFailed
 from orchestrator.prompt_files import PromptFile, list_reports, read_prompts
 from orchestrator.submit import Request, select, submit_job
 from workers import models
+from workers.detector_files import DetectorKind, require_library
+from workers.detectors import AskedDetector
 from workers.errors import ErrorKind, SourceError, TransientError, redact
 from workers.models import ModelError
 from workers.params import ParamError, parse_params
-from workers.prompts import parse_prompt_params
+from workers.prompts import PromptError, PromptKind, parse_prompt_params
 from workers.storage import open_source
 
 USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
@@ -103,6 +106,33 @@ PromptsOption = Annotated[
         "`grid` (every object, without prompts) is the default.",
     ),
 ]
+DetectorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--detector",
+        help="Ask where this detector finds something: a transformers checkpoint (folder or hub name) or an .onnx file "
+        "in the layout of mmdeploy's RTMDet. Its classes become the labels.",
+    ),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option("--detector-threshold", min=0, max=1, help="Take the detector's boxes of scores above this; 0.5."),
+]
+ClassesOption = Annotated[
+    str | None, typer.Option("--classes", help="Only these classes of the detector, separated by commas.")
+]
+LabelMapOption = Annotated[
+    Path | None,
+    typer.Option("--label-map", help="YAML or JSON: the detector's class -> your label, or null to drop it."),
+]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="A phrase, or phrase:label; repeatable, each asked apart. For a model that takes text, or with "
+        "--detector a Grounding DINO or OWLv2 checkpoint.",
+    ),
+]
 DecoderOption = Annotated[
     str | None,
     typer.Option("--decoder", help="What runs SAM's decoder: torch (the default) or onnx, with onnxruntime."),
@@ -141,6 +171,11 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="Where the results go.", show_default=False)],
     model: ModelOption = None,
     prompts: PromptsOption = None,
+    detector: DetectorOption = None,
+    detector_threshold: ThresholdOption = None,
+    classes: ClassesOption = None,
+    label_map: LabelMapOption = None,
+    text: TextOption = None,
     param: ParamOption = None,
     decoder: DecoderOption = None,
     label: LabelOption = None,
@@ -158,13 +193,19 @@ def run(
     Ctrl-C leaves a job that the same command resumes.
     """
     chosen = models.find(model) if model else models.largest_present()
+    asked = _read_detector(detector, detector_threshold, classes, label_map)
+    phrases = read_phrases(text or [])
+    _require_one_way(chosen, asked, phrases, prompts, label)
+    params = _with_decoder(param, decoder)
     request = _request(
-        source, chosen.name, prompts, _with_decoder(param, decoder), label, include, exclude, limit, fresh, name
+        source, chosen.name, prompts, asked, phrases, params, label, include, exclude, limit, fresh, name
     )
     if dry_run:
         _dry_run(request, as_json)
         return
     _require_weights(chosen)
+    if asked:
+        require_library(asked.kind)
     if request.params.get("decoder") == "onnx":
         models.require_libraries("--decoder onnx", models.ONNX_LIBRARIES)
     notice = _demonstration_notice() if chosen.demonstration else None
@@ -180,6 +221,11 @@ def submit(
     source: SourceArgument,
     model: ModelOption = None,
     prompts: PromptsOption = None,
+    detector: DetectorOption = None,
+    detector_threshold: ThresholdOption = None,
+    classes: ClassesOption = None,
+    label_map: LabelMapOption = None,
+    text: TextOption = None,
     param: ParamOption = None,
     decoder: DecoderOption = None,
     label: LabelOption = None,
@@ -195,8 +241,14 @@ def submit(
     wanted = model or settings().model
     if wanted is None:
         _fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(models.MODELS)}")
+    chosen = models.find(wanted)
+    asked = _read_detector(detector, detector_threshold, classes, label_map)
+    phrases = read_phrases(text or [])
+    _require_one_way(chosen, asked, phrases, prompts, label)
     params = _with_decoder(param, decoder)
-    request = _request(source, models.find(wanted).name, prompts, params, label, include, exclude, limit, fresh, name)
+    request = _request(
+        source, chosen.name, prompts, asked, phrases, params, label, include, exclude, limit, fresh, name
+    )
     if dry_run:
         _dry_run(request, as_json)
         return
@@ -258,12 +310,15 @@ def show(
         failures = queries.failed_assets(db, job_id=job) if failed else []
         published = publishing.published(db, job_id=job)
         prompts = watching.prompts_report(db, found)
+        detector = watching.detector_report(db, found)
+        phrases = watching.text_report(db, found)
     if as_json:
         listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
-        shown = {"prompts": prompts, "published": [dataclasses.asdict(place) for place in published]}
+        places = [dataclasses.asdict(place) for place in published]
+        shown = {"prompts": prompts, "detector": detector, "text": phrases, "published": places}
         _print_json(watching.job_as_json(found, counts) | shown | ({"failed": listed} if failed else {}))
     else:
-        watching.print_job(Console(), found, counts, failures, published, prompts)
+        watching.print_job(Console(), found, counts, failures, published, prompts, detector, phrases)
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")
@@ -766,6 +821,8 @@ def _request(
     source: str,
     model: str,
     prompts: str | None,
+    detector: AskedDetector | None,
+    text: list[Phrase],
     param: list[str] | None,
     label: str | None,
     include: list[str] | None,
@@ -775,20 +832,23 @@ def _request(
     name: str,
 ) -> Request:
     texts = {}
-    for text in param or []:
-        key, separator, value = text.partition("=")
+    for given in param or []:
+        key, separator, value = given.partition("=")
         if not separator:
-            raise ParamError(f"--param {text!r}: expected name=value, such as points_per_side=16")
+            raise ParamError(f"--param {given!r}: expected name=value, such as points_per_side=16")
         texts[key.strip()] = value.strip()
     where = source if "://" in source else str(Path(source).expanduser().absolute())
     asked_by_grid = prompts is None or prompts == "grid"
-    params = parse_params(texts) if asked_by_grid else parse_prompt_params(texts)
+    is_automatic = asked_by_grid and not (detector or text)
+    params = parse_params(texts) if is_automatic else parse_prompt_params(texts)
     models.require_decoder(models.find(model), params.get("decoder", "torch"))
     return Request(
         source=where,
         model=model,
         name=name,
-        prompts=None if asked_by_grid or prompts is None else _read_prompts(prompts, where, model),
+        prompts=None if asked_by_grid or prompts is None else _read_prompts(prompts, where, model, detector),
+        detector=detector,
+        text=text,
         params=params,
         label=label,
         include=include or (),
@@ -798,16 +858,63 @@ def _request(
     )
 
 
+def _read_detector(
+    name: str | None,
+    threshold: float | None,
+    classes: str | None,
+    label_map: Path | None,
+) -> AskedDetector | None:
+    if name is None:
+        if threshold is not None or classes or label_map:
+            _fail("--detector-threshold, --classes and --label-map go with --detector")
+        return None
+    with err.status(f"reading {watching.printable(name)}"):
+        return read_detector(name, threshold=threshold, classes=classes, label_map=label_map)
+
+
+def _require_one_way(
+    spec: models.ModelSpec,
+    detector: AskedDetector | None,
+    text: list[Phrase],
+    prompts: str | None,
+    label: str | None,
+) -> None:
+    """Options that mean nothing together are refused."""
+    prompts = None if prompts == "grid" else prompts
+    if not (spec.automatic or detector or text or prompts):
+        _fail(f"{spec.name} makes no masks of everything: tell it what to look for with --text or --prompts")
+    if detector and "box" not in spec.prompts:
+        _fail(f"{spec.name} takes no boxes of a detector, only {' and '.join(spec.prompts)}")
+    takes_phrases = detector is not None and detector.kind is DetectorKind.OPEN_VOCABULARY
+    if text and prompts is not None:
+        _fail("--text and --prompts both say where to look: a prompt line of the file may hold a text")
+    if takes_phrases and not text and prompts is None:
+        _fail('this detector looks for phrases: --text "red bus", or --prompts with texts')
+    if detector and not takes_phrases and (text or prompts is not None):
+        other = "--text" if text else "--prompts"
+        _fail(
+            f"--detector and {other} both say where to look: give one of them; text needs a detector that takes phrases"
+        )
+    if text and not takes_phrases and "text" not in spec.prompts:
+        _fail(
+            f"{spec.name} takes no text: choose a model that does (maskfleet models list), or give --detector a "
+            "Grounding DINO or OWLv2 checkpoint"
+        )
+    if label is not None and (text or (detector and not takes_phrases)):
+        _fail("a class or phrase is each mask's label: --label-map or --text phrase:label renames it, not --label")
+
+
 def _with_decoder(param: list[str] | None, decoder: str | None) -> list[str]:
     """`--decoder X` is `--param decoder=X`."""
     return [*(param or []), *([] if decoder is None else [f"decoder={decoder}"])]
 
 
-def _read_prompts(address: str, source: str, model: str) -> PromptFile:
+def _read_prompts(address: str, source: str, model: str, detector: AskedDetector | None) -> PromptFile:
     """Read a prompt file and say what in it cannot be used."""
     with err.status(f"reading {watching.printable(redact(address))}"):
         endpoint = settings().s3_endpoint
-        found = read_prompts(address, source=source, spec=models.find(model), s3_endpoint=endpoint)
+        besides: tuple[PromptKind, ...] = ("text",) if detector else ()
+        found = read_prompts(address, source=source, spec=models.find(model), s3_endpoint=endpoint, besides=besides)
     for line in list_reports(found.bad, found.bad_count):
         err.print(watching.printable(line), style="yellow", markup=False)
     return found
@@ -819,8 +926,13 @@ def _run(request: Request, out: Path, devices: str, as_json: bool, *, notice: st
     except KeyboardInterrupt:
         err.print("\nstopped; the same command goes on where it was")
         raise typer.Exit(INTERRUPTED) from None
-    assets, prompts = outputs.summary["assets"], outputs.summary["prompts"]
-    for what, line in (watching.prompt_rows(prompts) if prompts else {}).items():
+    assets, prompts, detector, phrases = (outputs.summary[name] for name in ("assets", "prompts", "detector", "text"))
+    rows = {
+        **(watching.prompt_rows(prompts) if prompts else {}),
+        **(watching.detector_rows(detector) if detector else {}),
+        **(watching.text_rows(phrases) if phrases else {}),
+    }
+    for what, line in rows.items():
         if line:
             err.print(f"{what}: {watching.printable(line)}", style="dim", markup=False)
     if as_json:
@@ -913,6 +1025,7 @@ def _fail(message: str) -> NoReturn:
 
 _FAILURES = (
     SourceError,
+    PromptError,
     TransientError,
     ParamError,
     ModelError,

@@ -27,7 +27,7 @@ from db.settings import settings
 from orchestrator.label_studio import asset_uid
 from orchestrator.png import export_png as export_png
 from orchestrator.regions import DEFAULT_LABEL, prediction_task, regions_for
-from orchestrator.watch import prompts_report
+from orchestrator.watch import detector_report, prompts_report, text_report
 from workers.masks import Mask
 from workers.storage import Source, open_source
 
@@ -134,6 +134,8 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[s
         "answered_from_stored": counts.reused,
         "without_prompts": counts.without_prompts,
         "prompts": prompts_report(db, job),
+        "detector": detector_report(db, job),
+        "text": text_report(db, job),
         "skipped": job.skipped,
         "masks": counts.masks,
         "failed_by_kind": counts.failed_by_kind,

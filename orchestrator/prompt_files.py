@@ -21,7 +21,7 @@ from orchestrator import coco_prompts, yolo_prompts
 from orchestrator.prompt_entries import BadEntry, Entry, PromptFileError, Reader, shown
 from workers.errors import AssetError, ErrorKind, redact
 from workers.models import ModelSpec
-from workers.prompts import Prompt, PromptError, is_storable, parse_prompt, takes
+from workers.prompts import Prompt, PromptError, PromptKind, is_storable, parse_prompt, takes
 from workers.storage import Bucket, open_source
 
 MOST_LINE_BYTES = 64 * 2**20  # some hundred thousand prompts on one asset
@@ -67,14 +67,18 @@ class PromptFile:
         }
 
 
-def read_prompts(address: str, *, source: str, spec: ModelSpec, s3_endpoint: str | None) -> PromptFile:
+def read_prompts(
+    address: str, *, source: str, spec: ModelSpec, s3_endpoint: str | None, besides: tuple[PromptKind, ...] = ()
+) -> PromptFile:
     """Read a file, a folder or an s3:// address of prompts for assets of `source`, to be asked of a model.
+
+    besides: kinds of prompts that the job's detector makes into what the model takes.
 
     Raises PromptFileError where it cannot be read at all, holds no usable prompt, or asks what the model does not take;
     TransientError where the store does not answer.
     """
     with ExitStack() as on_error:
-        intake = _Intake(spec=spec, source=source)
+        intake = _Intake(spec=spec, source=source, taken=(*spec.prompts, *besides))
         on_error.enter_context(intake.stored)
         with _open(address, s3_endpoint) as file:
             reader = _reader_of(file, address, source, s3_endpoint)
@@ -100,12 +104,13 @@ def read_prompts(address: str, *, source: str, spec: ModelSpec, s3_endpoint: str
 class _Intake:
     """Checks entries one by one, writes what is stored, and counts."""
 
-    def __init__(self, *, spec: ModelSpec, source: str) -> None:
+    def __init__(self, *, spec: ModelSpec, source: str, taken: tuple[PromptKind, ...]) -> None:
         self.keys = self.prompts = self.bad_count = 0
         self.bad: list[str] = []
         self.digest = hashlib.sha256()
         self.stored: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n")  # noqa: SIM115  PromptFile's
         self._spec = spec
+        self._taken = taken
         self._prefix = source.rstrip("/") + "/"
 
     def take(self, entry: Entry | BadEntry) -> None:
@@ -134,7 +139,7 @@ class _Intake:
             where = f"{entry.where}, prompt {index}" if len(entry.prompts) > 1 else entry.where
             self._report(where, str(error))
             return f"{where}: {error}"
-        unfit = takes(prompt, self._spec.prompts)
+        unfit = takes(prompt, self._taken)
         if unfit:
             raise PromptFileError(f"{entry.where}: {unfit}, which is what {self._spec.name} takes")
         return prompt

@@ -11,8 +11,10 @@ from sqlalchemy import Connection
 
 from db import queries
 from db.queries import Job, NewAsset
+from orchestrator.detection import Phrase
 from orchestrator.prompt_files import PromptFile
 from workers import models
+from workers.detectors import AskedDetector
 from workers.params import AutomaticParams, automatic_params
 from workers.prompts import PromptParams
 from workers.storage import Source
@@ -34,12 +36,16 @@ class Request:
     limit: int | None = None
     fresh: bool = False
     prompts: PromptFile | None = None
+    detector: AskedDetector | None = None
+    text: Sequence[Phrase] = ()
 
     def asked(self) -> dict[str, Any]:
         """What goes on the job's row, JSON-safe."""
         return {
-            "mode": "prompts" if self.prompts else "automatic",
+            "mode": self._mode(),
             "prompts": self.prompts.as_json() if self.prompts else None,
+            "detector": self.detector.as_json() if self.detector else None,
+            "text": [phrase.as_json() for phrase in self.text] or None,
             "params": dict(self.params),
             "label": self.label,
             "include": list(self.include),
@@ -50,9 +56,23 @@ class Request:
     def model_version(self) -> str:
         """Changes with whatever changes the masks, and with nothing else."""
         spec = models.find(self.model)
+        detector = {"detector": self.detector.what_is_computed()} if self.detector else {}
+        if self.text:
+            computed = what_text_computes(self.text, self.params)
+        elif self.prompts:
+            computed = what_prompts_compute(self.prompts.sha256, self.params, self.label)
+        elif self.detector:
+            computed = {"mode": "detector", "params": _prompt_params(self.params)}
+        else:
+            computed = what_is_computed(spec, self.params, self.label)
+        return models.model_version(spec, computed | detector)
+
+    def _mode(self) -> str:
+        if self.text:
+            return "text"
         if self.prompts:
-            return models.model_version(spec, what_prompts_compute(self.prompts.sha256, self.params, self.label))
-        return models.model_version(spec, what_is_computed(spec, self.params, self.label))
+            return "prompts"
+        return "detector" if self.detector else "automatic"
 
 
 def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
@@ -61,18 +81,27 @@ def what_is_computed(spec: models.ModelSpec, params: Mapping[str, Any], label: s
     values = {name: getattr(effective, name) for name in AutomaticParams.__dataclass_fields__}
     # How many points are decoded at once is a matter of memory, not of masks.
     values.pop("points_per_batch")
-    return {"mode": "automatic", "params": _without_torch(values), "label": label}
+    return {"mode": "automatic", "params": _without_usual(values), "label": label}
 
 
 def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
     """The same for a job with prompts: equal exactly where the prompts of every asset are."""
-    values = _without_torch(asdict(PromptParams(**params)))
-    return {"mode": "prompts", "prompts": sha256, "params": values, "label": label}
+    return {"mode": "prompts", "prompts": sha256, "params": _prompt_params(params), "label": label}
 
 
-def _without_torch(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the decoder where it is the usual one: what was stored before there was a choice answers still."""
-    return {name: value for name, value in values.items() if (name, value) != ("decoder", "torch")}
+def what_text_computes(text: Sequence[Phrase], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a job with phrases."""
+    return {"mode": "text", "text": [phrase.as_json() for phrase in text], "params": _prompt_params(params)}
+
+
+def _prompt_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    return _without_usual(asdict(PromptParams(**params)))
+
+
+def _without_usual(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the decoder and threshold where they are the usual: what was stored before the choice answers still."""
+    usual = {"decoder": "torch", "text_threshold": 0.5}
+    return {name: value for name, value in values.items() if (name, value) not in usual.items()}
 
 
 def submit_job(db: Connection, request: Request) -> Job:

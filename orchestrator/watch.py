@@ -127,10 +127,13 @@ def print_job(
     failed: Sequence[FailedAsset],
     published: Sequence[Published] = (),
     prompts: dict[str, Any] | None = None,
+    detector: dict[str, Any] | None = None,
+    phrases: list[dict[str, Any]] | None = None,
 ) -> None:
     """One job's page: how far it is, what was left out, what went wrong, and what to do about it.
 
-    prompts: what `prompts_report` gives.
+    prompts: what `prompts_report` gives. detector: what `detector_report` gives. phrases: what `text_report`
+    gives.
     """
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -151,6 +154,8 @@ def print_job(
         if counts.without_prompts
         else "",
         **(prompt_rows(prompts) if prompts else {}),
+        **(detector_rows(detector) if detector else {}),
+        **(text_rows(phrases) if phrases else {}),
         **{f"published to {p.project_id}": _published(p) for p in published},
     }
     for name, value in rows.items():
@@ -283,6 +288,59 @@ def prompt_rows(report: dict[str, Any]) -> dict[str, str]:
         "keys not in the job": f"{report['unmatched']:,}: {named}{more}" if report["unmatched"] else "",
         "with unused prompts": f"{report['unused']:,}, first {unused}" if report["unused"] else "",
     }
+
+
+def detector_report(db: Connection, job: Job) -> dict[str, Any] | None:
+    """What a job's detector found so far; None for a job without one.
+
+    found: class or phrase -> masks. unmapped: those of them that the label map does not name, which keep their
+    own names as labels. unused: assets with boxes that could not be used, of which the first few are named.
+    """
+    asked: dict[str, Any] | None = job.asked.get("detector")
+    if asked is None:
+        return None
+    found = queries.classes_of(db, job_id=job.id)
+    mapped = asked["label_map"]
+    unused, assets = queries.assets_with_unused_prompts(db, job_id=job.id, limit=_NAMED)
+    return {
+        **asked,
+        "found": found,
+        "unmapped": {} if mapped is None else {name: n for name, n in found.items() if name not in mapped},
+        "unused": unused,
+        "unused_first": [{"key": key, "error": error} for key, error in assets],
+    }
+
+
+def detector_rows(report: dict[str, Any]) -> dict[str, str]:
+    """The lines of a job's page about its detector; empty where there is nothing to say."""
+    unused = "".join(f"{first['key']}: {first['error']}" for first in report["unused_first"][:1])
+    unmapped = _classes(report["unmapped"])
+    return {
+        "detector": f"{report['name']} ({report['kind']}, {report['identity'][:15]}), scores above "
+        f"{report['threshold']:g}",
+        "detected": _classes(report["found"]),
+        "not in the label map": f"{unmapped}; kept under their own names" if unmapped else "",
+        "with unusable boxes": f"{report['unused']:,}, first {unused}" if report["unused"] else "",
+    }
+
+
+def _classes(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {name}" for name, n in counts.items())
+
+
+def text_report(db: Connection, job: Job) -> list[dict[str, Any]] | None:
+    """A job's phrases with their labels and how many masks each has so far, none included; None for a job without."""
+    asked: list[dict[str, Any]] | None = job.asked.get("text")
+    if asked is None:
+        return None
+    found = queries.classes_of(db, job_id=job.id)
+    return [{**phrase, "masks": found.get(phrase["text"], 0)} for phrase in asked]
+
+
+def text_rows(report: list[dict[str, Any]]) -> dict[str, str]:
+    """The line of a job's page about its phrases."""
+    named = (f"{p['masks']:,} {p['text']}{'' if p['label'] == p['text'] else ' as ' + p['label']}" for p in report)
+    return {"text": ", ".join(named)}
 
 
 def failed_table(failed: Sequence[FailedAsset]) -> Table:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, OperationalError
@@ -22,12 +23,13 @@ from db import queries
 from db.models import PromptMatch
 from db.queries import Asset, ClaimedChunk, LeaseLost, NewOutcome, StoredMask
 from db.settings import Settings
-from workers import models
+from workers import detectors, models
+from workers.detectors import Asked, AskedDetector, Detection, Detector, PhraseDetector
 from workers.errors import AssetError, ErrorKind, TransientError, redact
 from workers.images import RgbImage, decode
 from workers.masks import Mask
 from workers.params import automatic_params
-from workers.prompts import Prompt, PromptParams, fit_all
+from workers.prompts import Prompt, PromptError, PromptParams, fit_all
 from workers.storage import Source, open_source
 
 _LOOKAHEAD = 2  # batches marked and decoded beyond the one on the device, so that it never waits for a commit
@@ -38,8 +40,13 @@ _SHOWN_REASONS = 5
 log = logging.getLogger(__name__)
 
 LoadModel = Callable[[str], models.Model]
+LoadDetector = Callable[[AskedDetector], Detector | PhraseDetector]
+Encode = Callable[[Sequence[RgbImage]], list[Any]]
+"""What a look needs of each of some images: the model's embedding, at least."""
 Look = Callable[[Asset, RgbImage, Any], "Found"]
-"""Finds an asset's masks in its image with the embedding of that."""
+"""Finds an asset's masks in its image with what the encoder made of that."""
+AskedOf = Callable[[Asset], Sequence[Any]]
+"""What is asked of an asset: prompts as they are stored."""
 
 
 class Draining(Exception):
@@ -79,6 +86,7 @@ class Worker:
     engine: Engine
     settings: Settings
     load_model: LoadModel
+    load_detector: LoadDetector
     draining: Callable[[], bool]
     on_hang: Callable[[], None]
 
@@ -109,7 +117,7 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
         log.warning("chunk %d of job %d goes back: %s", chunk.id, chunk.job_id, redact(str(error)))
         _release(worker, chunk, pause=True, error=str(error))
     except models.ModelError as error:  # a part of the model that is opened when it is first asked
-        raise _unfit(worker, chunk, error) from error
+        raise _unfit(worker, chunk, chunk.model, error) from error
     return ChunkReport(
         labeled=run.labeled,
         failed=run.failed,
@@ -125,18 +133,19 @@ def _release(worker: Worker, chunk: ClaimedChunk, *, pause: bool = False, error:
             queries.note_error(db, job_id=chunk.job_id, error=_storable(f"{worker.name}: {error}"))
 
 
-def _load_model(worker: Worker, chunk: ClaimedChunk) -> models.Model:
-    """The job's model. What keeps it from loading here may not elsewhere, so it is no verdict on job or assets."""
+@contextmanager
+def _loading(worker: Worker, chunk: ClaimedChunk, name: str) -> Iterator[None]:
+    """What keeps a model from loading here may not elsewhere, so it is no verdict on job or assets."""
     try:
-        return worker.load_model(chunk.model)
+        yield
     except Exception as error:
-        raise _unfit(worker, chunk, error) from error
+        raise _unfit(worker, chunk, name, error) from error
 
 
-def _unfit(worker: Worker, chunk: ClaimedChunk, error: Exception) -> ProcessUnfit:
+def _unfit(worker: Worker, chunk: ClaimedChunk, name: str, error: Exception) -> ProcessUnfit:
     """Hand the chunk back with the reason on its job, for a worker that has the model."""
-    _release(worker, chunk, error=f"{chunk.model} cannot be loaded: {error}")
-    return ProcessUnfit(f"{chunk.model} cannot be loaded: {error}")
+    _release(worker, chunk, error=f"{name} cannot be loaded: {error}")
+    return ProcessUnfit(f"{name} cannot be loaded: {error}")
 
 
 class _ChunkRun:
@@ -176,15 +185,45 @@ class _ChunkRun:
             assets = self._pass_by_unprompted(assets, match)
         if not assets:
             return
-        model = _load_model(self._worker, self._chunk)
+        encode, look = self._ways(match)
         self._progress_at = time.monotonic()
-        look = self._automatic_look(model) if match is None else self._prompted_look(model, match)
         size = self._settings.batch_size
         trusted = [asset for asset in assets if asset.deaths_alone is None]
         suspects = [[asset] for asset in assets if asset.deaths_alone is not None]
         batches = [trusted[k : k + size] for k in range(0, len(trusted), size)]
-        self._run_batches(batches, model, look, lookahead=_LOOKAHEAD)
-        self._run_batches(suspects, model, look, lookahead=0)
+        self._run_batches(batches, encode, look, lookahead=_LOOKAHEAD)
+        self._run_batches(suspects, encode, look, lookahead=0)
+
+    def _ways(self, match: PromptMatch | None) -> tuple[Encode, Look]:
+        """How this job's images are encoded, and looked at; loads what it takes."""
+        with _loading(self._worker, self._chunk, self._chunk.model):
+            models.require_same_weights(models.find(self._chunk.model), self._chunk.model_version)
+            model = self._worker.load_model(self._chunk.model)
+        asked_of = self._asked_of(match)
+        stored = self._chunk.asked.get("detector")
+        if stored is None:
+            return model.embed, self._automatic_look(model) if asked_of is None else self._prompted_look(
+                model, asked_of
+            )
+        asked = detectors.asked_of_json(stored)
+        with _loading(self._worker, self._chunk, f"detector {asked.name}"):
+            detector = self._worker.load_detector(asked)
+        if asked_of is None:
+            return _detecting(model, cast(Detector, detector), asked), self._detected_look(model, asked)
+        phrases = _Phrases(detector=cast(PhraseDetector, detector), threshold=asked.threshold)
+        return model.embed, self._prompted_look(model, asked_of, phrases)
+
+    def _asked_of(self, match: PromptMatch | None) -> AskedOf | None:
+        """Where an asset's prompts are: in the database, or the same phrases for all; None for a job without."""
+        text = self._chunk.asked.get("text")
+        if match is None:
+            return (lambda asset: text) if text else None
+
+        def stored(asset: Asset) -> Sequence[Any]:
+            with self._worker.engine.begin() as db:
+                return queries.prompts_of(db, asset_id=asset.id, match=match)
+
+        return stored
 
     def _pass_by_unprompted(self, assets: Sequence[Asset], match: PromptMatch) -> list[Asset]:
         """Label the assets that the job has no prompt for, with no masks and unread; returns the others."""
@@ -197,30 +236,87 @@ class _ChunkRun:
         params = automatic_params(models.find(self._chunk.model).defaults, self._chunk.asked.get("params", {}))
         return lambda asset, image, embedding: Found(masks=model.automatic(image, embedding, params))
 
-    def _prompted_look(self, model: models.Model, match: PromptMatch) -> Look:
-        params = PromptParams(**self._chunk.asked.get("params", {}))
+    def _prompted_look(self, model: models.Model, asked_of: AskedOf, phrases: _Phrases | None = None) -> Look:
+        """phrases: boxes what prompts say in text, for models that take none."""
 
         def look(asset: Asset, image: RgbImage, embedding: Any) -> Found:
-            with self._worker.engine.begin() as db:
-                asked = queries.prompts_of(db, asset_id=asset.id, match=match)
+            asked = asked_of(asset)
             height, width = image.shape[:2]
             usable, wrong = fit_all(asked, (width, height))
-            if not usable:
-                raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {_list_unused(wrong, len(asked))}")
-            masks: list[Mask] = []
-            for some in _slices(list(usable.items()), _PROMPTS_A_CALL):
-                found = model.prompted(image, embedding, [prompt for _, prompt in some], params)
-                for (index, prompt), answers in zip(some, found, strict=True):
-                    masks += [_of_prompt(mask, prompt, {"index": index, **asked[index]}) for mask in answers]
-                self._go_on()
-            return Found(masks=masks, unused=_list_unused(wrong, len(asked)) if wrong else None)
+            prompts = [(prompt, {"index": index, **asked[index]}) for index, prompt in usable.items()]
+            try:
+                masks, lost = self._answer(model, image, embedding, prompts, phrases)
+            except PromptError:
+                masks, lost, unread = self._answer_apart(model, image, embedding, prompts, phrases)
+                wrong += unread
+            if len(wrong) == len(asked):
+                raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {_list_unused(wrong, len(asked), 'prompts')}")
+            unused = [_list_unused(wrong, len(asked), "prompts")] if wrong else []
+            unused += [_list_unused(lost, None, "boxes")] if lost else []
+            return Found(masks=masks, unused="; ".join(unused) or None)
 
         return look
+
+    def _answer(
+        self,
+        model: models.Model,
+        image: RgbImage,
+        embedding: Any,
+        prompts: Sequence[Asked],
+        phrases: _Phrases | None,
+    ) -> tuple[list[Mask], list[str]]:
+        """The masks of prompts, and what is wrong with boxes that were found for them. Raises PromptError."""
+        lost: list[str] = []
+        if phrases is not None:
+            prompts, lost = phrases.box(image, prompts)
+        return self._ask(model, image, embedding, prompts), lost
+
+    def _answer_apart(
+        self,
+        model: models.Model,
+        image: RgbImage,
+        embedding: Any,
+        prompts: Sequence[Asked],
+        phrases: _Phrases | None,
+    ) -> tuple[list[Mask], list[str], list[str]]:
+        """The same, and what is wrong with prompts that cannot be read, such as a text that is too long."""
+        masks: list[Mask] = []
+        lost: list[str] = []
+        unread: list[str] = []
+        for prompt, row in prompts:
+            try:
+                some = self._answer(model, image, embedding, [(prompt, row)], phrases)
+            except PromptError as error:
+                unread.append(f"prompt {row['index']}: {error}")
+                continue
+            masks += some[0]
+            lost += some[1]
+        return masks, lost, unread
+
+    def _detected_look(self, model: models.Model, asked: AskedDetector) -> Look:
+        def look(asset: Asset, image: RgbImage, detected: _Detected) -> Found:
+            height, width = image.shape[:2]
+            prompts, wrong = detectors.prompts_of(detected.boxes, asked, (width, height))
+            masks = self._ask(model, image, detected.embedding, prompts)
+            return Found(masks=masks, unused=_list_unused(wrong, len(detected.boxes), "boxes") if wrong else None)
+
+        return look
+
+    def _ask(self, model: models.Model, image: RgbImage, embedding: Any, prompts: Sequence[Asked]) -> list[Mask]:
+        """The masks of any number of prompts, the heartbeat hearing of it now and then."""
+        params = PromptParams(**self._chunk.asked.get("params", {}))
+        masks: list[Mask] = []
+        for some in _slices(prompts, _PROMPTS_A_CALL):
+            found = model.prompted(image, embedding, [prompt for prompt, _ in some], params)
+            for (prompt, asked), answers in zip(some, found, strict=True):
+                masks += [_of_prompt(mask, prompt, asked) for mask in answers]
+            self._go_on()
+        return masks
 
     def _run_batches(
         self,
         batches: Sequence[Sequence[Asset]],
-        model: models.Model,
+        encode: Encode,
         look: Look,
         *,
         lookahead: int,
@@ -243,7 +339,7 @@ class _ChunkRun:
                 stores = [storing.submit(store, 0, [])]
                 for k, batch in enumerate(batches):
                     stores[max(k - lookahead, 0)].result()
-                    outcomes = self._segment_batch(batch, model, look)
+                    outcomes = self._segment_batch(batch, encode, look)
                     stores.append(storing.submit(store, k + 1, outcomes))
                     if self._worker.draining():
                         stores[-1].result()
@@ -258,7 +354,7 @@ class _ChunkRun:
         content = source.read(asset.key, self._settings.max_object_bytes)
         return decode(content, name=asset.key, max_pixels=self._settings.max_pixels)
 
-    def _segment_batch(self, batch: Sequence[Asset], model: models.Model, look: Look) -> list[NewOutcome]:
+    def _segment_batch(self, batch: Sequence[Asset], encode: Encode, look: Look) -> list[NewOutcome]:
         """Outcomes of a batch; an asset that could not be read for a passing reason has none yet."""
         outcomes: list[NewOutcome] = []
         images: list[tuple[Asset, RgbImage]] = []
@@ -269,7 +365,7 @@ class _ChunkRun:
                 outcomes.extend(self._put_off(asset, error))
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
                 outcomes.append(self._failed(asset, error))
-        for asset, image, embedding in self._embed(model, images, outcomes):
+        for asset, image, embedding in self._embed(encode, images, outcomes):
             self._go_on()
             started = time.perf_counter()
             try:
@@ -290,13 +386,13 @@ class _ChunkRun:
         self._progress_at = time.monotonic()
 
     def _embed(
-        self, model: models.Model, images: Sequence[tuple[Asset, RgbImage]], outcomes: list[NewOutcome]
+        self, encode: Encode, images: Sequence[tuple[Asset, RgbImage]], outcomes: list[NewOutcome]
     ) -> list[tuple[Asset, RgbImage, Any]]:
         """Encode a batch; what does not fit on the device is halved down to single images, then given up."""
         if not images:
             return []
         try:
-            embeddings = model.embed([image for _, image in images])
+            embeddings = encode([image for _, image in images])
             return [(asset, image, embedding) for (asset, image), embedding in zip(images, embeddings, strict=True)]
         except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
             if len(images) == 1:
@@ -304,7 +400,7 @@ class _ChunkRun:
                 return []
             _judge(error)  # ends the process when the device is lost
         half = len(images) // 2
-        return [*self._embed(model, images[:half], outcomes), *self._embed(model, images[half:], outcomes)]
+        return [*self._embed(encode, images[:half], outcomes), *self._embed(encode, images[half:], outcomes)]
 
     def _put_off(self, asset: Asset, error: TransientError) -> list[NewOutcome]:
         """Leave the asset for the chunk's next run, unless that was tried often enough."""
@@ -363,6 +459,40 @@ class _ChunkRun:
                 log.warning("chunk %d: heartbeat failed: %s", self._chunk.id, redact(str(error)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Detected:
+    """What a detector found in an image, and the image's embedding, which is None where it found nothing."""
+
+    boxes: Sequence[Detection]
+    embedding: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phrases:
+    """A job's detector of what phrases say."""
+
+    detector: PhraseDetector
+    threshold: float
+
+    def box(self, image: RgbImage, prompts: Sequence[Asked]) -> tuple[list[Asked], list[str]]:
+        return detectors.boxes_of_phrases(self.detector, image, prompts, self.threshold)
+
+
+def _detecting(model: models.Model, detector: Detector, asked: AskedDetector) -> Encode:
+    """The detector before the model's encoder, which sees only the images with a box."""
+
+    def encode(images: Sequence[RgbImage]) -> list[_Detected]:
+        found = [
+            [box for box in boxes if asked.keeps(box.class_name)]
+            for boxes in detector.detect(images, threshold=asked.threshold)
+        ]
+        boxed = [image for image, boxes in zip(images, found, strict=True) if boxes]
+        embeddings = iter(model.embed(boxed) if boxed else [])
+        return [_Detected(boxes=boxes, embedding=next(embeddings) if boxes else None) for boxes in found]
+
+    return encode
+
+
 def _judge(error: Exception) -> tuple[ErrorKind, str]:
     """The verdict on an asset that raised; raises ProcessUnfit when it is the process that is broken."""
     if isinstance(error, AssetError):
@@ -386,13 +516,14 @@ def _of_prompt(mask: Mask, prompt: Prompt, asked: dict[str, Any]) -> Mask:
     return replace(mask, label=mask.label or prompt.label or prompt.text, prompt=asked)
 
 
-def _list_unused(wrong: Sequence[str], asked: int) -> str:
+def _list_unused(wrong: Sequence[str], asked: int | None, what: str) -> str:
     """One line for the asset's row; the first reasons stand for the rest."""
+    of = "" if asked is None else f" of {asked}"
     more = f"; and {len(wrong) - _SHOWN_REASONS} more" if len(wrong) > _SHOWN_REASONS else ""
-    return f"{len(wrong)} of {asked} prompts cannot be used: {'; '.join(wrong[:_SHOWN_REASONS])}{more}"
+    return f"{len(wrong)}{of} {what} cannot be used: {'; '.join(wrong[:_SHOWN_REASONS])}{more}"
 
 
-def _slices(prompts: Sequence[tuple[int, Prompt]], size: int) -> list[Sequence[tuple[int, Prompt]]]:
+def _slices(prompts: Sequence[Asked], size: int) -> list[Sequence[Asked]]:
     return [prompts[k : k + size] for k in range(0, len(prompts), size)]
 
 

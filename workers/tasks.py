@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 from db import queries
 from db.session import open_engine
 from db.settings import settings
-from workers import models
+from workers import detectors, models
 from workers.app import SEGMENT_CHUNK, app, publish_chunks, waiting_messages
 from workers.errors import redact
 from workers.pipeline import ProcessUnfit, Worker, run_chunk
@@ -117,6 +117,7 @@ def _worker(name: str) -> Worker:
         engine=open_engine(url.get_secret_value()),
         settings=settings(),
         load_model=_load_model,
+        load_detector=_load_detector,
         draining=lambda: (_run_dir() / "stop").exists(),
         on_hang=lambda: os._exit(_EX_TEMPFAIL),
     )
@@ -126,6 +127,12 @@ def _load_model(name: str) -> models.Model:
     from workers.models.device import default_device
 
     return models.load(models.find(name), default_device())
+
+
+def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detectors.PhraseDetector:
+    from workers.models.device import default_device
+
+    return detectors.load(asked, default_device())
 
 
 def _leave() -> None:

@@ -238,6 +238,7 @@ def our_worker(engine: Engine, folder: Path, masks: Sequence[BoolMask]) -> None:
     """One worker's run of one chunk, everything but Celery's message."""
     from orchestrator.dispatch import tick
     from orchestrator.submit import Request, submit_job
+    from workers import detectors
     from workers.pipeline import Worker, run_chunk
 
     with engine.begin() as db:
@@ -250,6 +251,7 @@ def our_worker(engine: Engine, folder: Path, masks: Sequence[BoolMask]) -> None:
         engine=engine,
         settings=Settings(),
         load_model=lambda _: ReadyMasks(masks),
+        load_detector=lambda asked: detectors.load(asked, "cpu"),
         draining=lambda: False,
         on_hang=lambda: None,
     )

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeAlias, cast
 from db.settings import settings
 from workers.images import RgbImage
 from workers.masks import Mask
+from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.params import DECODERS, AutomaticParams, ParamError
 from workers.prompts import Prompt, PromptKind, PromptParams
 
@@ -49,9 +50,11 @@ class ModelSpec:
 
     loader: "module:function", called as function(spec, device). weights_file: name in the weights folder, or beside
     this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
-    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. decoders: what can
-    run its decoder, of params.DECODERS. defaults: its own AutomaticParams where they differ, JSON-safe. demonstration:
-    too small for real work, and said so wherever its masks are shown.
+    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. hub: where a model
+    comes from whose weights are a folder, weights_file, with no sha256 of its own but its content's. automatic: whether
+    it makes masks without prompts. decoders: what can run its decoder, of params.DECODERS. defaults: its own
+    AutomaticParams where they differ, JSON-safe. demonstration: too small for real work, and said so wherever its masks
+    are shown.
     """
 
     name: str
@@ -65,6 +68,8 @@ class ModelSpec:
     prompts: tuple[PromptKind, ...]
     licence: str
     libraries: tuple[str, ...] = ()
+    hub: str | None = None
+    automatic: bool = True
     decoders: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     demonstration: bool = False
@@ -271,6 +276,21 @@ MODELS: dict[str, ModelSpec] = {
         libraries=("transformers",),
         defaults=_SAM2_DEFAULTS,
     ),
+    "sam3": ModelSpec(
+        name="sam3",
+        family="sam3",
+        loader="workers.models.sam3:load",
+        weights_file="sam3",
+        url=None,
+        sha256="",
+        size_bytes=0,
+        parameter_count=840_376_374,
+        prompts=("text", "exemplar"),
+        licence="SAM License",
+        libraries=("transformers",),
+        hub="facebook/sam3",
+        automatic=False,
+    ),
 }
 
 ONNX_LIBRARIES = ("onnx", "onnxruntime")  # what decoder=onnx needs
@@ -288,7 +308,7 @@ def find(name: str) -> ModelSpec:
 
 def weights_path(spec: ModelSpec) -> Path:
     """Where this model's weights are, or would be once pulled; nothing is looked at."""
-    if spec.url is None:
+    if spec.url is None and spec.hub is None:
         return Path(__file__).with_name(spec.weights_file)
     return weights_dir() / spec.weights_file
 
@@ -306,7 +326,35 @@ def weights_dir() -> Path:
 
 def is_present(spec: ModelSpec) -> bool:
     """Whether a file lies where the weights belong; whether it is the right one is for `weights.verify` and `load`."""
+    if spec.hub is not None:
+        return has_weights(weights_path(spec))
     return weights_path(spec).is_file()
+
+
+def weights_sha256(spec: ModelSpec) -> str:
+    """The sha256 that stands for the model's weights: the pinned one, or, of a folder, that of what lies here.
+
+    Raises WeightsError where that folder is absent.
+    """
+    if spec.hub is None:
+        return spec.sha256
+    folder = weights_path(spec)
+    if not has_weights(folder):
+        raise WeightsError(f"{spec.name}: no weights at {folder}; run `maskfleet models pull {spec.name}`")
+    return identity(checkpoint_files(folder))
+
+
+def require_same_weights(spec: ModelSpec, version: str) -> None:
+    """Raise WeightsError where a job of this model_version was given another folder than lies here."""
+    if spec.hub is None:
+        return
+    found = weights_sha256(spec)[:8]
+    asked = version.removeprefix(f"{spec.name}@").partition("+")[0]
+    if found != asked:
+        raise WeightsError(
+            f"{spec.name}: {weights_path(spec)} is {found}, the job was given {asked}; put the same files there, or "
+            "submit again"
+        )
 
 
 def missing_libraries(libraries: Sequence[str]) -> list[str]:
@@ -343,7 +391,7 @@ def model_version(spec: ModelSpec, asked: Mapping[str, Any]) -> str:
     infinity and TypeError for what JSON cannot hold.
     """
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return f"{spec.name}@{spec.sha256[:8]}+{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+    return f"{spec.name}@{weights_sha256(spec)[:8]}+{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
 
 
 def load(spec: ModelSpec, device: str) -> Model:
@@ -353,7 +401,7 @@ def load(spec: ModelSpec, device: str) -> Model:
     are not installed, torch.cuda.OutOfMemoryError where the device has no room for it.
     """
     require_libraries(spec.name, spec.libraries)
-    key = (spec.name, spec.sha256, device)
+    key = (spec.name, weights_sha256(spec), device)
     with _loading:
         if key not in _loaded:
             module, function = spec.loader.split(":")

@@ -14,12 +14,14 @@ class DeviceFault(StrEnum):
 
 def device_fault(error: BaseException) -> DeviceFault | None:
     """Classify an error raised by a model; frees cached device memory when it was full."""
-    full = ("can't allocate memory", "_ALLOC_FAILED", "CUDA out of memory")
+    full = ("can't allocate memory", "_ALLOC_FAILED", "CUDA out of memory", "Failed to allocate memory")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in full):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return DeviceFault.OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in ("CUDA error", "CUBLAS_", "CUDNN_")):
+    lost = ("CUDA error", "CUDA failure", "CUBLAS_", "CUDNN_")
+    from_device = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    if from_device and any(mark in str(error) for mark in lost):
         return DeviceFault.LOST
     return None
 

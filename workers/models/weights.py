@@ -22,7 +22,8 @@ from pathlib import Path
 
 import httpx
 
-from workers.models import MODELS, ModelSpec, WeightsError, weights_path
+from workers.models import MODELS, ModelSpec, WeightsError, require_libraries, weights_path
+from workers.models.folders import PATTERNS, checkpoint_files, has_weights, identity
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ def verify(spec: ModelSpec) -> Verified:
     Raises WeightsError where the file cannot be read.
     """
     path = weights_path(spec)
+    if spec.hub is not None:
+        return _verify_folder(spec, path)
     try:
         state, size_bytes, found = _look_at(path, spec)
     except FileNotFoundError:
@@ -101,6 +104,8 @@ def pull(
     verified = verify(spec)
     if verified.ok:
         return path
+    if spec.hub is not None:
+        return _pull_folder(spec, spec.hub, path)
     if spec.url is None:
         raise WeightsError(f"{path}: {verified.found}; {remedy(spec)}")
     try:
@@ -120,7 +125,7 @@ def pull(
 
 def remedy(spec: ModelSpec) -> str:
     """The command that brings the right file."""
-    if spec.url is None:
+    if spec.url is None and spec.hub is None:
         return "it belongs to the package: reinstall maskfleet"
     return f"run `maskfleet models pull {spec.name}`"
 
@@ -149,9 +154,42 @@ def expected_kind(path: Path) -> str:
     return "a safetensors file" if path.suffix == ".safetensors" else "a torch archive"
 
 
+def _verify_folder(spec: ModelSpec, folder: Path) -> Verified:
+    """What lies in place of a model that comes as a folder: whether it is the right one, only loading it can say."""
+    state, size_bytes, found = WeightsState.ABSENT, None, "no folder with config.json and safetensors"
+    try:
+        if has_weights(folder):
+            files = checkpoint_files(folder)
+            size_bytes = sum(file.stat().st_size for file in files)
+            state, found = WeightsState.OK, f"a checkpoint with sha256 {identity(files)}"
+    except OSError as error:
+        raise WeightsError(f"{spec.name}: cannot read {folder}: {error.strerror or error}") from error
+    return Verified(name=spec.name, path=folder, state=state, size_bytes=size_bytes, found=found)
+
+
+def _pull_folder(spec: ModelSpec, hub: str, folder: Path) -> Path:
+    """Bring a folder of the hub, with HF_TOKEN where it is gated; goes on where an earlier pull stopped."""
+    require_libraries(f"models pull {spec.name}", ("huggingface_hub",))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        snapshot_download(hub, local_dir=folder, allow_patterns=list(PATTERNS))
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{spec.name}: {hub} is handed out to people who accept its licence ({spec.licence}): accept it at "
+            f"https://huggingface.co/{hub}, set HF_TOKEN to a token of that account, then {remedy(spec)} again"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{spec.name}: {hub} did not come: {error}; {remedy(spec)} again, or bring its folder yourself to {folder}"
+        ) from error
+    return folder
+
+
 def _look_at(path: Path, spec: ModelSpec) -> tuple[WeightsState, int, str]:
     size_bytes = path.stat().st_size
-    known = [spec, *MODELS.values()]
+    known = [model for model in (spec, *MODELS.values()) if model.hub is None]
     with path.open("rb") as file:
         kind = kind_of(file.read(512))
         file.seek(0)
