@@ -15,6 +15,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -115,8 +116,9 @@ def _place_for_root(data_dir: Path) -> Path:
     """Where root's data lie: `nobody` could not reach a folder below /root without opening it to all."""
     place = _roots_place()
     for owner_note in place.glob("*/belongs-to"):
-        if not Path(owner_note.read_text()).exists():  # its OUT folder was deleted
-            shutil.rmtree(owner_note.parent)
+        with suppress(FileNotFoundError):  # another run is at it; what it leaves, the next one takes
+            if not Path(owner_note.read_text()).exists():  # its OUT folder was deleted
+                shutil.rmtree(owner_note.parent)
     name = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
     (place / name).mkdir(mode=0o755, exist_ok=True)
     (place / name / "belongs-to").write_text(str(data_dir.absolute().parent))

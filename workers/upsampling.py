@@ -250,7 +250,8 @@ def bilinear_taps(size_in: int, size_out: int) -> Taps:
     source = np.maximum((scale * (np.arange(size_out) + 0.5) - 0.5).astype(np.float32), np.float32(0))
     first = np.minimum(source.astype(np.int64), size_in - 1)
     weight = np.clip(source - first.astype(np.float32), np.float32(0), np.float32(1))
-    second = np.minimum(first + 1, size_in - 1)
+    # A source of weight 0 may lie beyond what a patch holds; any other stands for it.
+    second = np.where(weight > 0, np.minimum(first + 1, size_in - 1), first)
     return Taps(np.stack([first, second]), np.stack([np.float32(1) - weight, weight]))
 
 

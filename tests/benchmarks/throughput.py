@@ -24,7 +24,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import cv2
 import numpy as np
+import psutil
 import psycopg2
+import redis
 from PIL import Image
 from pycocotools import mask as coco_mask
 from sqlalchemy import Engine, text
@@ -33,6 +35,8 @@ from db import queries
 from db.session import migrate, open_engine, psycopg2_url
 from db.settings import Settings, settings
 from orchestrator.postgres import EmbeddedPostgres
+from tests.deployment import Deployment, draw_pictures
+from tests.redis_server import redis_program, serve_redis
 from workers.boxed_runs import encode_runs, take_runs
 from workers.images import RgbImage
 from workers.masks import BoolMask, Mask
@@ -41,18 +45,21 @@ PAGE = 1000
 MASKS_AN_IMAGE = 100
 SIZE_HW = (1024, 1024)
 ROUNDS = 3
+IDLE_SECONDS = 60
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--keys", type=int, default=1_000_000)
+    parser.add_argument("--deployed-keys", type=int, default=100_000, help="listed by a deployment with Redis")
     parser.add_argument("--images", type=int, default=48)
     args = parser.parse_args()
     os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_EC2_METADATA_DISABLED": "true"}
     with tempfile.TemporaryDirectory() as folder, EmbeddedPostgres(Path(folder) / "data") as server:
         migrate(server.url)
-        bars = [*measure_ingest(server.url, args.keys), *measure_pipeline(server.url, args.images, Path(folder))]
+        bars = measure_deployment(server.url, args.deployed_keys, Path(folder))
+        bars += [*measure_ingest(server.url, args.keys), *measure_pipeline(server.url, args.images, Path(folder))]
     if args.json:
         print(json.dumps({"bars": bars}, indent=2))
     else:
@@ -65,6 +72,73 @@ def bar(name: str, value: float, least: float | None = None, most: float | None 
     limit = least if least is not None else most
     holds = (least is None or value >= least) and (most is None or value <= most)
     return {"name": name, "value": round(value, 2), "bar": limit, "holds": holds}
+
+
+# -------------------------------------------------------------------------------------------------------- deployment
+
+
+def measure_deployment(url: str, keys: int, folder: Path) -> list[dict[str, Any]]:
+    """Redis while keys are taken in and nobody works on them, then what a deployment does when there is nothing to do.
+
+    The model is the tests' stub. Without a Redis nothing is measured.
+    """
+    program = redis_program()
+    if program is None:
+        print("no redis-server: the deployment is not measured", file=sys.stderr)
+        return []
+    logs = folder / "logs"
+    logs.mkdir()
+    engine = open_engine(url)
+    with serve_redis(program, logs) as broker, redis.Redis.from_url(f"{broker}/0") as client, paging_store(keys) as s3:
+        deployment = Deployment(
+            database_url=url,
+            broker_url=f"{broker}/0",
+            folder=logs,
+            engine=engine,
+            settings={"MASKFLEET_S3_ENDPOINT": s3, "MASKFLEET_CHUNK_SIZE": "64", "MASKFLEET_LEASE_SECONDS": "60"},
+        )
+        try:
+            empty_bytes = int(client.info("memory")["used_memory"])
+            job_id = deployment.submit("s3://b/p")
+            deployment.start("dispatch")
+            most_bytes = most_memory_until(client, lambda: deployment.read(job_id)[0].state != "listing")
+            deployment.call("cancel", str(job_id))
+            deployment.start("worker", "--devices", "cpu")
+            done = deployment.submit(draw_pictures(folder / "pictures", 200))
+            deployment.wait_until_done(done)
+            idle_percent = cpu_percent_of(deployment.started, IDLE_SECONDS)
+            left = [key.decode() for key in client.scan_iter() if not key.startswith(b"_kombu.binding")]
+        finally:
+            deployment.stop_all()
+            engine.dispose()
+    return [
+        bar(f"Redis while {keys:,} keys are listed, most MB", most_bytes / 1e6, most=5),
+        bar("Redis with nothing in it, MB", empty_bytes / 1e6),
+        bar(f"idle deployment, CPU % of a core over {IDLE_SECONDS} s", idle_percent, most=1),
+        bar("keys left in Redis by finished chunks", len(left), most=0),
+    ]
+
+
+def most_memory_until(client: redis.Redis, is_over: Callable[[], bool]) -> int:
+    most_bytes = 0
+    while not is_over():
+        most_bytes = max(most_bytes, int(client.info("memory")["used_memory"]))
+        time.sleep(0.05)
+    return most_bytes
+
+
+def cpu_percent_of(commands: Sequence[subprocess.Popen[bytes]], seconds: float) -> float:
+    """CPU of these commands with all that they started, in percent of a core."""
+    time.sleep(5)  # what follows the last chunk
+    roots = [psutil.Process(command.pid) for command in commands]
+    processes = [part for root in roots for part in (root, *root.children(recursive=True))]
+
+    def spent() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before = spent()
+    time.sleep(seconds)
+    return 100 * (spent() - before) / seconds
 
 
 # ------------------------------------------------------------------------------------------------------------ ingest

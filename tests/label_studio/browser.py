@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.conftest import free_port
+from tests.redis_server import free_port
 from tests.waiting import wait_for
 
 WINDOW_WH = (1600, 1000)

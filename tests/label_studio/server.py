@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.conftest import free_port
+from tests.redis_server import free_port
 from tests.waiting import wait_for
 
 VERSION = "1.23.2"

@@ -23,9 +23,9 @@ from orchestrator.prompt_files import read_prompts
 from orchestrator.regions import mask_from_region
 from orchestrator.review import Review, pull, read_review
 from orchestrator.wake import SECRET_HEADER
-from tests.conftest import free_port
 from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, Project, labeled_job, publish, stored
 from tests.label_studio.server import Server
+from tests.redis_server import free_port
 from workers.models import find
 
 pytestmark = pytest.mark.label_studio

@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from segment_anything.utils.amg import build_point_grid, generate_crop_boxes, is_box_near_crop_edge
 from torch import Tensor, nn
@@ -32,6 +35,7 @@ from workers.models.sam import SamModel
 from workers.models.sam2 import VARIANTS, Hiera, Sam2, load, load_variant
 from workers.params import AutomaticParams
 from workers.prompts import Prompt, PromptParams, asks_one_point
+from workers.upsampling import Upsampling
 
 transformers = pytest.importorskip("transformers")
 
@@ -362,6 +366,36 @@ def test_thousands_of_prompts_are_decoded_a_bounded_number_at_a_time(folder: Pat
 
 
 # Automatic masks
+
+
+@given(
+    frame_hw=st.tuples(st.integers(1, 70), st.sampled_from([1, 2, 16, 31, 32, 33, 64, 96])),
+    low=st.sampled_from([16, 32]),
+    seed=st.integers(0, 1000),
+)
+@settings_of_hypothesis(deadline=None, max_examples=30)
+def test_logits_go_straight_to_the_pixels_that_torch_interpolates(
+    frame_hw: tuple[int, int], low: int, seed: int
+) -> None:
+    # Whole numbers meet the thresholds exactly, where every pixel is in doubt until torch's own roundings decide.
+    random = np.random.default_rng(seed)
+    logits = random.integers(-3, 4, (low, low)).astype(np.float32)
+    logits[:, random.integers(low) :] = -5
+    thresholds = (0.0, 1.0, -1.0)
+    upsampling = Upsampling(low_hw=(low, low), mid=low, inside_hw=(low, low), frame_hw=frame_hw)
+    batch = torch.from_numpy(logits).repeat(1, 3, 1, 1)
+    expected = F.interpolate(batch, frame_hw, mode="bilinear", align_corners=False)[0, 0].numpy()
+
+    patch = upsampling.patch(logits, min(thresholds))
+
+    pixels, counts = np.zeros(frame_hw, np.bool_), [0, 0, 0]
+    if patch is not None:
+        cut = upsampling.cut(patch, thresholds)
+        (x, y), (columns, rows) = cut.corner, cut.pixels.shape
+        pixels[y : y + rows, x : x + columns] = cut.pixels.T
+        counts = cut.counts.tolist()
+    assert np.array_equal(pixels, expected > 0)
+    assert counts == [int((expected > threshold).sum()) for threshold in thresholds]
 
 
 class PlantedDecoder(nn.Module):
