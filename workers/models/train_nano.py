@@ -508,9 +508,7 @@ def _parse_plan() -> Plan:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak-rate", type=float, default=1.5e-3)
-    parser.add_argument(
-        "--head-batches", type=int, default=250, help="for the IoU head's last fit; 0 leaves it out"
-    )
+    parser.add_argument("--head-batches", type=int, default=250, help="for the IoU head's last fit; 0 leaves it out")
     parser.add_argument("--start", type=Path, help="weights to go on from, instead of random ones")
     return Plan(**vars(parser.parse_args()))
 

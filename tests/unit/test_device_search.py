@@ -1,0 +1,220 @@
+"""The search that a GPU takes, here on the CPU's tensors, against the CPU's own, which is the reference's to the bit.
+
+SAM's prompt encoder rounds one point otherwise than many, and the device search encodes all points at once; so the
+planted scenes, which tell prompts apart by their bits, are asked with all points at once on the other side too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from segment_anything.modeling import Sam
+from torch import nn
+
+from tests.unit.test_automatic import CPU_BOUND, make_image, make_sam, parameters, reference_masks, sizes
+from workers import decoder, device_runs, device_search
+from workers.automatic import CropSearch, ModelOutputError, masks_by
+from workers.boxed_runs import take_runs
+from workers.decoder import prompt_logits, promptable
+from workers.device_runs import DeviceDrawing, read_runs
+from workers.device_search import DeviceSearch
+from workers.masks import Mask, decode_counts
+from workers.params import AutomaticParams
+from workers.prompted import _draw_here, _draw_there
+from workers.upsampling import Upsampling
+
+ALL_AT_ONCE = 10_000
+EVERYTHING = AutomaticParams(points_per_side=4, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.9)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(decoder, "_found_to_fit", {})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def by_device(sam: Sam, image: np.ndarray, params: AutomaticParams, **other: Any) -> list[Mask]:
+    return masks_by(DeviceSearch, promptable(sam, **other), image, params)
+
+
+def by_cpu(sam: Sam, image: np.ndarray, params: AutomaticParams, **other: Any) -> list[Mask]:
+    return masks_by(CropSearch, promptable(sam, **other), image, params)
+
+
+@given(size=sizes, params=parameters, seed=..., tied=...)
+@example(size=(128, 96), params=AutomaticParams(points_per_side=6), seed=0, tied=False)
+@example(size=(90, 130), params=AutomaticParams(points_per_side=5, crop_n_layers=1), seed=3, tied=True)
+@settings(CPU_BOUND, max_examples=20)
+def test_the_device_search_finds_the_same_masks_in_the_same_order(
+    size: tuple[int, int], params: AutomaticParams, seed: int, tied: bool
+) -> None:
+    sam, image = make_sam(seed=seed % 6, tied=tied), make_image(*size, seed % 6)
+
+    found = by_device(sam, image, params)
+
+    assert found == by_cpu(sam, image, replace(params, points_per_batch=ALL_AT_ONCE))
+
+
+def test_rounds_and_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sam, image = make_sam(tied=True), make_image(120, 90)
+    params = AutomaticParams(points_per_side=6, pred_iou_thresh=0.85, stability_score_thresh=0.6, points_per_batch=4)
+    expected = by_cpu(sam, image, replace(params, points_per_batch=ALL_AT_ONCE))
+
+    monkeypatch.setattr(device_search, "POINTS_HELD", 7)
+    monkeypatch.setattr(device_runs, "GROUP_BYTES", 1)
+
+    assert len(expected) >= 3
+    assert by_device(sam, image, params) == expected
+
+
+def test_equal_scores_keep_the_references_order_beyond_a_thousand_candidates() -> None:
+    sam, image = make_sam(tied=True), make_image(24, 24)
+    params = AutomaticParams(
+        points_per_side=19, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.9, points_per_batch=400
+    )
+
+    ours = [(mask.counts, mask.predicted_iou) for mask in by_device(sam, image, params)]
+
+    assert ours == [(counts, iou) for counts, _, _, iou, _, _ in reference_masks(sam, image, params)]
+
+
+@pytest.mark.parametrize("dim", [32, 256])
+def test_a_real_decoder_gives_the_same_masks_up_to_single_pixels(dim: int) -> None:
+    sam, image = make_sam(planted=False, dim=dim, seed=3), make_image(90, 128)
+
+    ours, theirs = by_device(sam, image, replace(EVERYTHING, points_per_batch=5)), by_cpu(sam, image, EVERYTHING)
+
+    assert [mask.prompt for mask in ours] == [mask.prompt for mask in theirs]
+    pixels = [[decode_counts(mask.counts, (90, 128)) for mask in masks] for masks in (ours, theirs)]
+    assert sum(int((a ^ b).sum()) for a, b in zip(*pixels, strict=True)) <= 5
+
+
+@pytest.mark.parametrize("broken", ["iou", "logits"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_or_infinity_is_an_error_that_says_where(broken: str, value: float) -> None:
+    sam = make_sam()
+    (sam.mask_decoder.iou if broken == "iou" else sam.mask_decoder.bank[:, 3, 3]).fill_(value)
+    what = "predicted IoUs" if broken == "iou" else "mask logits"
+
+    with pytest.raises(ModelOutputError, match=f"{what} hold NaN or infinity"):
+        by_device(sam, make_image(100, 100), AutomaticParams(points_per_side=2, pred_iou_thresh=0.0))
+
+
+def test_no_points_give_no_masks() -> None:
+    assert by_device(make_sam(), make_image(30, 30), AutomaticParams(point_grids=((),))) == []
+
+
+class TooSmallDevice(nn.Module):
+    """A decoder that runs out of memory with more than so many prompts; it notes how many it was given."""
+
+    def __init__(self, planted: nn.Module, most: int) -> None:
+        super().__init__()
+        self.planted, self.most = planted, most
+        self.given: list[int] = []
+
+    def forward(self, sparse_prompt_embeddings: torch.Tensor, **other: Any) -> Any:
+        self.given.append(len(sparse_prompt_embeddings))
+        if len(sparse_prompt_embeddings) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return self.planted(sparse_prompt_embeddings=sparse_prompt_embeddings, **other)
+
+
+def test_out_of_memory_halves_the_points_at_once_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    sam, image = make_sam(), make_image(100, 80)
+    params = AutomaticParams(points_per_side=6, pred_iou_thresh=0.85, stability_score_thresh=0.6, points_per_batch=18)
+    expected = by_cpu(sam, image, replace(params, points_per_batch=ALL_AT_ONCE))
+    sam.mask_decoder = TooSmallDevice(sam.mask_decoder, most=9)
+
+    with caplog.at_level(logging.WARNING):
+        found = [by_device(sam, image, params) for _ in range(2)]
+
+    assert found == [expected] * 2
+    assert sam.mask_decoder.given == [18] + [9] * 8
+    [said] = caplog.messages
+    assert "out of memory with 18 prompts at once, 9 from now on" in said
+
+
+def test_a_point_that_does_not_fit_alone_is_the_devices_error() -> None:
+    sam = make_sam()
+    sam.mask_decoder = TooSmallDevice(sam.mask_decoder, most=0)
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        by_device(sam, make_image(100, 80), AutomaticParams(points_per_side=4))
+
+    assert sam.mask_decoder.given == [16, 8, 4, 2, 1]
+
+
+def test_another_error_of_the_decoder_is_not_tried_again() -> None:
+    class Broken(nn.Module):
+        def forward(self, **_: Any) -> Any:
+            raise RuntimeError("shapes do not fit")
+
+    sam = make_sam()
+    sam.mask_decoder = Broken()
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        by_device(sam, make_image(100, 80), AutomaticParams(points_per_side=4))
+
+
+def test_batches_have_one_shape_and_leave_little_to_fill_up() -> None:
+    sam = make_sam()
+    sam.mask_decoder = TooSmallDevice(sam.mask_decoder, most=1000)
+
+    by_device(sam, make_image(100, 80), AutomaticParams(points_per_side=5, points_per_batch=12))
+
+    assert sam.mask_decoder.given == [9, 9, 9]  # of 25 points
+
+
+def test_prompts_that_fit_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = promptable(make_sam())
+    each = decoder.BYTES_A_LOGIT * model.low_hw[0] * model.low_hw[1]
+    fits = []
+    for free in (0, 10 * each, 1000 * each):
+        monkeypatch.setattr(decoder, "free_bytes", lambda device, free=free: free)
+        fits.append(decoder.prompts_that_fit(model, 64))
+
+    assert fits == [1, 5, 64]
+
+
+@pytest.mark.parametrize("size_hw", [(60, 90), (1, 40), (200, 31)])
+def test_prompts_are_drawn_on_a_device_as_they_are_one_by_one(size_hw: tuple[int, int]) -> None:
+    sam = make_sam()
+    model = promptable(sam)
+    [embedding] = model.embed([make_image(*size_hw)], fast=False)
+    boxes = np.random.default_rng(0).uniform(0, 30, (7, 4))
+    logits, ious = prompt_logits(sam, embedding, size_hw=size_hw, boxes_xyxy=boxes, multimask=True)
+    masks = (logits - 6).flatten(0, 1)  # some without a pixel
+
+    here, there = (
+        draw(model.upsampling(size_hw), model.mask_threshold, masks, ious.flatten())
+        for draw in (_draw_here, _draw_there)
+    )
+
+    assert [asdict(runs) for runs in there[0]] == [asdict(runs) for runs in here[0]]
+    assert there[1] == here[1]
+
+
+def asdict(runs: Any) -> dict[str, Any]:
+    return {"box": runs.box, "area_px": runs.area_px, "changes": runs.changes.tolist()}
+
+
+def test_runs_of_many_masks_are_those_that_each_gives_alone() -> None:
+    random = np.random.default_rng(0)
+    pixels = random.random((9, 17, 17)) < np.linspace(0, 1, 9)[:, None, None]
+    as_they_are = Upsampling(low_hw=(17, 17), mid=17, inside_hw=(13, 17), frame_hw=(13, 17))
+    drawing = DeviceDrawing(upsampling=as_they_are, threshold=0.0)
+
+    found = read_runs(drawing.changes(torch.from_numpy(pixels).float()).numpy(), 9, (13, 17))
+
+    alone = [take_runs(np.ascontiguousarray(one[:13].T), (0, 0)) for one in pixels]
+    assert [asdict(runs) for runs in found] == [asdict(runs) for runs in alone]
