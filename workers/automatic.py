@@ -31,6 +31,7 @@ from workers.decoder import (
     promptable,
 )
 from workers.device_search import DeviceSearch
+from workers.folded_decoder import FOLD_FROM_DIM
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.params import AutomaticParams
@@ -65,7 +66,8 @@ def automatic_masks(
     embedding: what `embed` gave for this image, encoded here when absent; crops are always encoded here. Raises
     ModelOutputError where the model gives NaN or infinity.
     """
-    model = promptable(sam)
+    # fast needs not be the reference to the last pixel, and folded the predicted IoUs stay in float32
+    model = promptable(sam, fold_from_dim=0 if params.precision == "fast" else FOLD_FROM_DIM)
     search = DeviceSearch if model.device.type == "cuda" else CropSearch
     return masks_by(search, model, image, params, embedding)
 

@@ -148,6 +148,7 @@ class _ChunkRun:
         self._worker = worker
         self._settings = worker.settings
         self._chunk = chunk
+        self._is_fast = chunk.asked.get("params", {}).get("precision") == "fast"
         self._images: dict[int, Future[RgbImage]] = {}
         self._transient: TransientError | None = None
         self._lost = threading.Event()
@@ -296,7 +297,7 @@ class _ChunkRun:
         if not images:
             return []
         try:
-            embeddings = model.embed([image for _, image in images])
+            embeddings = model.embed([image for _, image in images], fast=self._is_fast)
             return [(asset, image, embedding) for (asset, image), embedding in zip(images, embeddings, strict=True)]
         except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
             if len(images) == 1:

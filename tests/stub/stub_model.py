@@ -27,7 +27,7 @@ class StubModel:
         self._masks = int(os.environ.get("MASKFLEET_STUB_MASKS", "2"))
         self._seconds = float(os.environ.get("MASKFLEET_STUB_SECONDS", "0"))
 
-    def embed(self, images: Sequence[RgbImage]) -> list[Embedding]:
+    def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[Embedding]:
         if len(images) > 1 and any(tuple(image[0, 0]) == FULL for image in images):
             raise MemoryError("CUDA out of memory (a stub says)")
         return [None] * len(images)

@@ -7,7 +7,7 @@ planted scenes, which tell prompts apart by their bits, are asked with all point
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +15,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
+from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
 from torch import nn
 
 from tests.unit.test_automatic import CPU_BOUND, make_image, make_sam, parameters, reference_masks, sizes
 from workers import decoder, device_runs, device_search
-from workers.automatic import CropSearch, ModelOutputError, masks_by
+from workers.automatic import CropSearch, ModelOutputError, automatic_masks, masks_by
 from workers.boxed_runs import take_runs
 from workers.decoder import prompt_logits, promptable
 from workers.device_runs import DeviceDrawing, read_runs
 from workers.device_search import DeviceSearch
 from workers.masks import Mask, decode_counts
+from workers.models.sam2 import Hiera, Sam2
+from workers.models.sam_hq import build_sam_hq
 from workers.params import AutomaticParams
 from workers.prompted import _draw_here, _draw_there
 from workers.upsampling import Upsampling
@@ -43,11 +46,11 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def by_device(sam: Sam, image: np.ndarray, params: AutomaticParams, **other: Any) -> list[Mask]:
+def by_device(sam: Any, image: np.ndarray, params: AutomaticParams, **other: Any) -> list[Mask]:
     return masks_by(DeviceSearch, promptable(sam, **other), image, params)
 
 
-def by_cpu(sam: Sam, image: np.ndarray, params: AutomaticParams, **other: Any) -> list[Mask]:
+def by_cpu(sam: Any, image: np.ndarray, params: AutomaticParams, **other: Any) -> list[Mask]:
     return masks_by(CropSearch, promptable(sam, **other), image, params)
 
 
@@ -88,15 +91,70 @@ def test_equal_scores_keep_the_references_order_beyond_a_thousand_candidates() -
     assert ours == [(counts, iou) for counts, _, _, iou, _, _ in reference_masks(sam, image, params)]
 
 
-@pytest.mark.parametrize("dim", [32, 256])
-def test_a_real_decoder_gives_the_same_masks_up_to_single_pixels(dim: int) -> None:
-    sam, image = make_sam(planted=False, dim=dim, seed=3), make_image(90, 128)
+def make_narrow() -> Sam:
+    return make_sam(planted=False, dim=32, seed=3)
 
-    ours, theirs = by_device(sam, image, replace(EVERYTHING, points_per_batch=5)), by_cpu(sam, image, EVERYTHING)
 
+def make_wide() -> Sam:
+    return make_sam(planted=False, dim=256, seed=3)
+
+
+def make_sam_hq() -> Sam:
+    sam = build_sam_hq(width=16, depth=3, heads=2, global_blocks=(1, 2), image_px=128, channels=32, window=3)
+    return with_drawn_weights(sam)
+
+
+def make_sam2() -> nn.Module:
+    pytest.importorskip("transformers")
+    hiera = Hiera(
+        width=16, heads=1, blocks=(1, 1, 2, 1), global_blocks=(3,), windows=(8, 4, 4, 2), image_px=128, channels=32
+    )
+    return with_drawn_weights(Sam2(hiera))
+
+
+def with_drawn_weights(model: nn.Module) -> Any:
+    random = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            around = 1 if "norm" in name and name.endswith("weight") else 0
+            weight.copy_(around + 0.2 * torch.randn(weight.shape, generator=random))
+    return model.eval().requires_grad_(False)
+
+
+FAMILIES = [make_narrow, make_wide, make_sam_hq, make_sam2]
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_a_real_decoder_gives_the_same_masks_up_to_single_pixels(make: Callable[[], Any]) -> None:
+    model, image = make(), make_image(90, 128)
+
+    ours, theirs = by_device(model, image, replace(EVERYTHING, points_per_batch=5)), by_cpu(model, image, EVERYTHING)
+
+    assert len(ours) > 0
     assert [mask.prompt for mask in ours] == [mask.prompt for mask in theirs]
+    assert np.allclose([mask.predicted_iou for mask in ours], [mask.predicted_iou for mask in theirs], atol=1e-5)
     pixels = [[decode_counts(mask.counts, (90, 128)) for mask in masks] for masks in (ours, theirs)]
     assert sum(int((a ^ b).sum()) for a, b in zip(*pixels, strict=True)) <= 5
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_fast_predicts_ious_in_float32_and_finds_much_the_same(make: Callable[[], Any]) -> None:
+    model, image = make(), make_image(90, 128)
+    params = replace(EVERYTHING, box_nms_thresh=1.0)
+
+    exact = automatic_masks(model, image, params)
+    fast = by_device(model, image, replace(params, precision="fast"), fold_from_dim=0)
+
+    ious = torch.tensor([mask.predicted_iou for mask in fast], dtype=torch.float32)
+    assert (ious != ious.bfloat16().float()).float().mean() > 0.9
+    assert mean_best_iou(fast, exact) > 0.9
+
+
+def mean_best_iou(masks: list[Mask], reference: list[Mask]) -> float:
+    ours, theirs = (
+        [{"size": mask.size_hw, "counts": mask.counts.encode()} for mask in some] for some in (masks, reference)
+    )
+    return float(coco_mask.iou(ours, theirs, [0] * len(theirs)).max(axis=0).mean())
 
 
 @pytest.mark.parametrize("broken", ["iou", "logits"])

@@ -8,7 +8,7 @@ as every other checkpoint; `authors_name` is where transformers' names meet them
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -193,7 +193,15 @@ def _build(hiera: Hiera) -> Any:
         prompt_encoder_config={"hidden_size": hiera.channels, "image_size": hiera.image_px},
         mask_decoder_config={"hidden_size": hiera.channels},
     )
-    return Sam2Model(config)
+    model = Sam2Model(config)
+    head = model.mask_decoder.iou_prediction_head
+    head.forward = partial(_in_float32, head.forward)
+    return model
+
+
+def _in_float32(forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    with half_precision(tokens.device, is_wanted=False):
+        return forward(tokens.float())
 
 
 # --------------------------------------------------------------------------------------------- the authors' names
