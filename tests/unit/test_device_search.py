@@ -18,6 +18,9 @@ from hypothesis import example, given, settings
 from pycocotools import mask as coco_mask
 from segment_anything.modeling import Sam
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.unit.test_automatic import CPU_BOUND, make_image, make_sam, parameters, reference_masks, sizes
 from workers import decoder, device_runs, device_search
@@ -27,6 +30,7 @@ from workers.decoder import prompt_logits, promptable
 from workers.device_runs import DeviceDrawing, read_runs
 from workers.device_search import DeviceSearch
 from workers.masks import Mask, decode_counts
+from workers.models.fused_attention import fuse_attention
 from workers.models.sam2 import Hiera, Sam2
 from workers.models.sam_hq import build_sam_hq
 from workers.params import AutomaticParams
@@ -155,6 +159,58 @@ def mean_best_iou(masks: list[Mask], reference: list[Mask]) -> float:
         [{"size": mask.size_hw, "counts": mask.counts.encode()} for mask in some] for some in (masks, reference)
     )
     return float(coco_mask.iou(ours, theirs, [0] * len(theirs)).max(axis=0).mean())
+
+
+def move_to_pretended_gpu(model: nn.Module) -> None:
+    """Under FakeTensorMode: tensors of a CUDA device without values, with which nothing can be asked of it."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    moved = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    held[name] = nn.Parameter(moved, requires_grad=False) if held is module._parameters else moved
+
+
+class Copies(TorchDispatchMode):
+    """The operations that take tensors of one device and give one of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = func(*args, **(kwargs or {}))
+        devices = {one.device.type for one in tree_leaves((args, kwargs, given)) if isinstance(one, torch.Tensor)}
+        if len(devices) > 1:
+            self.seen.append(str(func))
+        return given
+
+
+@pytest.mark.parametrize("make", FAMILIES)
+def test_decoding_and_scoring_on_a_gpu_wait_for_nothing(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "free_bytes", lambda device: 1 << 40)  # the driver's to say, and there is none
+    model = make()
+    with torch.no_grad(), FakeTensorMode():
+        move_to_pretended_gpu(model)
+        width = 256 if make is make_wide else 32
+        if make is make_sam2:
+            embedding: Any = [torch.empty(1, *shape, device="cuda") for shape in ((4, 32, 32), (8, 16, 16), (32, 8, 8))]
+        else:
+            fuse_attention(model)
+            embedding = model.image_encoder(torch.empty(2, 3, 128, 128, device="cuda"))[:1]
+        search = DeviceSearch(
+            promptable(model), replace(EVERYTHING, points_per_batch=7), crop=(0, 0, 128, 90), size_hw=(90, 128)
+        )
+        decode = search.model.decoder(embedding)
+        with Copies() as copies:
+            ious, logits = search._decode(decode, torch.empty(16, 2, width, device="cuda"))
+            scores = search.drawing.score(logits.flatten(0, 1), 1.0)
+
+    # a value asked of the device, or a size that depends on one, would have been an error
+    assert {one.device.type for one in (ious, logits, scores.boxes, scores.stability)} == {"cuda"}
+    assert copies.seen == []
 
 
 @pytest.mark.parametrize("broken", ["iou", "logits"])
