@@ -3,7 +3,7 @@
 The parameters, the masks kept and their order are the reference's (segment_anything/automatic_mask_generator.py). What
 differs is what is left out: candidates are scored before they are drawn, and drawn one at a time inside the box that
 their low-resolution logits bound, best first, and not at all where a better one is sure to suppress them; only what is
-kept gets run lengths.
+kept gets run lengths. On a GPU all of it happens there (`device_search`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid, generate_crop_boxes, is_box_near_crop_edge
 from torchvision.ops.boxes import batched_nms, box_area
 
-from workers.boxed_runs import Box, BoxedRuns, encode_runs, take_runs
+from workers.boxed_runs import Box, Found, encode_runs, take_runs
 from workers.decoder import (
     Decoded,
     ModelOutputError,
@@ -30,6 +30,8 @@ from workers.decoder import (
     prompt_logits,
     promptable,
 )
+from workers.device_search import DeviceSearch
+from workers.folded_decoder import FOLD_FROM_DIM
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.params import AutomaticParams
@@ -50,24 +52,12 @@ class Candidate:
     patch: Patch | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A mask that passed, in the frame of the whole image. crop: the crop it was found in, (x0, y0, x1, y1)."""
-
-    runs: BoxedRuns
-    predicted_iou: float
-    stability_score: float
-    point_xy: tuple[float, float]
-    crop: Box
-
-
 @torch.no_grad()
 def embed(sam: Sam | Promptable, images: Sequence[RgbImage], *, fast: bool = False) -> list[Any]:
     """Encode images (H, W, 3) uint8 RGB of any sizes in one batch; one embedding an image. fast: in bfloat16."""
     return promptable(sam).embed(images, fast=fast) if images else []
 
 
-@torch.no_grad()
 def automatic_masks(
     sam: Sam | Promptable, image: RgbImage, params: AutomaticParams, *, embedding: Any = None
 ) -> list[Mask]:
@@ -76,6 +66,21 @@ def automatic_masks(
     embedding: what `embed` gave for this image, encoded here when absent; crops are always encoded here. Raises
     ModelOutputError where the model gives NaN or infinity.
     """
+    # fast needs not be the reference to the last pixel, and folded the predicted IoUs stay in float32
+    model = promptable(sam, fold_from_dim=0 if params.precision == "fast" else FOLD_FROM_DIM)
+    search = DeviceSearch if model.device.type == "cuda" else CropSearch
+    return masks_by(search, model, image, params, embedding)
+
+
+@torch.no_grad()
+def masks_by(
+    search: type[CropSearch | DeviceSearch],
+    model: Promptable,
+    image: RgbImage,
+    params: AutomaticParams,
+    embedding: Any = None,
+) -> list[Mask]:
+    """`automatic_masks` by a search of the caller's choice: either works on any device and finds the same."""
     height, width = image.shape[:2]
     size_hw = (height, width)
     crops, layers = generate_crop_boxes(size_hw, params.crop_n_layers, params.crop_overlap_ratio)
@@ -86,10 +91,10 @@ def automatic_masks(
             continue  # more crops than pixels, or no point left for this layer: the reference fails here
         given = embedding if layer == 0 else None
         crop_embedding = (
-            embed(sam, [image[y0:y1, x0:x1]], fast=params.precision == "fast")[0] if given is None else given
+            model.embed([image[y0:y1, x0:x1]], fast=params.precision == "fast")[0] if given is None else given
         )
-        search = _CropSearch(promptable(sam), params, crop=(x0, y0, x1, y1), size_hw=size_hw)
-        found += search.masks(crop_embedding, grids[layer])
+        crop_search = search(model, params, crop=(x0, y0, x1, y1), size_hw=size_hw)
+        found += crop_search.masks(crop_embedding, grids[layer])
     if len(crops) > 1:
         found = _suppress_between_crops(found, params.crop_nms_thresh)
     if params.min_mask_region_area > 0:
@@ -106,8 +111,8 @@ def _point_grids(params: AutomaticParams) -> list[NDArray[np.float64]]:
     return [build_point_grid(side) if side else np.zeros((0, 2)) for side in sides]
 
 
-class _CropSearch:
-    """The search for masks in one crop of an image; the whole image is the first crop."""
+class CropSearch:
+    """The search for masks in one crop of an image on a CPU; the whole image is the first crop."""
 
     def __init__(self, model: Promptable, params: AutomaticParams, *, crop: Box, size_hw: tuple[int, int]) -> None:
         self.model, self.params, self.crop, self.size_hw = model, params, crop, size_hw
@@ -161,7 +166,7 @@ class _CropSearch:
         if has_ties and survivors <= STABLE_UP_TO < survivors + len(undrawn):
             survivors += sum(self._draw(candidates[number]) is not None for number in undrawn)
         order = order_of_kept(list(kept), scores, survivors) if has_ties else list(kept)
-        return [self._in_image(kept[number]) for number in order]
+        return [kept[number].in_image() for number in order]
 
     def _is_surely_suppressed(self, candidate: Candidate, suppression: Suppression) -> bool:
         if candidate.patch is None:
@@ -196,11 +201,6 @@ class _CropSearch:
             return False
         whole = [0, 0, self.size_hw[1], self.size_hw[0]]
         return bool(is_box_near_crop_edge(torch.tensor([box]), list(self.crop), whole))
-
-    def _in_image(self, found: Found) -> Found:
-        x0, y0 = self.crop[:2]
-        x, y = found.point_xy
-        return replace(found, runs=found.runs.moved(x0, y0), point_xy=(x + x0, y + y0))
 
 
 def _suppress_between_crops(found: list[Found], iou_threshold: float) -> list[Found]:

@@ -34,6 +34,23 @@ class BoxedRuns:
         return replace(self, box=(x0 + x, y0 + y, x1 + x, y1 + y))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A mask that passed, in the frame of the whole image. crop: the crop it was found in, (x0, y0, x1, y1)."""
+
+    runs: BoxedRuns
+    predicted_iou: float
+    stability_score: float
+    point_xy: tuple[float, float]
+    crop: Box
+
+    def in_image(self) -> Found:
+        """The same with its runs and its point moved from the frame of the crop."""
+        x0, y0 = self.crop[:2]
+        x, y = self.point_xy
+        return replace(self, runs=self.runs.moved(x0, y0), point_xy=(x + x0, y + y0))
+
+
 def take_runs(pixels: BoolMask, corner: tuple[int, int]) -> BoxedRuns:
     """Read the runs of pixels (x, y) bool whose first pixel is `corner` (x, y) in the frame."""
     y, x, height, width = cv2.boundingRect(pixels.view(np.uint8)) if pixels.size else (0, 0, 0, 0)

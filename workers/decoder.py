@@ -7,6 +7,7 @@ not built like SAM at all says for itself how it encodes and decodes (`Promptabl
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,22 +21,31 @@ from torchvision.transforms.functional import resize, to_pil_image
 
 from workers.folded_decoder import FOLD_FROM_DIM, FoldedDecoder, PromptState, folds
 from workers.images import RgbImage
+from workers.models.device import DeviceFault, device_fault, free_bytes
 from workers.upsampling import Upsampling
+
+log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 
 # Prompts decoded in one go when the caller names no number: low enough for any GPU, high enough to fill it.
 PROMPTS_AT_ONCE = 64
 
+# On a GPU the prompts decoded in one go may take this part of its free memory, each this much for a logit of one
+# output: twice what the widest buffers of SAM's, SAM-HQ's and SAM 2's decoders add up to in float32 (by their shapes;
+# not measured).
+PART_OF_FREE_MEMORY = 0.5
+BYTES_A_LOGIT = 2048
 
 # Prompts folded in one go on a CPU: with two, every buffer (8 MiB) is reused by the allocator instead of being mapped
 # and faulted in again, which with four costs a fifth more (EPYC Zen5, glibc 2.36, November 2026).
 FOLDED_AT_ONCE_ON_CPU = 2
 
 Hw = tuple[int, int]
-# draw(wanted prompts (n,) bool, rows and columns of the logits that matter) -> (numbers of those drawn, at least the
-# wanted, (m,) on the CPU; their logits (m, outputs, rows, columns))
-Draw = Callable[[torch.Tensor, Hw], tuple[torch.Tensor, torch.Tensor]]
+# draw(wanted prompts (n,) bool on the CPU or None for all, rows and columns of the logits that matter) -> (numbers of
+# those drawn, at least the wanted, (m,) on the CPU; their logits (m, outputs, rows, columns)); for all of them the
+# device is asked nothing
+Draw = Callable[[torch.Tensor | None, Hw], tuple[torch.Tensor, torch.Tensor]]
 # decode(sparse embeddings (n, tokens, channels), outputs) -> (first prompt, predicted IoUs, draw) of parts of them
 Decode = Callable[[torch.Tensor, slice], Iterator[tuple[int, torch.Tensor, Draw]]]
 
@@ -145,7 +155,8 @@ class SamPromptable:
         )
 
     def encode_prompts(self, points: Points | None, boxes: torch.Tensor | None) -> torch.Tensor:
-        sparse: torch.Tensor = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
+        with half_precision(self.device, is_wanted=False):  # bfloat16 tells 256 places of a side apart
+            sparse: torch.Tensor = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
         return sparse
 
     def decoder(self, embedding: torch.Tensor) -> Decode:
@@ -178,7 +189,7 @@ def decode_points(
     is not finite.
     """
     # float64 up to the positional encoding, as the reference's generator has them
-    coords = torch.as_tensor(points * _scale_xy(model, size_hw), device=model.device)[:, None]
+    coords = torch.as_tensor(points * scale_xy(model, size_hw), device=model.device)[:, None]
     labels = torch.ones(coords.shape[:2], dtype=torch.int, device=model.device)
     decode = model.decoder(embedding)
     for start in range(0, len(coords), at_once):
@@ -196,6 +207,60 @@ def decode_points(
                 wanted=wanted[drawn].numpy(),
                 logits=logits.float().cpu().numpy(),
             )
+
+
+def decode_evenly(
+    model: Promptable, decode: Decode, sparse: torch.Tensor, outputs: slice, *, at_once: int, used_hw: Hw
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Decode prompts in batches of one shape, the last filled up with repeats, and wait for nothing on the way.
+
+    Yields (first prompt, predicted IoUs (n, outputs), logits (n, outputs, rows, columns)) of parts of them, unchecked.
+    at_once: the most in a batch; fewer where the device has less room, and halved where it runs out of it after all.
+    Raises the device's own error where not even one fits.
+    """
+    step = _even_step(len(sparse), prompts_that_fit(model, at_once))
+    start = 0
+    while start < len(sparse):
+        batch = sparse[start : start + step]
+        if len(batch) < step:
+            batch = torch.cat([batch, batch[-1:].expand(step - len(batch), -1, -1)])
+        try:
+            parts = [(start + first, iou, draw(None, used_hw)[1]) for first, iou, draw in decode(batch, outputs)]
+        except (RuntimeError, MemoryError) as error:
+            if device_fault(error) is not DeviceFault.OUT_OF_MEMORY or step == 1:
+                raise
+            _remember_too_many(model.device, step, error)
+            step = _even_step(len(sparse) - start, step // 2)
+            continue
+        for first, iou, logits in parts:
+            present = min(len(iou), len(sparse) - first)
+            if present > 0:
+                yield first, iou[:present], logits[:present]
+        start += step
+
+
+def _even_step(count: int, at_once: int) -> int:
+    """The size of batches that leaves the least to fill up."""
+    return -(-count // -(-count // at_once)) if count else 1
+
+
+# What a device was found to hold, once it ran out of memory: later images start there, and nobody is told twice.
+_found_to_fit: dict[torch.device, int] = {}
+
+
+def prompts_that_fit(model: Promptable, most: int) -> int:
+    """How many prompts, at least one and at most `most`, this model decodes in one go on its device."""
+    most = min(most, _found_to_fit.get(model.device, most))
+    free = free_bytes(model.device)
+    if free is None:
+        return most
+    rows, columns = model.low_hw
+    return max(1, min(most, int(PART_OF_FREE_MEMORY * free) // (BYTES_A_LOGIT * rows * columns)))
+
+
+def _remember_too_many(device: torch.device, prompts: int, error: BaseException) -> None:
+    log.warning("%s: out of memory with %d prompts at once, %d from now on: %s", device, prompts, prompts // 2, error)
+    _found_to_fit[device] = prompts // 2
 
 
 def prompt_logits(
@@ -218,7 +283,7 @@ def prompt_logits(
     narrowest decoder that is folded. Raises ModelOutputError where an output is not finite.
     """
     model = promptable(sam, fold_from_dim)
-    scale = _scale_xy(model, size_hw)
+    scale = scale_xy(model, size_hw)
     points = boxes = None
     if point_coords is not None and point_labels is not None:
         coords = torch.as_tensor(point_coords * scale, dtype=torch.float, device=model.device)
@@ -228,21 +293,14 @@ def prompt_logits(
     if points is None and boxes is None:
         raise ValueError("prompt_logits: neither points with labels nor boxes were given")
     outputs = slice(1, None) if multimask else slice(0, 1)
-    everything = model.low_hw
-    logits, ious = [], []
     with torch.no_grad():
         sparse = model.encode_prompts(points, boxes)
-        decode = model.decoder(embedding)
-        for start in range(0, len(sparse), at_once):
-            for _, iou, draw in decode(sparse[start : start + at_once], outputs):
-                ious.append(_finite(iou, "predicted IoUs").float())
-                logits.append(
-                    _finite(draw(torch.ones(len(iou), dtype=torch.bool), everything)[1], "mask logits").float()
-                )
-    return torch.cat(logits), torch.cat(ious)
+        parts = decode_evenly(model, model.decoder(embedding), sparse, outputs, at_once=at_once, used_hw=model.low_hw)
+        _, ious, logits = zip(*parts, strict=True)
+    return _finite(torch.cat(logits), "mask logits").float(), _finite(torch.cat(ious), "predicted IoUs").float()
 
 
-def _scale_xy(model: Promptable, size_hw: tuple[int, int]) -> NDArray[np.float64]:
+def scale_xy(model: Promptable, size_hw: tuple[int, int]) -> NDArray[np.float64]:
     """What pixels of the image are multiplied with to be pixels of the encoder's input, (x, y)."""
     (height, width), (new_height, new_width) = size_hw, model.input_hw(size_hw)
     return np.array([new_width / width, new_height / height])
@@ -250,8 +308,9 @@ def _scale_xy(model: Promptable, size_hw: tuple[int, int]) -> NDArray[np.float64
 
 def _decoder(sam: Sam, embedding: torch.Tensor, fold_from_dim: int) -> Decode:
     """How prompts of this image are decoded: folded where that stands for the module, else by the module itself."""
-    position = sam.prompt_encoder.get_dense_pe()
-    _, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
+    with half_precision(sam.device, is_wanted=False):
+        position = sam.prompt_encoder.get_dense_pe()
+        _, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
     if folds(sam.mask_decoder, from_dim=fold_from_dim):
         return _decode_folded(FoldedDecoder(sam.mask_decoder), embedding, position, dense)
 
@@ -263,7 +322,7 @@ def _decoder(sam: Sam, embedding: torch.Tensor, fold_from_dim: int) -> Decode:
             dense_prompt_embeddings=dense.expand(len(sparse), -1, -1, -1),
             multimask_output=outputs.start > 0,
         )
-        yield 0, iou, lambda wanted, used_hw: (torch.arange(len(wanted)), logits)
+        yield 0, iou, lambda wanted, used_hw: (torch.arange(len(logits)), logits)
 
     return decode
 
@@ -279,9 +338,11 @@ def _decode_folded(
             state = folded.attend(image, sparse[first : first + step])
 
             def draw(
-                wanted: torch.Tensor, used_hw: Hw, state: PromptState = state
+                wanted: torch.Tensor | None, used_hw: Hw, state: PromptState = state
             ) -> tuple[torch.Tensor, torch.Tensor]:
                 used = (min(-(-used_hw[0] // 4), image.grid[0]), min(-(-used_hw[1] // 4), image.grid[1]))
+                if wanted is None:
+                    return torch.arange(len(state.iou)), folded.upscale(state, slice(None), outputs, image.grid, used)
                 drawn = wanted.nonzero()[:, 0]
                 return drawn, folded.upscale(state, drawn.to(sparse.device), outputs, image.grid, used)
 

@@ -103,22 +103,23 @@ class FoldedDecoder:
             iou = decoder.iou_prediction_head(queries[:, 0].float())
         return PromptState(keys=keys, mask_tokens=queries[:, 1 : 1 + masks], iou=iou)
 
-    def upscale(self, state: PromptState, prompts: Tensor, outputs: slice, grid: Grid, used: Grid) -> Tensor:
-        """Logits of some outputs of prompts (m,), of the first rows and columns `used` of the grid: (m, outputs, 4 *
-        rows, 4 * columns)."""
+    def upscale(self, state: PromptState, prompts: Tensor | slice, outputs: slice, grid: Grid, used: Grid) -> Tensor:
+        """Logits of some outputs of m prompts, given by number (m,) or as a slice, of the first rows and columns `used`
+        of the grid: (m, outputs, 4 * rows, 4 * columns)."""
         mlps = list(self.decoder.output_hypernetworks_mlps)[outputs]
         tokens = state.mask_tokens[prompts, outputs].unbind(1)
+        m = len(tokens[0])
         kernels = torch.stack([mlp(token) for mlp, token in zip(mlps, tokens, strict=True)], dim=1)
         grow, norm, bend, grow_again, bend_again = self.decoder.output_upscaling
         rows, columns = used
-        pixels = state.keys[prompts].view(len(prompts), *grid, -1)[:, :rows, :columns]
+        pixels = state.keys[prompts].view(m, *grid, -1)[:, :rows, :columns]
         pixels = _grow(grow, pixels)
         pixels = bend(F.layer_norm(pixels, pixels.shape[-1:], norm.weight, norm.bias, norm.eps))
         pixels = bend_again(_grow(grow_again, pixels))
         logits: Tensor = pixels.flatten(1, -2) @ kernels.transpose(1, 2)
         # (m, row, column, row in 2, column in 2, row in 4, column in 4, output)
-        parts = logits.view(len(prompts), rows, columns, 2, 2, 2, 2, len(mlps))
-        return parts.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(len(prompts), len(mlps), 4 * rows, 4 * columns)
+        parts = logits.view(m, rows, columns, 2, 2, 2, 2, len(mlps))
+        return parts.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(m, len(mlps), 4 * rows, 4 * columns)
 
 
 def _attend_to_themselves(layer: TwoWayAttentionBlock, queries: Tensor, place: Tensor) -> Tensor:

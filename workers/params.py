@@ -25,6 +25,7 @@ DECODERS = ("torch", "onnx")
 class AutomaticParams:
     """Parameters of automatic masks, with SamAutomaticMaskGenerator's names, meanings and defaults.
 
+    points_per_batch is the most: on a GPU with little free memory fewer points are decoded at once.
     The last five are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
     part of the image, max_masks keeps the best by predicted IoU; 0 means no limit. precision: "exact" computes in
     float32 what the reference does, "fast" multiplies in bfloat16; "auto" is exact until fast is measured on a GPU.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Engine
@@ -201,10 +202,11 @@ class _ChunkRun:
             model = self._worker.load_model(self._chunk.model)
         asked_of = self._asked_of(match)
         stored = self._chunk.asked.get("detector")
+        if stored is None and asked_of is None:
+            is_fast = self._chunk.asked.get("params", {}).get("precision") == "fast"
+            return partial(model.embed, fast=is_fast), self._automatic_look(model)
         if stored is None:
-            return model.embed, self._automatic_look(model) if asked_of is None else self._prompted_look(
-                model, asked_of
-            )
+            return model.embed, self._prompted_look(model, cast(AskedOf, asked_of))
         asked = detectors.asked_of_json(stored)
         with _loading(self._worker, self._chunk, f"detector {asked.name}"):
             detector = self._worker.load_detector(asked)

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
 from workers.masks import BoolMask
@@ -107,7 +108,19 @@ class Upsampling:
         self.used_hw = (self.y.used, self.x.used)
         # where the frame is smaller than the logits, some lie between two pixels
         self.has_empty_cells = not (self.x.sizes.all() and self.y.sizes.all())
-        self._low_hw, self._mid, self._inside_hw, self._frame_hw = low_hw, mid, inside_hw, frame_hw
+        self.frame_hw = frame_hw
+        self._low_hw, self._mid, self._inside_hw = low_hw, mid, inside_hw
+
+    def frames(self, logits: Tensor) -> Tensor:
+        """Every pixel of logits (n, h, w) by torch's own kernels on their device, as the reference has them: (n, H, W)
+        float32. At least two at once: for a single one torch takes another kernel on the CPU."""
+        square = _interpolated(logits.float()[None], (self._mid, self._mid))
+        height, width = self._inside_hw
+        return _interpolated(square[..., :height, :width], self.frame_hw)[0]
+
+    def frame_bytes(self) -> int:
+        """The float32 buffers of `frames` for one mask."""
+        return 4 * (self._mid**2 + self.frame_hw[0] * self.frame_hw[1])
 
     def patch(self, logits: Floats, threshold: float) -> Patch | None:
         """Cut out of logits (h, w) what can reach above `threshold` anywhere in the frame; None when nothing can.
@@ -198,7 +211,7 @@ class Upsampling:
         x, y = (index.clip(0, n - 1) for index, n in zip(indices, self._low_hw[::-1], strict=True))
         whole[np.ix_(y, x)] = patch.logits.T
         square = _torch_resize(whole, (self._mid, self._mid))
-        return _torch_resize(square[: self._inside_hw[0], : self._inside_hw[1]], self._frame_hw)
+        return _torch_resize(square[: self._inside_hw[0], : self._inside_hw[1]], self.frame_hw)
 
     def _pixel_box(self, patch: Patch, cells: BoolMask) -> Box | None:
         """The inclusive box (x0, y0, x1, y1) of the pixels of cells (x, y) that are set."""
@@ -278,6 +291,12 @@ def _kernel_is_known() -> bool:
     corners = logits[from_y.sources[:, None, :, None], from_x.sources[None, :, None, :]]
     ours = _bilinear(corners, from_y.weights[:, :, None], from_x.weights[:, None])
     return bool(np.array_equal(ours, _torch_resize(logits, size)))
+
+
+def _interpolated(batch: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    if batch.shape[-2:] == size_hw:
+        return batch  # every weight would be 0 or 1
+    return F.interpolate(batch, size_hw, mode="bilinear", align_corners=False)
 
 
 def _torch_resize(logits: Floats, size: tuple[int, int]) -> Floats:

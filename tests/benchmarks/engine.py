@@ -4,6 +4,7 @@
     python tests/benchmarks/engine.py --json              one document, {"bars": [...]}
     python tests/benchmarks/engine.py --short             what CI runs: 16 x 16 points, a tiny encoder, nothing judged
     python tests/benchmarks/engine.py --section vit_b     one section
+    python tests/benchmarks/engine.py --section gpu_vit_h on a CUDA device; skipped where there is none
 
 Every section runs in a process of its own, with the C library's allocator as it is or tuned (MALLOC_MMAP_THRESHOLD_
 and MALLOC_TRIM_THRESHOLD_: freed memory is kept instead of being mapped and faulted in again), since the reference
@@ -17,6 +18,7 @@ trace: 68 % of the outputs pass predicted IoU 0.88, 42 % stability 0.95 too, wit
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -38,14 +40,20 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "testdata" / "photos_plain"
 sys.path.insert(0, str(ROOT))
 
 from workers import decoder as engine_decoder  # noqa: E402
-from workers.automatic import automatic_masks, prompt_logits  # noqa: E402
+from workers.automatic import automatic_masks, masks_by, prompt_logits  # noqa: E402
+from workers.decoder import promptable  # noqa: E402
+from workers.device_search import DeviceSearch  # noqa: E402
 from workers.folded_decoder import FoldedDecoder  # noqa: E402
+from workers.models import find, is_present  # noqa: E402
+from workers.models.fused_attention import fuse_attention  # noqa: E402
+from workers.models.sam import ARCHITECTURES, load_sam  # noqa: E402
 from workers.params import AutomaticParams  # noqa: E402
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "8000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
@@ -93,12 +101,24 @@ class Scene(nn.Module):
             self.owner.append(owner[0])
             self.iou.append(0.912 + 0.045 * torch.randn(count, generator=random))
         self.ripples = 0.3 * self._noise(12, 16, random)
+        waves = torch.arange(len(self.table))[:, None] * torch.tensor([12.9898, 78.233, 37.719])
+        self.jitter = (waves.sin() * 43758.5453).frac().abs()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Scene:
+        """Move with the model, without being part of its weights."""
+        for name in ("objects", "owner", "iou"):
+            setattr(self, name, [fn(one) for one in getattr(self, name)])
+        for name in ("table", "table_xy", "ripples", "jitter"):
+            setattr(self, name, fn(getattr(self, name)))
+        return super()._apply(fn, recurse)
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def forward(self, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sparse: (n, tokens, channels), the first token a point's, to (n, 3, low, low) and (n, 3)."""
         cell = (sparse[:, 0] @ self.table.T).argmax(dim=1)
         x, y = self.table_xy[cell].unbind(1)
-        jitter = ((cell[:, None] * torch.tensor([12.9898, 78.233, 37.719])).sin() * 43758.5453).frac().abs()
+        jitter = self.jitter[cell]
         column, row = (x * self.low).long(), (y * self.low).long()
         logits, ious = [], []
         for scale, objects in enumerate(self.objects):
@@ -153,8 +173,8 @@ class PlantedFolded(FoldedDecoder):
         return replace(super().attend(image, sparse), iou=torch.cat([iou[:, :1], iou], dim=1))
 
     def upscale(self, state, prompts, outputs, grid, used):  # type: ignore[no-untyped-def]
-        super().upscale(state, prompts, outputs, grid, used)
-        return self.logits[prompts][:, :, : 4 * used[0], : 4 * used[1]]
+        real = super().upscale(state, prompts, outputs, grid, used)
+        return self.logits[prompts][:, :, : 4 * used[0], : 4 * used[1]].to(real.dtype)
 
 
 class Stopwatch:
@@ -316,13 +336,18 @@ def section_memory(repeat: int) -> list[Row]:
     return [Row(name="12 MP, 1,024 points: peak RSS, GB", value=peak_rss_gb(), bar=2.5, at_most=True, note=note)]
 
 
+def plant(sam: Sam) -> None:
+    """Have the decoder run for its cost, folded on our side, and the scene answer."""
+    sam.mask_decoder = PlantedDecoder(Scene(sam.prompt_encoder), sam.mask_decoder)
+    engine_decoder.folds = lambda decoder, from_dim: True
+    engine_decoder.FoldedDecoder = PlantedFolded
+
+
 def section_vit_b(repeat: int) -> list[Row]:
     """The whole road with vit_b's cost: random weights, the planted scene's outputs on both sides."""
     torch.manual_seed(0)
     sam = sam_model_registry["vit_b"]().eval().requires_grad_(False)
-    sam.mask_decoder = PlantedDecoder(Scene(sam.prompt_encoder), sam.mask_decoder)
-    engine_decoder.folds = lambda decoder, from_dim: True
-    engine_decoder.FoldedDecoder = PlantedFolded
+    plant(sam)
     compared = compare(sam, photo(1024, 683), AutomaticParams(), repeat=repeat)
     ratio = compared.reference / compared.ours
     seconds = f"{compared.reference:.1f} to {compared.ours:.1f} CPU s; {compared.note()}"
@@ -402,6 +427,148 @@ def section_nano(repeat: int) -> list[Row]:
     ]
 
 
+# ------------------------------------------------------------------------------------------------------- on a GPU
+
+SIDES = ("reference, float32", "reference, autocast", "exact", "fast")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One way to the masks of an image. seconds: medians of wall time; masks: (COCO RLE, ...)."""
+
+    seconds: float
+    peak_gb: float
+    busy: float
+    copies: float
+    masks: list[dict[str, Any]]
+
+
+def section_gpu(name: str, repeat: int) -> list[Row]:
+    """Whole images on a CUDA device: the official weights where they were pulled, else random ones and the scene."""
+    if not torch.cuda.is_available():
+        return [Row(name=f"GPU, {name}", value=float("nan"), note="skipped, no CUDA device")]
+    spec = find(f"sam_{name}")
+    if is_present(spec):
+        sam = load_sam(spec, ARCHITECTURES[spec.name], "cpu")
+    else:
+        torch.manual_seed(0)
+        sam = sam_model_registry[name]().eval().requires_grad_(False)
+        plant(sam)
+    weights = "official weights" if is_present(spec) else "random weights, planted scene"
+    what = f"{name}, {torch.cuda.get_device_name()}, {weights}"
+    return gpu_rows(what, sam.cuda(), photo(1024, 683), AutomaticParams(), repeat=repeat)
+
+
+def gpu_rows(
+    what: str, sam: Sam, image: np.ndarray, params: AutomaticParams, *, repeat: int, matmul: int = 8192
+) -> list[Row]:
+    """Our device search against the reference's generator, on whatever device `sam` is."""
+    fused = copy.deepcopy(sam)
+    fuse_attention(fused)
+    flops = count_flops(lambda: masks_by(DeviceSearch, promptable(sam), image, params))
+    floor = flops / matmul_rate(sam.device, matmul)
+    sides = dict(zip(SIDES, time_sides(sam, fused, image, params, repeat), strict=True))
+    reference, fast = sides["reference, float32"], sides["fast"]
+    rows = [side_row(what, name, side, reference) for name, side in sides.items()]
+    floor_note = f"{flops / 1e12:.2f} TFLOP at the bfloat16 rate of a large product: {floor * 1e3:.1f} ms"
+    return [
+        *rows,
+        Row(name=f"{what}: fast, times the floor", value=fast.seconds / floor, bar=3, at_most=True, note=floor_note),
+        Row(name=f"{what}: fast, mean IoU of matched masks", value=mean_iou(fast, sides["exact"]), bar=0.98),
+        Row(name=f"{what}: exact, mean IoU of matched masks", value=mean_iou(sides["exact"], reference)),
+    ]
+
+
+def side_row(what: str, name: str, side: Side, reference: Side) -> Row:
+    known = {mask["counts"] for mask in reference.masks}
+    same = sum(mask["counts"] in known for mask in side.masks)
+    note = (
+        f"{1 / side.seconds:.2f} images/s, device busy {side.busy:.0%}, peak {side.peak_gb:.1f} GB, "
+        f"{side.copies:.0f} copies from the device, {same} of {len(reference.masks)} masks identical"
+    )
+    bar = {"exact": 3.5, "fast": 15.0}.get(name)
+    return Row(name=f"{what}: {name}, times the reference", value=reference.seconds / side.seconds, bar=bar, note=note)
+
+
+def time_sides(sam: Sam, fused: Sam, image: np.ndarray, params: AutomaticParams, repeat: int) -> list[Side]:
+    """The four SIDES by turns, after one turn of each that counts for nothing."""
+    generator = SamAutomaticMaskGenerator(sam, points_per_side=params.points_per_side, output_mode="coco_rle")
+
+    def reference(is_fast: bool) -> list[dict[str, Any]]:
+        with torch.autocast(sam.device.type, dtype=torch.bfloat16, enabled=is_fast):
+            return [mask["segmentation"] for mask in generator.generate(image)]
+
+    def ours(precision: str) -> list[dict[str, Any]]:
+        masks = masks_by(DeviceSearch, promptable(fused), image, replace(params, precision=precision))
+        return [{"size": list(mask.size_hw), "counts": mask.counts} for mask in masks]
+
+    runs = [partial(reference, False), partial(reference, True), partial(ours, "exact"), partial(ours, "fast")]
+    masks = [run() for run in runs]
+    seconds: list[list[float]] = [[] for _ in runs]
+    peaks = [0.0 for _ in runs]
+    for turn in range(repeat):
+        for number in range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs))):
+            spent, peak = timed(runs[number], sam.device)
+            seconds[number].append(spent)
+            peaks[number] = max(peaks[number], peak)
+    sides = []
+    for run, spent, peak, found in zip(runs, map(statistics.median, seconds), peaks, masks, strict=True):
+        busy_seconds, copies = device_work(run, sam.device)
+        sides.append(Side(seconds=spent, peak_gb=peak, busy=busy_seconds / spent, copies=copies, masks=found))
+    return sides
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """(seconds of wall time until the device is done, GB of its memory at the peak)"""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start, float("nan")
+    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def device_work(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """(seconds in which the device worked, copies from it to the host), under torch's profiler."""
+    if device.type != "cuda":
+        return float("nan"), float("nan")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize(device)
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in events)
+    busy, until = 0.0, 0.0
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy / 1e6, sum("DtoH" in event.name for event in events)
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Of the matrix products and convolutions, each multiplication and addition counted."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def matmul_rate(device: torch.device, size: int) -> float:
+    """Operations a second of a square bfloat16 product."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = [timed(lambda: [left @ right for _ in range(10)], device)[0] for _ in range(4)]
+    return 10 * 2 * size**3 / min(seconds)
+
+
+def mean_iou(side: Side, reference: Side) -> float:
+    """Of each of the reference's masks with the best of this side's."""
+    if not side.masks or not reference.masks:
+        return float("nan")
+    return float(coco_mask.iou(side.masks, reference.masks, [0] * len(reference.masks)).max(axis=0).mean())
+
+
 SECTIONS: dict[str, tuple[Callable[[int], list[Row]], bool]] = {
     # name: (section, whether its allocator is tuned)
     "counts": (section_counts, False),
@@ -413,6 +580,9 @@ SECTIONS: dict[str, tuple[Callable[[int], list[Row]], bool]] = {
     "prompts": (section_prompts, False),
     "vit_b": (section_vit_b, False),
     "nano": (section_nano, False),
+    "gpu_vit_h": (partial(section_gpu, "vit_h"), False),
+    "gpu_vit_l": (partial(section_gpu, "vit_l"), False),
+    "gpu_vit_b": (partial(section_gpu, "vit_b"), False),
 }
 
 
@@ -456,7 +626,11 @@ def main() -> None:
     if args.short:
         rows = section_short(1)
     if args.json:
-        bars = [{"name": r.name, "value": r.value, "bar": r.bar, "holds": r.holds, "note": r.note} for r in rows]
+        values = [None if np.isnan(row.value) else row.value for row in rows]  # JSON knows no NaN
+        bars = [
+            {"name": row.name, "value": value, "bar": row.bar, "holds": row.holds, "note": row.note}
+            for row, value in zip(rows, values, strict=True)
+        ]
         print(json.dumps({"bars": bars}))
     elif args.short:
         show(rows)

@@ -270,7 +270,7 @@ class ReadyMasks:
     def __init__(self, masks: Sequence[BoolMask]) -> None:
         self._masks = masks
 
-    def embed(self, images: Sequence[RgbImage]) -> list[None]:
+    def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[None]:
         return [None] * len(images)
 
     def automatic(self, image: RgbImage, embedding: None, params: Any) -> list[Mask]:

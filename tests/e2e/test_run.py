@@ -128,6 +128,15 @@ def test_two_runs_at_once_do_not_disturb_each_other_and_one_folder_takes_one(tmp
         assert json.loads((out / "summary.json").read_text())["assets"]["labeled"] == 6
 
 
+def test_a_fast_job_is_encoded_fast_too(tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / "pictures", 2)
+
+    asked = ["--model", "stub", "--param", "precision=fast"]
+    done = run(source, "--out", tmp_path / "out", *asked, "--json", MASKFLEET_STUB_MASKS="2")
+
+    assert json.loads(done.stdout)["masks"] == 2 * 3
+
+
 def test_a_dry_run_says_what_would_be_taken_and_leaves_nothing(tmp_path: Path) -> None:
     source, out = draw_pictures(tmp_path / "pictures", 3), tmp_path / "out"
     (source / "notes.txt").touch()

@@ -1,7 +1,8 @@
 """A model for tests of what surrounds models: masks at once, and, where a picture asks for it by its colour, trouble.
 
 The colour of the first pixel, exact in a PNG: POISON kills the process, HANG never ends, FULL does not fit in memory,
-BROKEN raises. MASKFLEET_STUB_MASKS says how many masks an image gets, MASKFLEET_STUB_SECONDS how long it takes.
+BROKEN raises. MASKFLEET_STUB_MASKS says how many masks an image gets, one more where it was encoded fast, and
+MASKFLEET_STUB_SECONDS how long it takes.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ class StubModel:
         self._masks = int(os.environ.get("MASKFLEET_STUB_MASKS", "2"))
         self._seconds = float(os.environ.get("MASKFLEET_STUB_SECONDS", "0"))
 
-    def embed(self, images: Sequence[RgbImage]) -> list[Embedding]:
+    def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[Embedding]:
         if len(images) > 1 and any(tuple(image[0, 0]) == FULL for image in images):
             raise MemoryError("CUDA out of memory (a stub says)")
-        return [None] * len(images)
+        return [fast] * len(images)
 
     def automatic(self, image: RgbImage, embedding: Embedding, params: AutomaticParams) -> list[Mask]:
         time.sleep(self._seconds)
@@ -43,7 +44,7 @@ class StubModel:
                 raise MemoryError("CUDA out of memory (a stub says)")
             case colour if colour == BROKEN:
                 raise ValueError("a stub was asked to fail")
-        return [self._stripe(image, n) for n in range(self._masks)]
+        return [self._stripe(image, n) for n in range(self._masks + bool(embedding))]
 
     def prompted(
         self, image: RgbImage, embedding: Embedding, prompts: Sequence[Prompt], params: PromptParams

@@ -82,8 +82,11 @@ class Model(Protocol):
     usable: the pipeline asks again with fewer images. Any other CUDA error leaves the process unusable.
     """
 
-    def embed(self, images: Sequence[RgbImage]) -> list[Embedding]:
-        """Encode the images, of any sizes, in one pass; one embedding an image, in their order."""
+    def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[Embedding]:
+        """Encode the images, of any sizes, in one pass; one embedding an image, in their order.
+
+        fast: for a job with precision=fast, where the encoder may round more.
+        """
         ...
 
     def automatic(self, image: RgbImage, embedding: Embedding, params: AutomaticParams) -> list[Mask]:

@@ -1,4 +1,4 @@
-"""Which errors of torch mean that the device is full, and which that this process has lost it."""
+"""How full a device is, which errors of torch mean that it is full, and which that this process has lost it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def device_fault(error: BaseException) -> DeviceFault | None:
     if from_device and any(mark in str(error) for mark in lost):
         return DeviceFault.LOST
     return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What this process may still allocate on a CUDA device, torch's own cache included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def default_device() -> str:

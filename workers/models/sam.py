@@ -25,6 +25,7 @@ from workers.decoder import Promptable
 from workers.images import RgbImage
 from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
+from workers.models.fused_attention import fuse_attention
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
 from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
@@ -57,12 +58,12 @@ class SamModel:
         self.sam = sam
         self.spec = spec
 
-    def embed(self, images: Sequence[RgbImage]) -> list[Any]:
+    def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[Any]:
         """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass; one embedding an image, on the device.
 
-        May raise torch.cuda.OutOfMemoryError; fewer images need less.
+        fast: in bfloat16. May raise torch.cuda.OutOfMemoryError; fewer images need less.
         """
-        return automatic.embed(self.sam, images)
+        return automatic.embed(self.sam, images, fast=fast)
 
     def automatic(self, image: RgbImage, embedding: Any, params: AutomaticParams) -> list[Mask]:
         """Every object of one image that passes `params`, in the frame of `image`. `embedding` is this image's.
@@ -127,6 +128,8 @@ def load_sam(
     # Copied out of the mapped file, so that the file may be replaced while the model is in use.
     weights = {name: tensor.to(device, _dtype(tensor), copy=True) for name, tensor in state.items()}
     sam.load_state_dict(weights, strict=True, assign=True)
+    if torch.device(device).type == "cuda":
+        fuse_attention(sam)
     return sam.to(device).eval().requires_grad_(False)
 
 

@@ -8,7 +8,7 @@ as every other checkpoint; `authors_name` is where transformers' names meet them
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,18 +128,20 @@ class Sam2(nn.Module):
 
     def encode_prompts(self, points: Points | None, boxes: Tensor | None) -> Tensor:
         coords, labels = points if points is not None else (None, None)
-        sparse: Tensor = self.model.prompt_encoder(
-            input_points=None if coords is None else coords[None],
-            input_labels=None if labels is None else labels[None],
-            input_boxes=None if boxes is None else boxes[None],
-            input_masks=None,
-        )[0]
+        with half_precision(self.device, is_wanted=False):  # bfloat16 tells 256 places of a side apart
+            sparse: Tensor = self.model.prompt_encoder(
+                input_points=None if coords is None else coords[None],
+                input_labels=None if labels is None else labels[None],
+                input_boxes=None if boxes is None else boxes[None],
+                input_masks=None,
+            )[0]
         return sparse[0]
 
     def decoder(self, embedding: list[Tensor]) -> Decode:
         """For one mask, that of the first token where it is stable, else the best of the other three, as the authors'
         dynamic_multimask_via_stability has it."""
-        position = self.model.get_image_wide_positional_embeddings()
+        with half_precision(self.device, is_wanted=False):
+            position = self.model.get_image_wide_positional_embeddings()
         dense = self.model.prompt_encoder.no_mask_embed.weight[..., None, None].expand_as(embedding[-1])
 
         def decode(sparse: Tensor, outputs: slice) -> Iterator[tuple[int, Tensor, Draw]]:
@@ -158,7 +160,9 @@ class Sam2(nn.Module):
         return decode
 
 
-def _pick(logits: Tensor, wanted: Tensor, used_hw: Hw) -> tuple[Tensor, Tensor]:
+def _pick(logits: Tensor, wanted: Tensor | None, used_hw: Hw) -> tuple[Tensor, Tensor]:
+    if wanted is None:
+        return torch.arange(len(logits)), logits[..., : used_hw[0], : used_hw[1]]
     drawn = wanted.nonzero()[:, 0]
     return drawn, logits[drawn.to(logits.device), :, : used_hw[0], : used_hw[1]]
 
@@ -189,7 +193,15 @@ def _build(hiera: Hiera) -> Any:
         prompt_encoder_config={"hidden_size": hiera.channels, "image_size": hiera.image_px},
         mask_decoder_config={"hidden_size": hiera.channels},
     )
-    return Sam2Model(config)
+    model = Sam2Model(config)
+    head = model.mask_decoder.iou_prediction_head
+    head.forward = partial(_in_float32, head.forward)
+    return model
+
+
+def _in_float32(forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    with half_precision(tokens.device, is_wanted=False):
+        return forward(tokens.float())
 
 
 # --------------------------------------------------------------------------------------------- the authors' names

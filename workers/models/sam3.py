@@ -49,8 +49,9 @@ class Sam3:
         self._processor = processor
         self._device = device
 
-    def embed(self, images: Sequence[RgbImage]) -> list[_Levels]:
-        """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass.
+    def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[_Levels]:
+        """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass. fast changes nothing: precision is a
+        parameter of automatic masks, which it makes none of.
 
         May raise torch.cuda.OutOfMemoryError; fewer images need less.
         """

@@ -15,6 +15,8 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
+from workers.decoder import half_precision
+
 PATCH_SIZE_PX = 16
 # RGB, 0..255: SAM's own.
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -127,7 +129,9 @@ class HqMaskDecoder(MaskDecoder):  # type: ignore[misc]
         tokens, pixels = self.transformer(source.expand(n, -1, -1, -1), position.expand(n, -1, -1, -1), tokens)
 
         # choose SAM's mask
-        predicted_iou, best = self.iou_prediction_head(tokens[:, 0])[:, outputs].max(dim=1, keepdim=True)
+        with half_precision(tokens.device, is_wanted=False):
+            ious = self.iou_prediction_head(tokens[:, 0].float())
+        predicted_iou, best = ious[:, outputs].max(dim=1, keepdim=True)
         mlps = list(self.output_hypernetworks_mlps)[outputs]
         masks = tokens[:, 1 : 1 + self.num_mask_tokens][:, outputs]
         kernels = torch.stack([mlp(masks[:, number]) for number, mlp in enumerate(mlps)], dim=1)
