@@ -88,7 +88,11 @@ def test_the_same_command_again_computes_nothing_and_sees_new_files(tmp_path: Pa
 
 def start(source: Path, out: Path, **settings: str) -> subprocess.Popen[bytes]:
     command = [*MASKFLEET, "run", str(source), "--out", str(out), "--model", "stub"]
-    return subprocess.Popen(command, env=environment(**settings), start_new_session=True)
+
+    def hear_ctrl_c() -> None:  # a shell starts what it puts into the background deaf to it, and so its children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, env=environment(**settings), start_new_session=True, preexec_fn=hear_ctrl_c)
 
 
 def labeled_so_far(out: Path) -> int:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from redis import Redis
 
-from tests.conftest import free_port
+from tests.redis_server import free_port
 from tests.waiting import wait_for
 from workers.app import SEGMENT_CHUNK, make_app, publish_chunks
 

@@ -20,7 +20,7 @@ from orchestrator.dispatch import tick
 from orchestrator.submit import Request, submit_job
 from tests.e2e.test_run import run
 from tests.integration.test_prompted_jobs import box_of, draw, iou
-from workers import models
+from workers import detectors, models
 from workers.masks import decode_counts
 from workers.models.sam import load
 from workers.pipeline import ProcessUnfit, Worker, run_chunk
@@ -142,6 +142,7 @@ def test_a_worker_without_onnxruntime_hands_the_chunk_back_without_a_verdict(
         engine=engine,
         settings=Settings(),
         load_model=lambda name: load(models.find(name), "cpu"),  # not one kept by an earlier test, its decoder open
+        load_detector=lambda asked: detectors.load(asked, "cpu"),
         draining=lambda: False,
         on_hang=lambda: None,
     )
