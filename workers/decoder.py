@@ -32,10 +32,10 @@ Floats = NDArray[np.float32]
 PROMPTS_AT_ONCE = 64
 
 # On a GPU the prompts decoded in one go may take this part of its free memory, each this much for a logit of one
-# output: twice what the widest buffers of SAM's, SAM-HQ's and SAM 2's decoders add up to in float32 (by their shapes;
-# not measured).
+# output. By the shapes of their results in float32, SAM's decoder takes 450 (folded 390), SAM 2's 640 and SAM-HQ's
+# 1,160; not measured on a device.
 PART_OF_FREE_MEMORY = 0.5
-BYTES_A_LOGIT = 2048
+BYTES_A_LOGIT = 1280
 
 # Prompts folded in one go on a CPU: with two, every buffer (8 MiB) is reused by the allocator instead of being mapped
 # and faulted in again, which with four costs a fifth more (EPYC Zen5, glibc 2.36, November 2026).

@@ -16,6 +16,7 @@ from math import sqrt
 
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -86,16 +87,17 @@ class FoldedDecoder:
         queries, keys = place, image.source.expand(len(sparse), -1, -1)
         for number, layer in enumerate(self.layers):
             queries = _attend_to_themselves(layer, queries, place)
-            positioned = keys if number == 0 else keys + image.position
+            positioned = keys if number == 0 else keys + image.position.to(keys.dtype)
             shared = image if number == 0 else None
             queries = layer.norm2(
                 queries + _read(layer.cross_attn_token_to_image, queries + place, keys, positioned, shared)
             )
             queries = layer.norm3(queries + layer.mlp(queries))
             keys = _write(layer.cross_attn_image_to_token, queries + place, queries, keys, positioned, shared)
-            keys = layer.norm4(keys)
+            keys = _norm(layer.norm4, keys)
         transformer = decoder.transformer
-        read = _read(transformer.final_attn_token_to_image, queries + place, keys, keys + image.position, None)
+        positioned = keys + image.position.to(keys.dtype)
+        read = _read(transformer.final_attn_token_to_image, queries + place, keys, positioned, None)
         queries = transformer.norm_final_attn(queries + read)
         masks = decoder.num_mask_tokens
         # in float32 even under autocast: rounded to bfloat16 it costs up to 14 % of the masks
@@ -114,7 +116,7 @@ class FoldedDecoder:
         rows, columns = used
         pixels = state.keys[prompts].view(m, *grid, -1)[:, :rows, :columns]
         pixels = _grow(grow, pixels)
-        pixels = bend(F.layer_norm(pixels, pixels.shape[-1:], norm.weight, norm.bias, norm.eps))
+        pixels = bend(_norm(norm, pixels))
         pixels = bend_again(_grow(grow_again, pixels))
         logits: Tensor = pixels.flatten(1, -2) @ kernels.transpose(1, 2)
         # (m, row, column, row in 2, column in 2, row in 4, column in 4, output)
@@ -168,6 +170,14 @@ def _write(
     # a key's weights sum to one in each head, so the output's bias can be spread over the tokens' values
     value = (value + attention.out_proj.bias / heads).flatten(1, 2)
     return torch.baddbmm(keys, weights.flatten(1, 2).transpose(1, 2), value)
+
+
+def _norm(norm: nn.LayerNorm | LayerNorm2d, values: Tensor) -> Tensor:
+    """Norm the last dimension in the values' own type, where autocast would make float32 of them: its sums are in
+    float32 anyway, and the image's positions, of every prompt, are most of what the decoder moves about."""
+    weight, bias = norm.weight.to(values.dtype), norm.bias.to(values.dtype)
+    with torch.autocast(values.device.type, enabled=False):
+        return F.layer_norm(values, values.shape[-1:], weight, bias, norm.eps)
 
 
 def _split(projected: Tensor, attention: Attention) -> Tensor:

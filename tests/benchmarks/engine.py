@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,10 +51,12 @@ from workers.automatic import automatic_masks, masks_by, prompt_logits  # noqa: 
 from workers.decoder import promptable  # noqa: E402
 from workers.device_search import DeviceSearch  # noqa: E402
 from workers.folded_decoder import FoldedDecoder  # noqa: E402
-from workers.models import find, is_present  # noqa: E402
+from workers.images import decode  # noqa: E402
+from workers.models import MODELS, find, is_present, largest_present  # noqa: E402
+from workers.models.device import default_device  # noqa: E402
 from workers.models.fused_attention import fuse_attention  # noqa: E402
 from workers.models.sam import ARCHITECTURES, load_sam  # noqa: E402
-from workers.params import AutomaticParams  # noqa: E402
+from workers.params import AutomaticParams, automatic_params  # noqa: E402
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "8000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
 
@@ -443,6 +445,58 @@ class Side:
     masks: list[dict[str, Any]]
 
 
+def section_fast(repeat: int) -> list[Row]:
+    """precision=fast beside exact on the annotated photos, by the device search: sam_nano on a CPU, on a GPU the
+    largest official model that was pulled."""
+    device = default_device()
+    spec = MODELS["sam_nano"] if device == "cpu" else largest_present()
+    sam = load_sam(spec, ARCHITECTURES[spec.name], device)
+    asked = [automatic_params(spec.defaults, {"precision": precision}) for precision in ("exact", "fast")]
+    best_truth: list[list[float]] = [[], []]
+    agreement: list[float] = []
+    for image, truth in annotated_photos():
+        found = [find_by_device(sam, image, params) for params in asked]
+        agreement += best_ious(found[1], found[0])
+        for ious, masks in zip(best_truth, found, strict=True):
+            ious += best_ious(masks, truth)
+    if not best_truth[0]:
+        return [Row(name="fast on photos_masks", value=float("nan"), note="not run: no photos here")]
+    what = f"fast, {spec.name} on {device}"
+    rows = [Row(name=f"{what}: mean IoU of matched masks", value=statistics.mean(agreement), bar=0.98)]
+    for least in (0.5, 0.75):
+        exact, fast = (100 * statistics.mean(iou >= least for iou in ious) for ious in best_truth)
+        note = f"{exact:.2f} to {fast:.2f} % of {len(best_truth[0])} objects, {len(agreement)} masks"
+        name = f"{what}: points of recall lost at IoU {least}"
+        rows.append(Row(name=name, value=exact - fast, bar=0.2, at_most=True, note=note))
+    return rows
+
+
+def annotated_photos() -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+    """Images (H, W, 3) with the COCO RLE of what people marked in them."""
+    for path in sorted(PHOTOS.with_name("photos_masks").glob("*/ground_truth.json")):
+        document = json.loads(path.read_text())
+        for entry in document["images"]:
+            content = (path.parent / document["image_dir"] / entry["file_name"]).read_bytes()
+            truth = [instance["segmentation"] for instance in entry["instances"]]
+            yield decode(content, name=entry["file_name"]), truth
+
+
+def find_by_device(sam: Sam, image: np.ndarray, params: AutomaticParams) -> list[dict[str, Any]]:
+    is_fast = params.precision == "fast"
+    model = promptable(sam, **({"fold_from_dim": 0} if is_fast else {}))
+    [embedding] = model.embed([image], fast=is_fast)
+    masks = masks_by(DeviceSearch, model, image, params, embedding)
+    return [{"size": list(mask.size_hw), "counts": mask.counts} for mask in masks]
+
+
+def best_ious(masks: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[float]:
+    """Of each of the reference's masks with the best of these, 0 where there is none."""
+    if not masks or not reference:
+        return [0.0] * len(reference)
+    best: list[float] = coco_mask.iou(masks, reference, [0] * len(reference)).max(axis=0).tolist()
+    return best
+
+
 def section_gpu(name: str, repeat: int) -> list[Row]:
     """Whole images on a CUDA device: the official weights where they were pulled, else random ones and the scene."""
     if not torch.cuda.is_available():
@@ -564,9 +618,7 @@ def matmul_rate(device: torch.device, size: int) -> float:
 
 def mean_iou(side: Side, reference: Side) -> float:
     """Of each of the reference's masks with the best of this side's."""
-    if not side.masks or not reference.masks:
-        return float("nan")
-    return float(coco_mask.iou(side.masks, reference.masks, [0] * len(reference.masks)).max(axis=0).mean())
+    return statistics.mean(best_ious(side.masks, reference.masks)) if reference.masks else float("nan")
 
 
 SECTIONS: dict[str, tuple[Callable[[int], list[Row]], bool]] = {
@@ -580,6 +632,7 @@ SECTIONS: dict[str, tuple[Callable[[int], list[Row]], bool]] = {
     "prompts": (section_prompts, False),
     "vit_b": (section_vit_b, False),
     "nano": (section_nano, False),
+    "fast": (section_fast, False),
     "gpu_vit_h": (partial(section_gpu, "vit_h"), False),
     "gpu_vit_l": (partial(section_gpu, "vit_l"), False),
     "gpu_vit_b": (partial(section_gpu, "vit_b"), False),

@@ -8,8 +8,10 @@ import pytest
 import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.unit.test_automatic import make_sam
+from tests.unit.test_device_search import Copies, move_to_pretended_gpu
 from workers.models.fused_attention import FusedAttention, fuse_attention
 
 
@@ -75,6 +77,22 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_the_modules_own() -> Non
         fused = encoder(pixels).float()
 
     assert (fused - exact).norm() <= 1.1 * (own - exact).norm()
+
+
+def test_on_a_gpu_the_encoder_copies_nothing_to_it() -> None:
+    encoder = make_encoder(image_px=128, width=32, depth=2, heads=2, window=3)
+    seen = []
+    for change in (lambda encoder: None, fuse_attention):
+        change(encoder)
+        with torch.no_grad(), FakeTensorMode():
+            move_to_pretended_gpu(encoder)
+            pixels = torch.empty(1, 3, 128, 128, device="cuda")
+            with Copies() as copies:
+                encoder(pixels)
+        seen.append(copies.seen)
+
+    assert seen[0]  # segment_anything's own looks positions up with indices from the CPU
+    assert seen[1] == []
 
 
 def test_the_names_of_the_weights_stay() -> None:
