@@ -40,7 +40,7 @@ from db.session import DatabaseNotReady, check_migrated, open_engine
 from db.session import migrate as migrate_database
 from db.settings import settings
 from orchestrator import watch as watching
-from orchestrator.detection import Phrase, read_detector, read_phrases
+from orchestrator.detection import read_detector, read_phrases
 from orchestrator.doctor import examine
 from orchestrator.embedded import INTERRUPTED, RunError
 from orchestrator.embedded import run as run_embedded
@@ -54,7 +54,7 @@ from workers.detectors import AskedDetector
 from workers.errors import ErrorKind, SourceError, TransientError, redact
 from workers.models import ModelError
 from workers.params import ParamError, parse_params
-from workers.prompts import PromptError, PromptKind, parse_prompt_params
+from workers.prompts import Prompt, PromptError, PromptKind, parse_prompt_params
 from workers.storage import open_source
 
 USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
@@ -824,7 +824,7 @@ def _request(
     model: str,
     prompts: str | None,
     detector: AskedDetector | None,
-    text: list[Phrase],
+    text: list[Prompt],
     param: list[str] | None,
     label: str | None,
     include: list[str] | None,
@@ -877,7 +877,7 @@ def _read_detector(
 def _require_one_way(
     spec: models.ModelSpec,
     detector: AskedDetector | None,
-    text: list[Phrase],
+    text: list[Prompt],
     prompts: str | None,
     label: str | None,
 ) -> None:

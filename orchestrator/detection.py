@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from workers.detector_files import DetectorError, DetectorKind, examine, require_classes
 from workers.detectors import AskedDetector
-from workers.prompts import PromptError, is_storable, parse_prompt
+from workers.prompts import Prompt, PromptError, is_storable, parse_prompt
 
 # A phrase's boxes score lower than a class's: Grounding DINO's and OWLv2's authors ask for 0.25 to 0.4 and 0.1 to 0.3.
 _DEFAULT_THRESHOLDS = {
@@ -21,20 +20,8 @@ _DEFAULT_THRESHOLDS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phrase:
-    """What --text asks: a phrase, and the label of its masks."""
-
-    text: str
-    label: str
-
-    def as_json(self) -> dict[str, str]:
-        """A prompt's JSON."""
-        return {"text": self.text, "label": self.label}
-
-
-def read_phrases(words: Sequence[str]) -> list[Phrase]:
-    r"""Read `phrase` or `phrase:label`; a colon of the phrase is written `\:`.
+def read_phrases(words: Sequence[str]) -> list[Prompt]:
+    r"""Read `phrase` or `phrase:label` as prompts by text with their labels; a colon of the phrase is written `\:`.
 
     Raises PromptError for one that is empty or comes twice.
     """
@@ -45,13 +32,11 @@ def read_phrases(words: Sequence[str]) -> list[Phrase]:
     return phrases
 
 
-def _read_phrase(word: str) -> Phrase:
+def _read_phrase(word: str) -> Prompt:
     parts = [part.replace(r"\:", ":").strip() for part in re.split(r"(?<!\\):", word)]
     if len(parts) > 2 or not all(parts):
         raise PromptError(rf"--text {word!r}: expected a phrase, or phrase:label; a colon of the phrase is written \:")
-    text, label = parts[0], parts[-1]
-    parse_prompt({"text": text, "label": label})
-    return Phrase(text=text, label=label)
+    return parse_prompt({"text": parts[0], "label": parts[-1]})
 
 
 def read_detector(

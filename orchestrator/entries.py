@@ -26,7 +26,7 @@ from workers.masks import Mask
 
 # 8 MB pass the proxies that stop at 10.
 MAX_BYTES = 8_000_000
-_MOST_PROCESSES = 4  # one server imports no faster than two of them find regions
+_MOST_PROCESSES = 4  # two keep up with a server that shares their two cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,7 +97,7 @@ def export_label_studio(db: Connection, job: Job, out: Path, assets: Iterable[La
         for n, asset in enumerate(
             queries.labeled_assets(db, job_id=job.id, page=_SLOW_PAGE) if assets is None else assets
         ):
-            masks = [_mask(mask, asset.size_hw) for mask in asset.masks]
+            masks = [mask_of_row(mask, asset.size_hw) for mask in asset.masks]
             reviewed = isinstance(asset, ReviewedAsset)
             shown = (
                 regions_for(masks, asset_id=asset.asset_id, max_regions=_NO_LIMIT, max_brush=_NO_LIMIT)
@@ -196,7 +196,8 @@ def _annotation(asset: LabeledAsset, mask: StoredMask, annotation_id: int, categ
     return annotation if mask.prompt is None else {**annotation, "prompt": mask.prompt}
 
 
-def _mask(mask: StoredMask, size_hw: tuple[int, int]) -> Mask:
+def mask_of_row(mask: StoredMask, size_hw: tuple[int, int]) -> Mask:
+    """A stored mask in the frame of its asset, which its row does not repeat."""
     return Mask(
         counts=mask.counts,
         size_hw=size_hw,

@@ -28,6 +28,7 @@ from db.queries import Job, StoredMask
 from db.settings import settings
 from orchestrator.controls import Controls, find_controls, require_controls
 from orchestrator.entries import MAX_BYTES, Entry, Labeled, Plan, entries_of
+from orchestrator.export import mask_of_row
 from orchestrator.label_studio import (
     FoundTask,
     LabelStudio,
@@ -39,7 +40,6 @@ from orchestrator.label_studio import (
     pause_seconds,
 )
 from orchestrator.regions import DEFAULT_LABEL, RegionKind
-from workers.masks import Mask
 from workers.storage import Source, open_source
 
 # Beyond 50 to 100 tasks a request gains nothing.
@@ -384,7 +384,7 @@ class _Publisher:
             address=image_address(uri, self._options.local_files),
             task_id=task_id,
             size_hw=asset.size_hw,
-            masks=[_mask(mask, asset.size_hw) for mask in stored],
+            masks=[mask_of_row(mask, asset.size_hw) for mask in stored],
         )
 
     def _candidates(self) -> Iterator[list[tuple[Candidate, str, int | None]]]:
@@ -659,19 +659,6 @@ class _Publisher:
             return
         self._client.show_version(self._project.id, version)
         self.report.shown_version = version
-
-
-def _mask(mask: StoredMask, size_hw: tuple[int, int]) -> Mask:
-    return Mask(
-        counts=mask.counts,
-        size_hw=size_hw,
-        bbox_xywh=mask.bbox_xywh,
-        area_px=mask.area_px,
-        predicted_iou=mask.predicted_iou,
-        stability_score=mask.stability_score,
-        label=mask.label,
-        prompt=mask.prompt,
-    )
 
 
 def _intent(entry: Entry) -> Intent:

@@ -11,12 +11,11 @@ from sqlalchemy import Connection
 
 from db import queries
 from db.queries import Job, NewAsset
-from orchestrator.detection import Phrase
 from orchestrator.prompt_files import PromptFile
 from workers import models
 from workers.detectors import AskedDetector
 from workers.params import AutomaticParams, automatic_params
-from workers.prompts import PromptParams
+from workers.prompts import Prompt, PromptParams
 from workers.storage import Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -37,7 +36,7 @@ class Request:
     fresh: bool = False
     prompts: PromptFile | None = None
     detector: AskedDetector | None = None
-    text: Sequence[Phrase] = ()
+    text: Sequence[Prompt] = ()
 
     def asked(self) -> dict[str, Any]:
         """What goes on the job's row, JSON-safe."""
@@ -89,7 +88,7 @@ def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | No
     return {"mode": "prompts", "prompts": sha256, "params": _prompt_params(params), "label": label}
 
 
-def what_text_computes(text: Sequence[Phrase], params: Mapping[str, Any]) -> dict[str, Any]:
+def what_text_computes(text: Sequence[Prompt], params: Mapping[str, Any]) -> dict[str, Any]:
     """The same for a job with phrases."""
     return {"mode": "text", "text": [phrase.as_json() for phrase in text], "params": _prompt_params(params)}
 

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from orchestrator.detection import Phrase, read_detector, read_phrases  # noqa: E402
+from orchestrator.detection import read_detector, read_phrases  # noqa: E402
 from orchestrator.submit import Request  # noqa: E402
 from tests.tiny_checkpoints import save_phrase_detector  # noqa: E402
 from workers import detectors  # noqa: E402
@@ -41,7 +41,7 @@ def picture(size_hw: tuple[int, int] = (50, 90)) -> np.ndarray:
     ],
 )
 def test_a_phrase_may_name_its_label(word: str, text: str, label: str) -> None:
-    assert read_phrases([word]) == [Phrase(text=text, label=label)]
+    assert read_phrases([word]) == [Prompt(text=text, label=label)]
 
 
 @pytest.mark.parametrize("words", [[""], [":bus"], ["bus:"], ["a:b:c"], ["bus", "bus:coach"], ["nul\0"]])

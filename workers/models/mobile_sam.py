@@ -20,10 +20,6 @@ EMBEDDING_SIZE = 64
 TRANSFORMER_DIM = 256
 STAGE_DIMS = (64, 128, 160, 320)
 
-# RGB, 0..255: SAM's own.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
-
 
 def build_mobile_sam() -> Sam:
     """The architecture with random weights, in training mode, float32. Raises ImportError where timm is missing."""
@@ -42,8 +38,6 @@ def build_mobile_sam() -> Sam:
             iou_head_depth=3,
             iou_head_hidden_dim=256,
         ),
-        pixel_mean=list(PIXEL_MEAN),
-        pixel_std=list(PIXEL_STD),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from workers import models
 from workers.models import ModelError, ModelSpec
 from workers.models.onnx_export import INPUTS, WEIGHTS_KEY, export, onnx_path
+from workers.models.onnx_session import open_session
 
 log = logging.getLogger(__name__)
 
@@ -56,19 +57,13 @@ def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
 
 
 def _open(path: Path, spec: ModelSpec, device: torch.device) -> Any:
-    import onnxruntime
     from onnx.utils import Extractor
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
     model = _read(path, spec)
     try:
         # Without what draws masks of the image's size: onnxruntime would run that too, and throw it away.
         asked = Extractor(model).extract_model(list(_ASKED_WITH), list(_ASKED_FOR))
-        return onnxruntime.InferenceSession(asked.SerializeToString(), options, providers=providers)
+        return open_session(asked.SerializeToString(), str(device), threads=torch.get_num_threads())
     except Exception as error:  # onnxruntime's own errors have no common class but this
         raise ModelError(f"{path}: onnxruntime cannot run it ({error}); {_remedy(spec)}") from error
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from workers.detector_files import DetectorError, onnx_classes
 from workers.detectors import AskedDetector, Detection, Detector
 from workers.images import RgbImage
+from workers.models.onnx_session import open_session
 
 # What RTMDet is trained with (mmdet's rtmdet_l_8xb32-300e_coco.py): 640 x 640, grey padding, BGR.
 _SIDE = 640
@@ -86,14 +86,8 @@ def load(asked: AskedDetector, path: Path | None, device: str) -> Detector:
     """The graph in this file, on a CUDA device where onnxruntime has one. Raises DetectorError for another graph."""
     if path is None:
         raise DetectorError(f"detector {asked.name}: expected an .onnx file on this machine")
-    available = onnxruntime.get_available_providers()
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.startswith("cuda") and "CUDAExecutionProvider" in available:
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = open_session(str(path), device)
     except Exception as error:
         raise DetectorError(f"detector {path}: onnxruntime cannot load it: {error}") from error
     _require_layout(session, path)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from workers.decoder import ModelOutputError
 from workers.detector_files import DetectorError
 from workers.detectors import AskedDetector, Detection, PhraseDetector
 from workers.images import RgbImage
-from workers.models.transformers_detector import LOADING_ERRORS, load_whole, whence
+from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers, whence
 from workers.prompts import PromptError
 
 _PHRASES_AT_ONCE = 4  # Grounding DINO sees the image anew with each, so this is its batch
@@ -48,7 +47,7 @@ class GroundingDino:
         repeated = {name: value.expand(len(phrases), *value.shape[1:]) for name, value in pixels.items()}
         with torch.inference_mode():
             outputs = self._model(**repeated, **tokens)
-        _require_numbers(outputs.logits)
+        require_numbers(outputs.logits)
         boxes = self._processor.post_process_grounded_object_detection(
             outputs,
             tokens["input_ids"],
@@ -74,7 +73,7 @@ class Owl:
         tokens = self._processor.tokenizer(list(phrases), padding="max_length", max_length=most, return_tensors="pt")
         with torch.inference_mode():
             outputs = self._model(**pixels.to(self._device), **tokens.to(self._device))
-        _require_numbers(outputs.logits)
+        require_numbers(outputs.logits)
         found = []
         for number, phrase in enumerate(phrases):
             # Of several phrases the library would keep each box's best alone.
@@ -118,8 +117,3 @@ def _require_short(tokenizer: Any, phrases: Sequence[str], most: int) -> None:
         tokens = len(tokenizer(phrase)["input_ids"])
         if tokens > most:
             raise PromptError(f"text: {phrase[:60]!r}… is {tokens} tokens long, expected at most {most}")
-
-
-def _require_numbers(scores: torch.Tensor) -> None:
-    if bool(torch.isnan(scores).any()):
-        raise ModelOutputError("the detector's scores hold NaN")

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from workers.decoder import ModelOutputError
 from workers.images import RgbImage
 from workers.masks import Mask, mask_from_pixels
 from workers.models import MissingLibraryError, Model, ModelSpec, WeightsError, weights_path
-from workers.models.transformers_detector import LOADING_ERRORS, load_whole
+from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers
 from workers.models.weights import remedy, verify
 from workers.params import AutomaticParams
 from workers.prompts import Prompt, PromptError, PromptParams
@@ -96,8 +95,7 @@ class Sam3:
             )
             # As post_process_instance_segmentation, which would draw all masks at once.
             scores = (outputs.pred_logits.sigmoid() * outputs.presence_logits.sigmoid())[0]
-            if bool(torch.isnan(scores).any()):
-                raise ModelOutputError("the model's scores hold NaN")
+            require_numbers(scores)
             numbers = [n for n in scores.argsort(descending=True, stable=True).tolist() if scores[n] > threshold]
             return [_draw(outputs.pred_masks[0, n], size_hw, float(scores[n])) for n in numbers]
 

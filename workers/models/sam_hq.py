@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from workers.decoder import half_precision
 
 PATCH_SIZE_PX = 16
-# RGB, 0..255: SAM's own.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 
 # Prompts decoded in one go on a CPU: each takes about 100 MiB at full size. On a GPU the caller's number goes in one.
 AT_ONCE_ON_CPU = 4
@@ -59,8 +56,6 @@ def build_sam_hq(
             transformer_dim=channels,
             encoder_width=width,
         ),
-        pixel_mean=list(PIXEL_MEAN),
-        pixel_std=list(PIXEL_STD),
     )
 
 

@@ -7,26 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
-from transformers.utils import logging
 
-from workers.decoder import ModelOutputError
 from workers.detector_files import DetectorError
 from workers.detectors import AskedDetector, Detection, Detector
 from workers.images import RgbImage
-
-# What from_pretrained raises of a checkpoint that is damaged, another model's or of an unknown family.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    ImportError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    RuntimeError,
-    SafetensorError,
-)
+from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers, whence
 
 
 class TransformersDetector:
@@ -45,8 +31,7 @@ class TransformersDetector:
         inputs = self._processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
         with torch.inference_mode():
             outputs = self._model(**inputs.to(self._device))
-        if bool(torch.isnan(outputs.logits).any()):
-            raise ModelOutputError("the detector's scores hold NaN")
+        require_numbers(outputs.logits)
         found = self._processor.post_process_object_detection(
             outputs, threshold=threshold, target_sizes=[image.shape[:2] for image in images]
         )
@@ -78,23 +63,3 @@ def load(asked: AskedDetector, path: Path | None, device: str) -> Detector:
     if unknown:
         raise DetectorError(f"detector {where} has no class {unknown[0]!r}; it knows {model.config.id2label}")
     return TransformersDetector(model.to(device).eval().requires_grad_(False), processor, device)
-
-
-def load_whole(auto_class: Any, where: str, how: dict[str, Any]) -> Any:
-    """A checkpoint's model in float32, all of whose weights the checkpoint holds. Raises one of LOADING_ERRORS."""
-    logging.disable_progress_bar()
-    model, found = auto_class.from_pretrained(
-        where, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
-    )
-    # transformers warns of these, and fills them in at random.
-    missing = sorted(name for name in found["missing_keys"] if not name.endswith("num_batches_tracked"))
-    if missing:
-        raise ValueError(f"the weights lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
-    return model
-
-
-def whence(asked: AskedDetector, path: Path | None) -> tuple[str, dict[str, Any]]:
-    """Where from_pretrained finds a job's checkpoint: its folder, or the hub at the job's commit."""
-    if path is None:
-        return asked.name, {"revision": asked.identity.removeprefix("commit:")}
-    return str(path), {"local_files_only": True}

@@ -1,0 +1,51 @@
+"""How every family that transformers runs is loaded and judged: checkpoints' folders, and the hub at a job's commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from workers.decoder import ModelOutputError
+from workers.detectors import AskedDetector
+
+# What from_pretrained raises of a checkpoint that is damaged, another model's or of an unknown family.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+)
+
+
+def load_whole(auto_class: Any, where: str, how: dict[str, Any]) -> Any:
+    """A checkpoint's model in float32, all of whose weights the checkpoint holds. Raises one of LOADING_ERRORS."""
+    logging.disable_progress_bar()
+    model, found = auto_class.from_pretrained(
+        where, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
+    )
+    # transformers warns of these, and fills them in at random.
+    missing = sorted(name for name in found["missing_keys"] if not name.endswith("num_batches_tracked"))
+    if missing:
+        raise ValueError(f"the weights lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
+    return model
+
+
+def whence(asked: AskedDetector, path: Path | None) -> tuple[str, dict[str, Any]]:
+    """Where from_pretrained finds a job's checkpoint: its folder, or the hub at the job's commit."""
+    if path is None:
+        return asked.name, {"revision": asked.identity.removeprefix("commit:")}
+    return str(path), {"local_files_only": True}
+
+
+def require_numbers(scores: torch.Tensor) -> None:
+    """Raises ModelOutputError where scores are NaN, which no threshold would tell from a low one."""
+    if bool(torch.isnan(scores).any()):
+        raise ModelOutputError("the model's scores hold NaN")
