@@ -7,7 +7,7 @@ planted scenes, which tell prompts apart by their bits, are asked with all point
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -41,13 +41,12 @@ ALL_AT_ONCE = 10_000
 EVERYTHING = AutomaticParams(points_per_side=4, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.9)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _nothing_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "_found_to_fit", {})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def by_device(sam: Any, image: np.ndarray, params: AutomaticParams, **other: Any) -> list[Mask]:

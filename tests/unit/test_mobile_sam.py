@@ -6,7 +6,6 @@ import hashlib
 import os
 import sys
 import zlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from db.settings import settings
 from tests.official_shapes import Shapes, official_shapes
 from workers import models
 from workers.masks import decode_counts
@@ -28,21 +26,7 @@ from workers.prompts import Prompt, PromptParams, asks_one_point
 pytest.importorskip("timm")
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("MASKFLEET_WEIGHTS_DIR", str(tmp_path))
-    settings.cache_clear()
-    yield tmp_path
-    settings.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine small operations on two threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 
 
 def official_encoder() -> Shapes:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, masks_to_boxes
 
-from db.settings import settings
 from tests.unit import test_automatic
 from tests.unit.test_models import Payload, make_spec
 from workers import models
@@ -76,21 +74,7 @@ RECORDED = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On a busy machine small operations on two threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("MASKFLEET_WEIGHTS_DIR", str(tmp_path))
-    settings.cache_clear()
-    yield tmp_path
-    settings.cache_clear()
+pytestmark = pytest.mark.usefixtures("one_thread", "folder")
 
 
 def shapes_of(hiera: Hiera) -> dict[str, tuple[int, ...]]:
