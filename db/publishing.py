@@ -15,9 +15,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, text
 
-from db import queries
-from db.models import LsState
-from db.queries import Job
+from db import jobs as queries
+from db.jobs import Job
+from db.tables import LsState
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import redis as redis_client
 from sqlalchemy import Engine, create_engine, text
 
 from db.session import migrate, open_engine, psycopg2_url
-from orchestrator.postgres import EmbeddedPostgres
+from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment
 from tests.redis_server import redis_program, serve_redis
 

@@ -16,8 +16,8 @@ import psutil
 from PIL import Image
 from sqlalchemy import Engine, text
 
-from db import queries
-from db.queries import Counts, Job
+from db import jobs as queries
+from db.jobs import Counts, Job
 from tests.waiting import wait_for
 
 STUB = Path(__file__).parent / "stub"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine, text
 
-from db import queries
-from db.queries import Asset, ClaimedChunk, Counts, Job, NewAsset, NewOutcome, StoredMask
+from db import jobs as queries
+from db.jobs import Asset, ClaimedChunk, Counts, Job, NewAsset, NewOutcome, StoredMask
 
 LEASE_SECONDS = 60.0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import text
 
-from db.models import Base
 from db.session import open_engine
+from db.tables import Base
 
 _ONE_RUNNER = 0x6D61736B  # "mask": the advisory lock of migrations
 

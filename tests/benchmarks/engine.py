@@ -46,14 +46,14 @@ ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "testdata" / "photos_plain"
 sys.path.insert(0, str(ROOT))
 
-from workers import decoder as engine_decoder  # noqa: E402
-from workers.automatic import automatic_masks, masks_by, prompt_logits  # noqa: E402
-from workers.decoder import promptable  # noqa: E402
-from workers.device_search import DeviceSearch  # noqa: E402
-from workers.folded_decoder import FoldedDecoder  # noqa: E402
-from workers.images import decode  # noqa: E402
+from workers.engine import decoder as engine_decoder  # noqa: E402
+from workers.engine.automatic import automatic_masks, masks_by, prompt_logits  # noqa: E402
+from workers.engine.decoder import promptable  # noqa: E402
+from workers.engine.device import default_device  # noqa: E402
+from workers.engine.device_search import DeviceSearch  # noqa: E402
+from workers.engine.folded_decoder import FoldedDecoder  # noqa: E402
+from workers.images.decode import decode  # noqa: E402
 from workers.models import MODELS, find, is_present, largest_present  # noqa: E402
-from workers.models.device import default_device  # noqa: E402
 from workers.models.fused_attention import fuse_attention  # noqa: E402
 from workers.models.sam import ARCHITECTURES, load_sam  # noqa: E402
 from workers.params import AutomaticParams, automatic_params  # noqa: E402

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, text
 
-from db.models import Standing, Verdict
 from db.session import migrate, open_engine
-from orchestrator.postgres import EmbeddedPostgres
+from db.tables import Standing, Verdict
+from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job
 from workers.masks import encode_counts
 

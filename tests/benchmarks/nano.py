@@ -18,10 +18,10 @@ from pycocotools import mask as coco_mask
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from workers.automatic import automatic_masks
+from workers.engine.automatic import automatic_masks
 from workers.models import nano
-from workers.models.scenes import Scene, draw_scene
 from workers.params import AutomaticParams
+from workers.training.scenes import Scene, draw_scene
 
 FIRST_SEED = 9_000_000_000_000  # training draws below 2 ** 40
 SIZES_HW = ((512, 512), (384, 512), (512, 384), (448, 576), (640, 480))

@@ -21,13 +21,13 @@ from pycocotools import mask as coco_mask
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from orchestrator.prompt_files import read_prompts
+from orchestrator.prompts.files import read_prompts
 from workers import models
 from workers.masks import Mask, decode_counts
 from workers.models import nano
 from workers.models.sam import SamModel
-from workers.models.scenes import Scene, draw_scene
 from workers.prompts import Prompt, PromptParams, asks_one_point, fit_all
+from workers.training.scenes import Scene, draw_scene
 
 FIRST_SEED = 8_000_000_000_000  # training draws below 2 ** 40
 SIZES_HW = ((480, 640), (640, 480), (512, 512), (375, 500))

@@ -23,18 +23,18 @@ import numpy as np
 from label_studio_sdk import LabelStudio as Sdk
 from sqlalchemy import Engine, text
 
-from db import queries
-from db.models import JobState
-from db.queries import Job, NewOutcome, StoredMask
+from db import jobs as queries
+from db.jobs import Job, NewOutcome, StoredMask
 from db.session import migrate, open_engine
-from orchestrator.label_studio import LabelStudio
-from orchestrator.postgres import EmbeddedPostgres
-from orchestrator.publish import MAX_TASKS, Options, publish_job
-from orchestrator.regions import label_config
+from db.tables import JobState
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.publish import MAX_TASKS, Options, publish_job
+from orchestrator.label_studio.regions import label_config
+from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from tests.label_studio.server import Server, serve
 from workers.masks import encode_counts
-from workers.models.scenes import draw_scene
+from workers.training.scenes import draw_scene
 
 SIZE_HW = (1024, 1024)
 SCENES = 20  # drawn once; assets take turns with them

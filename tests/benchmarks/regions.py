@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 from label_studio_sdk.converter.brush import mask2rle
 
-from orchestrator.brush import encode_brush_counts
-from orchestrator.polygons import fit_polygons
-from orchestrator.runs import edges_from_counts
+from orchestrator.label_studio.brush import encode_brush_counts
+from orchestrator.shapes.polygons import fit_polygons
+from orchestrator.shapes.runs import edges_from_counts
 from workers.masks import encode_counts
-from workers.models.scenes import draw_scene
+from workers.training.scenes import draw_scene
 
 SIZES_HW = ((1024, 1024), (3000, 4000))
 MASKS_OF_A_KIND = 6

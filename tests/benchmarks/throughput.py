@@ -31,14 +31,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from sqlalchemy import Engine, text
 
-from db import queries
+from db import jobs as queries
 from db.session import migrate, open_engine, psycopg2_url
 from db.settings import Settings, settings
-from orchestrator.postgres import EmbeddedPostgres
+from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment, draw_pictures
 from tests.redis_server import redis_program, serve_redis
-from workers.boxed_runs import encode_runs, take_runs
-from workers.images import RgbImage
+from workers.engine.boxed_runs import encode_runs, take_runs
+from workers.images.decode import RgbImage
 from workers.masks import BoolMask, Mask
 
 PAGE = 1000
@@ -310,10 +310,10 @@ def plain_loop(url: str, folder: Path, names: Sequence[str], masks: Sequence[Boo
 
 def our_worker(engine: Engine, folder: Path, masks: Sequence[BoolMask]) -> None:
     """One worker's run of one chunk, everything but Celery's message."""
-    from orchestrator.dispatch import tick
-    from orchestrator.submit import Request, submit_job
-    from workers import detectors
-    from workers.pipeline import Worker, run_chunk
+    from orchestrator.jobs.dispatch import tick
+    from orchestrator.jobs.request import Request, submit_job
+    from workers.detectors import detector as detectors
+    from workers.running.chunk import Worker, run_chunk
 
     with engine.begin() as db:
         job = submit_job(db, Request(source=str(folder), model="sam_vit_b", fresh=True))

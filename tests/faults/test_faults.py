@@ -9,12 +9,12 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from db import queries
-from db.queries import Counts
+from db import jobs as queries
+from db.jobs import Counts
 from tests.deployment import Deployment, draw_pictures, terminate
 from tests.stub.stub_model import BROKEN, FULL, HANG, POISON
 from tests.waiting import wait_for
-from workers.app import SEGMENT_CHUNK, make_app
+from workers.running.app import SEGMENT_CHUNK, make_app
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 

@@ -15,15 +15,15 @@ from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import Sam
 
 from tests.benchmarks.engine import photo, tiny_sam
-from workers import decoder
-from workers.automatic import automatic_masks, embed
+from workers.engine import decoder
+from workers.engine.automatic import automatic_masks, embed
+from workers.engine.prompted import prompted_masks
 from workers.masks import Mask, decode_counts
 from workers.models.fused_attention import fuse_attention
 from workers.models.nano import AUTOMATIC_DEFAULTS, load_sam_nano
-from workers.models.scenes import draw_scene
 from workers.params import AutomaticParams
-from workers.prompted import prompted_masks
 from workers.prompts import Prompt, PromptParams
+from workers.training.scenes import draw_scene
 
 pytestmark = pytest.mark.gpu
 THRESHOLDS: dict[str, Any] = {"points_per_side": 8, "pred_iou_thresh": -9.0, "stability_score_thresh": 0.0}

@@ -14,17 +14,18 @@ from PIL import Image
 from pycocotools.coco import COCO
 from sqlalchemy import Engine
 
-from db import queries
-from db.queries import NewAsset
+from db import jobs as queries
+from db.jobs import NewAsset
 from db.settings import Settings
-from orchestrator.detection import read_detector
-from orchestrator.postgres import EmbeddedPostgres
-from orchestrator.submit import Request, submit_job
+from orchestrator.jobs.request import Request, submit_job
+from orchestrator.local.postgres import EmbeddedPostgres
+from orchestrator.prompts.detectors import read_detector
 from tests.e2e.test_run import MASKFLEET, environment, run
 from tests.factories import chunk_ids, claim
 from tests.onnx_detectors import CLASSES, write_colour_detector
-from workers import detectors, models
-from workers.pipeline import ProcessUnfit, Worker, run_chunk
+from workers import models
+from workers.detectors import detector as detectors
+from workers.running.chunk import ProcessUnfit, Worker, run_chunk
 
 pytestmark = pytest.mark.integration
 

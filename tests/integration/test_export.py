@@ -14,10 +14,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 from sqlalchemy import Engine
 
-from db import queries
-from db.queries import Job, NewOutcome, StoredMask
-from orchestrator.export import export_coco, export_label_studio, export_png, write_summary
-from orchestrator.gallery import MAX_CARDS, write_gallery
+from db import jobs as queries
+from db.jobs import Job, NewOutcome, StoredMask
+from orchestrator.export.coco import export_coco, export_label_studio, export_png, write_summary
+from orchestrator.pages.gallery import MAX_CARDS, write_gallery
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from workers.masks import BoolMask, mask_from_pixels
 

@@ -18,7 +18,7 @@ from redis import Redis
 
 from tests.redis_server import free_port
 from tests.waiting import wait_for
-from workers.app import SEGMENT_CHUNK, make_app, publish_chunks
+from workers.running.app import SEGMENT_CHUNK, make_app, publish_chunks
 
 pytestmark = pytest.mark.integration
 
@@ -98,7 +98,7 @@ def test_flower_watches_and_gives_no_orders(flower, order):
 @contextmanager
 def _celery(arguments: list[str], environment: dict[str, str], log_path: Path):
     """A Celery command in a process group of its own, stopped at the end."""
-    command = [sys.executable, "-P", "-m", "celery", "--app", "workers.app", *arguments]
+    command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", *arguments]
     with (
         log_path.open("wb") as log,
         subprocess.Popen(

@@ -15,7 +15,7 @@ from segment_anything import SamPredictor
 
 from tests.e2e.test_run import run
 from workers.models.mobile_sam import build_mobile_sam
-from workers.models.scenes import draw_scene
+from workers.training.scenes import draw_scene
 
 pytest.importorskip("timm")
 pytestmark = pytest.mark.integration

@@ -14,17 +14,18 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from sqlalchemy import Engine, text
 
-from db import queries
+from db import jobs as queries
 from db.settings import Settings, settings
-from orchestrator.dispatch import tick
-from orchestrator.submit import Request, submit_job
+from orchestrator.jobs.dispatch import tick
+from orchestrator.jobs.request import Request, submit_job
 from tests.e2e.test_run import run
 from tests.integration.test_prompted_jobs import box_of, draw, iou
-from workers import detectors, models
+from workers import models
+from workers.detectors import detector as detectors
 from workers.masks import decode_counts
 from workers.models.sam import load
-from workers.pipeline import ProcessUnfit, Worker, run_chunk
 from workers.prompts import Prompt, PromptParams
+from workers.running.chunk import ProcessUnfit, Worker, run_chunk
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

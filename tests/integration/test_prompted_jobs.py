@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 
 from tests.e2e.test_run import run
 from workers import models
-from workers.models.scenes import Scene, draw_scene
+from workers.training.scenes import Scene, draw_scene
 
 pytestmark = [
     pytest.mark.integration,

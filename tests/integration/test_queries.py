@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine, text
 
-from db import queries
-from db.models import JobState, PromptMatch
-from db.queries import LeaseLost, NewAsset, NewOutcome
+from db import jobs as queries
+from db.jobs import LeaseLost, NewAsset, NewOutcome
+from db.tables import JobState, PromptMatch
 from tests.factories import (
     chunk_ids,
     claim,

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from tests.e2e.test_run import run
 from tests.unit import test_sam2, test_sam_hq
 from tests.unit.test_sam2 import phone_picture
-from workers.images import decode
+from workers.images.decode import decode
 from workers.models import ModelSpec
 from workers.models.sam import SamModel
 from workers.prompts import Prompt, PromptParams

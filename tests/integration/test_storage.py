@@ -14,11 +14,11 @@ from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.server import ThreadedMotoServer
 
-from orchestrator.prompt_entries import PromptFileError
-from orchestrator.prompt_files import read_prompts
+from orchestrator.prompts.entries import PromptFileError
+from orchestrator.prompts.files import read_prompts
 from workers import models
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
-from workers.storage import PAGE_SIZE, Listed, SkipReason, open_source
+from workers.storage.source import PAGE_SIZE, Listed, SkipReason, open_source
 
 pytestmark = pytest.mark.integration
 

@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from db.session import psycopg2_url
-from orchestrator.label_studio import LabelStudio
-from orchestrator.postgres import EmbeddedPostgres
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.local.postgres import EmbeddedPostgres
 from tests.label_studio.server import NotInstallable, Server, install, serve
 
 

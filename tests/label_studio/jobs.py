@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sqlalchemy import Engine
 
-from db import queries
-from db.queries import Job, NewOutcome, StoredMask
+from db import jobs as queries
+from db.jobs import Job, NewOutcome, StoredMask
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from workers.masks import encode_counts
 

@@ -11,11 +11,11 @@ import httpx
 import numpy as np
 from sqlalchemy import Engine
 
-from db import queries
-from db.queries import Job, NewOutcome, StoredMask
-from orchestrator.label_studio import LabelStudio
-from orchestrator.publish import Options, publish_job
-from orchestrator.regions import DEFAULT_LABEL, label_config
+from db import jobs as queries
+from db.jobs import Job, NewOutcome, StoredMask
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.publish import Options, publish_job
+from orchestrator.label_studio.regions import DEFAULT_LABEL, label_config
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from tests.label_studio.server import Server
 from workers.masks import BoolMask, mask_from_pixels

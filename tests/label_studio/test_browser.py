@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from sqlalchemy import Engine
 
+from db.jobs import Job, StoredMask
 from db.publishing import Place as Project
-from db.queries import Job, StoredMask
-from orchestrator.label_studio import LabelStudio
-from orchestrator.project import Wanted, set_up_project
-from orchestrator.publish import Options, publish_job
-from orchestrator.regions import mask_from_region
-from orchestrator.review import pull, read_review
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.publish import Options, publish_job
+from orchestrator.label_studio.regions import mask_from_region
+from orchestrator.label_studio.review import pull, read_review
+from orchestrator.label_studio.setup import Wanted, set_up_project
 from tests.label_studio.browser import Browser, NoBrowser, open_browser
 from tests.label_studio.reviewing import disc, labeled_job, stored
 from tests.label_studio.server import PASSWORD, USER, Server

@@ -16,14 +16,14 @@ from PIL import Image
 from sqlalchemy import Engine, text
 
 from db import publishing
-from db.queries import Job
-from orchestrator.controls import ConfigError
-from orchestrator.entries import MAX_BYTES
-from orchestrator.export import export_coco
-from orchestrator.label_studio import LabelStudio, Project, Refused, asset_uid
-from orchestrator.project import Wanted, make_project, set_up_project
-from orchestrator.publish import Options, PublishError, Report, follow, publish_job
-from orchestrator.regions import label_config
+from db.jobs import Job
+from orchestrator.export.coco import export_coco
+from orchestrator.label_studio.client import LabelStudio, Project, Refused, asset_uid
+from orchestrator.label_studio.config import ConfigError
+from orchestrator.label_studio.entries import MAX_BYTES
+from orchestrator.label_studio.publish import Options, PublishError, Report, follow, publish_job
+from orchestrator.label_studio.regions import label_config
+from orchestrator.label_studio.setup import Wanted, make_project, set_up_project
 from tests.factories import chunk_ids
 from tests.label_studio.jobs import label_chunk, labeled_job, noise, read_job, ring, rings
 from tests.label_studio.proxy import Proxy, proxy_of

@@ -16,13 +16,13 @@ import pytest
 from pycocotools.coco import COCO
 from sqlalchemy import Engine
 
+from db.jobs import StoredMask
 from db.publishing import Place
-from db.queries import StoredMask
-from orchestrator.label_studio import LabelStudio
-from orchestrator.prompt_files import read_prompts
-from orchestrator.regions import mask_from_region
-from orchestrator.review import Review, pull, read_review
-from orchestrator.wake import SECRET_HEADER
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.regions import mask_from_region
+from orchestrator.label_studio.review import Review, pull, read_review
+from orchestrator.label_studio.wake import SECRET_HEADER
+from orchestrator.prompts.files import read_prompts
 from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, Project, labeled_job, publish, stored
 from tests.label_studio.server import Server
 from tests.redis_server import free_port

@@ -13,7 +13,7 @@ from db.settings import settings
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """On a busy machine small operations on two threads wait for each other."""
-    from workers import automatic  # brings torch, which most tests do without
+    from workers.engine import automatic
 
     with automatic.one_thread():
         yield

@@ -20,15 +20,15 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops.boxes import batched_nms
 
-from workers import upsampling
-from workers.automatic import ModelOutputError, automatic_masks, embed, prompt_logits
-from workers.boxed_runs import draw_runs, encode_runs, take_runs
-from workers.folded_decoder import folds
+from workers.engine import upsampling
+from workers.engine.automatic import ModelOutputError, automatic_masks, embed, prompt_logits
+from workers.engine.boxed_runs import draw_runs, encode_runs, take_runs
+from workers.engine.folded_decoder import folds
+from workers.engine.small_regions import remove_small_regions
+from workers.engine.suppression import Suppression
 from workers.masks import decode_counts, encode_counts
 from workers.models.nano import AUTOMATIC_DEFAULTS, WEIGHTS_PATH, load_sam_nano
 from workers.params import AutomaticParams
-from workers.small_regions import remove_small_regions
-from workers.suppression import Suppression
 
 TESTDATA = Path(__file__).parents[3] / "shared" / "testdata"
 

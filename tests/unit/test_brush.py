@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from label_studio_sdk.converter.brush import decode_rle, mask2rle
 
-from orchestrator.brush import (
+from orchestrator.label_studio.brush import (
     BrushError,
     decode_brush,
     encode_brush,

@@ -15,7 +15,7 @@ import yaml
 from flower import options as flower_options
 
 from db.settings import Settings
-from workers import devices
+from workers.running import devices
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "docker-compose.yml"
@@ -159,8 +159,8 @@ def test_a_stopping_worker_has_the_time_to_drain():
 def test_the_health_checks_look_for_what_runs():
     assert SERVICES["dispatch"]["healthcheck"]["test"][-1] in SERVICES["dispatch"]["command"]
     assert SERVICES["publisher"]["healthcheck"]["test"][-1] in SERVICES["publisher"]["command"]
-    assert SERVICES["worker"]["healthcheck"]["test"][-1] == "workers.app"
-    assert '"workers.app"' in Path(devices.__file__).read_text()
+    assert SERVICES["worker"]["healthcheck"]["test"][-1] == "workers.running.app"
+    assert '"workers.running.app"' in Path(devices.__file__).read_text()
 
 
 def test_flower_knows_its_options_and_only_watches():

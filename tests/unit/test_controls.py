@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from label_studio_sdk.label_interface import LabelInterface
 
-from orchestrator.controls import (
+from orchestrator.label_studio.config import (
     ALL_KINDS,
     ConfigError,
     add_smart_tools,
@@ -20,7 +20,7 @@ from orchestrator.controls import (
     missing_lines,
     require_controls,
 )
-from orchestrator.regions import label_config, prediction_task, regions_for
+from orchestrator.label_studio.regions import label_config, prediction_task, regions_for
 from workers.masks import mask_from_pixels
 
 CONFIG = label_config(["car", 'the "big" <bus>'])

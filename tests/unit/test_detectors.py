@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.detection import read_detector, read_label_map
-from orchestrator.submit import Request
+from orchestrator.jobs.request import Request
+from orchestrator.prompts.detectors import read_detector, read_label_map
 from tests.onnx_detectors import CLASSES, write_colour_detector
-from workers import detectors
-from workers.detector_files import COCO_CLASSES, DetectorError, examine, require_same_files
-from workers.detectors import AskedDetector, Detection, asked_of_json, prompts_of
+from workers.detectors import detector as detectors
+from workers.detectors.detector import AskedDetector, Detection, asked_of_json, prompts_of
+from workers.detectors.files import COCO_CLASSES, DetectorError, examine, require_same_files
 
 NAMES = "\n".join(CLASSES)
 

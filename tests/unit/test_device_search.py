@@ -23,19 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.unit.test_automatic import CPU_BOUND, make_image, make_sam, parameters, reference_masks, sizes
-from workers import decoder, device_runs, device_search
-from workers.automatic import CropSearch, ModelOutputError, automatic_masks, masks_by
-from workers.boxed_runs import take_runs
-from workers.decoder import prompt_logits, promptable
-from workers.device_runs import DeviceDrawing, read_runs
-from workers.device_search import DeviceSearch
+from workers.engine import decoder, device_runs, device_search
+from workers.engine.automatic import CropSearch, ModelOutputError, automatic_masks, masks_by
+from workers.engine.boxed_runs import take_runs
+from workers.engine.decoder import prompt_logits, promptable
+from workers.engine.device_runs import DeviceDrawing, read_runs
+from workers.engine.device_search import DeviceSearch
+from workers.engine.prompted import _draw_here, _draw_there
+from workers.engine.upsampling import Upsampling
 from workers.masks import Mask, decode_counts
 from workers.models.fused_attention import fuse_attention
 from workers.models.sam2 import Hiera, Sam2
 from workers.models.sam_hq import build_sam_hq
 from workers.params import AutomaticParams
-from workers.prompted import _draw_here, _draw_there
-from workers.upsampling import Upsampling
 
 ALL_AT_ONCE = 10_000
 EVERYTHING = AutomaticParams(points_per_side=4, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.9)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.benchmarks import engine
-from workers import decoder
+from workers.engine import decoder
 from workers.params import AutomaticParams
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.controls import find_controls
-from orchestrator.entries import Labeled, Plan, build_entries, entries_of
-from orchestrator.label_studio import LabelStudioError
-from orchestrator.regions import label_config
+from orchestrator.label_studio.client import LabelStudioError
+from orchestrator.label_studio.config import find_controls
+from orchestrator.label_studio.entries import Labeled, Plan, build_entries, entries_of
+from orchestrator.label_studio.regions import label_config
 from tests.waiting import wait_for
 from workers.masks import Mask, encode_counts
 

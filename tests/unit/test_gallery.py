@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from db.models import JobState
-from db.queries import Counts, FailedAsset, Job, LabeledAsset, StoredMask
-from orchestrator.gallery import MAX_CARDS, Gallery, instance_colour, write_page
-from orchestrator.outlines import outline
+from db.jobs import Counts, FailedAsset, Job, LabeledAsset, StoredMask
+from db.tables import JobState
+from orchestrator.pages.gallery import MAX_CARDS, Gallery, instance_colour, write_page
+from orchestrator.shapes.outlines import outline
 from workers.errors import AssetError, ErrorKind, TransientError
-from workers.images import RgbImage
+from workers.images.decode import RgbImage
 from workers.masks import BoolMask, mask_from_pixels
 
 HOSTILE = [

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from workers.errors import AssetError, ErrorKind
-from workers.images import MAX_BYTES, decode, thumbnail_jpeg
+from workers.images.decode import MAX_BYTES, decode, thumbnail_jpeg
 
 TESTDATA = Path(os.environ.get("MASKFLEET_TESTDATA", Path(__file__).parents[3] / "shared" / "testdata"))
 NASTY = TESTDATA / "nasty"

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from segment_anything import SamPredictor
 
-from workers.models import nano, train_nano
-from workers.models.scenes import draw_scene
+from workers.models import nano
+from workers.training import train_nano
+from workers.training.scenes import draw_scene
 
 UNSEEN_SEED = 7_000_000_000_000
 

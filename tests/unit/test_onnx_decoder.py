@@ -18,17 +18,17 @@ from segment_anything.modeling import Sam
 
 from db.settings import settings
 from workers import models
-from workers.decoder import input_hw, prompt_logits
-from workers.images import RgbImage, decode
+from workers.engine.decoder import input_hw, prompt_logits
+from workers.images.decode import RgbImage, decode
 from workers.masks import Mask, decode_counts
 from workers.models import MissingLibraryError, ModelError, find
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.onnx_decoder import with_onnx_decoder
 from workers.models.onnx_export import INPUTS, OUTPUTS, export, onnx_path
 from workers.models.sam import SamModel
-from workers.models.scenes import Scene, draw_scene
 from workers.params import automatic_params
 from workers.prompts import Prompt, PromptParams
+from workers.training.scenes import Scene, draw_scene
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

@@ -12,12 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from orchestrator.detection import read_detector, read_phrases  # noqa: E402
-from orchestrator.submit import Request  # noqa: E402
+from orchestrator.jobs.request import Request  # noqa: E402
+from orchestrator.prompts.detectors import read_detector, read_phrases  # noqa: E402
 from tests.tiny_checkpoints import save_phrase_detector  # noqa: E402
-from workers import detectors  # noqa: E402
-from workers.detector_files import DetectorError, DetectorKind  # noqa: E402
-from workers.detectors import Detection, boxes_of_phrases  # noqa: E402
+from workers.detectors import detector as detectors  # noqa: E402
+from workers.detectors.detector import Detection, boxes_of_phrases  # noqa: E402
+from workers.detectors.files import DetectorError, DetectorKind  # noqa: E402
 from workers.prompts import Prompt, PromptError, parse_prompt  # noqa: E402
 
 FAMILIES = ("grounding_dino", "owlv2")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.prompt_entries import PromptFileError
-from orchestrator.prompt_files import PromptFile, read_prompts
+from orchestrator.prompts.entries import PromptFileError
+from orchestrator.prompts.files import PromptFile, read_prompts
 from workers import models
 
 SOURCE = "/data/images"

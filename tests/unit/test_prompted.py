@@ -11,10 +11,10 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 
 from tests.unit.test_automatic import make_image, make_sam
-from workers.decoder import input_hw, prompt_logits
+from workers.engine.decoder import input_hw, prompt_logits
+from workers.engine.prompted import prompted_masks
 from workers.masks import decode_counts
 from workers.models.sam import SamModel
-from workers.prompted import prompted_masks
 from workers.prompts import Prompt, PromptParams, asks_one_point
 
 BEST, ALL = PromptParams(), PromptParams(multimask="all")

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from db.settings import Settings
-from orchestrator.cli import app
+from orchestrator.cli.main import app
 from workers.errors import ErrorKind
 from workers.models import MODELS
 

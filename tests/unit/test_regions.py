@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from label_studio_sdk.converter.utils import convert_annotation_to_yolo_obb
 from label_studio_sdk.label_interface import LabelInterface
 
-from orchestrator.colours import label_colour
-from orchestrator.polygons import fit_polygons, polygon_edges, ring_px
-from orchestrator.regions import (
+from orchestrator.label_studio.regions import (
     RegionError,
     label_config,
     mask_from_region,
@@ -26,7 +24,9 @@ from orchestrator.regions import (
     prediction_task,
     regions_for,
 )
-from orchestrator.runs import edges_from_counts, edges_from_pixels, pixels_from_edges, run_iou
+from orchestrator.shapes.colours import label_colour
+from orchestrator.shapes.polygons import fit_polygons, polygon_edges, ring_px
+from orchestrator.shapes.runs import edges_from_counts, edges_from_pixels, pixels_from_edges, run_iou
 from workers.masks import Mask, encode_counts, mask_from_pixels
 
 VECTORS = Path(__file__).parents[3] / "shared/testdata/ls_vectors"
@@ -277,7 +277,7 @@ def test_heavy_masks_are_fitted_a_few_at_a_time_with_the_same_result(monkeypatch
     masks = [_mask(_disc(radius=10 + n), predicted_iou=n / 20) for n in range(20)]
     expected = regions_for(masks, asset_id=1)
 
-    monkeypatch.setattr("orchestrator.regions._CHARACTERS_TOGETHER", 100)
+    monkeypatch.setattr("orchestrator.label_studio.regions._CHARACTERS_TOGETHER", 100)
 
     assert regions_for(masks, asset_id=1) == expected
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from db.models import Standing, Verdict
-from db.reviewing import KnownTask
-from orchestrator.regions import mask_from_region, regions_for
-from orchestrator.review import accepted_above, judge_task
-from orchestrator.verdicts import Comparison, base_prediction, choose, compare
-from orchestrator.wake import SECRET_HEADER, wake_on_webhook
+from db.annotations import KnownTask
+from db.tables import Standing, Verdict
+from orchestrator.label_studio.regions import mask_from_region, regions_for
+from orchestrator.label_studio.review import accepted_above, judge_task
+from orchestrator.label_studio.verdicts import Comparison, base_prediction, choose, compare
+from orchestrator.label_studio.wake import SECRET_HEADER, wake_on_webhook
 from workers.masks import BoolMask, decode_counts, mask_from_pixels
 
 SIZE_HW = (100, 140)

@@ -7,7 +7,8 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["orchestrator.cli", "orchestrator.dispatch", "orchestrator.gallery", "workers.tasks"]
+    "module",
+    ["orchestrator.cli.main", "orchestrator.jobs.dispatch", "orchestrator.pages.gallery", "workers.running.tasks"],
 )
 def test_importing_a_room_loads_no_torch(module: str) -> None:
     program = f"import {module}, sys; sys.exit('torch' in sys.modules or 'segment_anything' in sys.modules)"

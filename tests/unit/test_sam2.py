@@ -25,15 +25,15 @@ from torchvision.ops import batched_nms, masks_to_boxes
 from tests.unit import test_automatic
 from tests.unit.test_models import Payload, make_spec
 from workers import models
-from workers.decoder import prompt_logits
-from workers.images import RgbImage, decode
+from workers.engine.decoder import prompt_logits
+from workers.engine.upsampling import Upsampling
+from workers.images.decode import RgbImage, decode
 from workers.masks import BoolMask, Mask, decode_counts
 from workers.models import MissingLibraryError, ModelSpec, WeightsError, find, nano
 from workers.models.sam import SamModel
 from workers.models.sam2 import VARIANTS, Hiera, Sam2, load, load_variant
 from workers.params import AutomaticParams
 from workers.prompts import Prompt, PromptParams, asks_one_point
-from workers.upsampling import Upsampling
 
 transformers = pytest.importorskip("transformers")
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tests.unit.test_models import Payload, make_spec
 from tests.unit.test_sam2 import phone_picture
-from workers.decoder import prompt_logits
-from workers.images import decode
+from workers.engine.decoder import prompt_logits
+from workers.images.decode import decode
 from workers.masks import decode_counts
 from workers.models import ModelSpec, WeightsError, find
 from workers.models.sam import ARCHITECTURES, SamModel, load, load_sam

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from workers.models.demo_scenes import write_demo_scenes
-from workers.models.scenes import MIN_VISIBLE_UNITS2, draw_scene
+from workers.training.demo_scenes import write_demo_scenes
+from workers.training.scenes import MIN_VISIBLE_UNITS2, draw_scene
 
 
 def test_a_seed_gives_the_same_scene_again_and_another_seed_another():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.errors import AssetError, ErrorKind, SourceError, redact
-from workers.storage import PAGE_SIZE, SkipReason, open_source
+from workers.storage.source import PAGE_SIZE, SkipReason, open_source
 
 TESTDATA = Path(os.environ.get("MASKFLEET_TESTDATA", Path(__file__).parents[3] / "shared" / "testdata"))
 NASTY = TESTDATA / "nasty"

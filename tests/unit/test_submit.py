@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from orchestrator.prompt_files import read_prompts
-from orchestrator.submit import Request, select
+from orchestrator.jobs.request import Request, select
+from orchestrator.prompts.files import read_prompts
 from workers import models
-from workers.storage import open_source
+from workers.storage.source import open_source
 
 
 def make(folder: Path, *names: str) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
 from db.settings import settings
-from workers.images import RgbImage
+from workers.images.decode import RgbImage
 from workers.masks import Mask
 from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.params import DECODERS, AutomaticParams, ParamError

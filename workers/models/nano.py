@@ -1,7 +1,7 @@
 """sam_nano: our own small SAM, shipped in the package, so that the demo and the tests need no download.
 
 It is made of segment_anything's own modules, so every line of the pipeline is the one that vit_b takes. It was
-trained by `workers.models.train_nano` on drawn scenes only: it shows that the pipeline works, not how well SAM does.
+trained by `workers.training.train_nano` on drawn scenes only: it shows that the pipeline works, not how well SAM does.
 
 The shipped weights: seed 1, 4,204 steps in 107 minutes on one busy core (2026-11-20), from there seed 7 with a peak
 rate of 8e-4, 3,420 steps in 90 minutes, and the last fit of the head (2026-11-21). The scenes and the loss were

@@ -20,9 +20,10 @@ from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_s
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from workers import automatic
-from workers.decoder import Promptable
-from workers.images import RgbImage
+from workers.engine import automatic
+from workers.engine.decoder import Promptable
+from workers.engine.prompted import prompted_masks
+from workers.images.decode import RgbImage
 from workers.masks import Mask
 from workers.models import Model, ModelSpec, WeightsError, weights_path
 from workers.models.fused_attention import fuse_attention
@@ -31,7 +32,6 @@ from workers.models.nano import build_sam_nano
 from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams
-from workers.prompted import prompted_masks
 from workers.prompts import Prompt, PromptParams
 
 Architecture = Callable[[], Any]  # Sam, or a module with its own state dict

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, resize
 
-from workers.decoder import Decode, Draw, Hw, Points, half_precision
-from workers.images import RgbImage
+from workers.engine.decoder import Decode, Draw, Hw, Points, half_precision
+from workers.engine.upsampling import Upsampling
+from workers.images.decode import RgbImage
 from workers.models import Model, ModelSpec
 from workers.models.sam import ARCHITECTURES, Architecture, SamModel, load_sam
-from workers.upsampling import Upsampling
 
 # RGB, 0..1: ImageNet's, as in the authors' sam2/utils/transforms.py.
 PIXEL_MEAN = (0.485, 0.456, 0.406)

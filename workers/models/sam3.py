@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from workers.images import RgbImage
+from workers.images.decode import RgbImage
 from workers.masks import Mask, mask_from_pixels
 from workers.models import MissingLibraryError, Model, ModelSpec, WeightsError, weights_path
 from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers

@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from workers.decoder import ModelOutputError
-from workers.detectors import AskedDetector
+from workers.detectors.detector import AskedDetector
+from workers.engine.decoder import ModelOutputError
 
 # What from_pretrained raises of a checkpoint that is damaged, another model's or of an unknown family.
 LOADING_ERRORS = (

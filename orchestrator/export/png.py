@@ -1,0 +1,153 @@
+"""A job's masks as PNG files named by ids: keys are no file names.
+
+    OUT/index.json            one line an asset: its id, key, size, and its masks with their values and scores
+    OUT/<asset_id>.png        label map: 0 is background, n + 1 is mask n; where masks overlap the smaller one is seen
+    OUT/<asset_id>/<n>.png    mask n alone and whole, one bit a pixel
+
+The files are written here rather than by Pillow, whose door is elsewhere, and OpenCV, which knows no palettes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection
+
+from db import jobs as queries
+from db.jobs import Job, LabeledAsset, StoredMask
+from orchestrator.shapes.runs import Crop, crop_edges, edges_from_counts
+
+# zlib's level 1: masks are long runs, where higher levels gain little and take several times as long.
+_LEVEL = 1
+# Writing 100 masks of 12 MP takes a second or two; see open_engine for why pages are short.
+_PAGE = 10
+
+
+def export_png(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None) -> None:
+    """Write a job's masks as PNG files into a new folder, which appears when all of them are there.
+
+    assets: instead of the job's labeled ones.
+    A label map has 8 bits a pixel and the palette of PASCAL VOC, and 16 bits of grey where there are more than 255
+    masks. Raises FileExistsError where `out` is a file or a folder with something in it.
+    """
+    with new_folder(out) as folder, (folder / "index.json").open("w", encoding="utf-8") as index:
+        index.write("[")
+        for i, asset in enumerate(queries.labeled_assets(db, job_id=job.id, page=_PAGE) if assets is None else assets):
+            _write_asset(asset, folder)
+            entry = json.dumps(_entry(asset), ensure_ascii=False, separators=(",", ":"))
+            index.write(f"{',' if i else ''}\n{entry}")
+        index.write("\n]\n")
+
+
+def encode_png(pixels: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> bytes:
+    """Encode (H, W) bool as one bit a pixel, uint8 or uint16 as grey; uint8 with a (256, 3) RGB palette as colours.
+
+    Source: PNG (third edition), https://www.w3.org/TR/png-3/.
+    """
+    height, width = pixels.shape
+    if pixels.dtype == np.bool_:
+        depth, rows = 1, np.packbits(pixels, axis=1)
+    else:
+        depth, rows = 8 * pixels.itemsize, pixels.astype(f">u{pixels.itemsize}", copy=False)
+    # Each row begins with its filter, of which 0 is none: filters are for photographs.
+    filtered = np.zeros((height, 1 + rows.shape[1] * rows.itemsize), np.uint8)
+    filtered[:, 1:] = np.ascontiguousarray(rows).view(np.uint8)
+    colour_type = 0 if palette is None else 3
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))]
+    if palette is not None:
+        chunks.append((b"PLTE", palette.tobytes()))
+    chunks += [(b"IDAT", zlib.compress(filtered.data, _LEVEL)), (b"IEND", b"")]
+    framed = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def _write_asset(asset: LabeledAsset, folder: Path) -> None:
+    height, width = asset.size_hw
+    crops = {mask.n: _crop(mask, asset.size_hw) for mask in asset.masks}
+    values = np.uint8 if max(crops, default=0) < 255 else np.uint16
+
+    # Paint the label map, large masks first.
+    label_map = np.zeros((height, width), values)
+    for mask in sorted(asset.masks, key=lambda mask: (-mask.area_px, -mask.n)):
+        _paint(label_map, crops[mask.n], mask.n + 1)
+    palette = VOC_PALETTE if values is np.uint8 else None
+    (folder / f"{asset.asset_id}.png").write_bytes(encode_png(label_map, palette))
+
+    # Write each mask whole.
+    if crops:
+        (folder / str(asset.asset_id)).mkdir()
+    for n, crop in crops.items():
+        alone = np.zeros((height, width), np.bool_)
+        _paint(alone, crop, True)
+        (folder / str(asset.asset_id) / f"{n}.png").write_bytes(encode_png(alone))
+
+
+def _crop(mask: StoredMask, size_hw: tuple[int, int]) -> Crop | None:
+    """The mask's pixels in its box; None for an empty mask, which has no box."""
+    edges = edges_from_counts(mask.counts, size_hw)
+    return crop_edges(edges, size_hw) if edges.size else None
+
+
+def _paint(pixels: NDArray[Any], crop: Crop | None, value: int) -> None:
+    if crop is not None:
+        width, height = crop.columns.shape
+        box = pixels[crop.top : crop.top + height, crop.left : crop.left + width]
+        np.copyto(box, value, where=crop.columns.T.view(np.bool_))
+
+
+def _entry(asset: LabeledAsset) -> dict[str, Any]:
+    height, width = asset.size_hw
+    masks = [
+        {
+            "n": mask.n,
+            "value": mask.n + 1,
+            "label": mask.label,
+            "area": mask.area_px,
+            "predicted_iou": mask.predicted_iou,
+            "stability_score": mask.stability_score,
+        }
+        for mask in asset.masks
+    ]
+    return {"asset_id": asset.asset_id, "key": asset.key, "width": width, "height": height, "masks": masks}
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Make a folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: expected a new or empty folder")
+    target = out.resolve()
+    partial = target.with_name(f".{os.getpid()}.{target.name[-200:]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _voc_palette() -> NDArray[np.uint8]:
+    """PASCAL VOC's 256 colours: bits 0, 3, 6 of the value are red's highest, 1, 4, 7 green's, 2, 5 blue's.
+
+    Source: VOCdevkit, VOClabelcolormap.m.
+    """
+    values = np.arange(256, dtype=np.uint8)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        palette[:, bit % 3] |= (((values >> bit) & 1) << (7 - bit // 3)).astype(np.uint8)
+    return palette
+
+
+VOC_PALETTE = _voc_palette()

@@ -1,0 +1,206 @@
+"""What a project's labeling config can hold: the controls our regions need, what is missing, whether a region fits.
+
+Label Studio's import stores whatever it is sent, and its editor then shows nothing or breaks, so this is checked
+before. A test compares it with label_studio_sdk's LabelInterface, which takes 30 times as long for a brush.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.label_studio.client import LabelStudioError
+from orchestrator.label_studio.regions import (
+    BRUSH_CONTROL,
+    IMAGE_CONTROL,
+    POLYGON_CONTROL,
+    RECTANGLE_CONTROL,
+    RegionKind,
+)
+from orchestrator.shapes.colours import label_colour
+
+_TAGS = {POLYGON_CONTROL: "PolygonLabels", BRUSH_CONTROL: "BrushLabels", RECTANGLE_CONTROL: "RectangleLabels"}
+ALL_KINDS = tuple(_TAGS)
+NEEDED_KINDS: Mapping[RegionKind, tuple[str, ...]] = {
+    "auto": (POLYGON_CONTROL, BRUSH_CONTROL),
+    "polygon": (POLYGON_CONTROL,),
+    "brush": (BRUSH_CONTROL,),
+    "rectangle": (RECTANGLE_CONTROL,),
+}
+TASK_FIELDS = ("asset_id", "width", "height")  # of a task's data, beside the image's address
+_VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
+
+
+class ConfigError(LabelStudioError):
+    """A project's labeling config cannot hold what is to be published; the message has the lines to add."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A tag that holds regions of one kind, by its own name and its image's, with the labels it offers."""
+
+    name: str
+    to_name: str
+    labels: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Controls:
+    """The controls of a config that we use, by kind; the image they are for, and the field of a task's data that it
+    comes from."""
+
+    by_kind: Mapping[str, Control]
+    image_name: str
+    image_field: str
+
+
+def find_controls(label_config: str) -> Controls:
+    """Read a labeling config: the first control of each kind on its first image.
+
+    Raises ConfigError where there is no image, or a variable that our tasks do not carry.
+    """
+    try:
+        root = ElementTree.fromstring(label_config)  # noqa: S314  no entities: expat here is 2.4.1 or newer
+    except ElementTree.ParseError as error:
+        raise ConfigError(f"the project's labeling config is no XML: {error}") from error
+    image = root.find(".//Image")
+    variable = _VARIABLE.fullmatch(image.get("value", "")) if image is not None else None
+    if image is None or variable is None:
+        raise ConfigError(f'the labeling config has no image: add <Image name="{IMAGE_CONTROL}" value="$image"/>')
+    carried = {variable[1], *TASK_FIELDS}
+    wanted = {name for tag in root.iter() for value in tag.attrib.values() for name in _VARIABLE.findall(value)}
+    if wanted - carried:
+        names = ", ".join(f"${name}" for name in sorted(wanted - carried))
+        raise ConfigError(f"the labeling config wants {names}, which published tasks do not have: take the tags out")
+    by_kind = {}
+    for kind, tag in _TAGS.items():
+        for element in root.iter(tag):
+            if image.get("name") in element.get("toName", "").split(",") and kind not in by_kind:
+                by_kind[kind] = Control(
+                    name=element.get("name", ""), to_name=image.get("name", ""), labels=frozenset(_labels(element))
+                )
+    return Controls(by_kind=by_kind, image_name=image.get("name", ""), image_field=variable[1])
+
+
+def missing_lines(controls: Controls, *, kinds: Iterable[str], labels: Iterable[str]) -> list[str]:
+    """The lines of XML to add to a config so that it holds regions of these kinds and labels; none when it does.
+
+    A control that is missing comes whole; a label that is missing comes below the name of its control.
+    """
+    lines: list[str] = []
+    for kind in kinds:
+        control = controls.by_kind.get(kind)
+        new = [label for label in labels if control is None or label not in control.labels]
+        tags = [f"  {_label_tag(label)}" for label in new]
+        if control is None:
+            lines += [f'<{_TAGS[kind]} name="{kind}" toName="{controls.image_name}">', *tags, f"</{_TAGS[kind]}>"]
+        elif new:
+            lines += [f'in <{_TAGS[kind]} name="{control.name}">:', *tags]
+    return lines
+
+
+def require_controls(controls: Controls, *, as_: RegionKind, labels: Sequence[str]) -> None:
+    """Raise ConfigError, with the lines to add, when a control that this kind of region needs is missing."""
+    if all(kind in controls.by_kind for kind in NEEDED_KINDS[as_]):
+        return
+    lines = "\n".join(missing_lines(controls, kinds=NEEDED_KINDS[as_], labels=labels))
+    raise ConfigError(
+        f"the labeling config cannot hold --as {as_}. Add to it (Settings, Labeling Interface, Code):\n{lines}\n"
+        "or let `maskfleet label-studio setup --project ID --update-config` do so"
+    )
+
+
+def address_regions(controls: Controls, result: Iterable[dict[str, Any]]) -> None:
+    """Give regions of `regions_for` the names that the project's config has for their controls and image."""
+    for region in result:
+        control = controls.by_kind.get(region["type"].removesuffix("labels"))
+        if control is not None:
+            region["from_name"], region["to_name"] = control.name, control.to_name
+
+
+def faults(controls: Controls, prediction: Mapping[str, Any]) -> list[str]:
+    """What does not fit the config in a prediction of ours, each once, in the order found."""
+    found = dict.fromkeys(fault for region in prediction["result"] for fault in _region_faults(controls, region))
+    if not 0 <= prediction["score"] <= 1:
+        found[f"score {prediction['score']!r} is outside 0..1"] = None
+    return list(found)
+
+
+def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[str]) -> str:
+    """Add to a config what `missing_lines` says, and change nothing that is there."""
+    root = ElementTree.fromstring(label_config)  # noqa: S314
+    controls = find_controls(label_config)
+    for kind in kinds:
+        control = controls.by_kind.get(kind)
+        element = next((e for e in root.iter(_TAGS[kind]) if control and e.get("name") == control.name), None)
+        if element is None:
+            element = ElementTree.SubElement(
+                root, _TAGS[kind], {"name": _free_name(root, kind), "toName": controls.image_name}
+            )
+        for label in labels:
+            if control is None or label not in control.labels:
+                ElementTree.SubElement(element, "Label", {"value": label, "background": label_colour(label)})
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def add_smart_tools(label_config: str, labels: Sequence[str]) -> str:
+    """Add key points and make rectangles smart, for an interactive ML backend; the brush's own smart tool goes off.
+
+    Label Studio's native YOLO export then writes empty files; ours does not care.
+    """
+    root = ElementTree.fromstring(label_config)  # noqa: S314
+    for element in root.iter("BrushLabels"):
+        element.set("smart", "false")
+    for element in root.iter("RectangleLabels"):
+        element.set("smart", "true")
+    if root.find(".//KeyPointLabels") is None:
+        image = next(iter(root.iter("Image"))).get("name", IMAGE_CONTROL)
+        names = {"name": _free_name(root, "keypoint"), "toName": image, "smart": "true"}
+        element = ElementTree.SubElement(root, "KeyPointLabels", names)
+        for label in labels:
+            ElementTree.SubElement(element, "Label", {"value": label, "background": label_colour(label)})
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _region_faults(controls: Controls, region: Mapping[str, Any]) -> Iterable[str]:
+    kind = region["type"].removesuffix("labels")
+    control = controls.by_kind.get(kind)
+    if control is None or (control.name, control.to_name) != (region["from_name"], region["to_name"]):
+        yield f"the labeling config has no {_TAGS.get(kind, region['type'])}"
+        return
+    value = region["value"]
+    for label in value[region["type"]]:
+        if label not in control.labels:
+            yield f'label {label!r} is not in <{_TAGS[kind]} name="{control.name}"> of the labeling config'
+    if not _is_drawable(kind, value):
+        yield f"region {region['id']}: its {kind} has numbers that are none, or outside 0..100 %"
+
+
+def _is_drawable(kind: str, value: Mapping[str, Any]) -> bool:
+    if kind == BRUSH_CONTROL:
+        return value["format"] == "rle" and len(value["rle"]) > 0
+    if kind == RECTANGLE_CONTROL:
+        return all(math.isfinite(value[name]) and 0 <= value[name] <= 100 for name in ("x", "y", "width", "height"))
+    # NaN fails both comparisons.
+    return len(value["points"]) >= 3 and all(0 <= x <= 100 and 0 <= y <= 100 for x, y in value["points"])
+
+
+def _labels(control: ElementTree.Element) -> Iterable[str]:
+    for label in control.iter("Label"):
+        yield label.get("alias") or label.get("value") or ""
+
+
+def _label_tag(label: str) -> str:
+    element = ElementTree.Element("Label", {"value": label, "background": label_colour(label)})
+    return ElementTree.tostring(element, encoding="unicode")
+
+
+def _free_name(root: ElementTree.Element, name: str) -> str:
+    taken = {element.get("name") for element in root.iter()}
+    return next(free for free in (name, *(f"{name}{n}" for n in range(2, 1000))) if free not in taken)

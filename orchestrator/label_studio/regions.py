@@ -1,0 +1,328 @@
+"""Masks as Label Studio regions, tasks and label config, and regions people drew back as masks.
+
+Pure functions, no server. A region is an approximation for editing: the exact mask stays in Postgres, under the ordinal
+that the region's id carries, and the IoU of what is shown with it is returned beside the regions.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from orchestrator.label_studio.brush import BrushError, decode_brush, encode_brush_counts
+from orchestrator.shapes.colours import label_colour
+from orchestrator.shapes.polygons import PolygonError, Polygons, Ring, fit_polygons, polygon_edges, ring_px
+from orchestrator.shapes.runs import edges_of_masks, pixels_from_edges
+from workers.masks import BoolMask, Mask
+
+IMAGE_CONTROL = "image"
+POLYGON_CONTROL = "polygon"
+BRUSH_CONTROL = "brush"
+RECTANGLE_CONTROL = "rectangle"
+DEFAULT_LABEL = "object"
+
+RegionKind = Literal["auto", "polygon", "brush", "rectangle"]
+
+# Under the first a polygon misleads whoever corrects it, and auto takes the brush; under the second it is another mask.
+_MIN_POLYGON_IOU = 0.95
+_MIN_SHOWN_IOU = 0.5
+# Masks fitted in one go: enough to share numpy's calls, few enough to stop soon after max_regions and to stay under
+# some 200 MiB whatever the masks are.
+_TOGETHER = 50
+_CHARACTERS_TOGETHER = 500_000
+# A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
+_MAX_BRUSH_BYTES = 1_000_000
+_MAX_POINTS = 100_000
+# A region dragged off the picture is cut; one a hundred pictures away was not drawn by a person.
+_MAX_PERCENT = 10_000.0
+# 0.06 px off a circle of 6,000 px radius.
+_ELLIPSE_POINTS = 720
+
+
+class RegionError(ValueError):
+    """A region is not one that can be read as a mask."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regions:
+    """The regions of one asset.
+
+    result: Label Studio's region dicts, ready for JSON. ious: of each mask shown with what shows it, 0..1, in the order
+    of result. left_out: how many masks are not shown.
+    """
+
+    result: list[dict[str, Any]]
+    ious: tuple[float, ...]
+    left_out: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """One mask in one of Label Studio's geometries: a value for each of its regions, without the label."""
+
+    control: str
+    values: list[dict[str, Any]]
+    iou: float
+
+
+def regions_for(
+    masks: Sequence[Mask],
+    *,
+    asset_id: int | str,
+    as_: RegionKind = "auto",
+    max_regions: int = 150,
+    max_brush: int = 20,
+    max_vertices: int = 400,
+) -> Regions:
+    """Turn an asset's masks into regions, the best predicted IoU first.
+
+    auto: polygons of IoU 0.98 and more within max_vertices a mask (fit_polygons); where the best is under 0.95,
+    brush, at most max_brush of them, then that polygon after all. polygon, brush, rectangle: that geometry alone. A
+    mask that has no polygon of at least 0.5 and may not be brush is left out, and so is a brush of over a megabyte.
+    A region's id is m<asset_id>-<n>, n being the mask's place in `masks`; further parts have -p1, -p2, … and the first
+    as their parent. A mask is shown whole or not at all, never more than max_regions regions together.
+    """
+    if len({mask.size_hw for mask in masks}) > 1:
+        raise ValueError(f"asset {asset_id}: its masks have different frames: {sorted({m.size_hw for m in masks})}")
+    result: list[dict[str, Any]] = []
+    ious: list[float] = []
+    brushes = 0
+    for n, polygons in _ranked_polygons(masks, as_, max_vertices):
+        if len(result) >= max_regions:
+            break
+        shape = _shape(masks[n], polygons, as_, brush_allowed=as_ == "brush" or brushes < max_brush)
+        if shape is None or len(result) + len(shape.values) > max_regions:
+            continue
+        result.extend(_region_dicts(masks[n], shape, f"m{asset_id}-{n}"))
+        ious.append(shape.iou)
+        brushes += shape.control == BRUSH_CONTROL
+    return Regions(result=result, ious=tuple(ious), left_out=len(masks) - len(ious))
+
+
+def prediction_task(
+    *, image: str, asset_id: int | str, size_hw: tuple[int, int], model_version: str, regions: Regions
+) -> dict[str, Any]:
+    """Make the task that Label Studio imports: the image's URI, and the regions as one prediction.
+
+    The prediction's score is the mean of its regions' scores, 0 without any.
+    """
+    scores = [region["score"] for region in regions.result]
+    prediction = {
+        "model_version": model_version,
+        "score": round(sum(scores) / len(scores), 4) if scores else 0.0,
+        "result": regions.result,
+    }
+    data = {"image": image, "asset_id": asset_id, "width": size_hw[1], "height": size_hw[0]}
+    return {"data": data, "predictions": [prediction]}
+
+
+def label_config(labels: Sequence[str]) -> str:
+    """Write the labeling config: polygons, brush and rectangles with the same labels and colours, as XML.
+
+    Without labels it has the one that masks without a label get. Raises ValueError for a label that XML cannot carry.
+    """
+    view = ElementTree.Element("View")
+    image = {"name": IMAGE_CONTROL, "value": "$image", "zoom": "true", "zoomControl": "true", "rotateControl": "false"}
+    ElementTree.SubElement(view, "Image", image)
+    for tag, name in (
+        ("PolygonLabels", POLYGON_CONTROL),
+        ("BrushLabels", BRUSH_CONTROL),
+        ("RectangleLabels", RECTANGLE_CONTROL),
+    ):
+        control = ElementTree.SubElement(view, tag, {"name": name, "toName": IMAGE_CONTROL})
+        for label in dict.fromkeys(labels or [DEFAULT_LABEL]):
+            _check_label(label)
+            ElementTree.SubElement(control, "Label", {"value": label, "background": label_colour(label)})
+    ElementTree.indent(view)
+    return ElementTree.tostring(view, encoding="unicode")
+
+
+def mask_from_region(
+    region: Mapping[str, Any], *, size_hw: tuple[int, int] | None = None, max_pixels: int = 100_000_000
+) -> BoolMask:
+    """Read a polygon, brush, rectangle or ellipse region as (H, W) bool: the pixels whose centre it covers.
+
+    size_hw: the asset's frame, which the region must be of; without it the region's word is taken, up to max_pixels.
+    What lies outside the frame is cut off. Raises RegionError for a region that is not one of these or is damaged.
+    """
+    frame = _frame(region, size_hw, max_pixels)
+    kind, value = region.get("type"), region.get("value")
+    if not isinstance(value, Mapping):
+        raise RegionError(f"{_name(region)}: value is {type(value).__name__}, expected an object")
+    try:
+        if kind in ("brushlabels", "brush"):
+            return decode_brush(value.get("rle"), frame)
+        if kind in ("polygonlabels", "polygon"):
+            ring = ring_px(_points(region, value), frame)
+        elif kind in ("rectanglelabels", "rectangle"):
+            ring = _rectangle_px(region, value, frame)
+        elif kind in ("ellipselabels", "ellipse"):
+            ring = _ellipse_px(region, value, frame)
+        else:
+            raise RegionError(f"{_name(region)}: type {kind!r} has no mask; polygon, brush, rectangle and ellipse have")
+        return pixels_from_edges(polygon_edges([ring], frame), frame)
+    except (BrushError, PolygonError) as error:
+        raise RegionError(f"{_name(region)}: {error}") from error
+
+
+def mask_ordinal(region_id: str, asset_id: int | str) -> int | None:
+    """The place of the mask that a region id of regions_for stands for, None for ids that others made."""
+    head, _, rest = region_id.partition(f"m{asset_id}-")
+    ordinal = rest.partition("-p")[0]
+    return int(ordinal) if not head and ordinal.isascii() and ordinal.isdigit() else None
+
+
+def _ranked_polygons(
+    masks: Sequence[Mask], as_: RegionKind, max_vertices: int
+) -> Iterator[tuple[int, Polygons | None]]:
+    """The masks with pixels by their place, the best predicted IoU first, with polygons where as_ asks for them."""
+    ranked = [n for n in range(len(masks)) if masks[n].area_px > 0]
+    ranked.sort(key=lambda n: -_score(masks[n], limit=math.inf))
+    for group in _groups(masks, ranked):
+        polygons: list[Polygons | None] = [None] * len(group)
+        if as_ in ("auto", "polygon"):
+            edges = edges_of_masks([masks[n].counts for n in group], masks[0].size_hw)
+            polygons = fit_polygons(edges, masks[0].size_hw, max_vertices=max_vertices)
+        yield from zip(group, polygons, strict=True)
+
+
+def _groups(masks: Sequence[Mask], ranked: Sequence[int]) -> Iterator[list[int]]:
+    """Cut the ranking into groups that are fitted in one go."""
+    group: list[int] = []
+    characters = 0
+    for n in ranked:
+        if group and (len(group) == _TOGETHER or characters + len(masks[n].counts) > _CHARACTERS_TOGETHER):
+            yield group
+            group, characters = [], 0
+        group.append(n)
+        characters += len(masks[n].counts)
+    if group:
+        yield group
+
+
+def _shape(mask: Mask, polygons: Polygons | None, as_: RegionKind, *, brush_allowed: bool) -> _Shape | None:
+    """The mask in the geometry asked for; None where it cannot be drawn so."""
+    if as_ == "rectangle":
+        return _rectangle_shape(mask)
+    good_enough = _MIN_POLYGON_IOU if as_ == "auto" and brush_allowed else _MIN_SHOWN_IOU
+    if polygons is not None and polygons.iou >= good_enough:
+        values = [{"points": ring.tolist(), "closed": True} for ring in polygons.rings]
+        return _Shape(control=POLYGON_CONTROL, values=values, iou=polygons.iou)
+    if as_ == "polygon" or not brush_allowed:
+        return None
+    rle = encode_brush_counts(mask.counts, mask.size_hw)
+    if len(rle) > _MAX_BRUSH_BYTES:
+        return None
+    return _Shape(control=BRUSH_CONTROL, values=[{"format": "rle", "rle": rle}], iou=1.0)
+
+
+def _rectangle_shape(mask: Mask) -> _Shape:
+    height, width = mask.size_hw
+    x, y, w, h = mask.bbox_xywh
+    value = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
+    return _Shape(control=RECTANGLE_CONTROL, values=[value | {"rotation": 0}], iou=mask.area_px / (w * h))
+
+
+def _region_dicts(mask: Mask, shape: _Shape, region_id: str) -> list[dict[str, Any]]:
+    kind = f"{shape.control}labels"
+    regions = []
+    for part, value in enumerate(shape.values):
+        region = {
+            "id": f"{region_id}-p{part}" if part else region_id,
+            "type": kind,
+            "from_name": shape.control,
+            "to_name": IMAGE_CONTROL,
+            "original_width": mask.size_hw[1],
+            "original_height": mask.size_hw[0],
+            "image_rotation": 0,
+            "value": value | {kind: [mask.label or DEFAULT_LABEL]},
+            "score": round(_score(mask, limit=1.0), 4),
+            "origin": "prediction",
+        }
+        regions.append(region | {"parentID": region_id} if part else region)
+    return regions
+
+
+def _score(mask: Mask, *, limit: float) -> float:
+    """The predicted IoU within 0..limit; 0 where the model gave none that is a number."""
+    return min(max(mask.predicted_iou, 0.0), limit) if not math.isnan(mask.predicted_iou) else 0.0
+
+
+def _check_label(label: str) -> None:
+    if not label.strip() or any(unicodedata.category(character) in ("Cc", "Cs", "Cn") for character in label):
+        raise ValueError(f"label {label!r}: empty, or with control characters that Label Studio's config cannot carry")
+
+
+def _frame(region: Mapping[str, Any], size_hw: tuple[int, int] | None, max_pixels: int) -> tuple[int, int]:
+    """The region's (height, width), checked."""
+    sides = []
+    for name in ("original_height", "original_width"):
+        side = region.get(name)
+        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+            raise RegionError(f"{_name(region)}: {name} is {side!r:.50}, expected a whole number of pixels")
+        sides.append(side)
+    frame = (sides[0], sides[1])
+    if size_hw is not None and frame != size_hw:
+        raise RegionError(
+            f"{_name(region)}: drawn on {frame[::-1]} pixels (width, height), the image has {size_hw[::-1]}"
+        )
+    if size_hw is None and frame[0] * frame[1] > max_pixels:
+        raise RegionError(f"{_name(region)}: frame of {frame[1]} x {frame[0]}, more than {max_pixels} pixels")
+    if region.get("image_rotation", 0) != 0:
+        raise RegionError(f"{_name(region)}: drawn on the image turned by {region['image_rotation']!r:.50} degrees")
+    return frame
+
+
+def _points(region: Mapping[str, Any], value: Mapping[str, Any]) -> Ring:
+    points = value.get("points")
+    if not isinstance(points, list) or not 3 <= len(points) <= _MAX_POINTS:
+        raise RegionError(f"{_name(region)}: expected a list of 3 to {_MAX_POINTS} points")
+    try:
+        ring = np.array(points)
+    except ValueError as error:
+        raise RegionError(f"{_name(region)}: points are not all [x, y]") from error
+    if ring.ndim != 2 or ring.shape[1] != 2 or ring.dtype.kind not in "if" or not (np.abs(ring) <= _MAX_PERCENT).all():
+        raise RegionError(f"{_name(region)}: points are not all [x, y] in percent of the image")
+    return ring.astype(np.float64)
+
+
+def _numbers(region: Mapping[str, Any], value: Mapping[str, Any], *names: str) -> list[float]:
+    numbers = []
+    for name in names:
+        number = value.get(name, 0 if name == "rotation" else None)
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or not abs(number) <= _MAX_PERCENT:
+            raise RegionError(f"{_name(region)}: {name} is {number!r:.50}, expected a number, in percent or degrees")
+        numbers.append(float(number))
+    return numbers
+
+
+def _rectangle_px(region: Mapping[str, Any], value: Mapping[str, Any], size_hw: tuple[int, int]) -> Ring:
+    """Corners in pixels; Label Studio turns a rectangle clockwise about its x, y corner."""
+    x, y, width, height, rotation = _numbers(region, value, "x", "y", "width", "height", "rotation")
+    corners = ring_px(np.array([[0.0, 0.0], [width, 0.0], [width, height], [0.0, height]]), size_hw)
+    return _turned(corners, rotation) + ring_px(np.array([[x, y]]), size_hw)
+
+
+def _ellipse_px(region: Mapping[str, Any], value: Mapping[str, Any], size_hw: tuple[int, int]) -> Ring:
+    """Points in pixels; x, y is the centre, the radii are percent of width and height, turned about the centre."""
+    x, y, radius_x, radius_y, rotation = _numbers(region, value, "x", "y", "radiusX", "radiusY", "rotation")
+    angle = np.linspace(0, 2 * np.pi, _ELLIPSE_POINTS, endpoint=False)
+    rim = ring_px(np.stack((radius_x * np.cos(angle), radius_y * np.sin(angle)), axis=1), size_hw)
+    return _turned(rim, rotation) + ring_px(np.array([[x, y]]), size_hw)
+
+
+def _turned(ring: Ring, degrees: float) -> Ring:
+    """Turn clockwise on the screen, where y points down, about the origin."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turned: Ring = ring @ np.array([[cos, sin], [-sin, cos]])
+    return turned
+
+
+def _name(region: Mapping[str, Any]) -> str:
+    return f"region {region.get('id')!r:.60}"

@@ -1,0 +1,256 @@
+"""What a person did about each mask of a prediction: an annotation's regions beside the prediction's.
+
+Pure functions on Label Studio's JSON. What was shown is compared with what came back, pixel by pixel: a region counts
+as kept when it covers the same pixels under the same label, whatever a page did to its numbers or its `origin`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from db.annotations import RegionRow
+from db.tables import Standing, Verdict
+from orchestrator.label_studio.regions import DEFAULT_LABEL, RegionError, mask_from_region, mask_ordinal
+from orchestrator.shapes.runs import edges_from_pixels, run_iou
+from workers.masks import BoolMask, mask_from_pixels
+
+_DRAWN = ("polygon", "brush", "rectangle", "ellipse")
+# A page may write 33.3333 back as 33.33330001: a hundred thousandth of a percent of 100,000 pixels is 0.01.
+_SAME_PERCENT = 1e-5
+
+Region = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The masks of an annotation with their verdicts. unread: regions that are no masks, or damaged."""
+
+    regions: tuple[RegionRow, ...]
+    unread: int
+
+
+def choose(annotations: Iterable[Mapping[str, Any]]) -> dict[int, Standing]:
+    """Say of a task's annotations, by their ids, which one counts and what the others are.
+
+    Skipped ones (was_cancelled) never count. Of each annotator's others the newest by updated_at counts, the rest is
+    superseded. Where several annotators remain, one marked as ground truth goes before the others, else the newest.
+    The others are other people's opinions, whose time counts and whose masks do not.
+    """
+    standings = {a["id"]: Standing.SKIPPED for a in annotations if a.get("was_cancelled")}
+    standing = sorted((a for a in annotations if a["id"] not in standings), key=_recency, reverse=True)
+    seen: set[int | None] = set()
+    newest = []
+    for annotation in standing:
+        person = annotator(annotation)
+        standings[annotation["id"]] = Standing.SUPERSEDED if person in seen else Standing.OTHER
+        if person not in seen:
+            newest.append(annotation)
+        seen.add(person)
+    if newest:
+        chosen = max(newest, key=lambda a: (bool(a.get("ground_truth")), *_recency(a)))
+        standings[chosen["id"]] = Standing.CHOSEN
+    return standings
+
+
+def annotator(annotation: Mapping[str, Any]) -> int | None:
+    """Label Studio's user, who is an id or, in some of its answers, an object."""
+    person = annotation.get("completed_by")
+    found = person.get("id") if isinstance(person, Mapping) else person
+    return None if found is None else int(found)
+
+
+def base_prediction(
+    annotation: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """The prediction that an annotation began from: what it says itself, else the one that shares most region ids.
+
+    None for an annotation that was drawn from nothing.
+    """
+    parent = annotation.get("parent_prediction")
+    for prediction in predictions:
+        if parent is not None and prediction["id"] == parent:
+            return prediction
+    ids = {region.get("id") for region in annotation.get("result") or ()}
+    shared = [len(ids & {region.get("id") for region in p.get("result") or ()}) for p in predictions]
+    best = int(np.argmax(shared)) if shared else 0
+    return predictions[best] if shared and shared[best] > 0 else None
+
+
+def compare(
+    before: Sequence[Region], after: Sequence[Region], *, asset_id: int | None, size_hw: tuple[int, int]
+) -> Comparison:
+    """Judge an annotation's regions, `after`, by the prediction's, `before`.
+
+    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. A mask's
+    parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the mask's
+    region as its parent. Whatever else has pixels was added, each region by itself with its children.
+    """
+    shown = _by_mask([r for r in before if _is_drawn(r)], asset_id)
+    kept_ids = {str(region.get("id")): n for n, parts in shown.items() for region in parts}
+    returned, drawn = _sort(after, kept_ids)
+    labels = _labels(after)
+    rows: list[RegionRow] = []
+    unread = sum(1 for region in after if _has_place(region) and not _is_drawn(region))
+
+    # Judge what was predicted, mask by mask.
+    for n, parts in shown.items():
+        row, damaged = _judge(n, parts, returned.get(n, []), labels, size_hw)
+        rows.append(row)
+        unread += damaged
+
+    # Add what was drawn.
+    for parts in drawn:
+        pixels, damaged = _union(parts, size_hw)
+        unread += damaged
+        if pixels is not None and pixels.any():
+            label = labels.get(str(parts[0].get("id")), DEFAULT_LABEL)
+            rows.append(_drawn_row(Verdict.ADDED, None, label, pixels, None))
+    return Comparison(regions=tuple(rows), unread=unread)
+
+
+def _judge(
+    n: int, before: Sequence[Region], after: Sequence[Region], labels: Mapping[str, str], size_hw: tuple[int, int]
+) -> tuple[RegionRow, int]:
+    """The verdict on one mask, and how many of its regions could not be read."""
+    label_before = _labels(before).get(str(before[0].get("id")), DEFAULT_LABEL)
+    if not after:
+        return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=label_before), 0
+    label = labels.get(str(after[0].get("id")), label_before)
+    if _same_regions(before, after):
+        if label == label_before:
+            return RegionRow(verdict=Verdict.KEPT, mask_n=n, label=label), 0
+        return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=label, iou=1.0), 0
+    pixels, damaged = _union(after, size_hw)
+    if pixels is None:
+        # Touched, and not readable: the model's mask stands, and the annotation's count of unread regions says so.
+        return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=label), damaged
+    if not pixels.any():
+        return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=label_before), damaged
+    shown, _ = _union(before, size_hw)
+    iou = run_iou(edges_from_pixels(shown), edges_from_pixels(pixels)) if shown is not None else 0.0
+    if iou == 1.0:
+        verdict = Verdict.KEPT if label == label_before else Verdict.EDITED
+        return RegionRow(verdict=verdict, mask_n=n, label=label, iou=None if label == label_before else 1.0), damaged
+    return _drawn_row(Verdict.EDITED, n, label, pixels, iou), damaged
+
+
+def _drawn_row(verdict: Verdict, n: int | None, label: str, pixels: BoolMask, iou: float | None) -> RegionRow:
+    mask = mask_from_pixels(pixels, predicted_iou=0.0)
+    x, y, w, h = (int(side) for side in mask.bbox_xywh)
+    return RegionRow(
+        verdict=verdict,
+        mask_n=n,
+        label=label,
+        iou=iou,
+        counts=mask.counts,
+        bbox_xywh=(x, y, w, h),
+        area_px=mask.area_px,
+    )
+
+
+def _by_mask(regions: Sequence[Region], asset_id: int | None) -> dict[int, list[Region]]:
+    found: dict[int, list[Region]] = {}
+    for region in regions:
+        n = None if asset_id is None else mask_ordinal(str(region.get("id", "")), asset_id)
+        if n is not None:
+            found.setdefault(n, []).append(region)
+    return found
+
+
+def _sort(after: Sequence[Region], mask_of_id: Mapping[str, int]) -> tuple[dict[int, list[Region]], list[list[Region]]]:
+    """The annotation's regions by the predicted mask they belong to, and what was drawn, each with its children."""
+    returned: dict[int, list[Region]] = {}
+    drawn: dict[str, list[Region]] = {}
+    regions = [region for region in after if _is_drawn(region)]
+    parents = {str(r.get("id")): str(r["parentID"]) for r in regions if r.get("parentID")}
+    ids = {str(region.get("id")) for region in regions}
+    for region in sorted(regions, key=lambda r: str(r.get("id")) in parents):
+        own = root = str(region.get("id"))
+        for _ in range(len(parents)):
+            if root in mask_of_id or parents.get(root) not in ids | mask_of_id.keys():
+                break
+            root = parents[root]
+        n = mask_of_id.get(own, mask_of_id.get(root))
+        if n is not None:
+            returned.setdefault(n, []).append(region)
+        else:
+            drawn.setdefault(root, []).append(region)
+    return returned, list(drawn.values())
+
+
+def _labels(regions: Sequence[Region]) -> dict[str, str]:
+    """The first label of each region id, wherever among the region's results it stands."""
+    labels: dict[str, str] = {}
+    for region in regions:
+        value, kind = region.get("value"), str(region.get("type"))
+        if isinstance(value, Mapping) and kind.endswith("labels"):
+            names = value.get(kind) or ()
+            if isinstance(names, list) and names:
+                labels.setdefault(str(region.get("id")), str(names[0]))
+    return labels
+
+
+def _is_drawn(region: Region) -> bool:
+    return str(region.get("type")).removesuffix("labels") in _DRAWN
+
+
+def _has_place(region: Region) -> bool:
+    """Whether a result is a thing on the picture, not a choice, a text or a relation; `labels` repeats its region's."""
+    return "original_width" in region and region.get("type") not in ("labels", "choices", "textarea", "rating")
+
+
+def _union(regions: Sequence[Region], size_hw: tuple[int, int]) -> tuple[BoolMask | None, int]:
+    """The pixels of several regions together, None where none could be read, and how many could not."""
+    pixels: BoolMask | None = None
+    damaged = 0
+    for region in regions:
+        try:
+            part = mask_from_region(region, size_hw=size_hw)
+        except RegionError:
+            damaged += 1
+            continue
+        pixels = part if pixels is None else pixels | part
+    return pixels, damaged
+
+
+def _same_regions(before: Sequence[Region], after: Sequence[Region]) -> bool:
+    values = {str(region.get("id")): _shape(region) for region in before}
+    others = {str(region.get("id")): _shape(region) for region in after}
+    return values.keys() == others.keys() and all(_same(values[i], others[i]) for i in values)
+
+
+def _shape(region: Region) -> dict[str, Any]:
+    """What of a region makes its pixels."""
+    value = region.get("value") if isinstance(region.get("value"), Mapping) else {}
+    assert isinstance(value, Mapping)
+    kind = str(region.get("type")).removesuffix("labels")
+    names = ("rle", "points", "x", "y", "width", "height", "radiusX", "radiusY", "rotation")
+    frame = (region.get("original_width"), region.get("original_height"), region.get("image_rotation", 0))
+    return {"kind": kind, "frame": frame, **{name: value[name] for name in names if name in value}}
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two shapes agree to the last number, percents to what a page's arithmetic may change."""
+    if a.keys() != b.keys() or a["kind"] != b["kind"] or a["frame"] != b["frame"]:
+        return False
+    for name in a.keys() - {"kind", "frame"}:
+        if a[name] == b[name]:
+            continue
+        if name == "rle":
+            return False
+        try:
+            one, other = np.array(a[name], np.float64), np.array(b[name], np.float64)
+        except (ValueError, TypeError):
+            return False
+        if one.shape != other.shape or not (np.abs(one - other) <= _SAME_PERCENT).all():
+            return False
+    return True
+
+
+def _recency(annotation: Mapping[str, Any]) -> tuple[datetime, int]:
+    return datetime.fromisoformat(annotation["updated_at"]), int(annotation["id"])

@@ -1,0 +1,188 @@
+"""`maskfleet run`: the whole deployment inside one command, with nothing to install or start.
+
+A real PostgreSQL, a broker of plain files, a worker process and a dispatcher thread, on the same tables, tasks and
+queries as on many machines. The database stays beside the outputs, so that the same command goes on after Ctrl-C and
+answers from what is stored when it runs again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from sqlalchemy import Engine
+
+from db import jobs as queries
+from db.jobs import Job
+from db.session import migrate, open_engine
+from db.settings import settings
+from db.tables import JobState
+from orchestrator.jobs.request import Request, submit_job
+from orchestrator.local.postgres import EmbeddedPostgres
+from orchestrator.terminal.jobs import follow_job
+from workers.storage.source import open_source
+
+INTERRUPTED = 130  # what shells say of a command ended by Ctrl-C
+_STOP_SECONDS = 75  # the worker's own drain time, and a little
+
+
+class RunError(RuntimeError):
+    """The run cannot begin or go on; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """What a finished run left, and the summary that `--json` prints."""
+
+    out: Path
+    summary: dict[str, Any]
+
+    @property
+    def gallery(self) -> Path:
+        return self.out / "index.html"
+
+
+def run(request: Request, *, out: Path, devices: str, console: Console, notice: str | None = None) -> Outputs:
+    """Label a source into `out` and return what was written. notice: a line about the model for the gallery.
+
+    Raises KeyboardInterrupt on Ctrl-C or SIGTERM, with everything stopped and the job left for the next run; RunError,
+    SourceError and PostgresFailed where it cannot work.
+    """
+    started = time.monotonic()
+    open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    state_dir = settings().state_dir or out / ".maskfleet"
+    with ExitStack() as stack:
+        stack.enter_context(_only_run_in(out, state_dir))
+        postgres = stack.enter_context(EmbeddedPostgres(state_dir / "postgres"))
+        broker_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-broker-"))
+        _become_deployment(postgres.url, Path(broker_dir))
+        migrate(postgres.url)
+        engine = open_engine(postgres.url)
+        stack.callback(engine.dispose)
+        job = _begin(engine, request)
+        with _worker(devices, state_dir / "worker.log") as worker, _dispatcher(engine):
+            job = follow_job(engine, job.id, console=console, refresh_seconds=0.3, check=worker.check)
+        if job.state is JobState.FAILED:
+            raise RunError(f"{request.source}: {job.error}")
+        return _write_outputs(engine, job, out, seconds=time.monotonic() - started, notice=notice)
+
+
+@contextmanager
+def _only_run_in(out: Path, state_dir: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (state_dir / "lock").open("w")
+    except OSError as error:
+        raise RunError(f"{out}: cannot write there ({error.strerror}); choose another --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"another run is writing to {out}: wait for it, or choose another --out") from None
+        yield
+
+
+def _become_deployment(database_url: str, broker_dir: Path) -> None:
+    """Point this process, and the worker it starts, at the embedded servers, as an operator's environment would."""
+    os.environ["MASKFLEET_DATABASE_URL"] = database_url
+    os.environ["MASKFLEET_BROKER_URL"] = f"filesystem://{broker_dir}"
+    settings.cache_clear()
+
+
+def _begin(engine: Engine, request: Request) -> Job:
+    """Go on with the unfinished job that was asked the same, or make one."""
+    version, asked = request.model_version(), request.asked()
+    with engine.begin() as db:
+        job = queries.find_unfinished_job(
+            db, source=request.source, model_version=version, asked=asked, fresh=request.fresh
+        )
+        # The lock says that no other worker is alive, so nobody has to wait for a dead one's lease.
+        queries.expire_all_leases(db)
+        if job is None:
+            return submit_job(db, request)
+        queries.resume_job(db, job_id=job.id)
+        return job
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    log_file: Path
+
+    def check(self) -> None:
+        if self.process.poll() is not None:
+            tail = self.log_file.read_text(errors="replace")[-1500:]
+            raise RunError(f"the worker ended with {self.process.returncode}; the end of {self.log_file}:\n{tail}")
+
+
+@contextmanager
+def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "orchestrator.cli",
+        "worker",
+        "--devices",
+        devices,
+        "--parent",
+        str(os.getpid()),
+    ]
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield _Worker(process, log_file)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _dispatcher(engine: Engine) -> Iterator[None]:
+    # Imported late: the broker's address is fixed when these modules load.
+    from orchestrator.jobs.dispatch import dispatch
+
+    logging.getLogger("orchestrator.jobs.dispatch").setLevel(
+        logging.CRITICAL
+    )  # the job's row says it, and we show that
+    stop = threading.Event()
+    thread = threading.Thread(target=dispatch, args=(engine, stop), kwargs={"idle_seconds": 0.2}, name="dispatch")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _write_outputs(engine: Engine, job: Job, out: Path, *, seconds: float, notice: str | None) -> Outputs:
+    from orchestrator.export.coco import export_coco, export_label_studio, write_summary
+    from orchestrator.pages.gallery import write_gallery
+
+    patient = open_engine(engine.url.render_as_string(hide_password=False), statement_timeout_seconds=0)
+    with patient.begin() as db:
+        export_coco(db, job, out / "coco.json")
+        export_label_studio(db, job, out / "label-studio.json")
+        summary = write_summary(db, job, out / "summary.json", seconds=seconds)
+        write_gallery(db, job, out / "index.html", seconds=seconds, notice=notice)
+    patient.dispose()
+    return Outputs(out=out, summary=summary)

@@ -1,0 +1,247 @@
+"""Prompt files to rows for the database: JSON lines, COCO instances, COCO detections, folders of YOLO labels.
+
+Which one it is, its content says. Everything streams: a file of any length takes the memory of its longest line (and
+of the list of images, where COCO keeps that apart). What cannot be read is reported with file and line and stops
+nothing else; a key whose prompts are all bad is stored with the reasons, for its asset to fail with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from db.tables import PromptMatch
+from orchestrator.prompts import coco as coco_prompts
+from orchestrator.prompts import yolo as yolo_prompts
+from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
+from workers.errors import AssetError, ErrorKind, redact
+from workers.models import ModelSpec
+from workers.prompts import Prompt, PromptError, PromptKind, is_storable, parse_prompt, takes
+from workers.storage.source import Bucket, open_source
+
+MOST_LINE_BYTES = 64 * 2**20  # some hundred thousand prompts on one asset
+_KEPT_REPORTS = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFile:
+    """A prompt file, read and checked. Its rows wait in a temporary file until a job's number is known.
+
+    sha256: of what is stored, so that equal files give equal versions whatever their name. keys, prompts: how many
+    were read; bad: what could not be, with file and line, the first hundred of bad_count.
+    """
+
+    name: str
+    file_format: str
+    match: PromptMatch
+    sha256: str
+    keys: int
+    prompts: int
+    bad_count: int
+    bad: tuple[str, ...]
+    stored: IO[str] = field(repr=False, compare=False)
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """(key, its prompts as JSON), in the file's order; a key may come several times."""
+        self.stored.seek(0)
+        for line in self.stored:
+            key, _, prompts = line.partition("\t")
+            yield json.loads(key), prompts.rstrip("\n")
+
+    def as_json(self) -> dict[str, Any]:
+        """What the job's row remembers of it."""
+        return {
+            "file": self.name,
+            "format": self.file_format,
+            "match": str(self.match),
+            "sha256": self.sha256,
+            "lines": self.keys,
+            "prompts": self.prompts,
+            "bad": self.bad_count,
+            "bad_first": list(self.bad),
+        }
+
+
+def read_prompts(
+    address: str, *, source: str, spec: ModelSpec, s3_endpoint: str | None, besides: tuple[PromptKind, ...] = ()
+) -> PromptFile:
+    """Read a file, a folder or an s3:// address of prompts for assets of `source`, to be asked of a model.
+
+    besides: kinds of prompts that the job's detector makes into what the model takes.
+
+    Raises PromptFileError where it cannot be read at all, holds no usable prompt, or asks what the model does not take;
+    TransientError where the store does not answer.
+    """
+    with ExitStack() as on_error:
+        intake = _Intake(spec=spec, source=source, taken=(*spec.prompts, *besides))
+        on_error.enter_context(intake.stored)
+        with _open(address, s3_endpoint) as file:
+            reader = _reader_of(file, address, source, s3_endpoint)
+            for entry in reader.entries:
+                intake.take(entry)
+        if not intake.prompts:
+            why = f": {intake.bad[0]}" if intake.bad else ""
+            raise PromptFileError(f"{redact(address)}: no usable prompt among {intake.keys} entries{why}")
+        on_error.pop_all()
+    return PromptFile(
+        name=redact(address),
+        file_format=reader.file_format,
+        match=reader.match,
+        sha256=hashlib.sha256(f"{reader.match}\n{intake.digest.hexdigest()}".encode()).hexdigest(),
+        keys=intake.keys,
+        prompts=intake.prompts,
+        bad_count=intake.bad_count,
+        bad=tuple(intake.bad),
+        stored=intake.stored,
+    )
+
+
+class _Intake:
+    """Checks entries one by one, writes what is stored, and counts."""
+
+    def __init__(self, *, spec: ModelSpec, source: str, taken: tuple[PromptKind, ...]) -> None:
+        self.keys = self.prompts = self.bad_count = 0
+        self.bad: list[str] = []
+        self.digest = hashlib.sha256()
+        self.stored: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n")  # noqa: SIM115  PromptFile's
+        self._spec = spec
+        self._taken = taken
+        self._prefix = source.rstrip("/") + "/"
+
+    def take(self, entry: Entry | BadEntry) -> None:
+        if isinstance(entry, BadEntry):
+            self._report(entry.where, entry.why)
+            return
+        if not entry.key or not is_storable(entry.key):
+            self._report(entry.where, f"key {shown(entry.key)}, expected the asset's name")
+            return
+        checked = [self._check(entry, index, asked) for index, asked in enumerate(entry.prompts)]
+        key = json.dumps(entry.key.removeprefix(self._prefix))
+        usable = [prompt.as_json() if isinstance(prompt, Prompt) else None for prompt in checked]
+        stored = [p.as_json() if isinstance(p, Prompt) else {"error": p} for p in checked]
+        self.stored.write(f"{key}\t{json.dumps(stored)}\n")
+        self.digest.update(f"{key}\t{json.dumps(usable, sort_keys=True)}\n".encode())
+        self.keys += 1
+        self.prompts += sum(prompt is not None for prompt in usable)
+
+    def _check(self, entry: Entry, index: int, asked: object) -> Prompt | str:
+        """The prompt, or what is wrong with it, reported."""
+        try:
+            if isinstance(asked, PromptError):
+                raise asked
+            prompt = parse_prompt(asked)
+        except PromptError as error:
+            where = f"{entry.where}, prompt {index}" if len(entry.prompts) > 1 else entry.where
+            self._report(where, str(error))
+            return f"{where}: {error}"
+        unfit = takes(prompt, self._taken)
+        if unfit:
+            raise PromptFileError(f"{entry.where}: {unfit}, which is what {self._spec.name} takes")
+        return prompt
+
+    def _report(self, where: str, why: str) -> None:
+        self.bad_count += 1
+        if len(self.bad) < _KEPT_REPORTS:
+            self.bad.append(f"{where}: {why}")
+
+
+@contextmanager
+def _open(address: str, s3_endpoint: str | None) -> Iterator[IO[bytes] | None]:
+    """The file at an address, on this disk; None where it is a folder."""
+    if address.startswith("s3://"):
+        with tempfile.TemporaryFile() as copy:
+            yield copy if _download(address, copy, s3_endpoint) else None
+        return
+    path = Path(address).expanduser()
+    try:
+        if path.is_dir():
+            yield None
+            return
+        file = path.open("rb")
+    except OSError as error:
+        raise PromptFileError(
+            f"{address}: cannot be read ({error.strerror}); expected a prompt file or folder"
+        ) from error
+    with file:
+        yield file
+
+
+def _download(address: str, into: IO[bytes], s3_endpoint: str | None) -> bool:
+    """Copy an object here; False where there is none of this name, so that it may be a folder."""
+    folder, _, name = address.rpartition("/")
+    if not name or folder == "s3:/":
+        return False
+    bucket = open_source(folder, s3_endpoint=s3_endpoint)
+    assert isinstance(bucket, Bucket)
+    try:
+        bucket.copy(name, into)
+    except AssetError as error:
+        if error.kind is ErrorKind.NOT_FOUND:
+            return False
+        raise PromptFileError(f"{redact(address)}: {error}") from error
+    into.seek(0)
+    return True
+
+
+def _reader_of(file: IO[bytes] | None, address: str, source: str, s3_endpoint: str | None) -> Reader:
+    if file is None:
+        return yolo_prompts.read(address, source=source, s3_endpoint=s3_endpoint)
+    name = address.rpartition("/")[2]
+    readers: dict[str, Callable[[IO[bytes], str], Reader]] = {
+        "instances": coco_prompts.read_instances,
+        "detections": coco_prompts.read_detections,
+    }
+    read = readers.get(coco_prompts.kind_of(file), _read_lines)
+    return read(file, name)
+
+
+def _read_lines(file: IO[bytes], name: str) -> Reader:
+    return Reader(file_format="json-lines", match=PromptMatch.KEY, entries=_entries_of_lines(file, name))
+
+
+def _entries_of_lines(file: IO[bytes], name: str) -> Iterator[Entry | BadEntry]:
+    for number, line in _numbered_lines(file):
+        where = f"{name}:{number}"
+        if line is None:
+            yield BadEntry(where, f"longer than {MOST_LINE_BYTES:,} bytes; split it, lines of one key are joined")
+        elif line.strip():
+            yield _entry_of_line(where, line)
+
+
+def _numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Lines from number 1; None for one that is longer than we read."""
+    number = 0
+    while line := file.readline(MOST_LINE_BYTES):
+        number += 1
+        if len(line) < MOST_LINE_BYTES or line.endswith(b"\n"):
+            yield number, line
+            continue
+        yield number, None
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MOST_LINE_BYTES)
+
+
+def _entry_of_line(where: str, line: bytes) -> Entry | BadEntry:
+    try:
+        document = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadEntry(where, f"not UTF-8 (byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        return BadEntry(where, f"not JSON: {error}")
+    if not isinstance(document, dict) or not isinstance(document.get("key"), str):
+        return BadEntry(where, f'{shown(document)}, expected {{"key": "name.jpg", "prompts": [{{"box_xyxy": […]}}]}}')
+    prompts = document.get("prompts")
+    # What cannot be a list of prompts is one bad prompt: its asset fails with the reason.
+    return Entry(where, document["key"], prompts if isinstance(prompts, list) else [prompts])
+
+
+def list_reports(reports: Iterable[str], total: int) -> list[str]:
+    """The reports to show people, and in a last line how many are left out."""
+    listed = list(reports)
+    return [*listed, f"… and {total - len(listed):,} more"] if total > len(listed) else listed

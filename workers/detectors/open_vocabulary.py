@@ -1,0 +1,119 @@
+"""Detectors of phrases through transformers: Grounding DINO and OWL-ViT v1 and v2. Each phrase is asked apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from workers.detectors.detector import AskedDetector, Detection, PhraseDetector
+from workers.detectors.files import DetectorError
+from workers.images.decode import RgbImage
+from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers, whence
+from workers.prompts import PromptError
+
+_PHRASES_AT_ONCE = 4  # Grounding DINO sees the image anew with each, so this is its batch
+
+
+class GroundingDino:
+    """A loaded Grounding DINO with its processor. Its text and image attend to each other, so that phrases of one
+    caption would share words: each gets a caption, and a row of the batch, of its own."""
+
+    def __init__(self, model: Any, processor: Any, device: str) -> None:
+        self._model = model
+        self._processor = processor
+        self._device = device
+
+    def find(self, image: RgbImage, phrases: Sequence[str], *, threshold: float) -> list[list[Detection]]:
+        """The boxes scored above the threshold for each phrase. Raises PromptError for a phrase that is too long."""
+        _require_short(self._processor.tokenizer, phrases, self._model.config.max_text_len)
+        pixels = self._processor.image_processor(
+            images=[image], return_tensors="pt", input_data_format="channels_last"
+        ).to(self._device)
+        found: list[list[Detection]] = []
+        for first in range(0, len(phrases), _PHRASES_AT_ONCE):
+            found += self._find(image, pixels, phrases[first : first + _PHRASES_AT_ONCE], threshold)
+        return found
+
+    def _find(self, image: RgbImage, pixels: Any, phrases: Sequence[str], threshold: float) -> list[list[Detection]]:
+        # Lower case and a full stop at the end are how its captions were written in training.
+        captions = [f"{phrase.strip().lower().rstrip('.')}." for phrase in phrases]
+        tokens = self._processor.tokenizer(
+            captions, padding=True, return_tensors="pt", return_token_type_ids=True, return_attention_mask=True
+        ).to(self._device)
+        repeated = {name: value.expand(len(phrases), *value.shape[1:]) for name, value in pixels.items()}
+        with torch.inference_mode():
+            outputs = self._model(**repeated, **tokens)
+        require_numbers(outputs.logits)
+        boxes = self._processor.post_process_grounded_object_detection(
+            outputs,
+            tokens["input_ids"],
+            threshold=threshold,
+            target_sizes=[image.shape[:2]] * len(phrases),
+        )
+        return [_detections(phrase, one) for phrase, one in zip(phrases, boxes, strict=True)]
+
+
+class Owl:
+    """A loaded OWL-ViT or OWLv2 with its processor. It scores each phrase apart from the others in one pass."""
+
+    def __init__(self, model: Any, processor: Any, device: str) -> None:
+        self._model = model
+        self._processor = processor
+        self._device = device
+
+    def find(self, image: RgbImage, phrases: Sequence[str], *, threshold: float) -> list[list[Detection]]:
+        """The boxes scored above the threshold for each phrase. Raises PromptError for a phrase that is too long."""
+        most = self._model.config.text_config.max_position_embeddings
+        _require_short(self._processor.tokenizer, phrases, most)
+        pixels = self._processor.image_processor(images=[image], return_tensors="pt", input_data_format="channels_last")
+        tokens = self._processor.tokenizer(list(phrases), padding="max_length", max_length=most, return_tensors="pt")
+        with torch.inference_mode():
+            outputs = self._model(**pixels.to(self._device), **tokens.to(self._device))
+        require_numbers(outputs.logits)
+        found = []
+        for number, phrase in enumerate(phrases):
+            # Of several phrases the library would keep each box's best alone.
+            one = type(outputs)(logits=outputs.logits[..., number : number + 1], pred_boxes=outputs.pred_boxes)
+            [boxes] = self._processor.image_processor.post_process_object_detection(
+                one, threshold=threshold, target_sizes=[image.shape[:2]]
+            )
+            found.append(_detections(phrase, boxes))
+        return found
+
+
+_FAMILIES: dict[str, Callable[[Any, Any, str], PhraseDetector]] = {
+    "grounding-dino": GroundingDino,
+    "mm-grounding-dino": GroundingDino,
+    "owlvit": Owl,
+    "owlv2": Owl,
+}
+
+
+def load(asked: AskedDetector, path: Path | None, device: str) -> PhraseDetector:
+    """As `transformers_detector.load`, of a checkpoint that takes phrases."""
+    where, how = whence(asked, path)
+    try:
+        processor = AutoProcessor.from_pretrained(where, trust_remote_code=False, **how)
+        model = load_whole(AutoModelForZeroShotObjectDetection, where, how)
+        family = _FAMILIES[model.config.model_type]
+    except LOADING_ERRORS as error:
+        raise DetectorError(f"detector {where}: transformers cannot load it: {error}") from error
+    return family(model.to(device).eval().requires_grad_(False), processor, device)
+
+
+def _detections(phrase: str, boxes: Any) -> list[Detection]:
+    return [
+        Detection(class_name=phrase, score=score, box_xyxy=(x0, y0, x1, y1))
+        for score, (x0, y0, x1, y1) in zip(boxes["scores"].tolist(), boxes["boxes"].tolist(), strict=True)
+    ]
+
+
+def _require_short(tokenizer: Any, phrases: Sequence[str], most: int) -> None:
+    for phrase in phrases:
+        tokens = len(tokenizer(phrase)["input_ids"])
+        if tokens > most:
+            raise PromptError(f"text: {phrase[:60]!r}… is {tokens} tokens long, expected at most {most}")

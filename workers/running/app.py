@@ -1,0 +1,92 @@
+"""The one door to Celery: an app that carries chunk ids and nothing else, over Redis or a folder.
+
+Postgres is the truth. A message is a wake-up that may be lost, late or doubled, so there is no result backend, no
+retry by the broker, and a crash acknowledges its message: the reaper decides what happens to the work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from celery import Celery
+
+from db.settings import settings
+
+QUEUE = "maskfleet"
+SEGMENT_CHUNK = "maskfleet.segment_chunk"
+
+
+def make_app(broker_url: str | None) -> Celery:
+    """An app on redis://… or, for one machine, on filesystem:///folder (made when missing)."""
+    app = Celery("maskfleet", include=["workers.running.tasks"])
+    app.conf.update(
+        broker_url=broker_url,
+        broker_transport_options=_REDIS,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        task_default_queue=QUEUE,
+        task_serializer="json",
+        accept_content=["json"],
+        task_ignore_result=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=False,
+        task_track_started=True,
+        worker_prefetch_multiplier=1,
+        worker_pool_start_method="spawn",  # CUDA and OpenMP do not survive a fork
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_send_task_events=True,
+        task_send_sent_event=True,
+        worker_hijack_root_logger=False,
+        worker_lost_wait=1.0,  # seconds from a child's death to its report; a child that died sends no result
+    )
+    if broker_url and broker_url.startswith("filesystem:"):
+        app.conf.update(
+            broker_url="filesystem://",
+            broker_transport_options=_folders(Path(urlsplit(broker_url).path)),
+            worker_send_task_events=False,  # nobody listens, and each event would leave a file
+            task_send_sent_event=False,
+            worker_enable_remote_control=False,
+        )
+    return app
+
+
+def publish_chunks(chunk_ids: list[int], *, broker: Celery | None = None) -> None:
+    """Send one message a chunk over one connection; raises kombu's OperationalError when the broker is away."""
+    sender = broker or app
+    with sender.connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, timeout=5)
+        producer = sender.amqp.Producer(connection)
+        for chunk_id in chunk_ids:
+            sender.send_task(SEGMENT_CHUNK, (chunk_id,), producer=producer, retry=False, ignore_result=True)
+
+
+def waiting_messages() -> int:
+    """How many messages wait in the queue; raises kombu's OperationalError when the broker is away."""
+    with app.connection_for_read() as connection:
+        connection.ensure_connection(max_retries=1, timeout=5)
+        try:
+            return int(connection.default_channel.queue_declare(QUEUE, passive=True).message_count)
+        except connection.channel_errors:  # an empty queue does not exist
+            return 0
+
+
+_REDIS: dict[str, Any] = {
+    "socket_timeout": 30,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+    "visibility_timeout": 3600,
+}
+
+
+def _folders(folder: Path) -> dict[str, Any]:
+    messages, control = folder / "messages", folder / "control"
+    for part in (messages, control):
+        part.mkdir(parents=True, exist_ok=True)
+    return {"data_folder_in": str(messages), "data_folder_out": str(messages), "control_folder": str(control)}
+
+
+_broker_url = settings().broker_url
+app = make_app(_broker_url.get_secret_value() if _broker_url else None)

@@ -1,0 +1,188 @@
+"""One Celery worker process pinned to each device of this machine, watched and restarted.
+
+Holds no CUDA context and loads no torch: devices are asked of `nvidia-smi`, and each worker sees only its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workers.running.app import QUEUE
+from workers.running.tasks import RUN_DIR_VARIABLE
+
+_LONGEST_PAUSE_SECONDS = 60.0
+_HEALTHY_SECONDS = 60.0  # a worker that lived this long starts again without a pause
+_MOST_QUICK_DEATHS = 10  # then the device is given up: something is wrong that a restart does not mend
+_POLL_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class DeviceError(ValueError):
+    """The devices asked for are not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """name: what Flower shows before the @host, such as gpu0. cuda_id: index, UUID or MIG UUID; empty for the CPU."""
+
+    name: str
+    cuda_id: str = ""
+
+
+def find_devices(wanted: str) -> list[Device]:
+    """The devices of `--devices`: `all` (every CUDA device, or the CPU), `cpu`, `0,1`, `cpu,cpu`.
+
+    Raises DeviceError naming what is there.
+    """
+    present = _cuda_ids()
+    if wanted == "all":
+        return [Device(name=f"gpu{n}", cuda_id=i) for n, i in enumerate(present)] or [Device(name="cpu0")]
+    devices: list[Device] = []
+    for word in wanted.split(","):
+        if word.strip() == "cpu":
+            devices.append(Device(name=f"cpu{sum(not d.cuda_id for d in devices)}"))
+        elif word.strip().isdecimal() and int(word) < len(present):
+            devices.append(Device(name=f"gpu{int(word)}", cuda_id=present[int(word)]))
+        else:
+            raise DeviceError(
+                f"device {word!r}: expected `all`, `cpu` or numbers below {len(present)} (CUDA devices here)"
+            )
+    if len({d.name for d in devices}) < len(devices):
+        raise DeviceError(f"--devices {wanted}: a CUDA device is named twice")
+    return devices
+
+
+def _cuda_ids() -> list[str]:
+    """UUIDs of the CUDA devices this process may use; of a card cut into MIG slices, those of the slices."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part for part in visible.split(",") if part not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (subprocess.SubprocessError, OSError) as error:
+        raise DeviceError(f"nvidia-smi is there and does not answer: {error}") from error
+    cards = re.split(r"(?m)^GPU ", listed)[1:]
+    return [
+        i
+        for card in cards
+        for i in re.findall(r"UUID: (MIG-[^)\s]+)", card) or re.findall(r"UUID: (GPU-[^)\s]+)", card)
+    ]
+
+
+@dataclass(slots=True, kw_only=True)
+class _WorkerProcess:
+    """A Celery worker, its folder (stop file, fault count) and how it fared."""
+
+    device: Device
+    run_dir: Path
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    restart_at: float = 0.0
+    quick_deaths: int = 0
+    given_up: bool = field(default=False)
+
+
+def serve(
+    devices: Sequence[Device],
+    *,
+    drain_seconds: float,
+    top_up: Callable[[], object],
+    top_up_seconds: float = 10,
+    parent_pid: int | None = None,
+) -> int:
+    """Run a worker on each device until SIGTERM or SIGINT; returns the exit code: 1 when every device was given up.
+
+    On a signal each worker finishes the batch in its hands and gives its chunk back; what is not done after
+    drain_seconds is killed, and the leases run out. top_up is called now and then, so that the queue fills even when
+    no dispatcher runs. With parent_pid the workers also stop when that process is gone.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with tempfile.TemporaryDirectory(prefix="maskfleet-worker-") as folder:
+        workers = [_WorkerProcess(device=device, run_dir=Path(folder) / device.name) for device in devices]
+        for worker in workers:
+            worker.run_dir.mkdir()
+        next_top_up = time.monotonic() + top_up_seconds
+        while not stop.wait(_POLL_SECONDS) and not all(worker.given_up for worker in workers):
+            for worker in workers:
+                _keep_alive(worker)
+            if parent_pid is not None and os.getppid() != parent_pid:
+                log.info("the command that started these workers is gone")
+                break
+            if time.monotonic() >= next_top_up:
+                top_up()
+                next_top_up = time.monotonic() + top_up_seconds
+        _drain(workers, drain_seconds)
+        return int(all(worker.given_up for worker in workers))
+
+
+def _keep_alive(worker: _WorkerProcess) -> None:
+    """Start the worker when it is down and its pause is over."""
+    now = time.monotonic()
+    if worker.given_up:
+        return
+    if worker.process is None:
+        if now >= worker.restart_at:
+            _start(worker)
+        return
+    code = worker.process.poll()
+    if code is None:
+        return
+    worker.process = None
+    worker.quick_deaths = 0 if now - worker.started_at > _HEALTHY_SECONDS else worker.quick_deaths + 1
+    worker.given_up = worker.quick_deaths >= _MOST_QUICK_DEATHS
+    pause = min(2.0 ** (worker.quick_deaths - 1), _LONGEST_PAUSE_SECONDS) if worker.quick_deaths else 0.0
+    worker.restart_at = now + pause
+    what = "given up" if worker.given_up else f"starts again in {pause:g} s"
+    log.error("worker %s ended with %s and is %s", worker.device.name, code, what)
+
+
+def _start(worker: _WorkerProcess) -> None:
+    name = worker.device.name
+    # -P: a folder called `db` or `workers` where the command was typed must not be imported.
+    command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker", "--queues", QUEUE]
+    command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
+    command += ["--without-gossip", "--without-mingle"]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": worker.device.cuda_id,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        RUN_DIR_VARIABLE: str(worker.run_dir),
+    }
+    # A session of its own: Ctrl-C reaches this process alone, which then drains its workers in order.
+    worker.process = subprocess.Popen(command, env=environment, start_new_session=True)
+    worker.started_at = time.monotonic()
+    log.info("worker %s started as process %d", name, worker.process.pid)
+
+
+def _drain(workers: Sequence[_WorkerProcess], drain_seconds: float) -> None:
+    running = [worker.process for worker in workers if worker.process is not None]
+    for worker in workers:
+        (worker.run_dir / "stop").touch()
+    for process in running:
+        process.terminate()
+    give_up_at = time.monotonic() + drain_seconds
+    for process in running:
+        try:
+            process.wait(max(0.0, give_up_at - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            log.warning("process %d did not stop within %g s and is killed", process.pid, drain_seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what a dead main process may have left of its pool
+        process.wait()
