@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, text
 
-from db import jobs as queries
-from db.jobs import Job
-from db.tables import LsState
+from db.states import LsState
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LsProject:
     """A project of a server, whose address is spelled as `label_studio.server_key` does."""
 
     server: str
@@ -67,30 +64,15 @@ class Intent:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """What of a job one project has. Masks that are shown, and how well regions show them (IoU 0..1)."""
-
-    server: str
-    project_id: int
-    assets: int
-    sending: int
-    refused: int
-    masks_shown: int
-    masks_left_out: int
-    iou_mean: float | None
-    iou_worst: float | None
-
-
 @contextmanager
-def project_lock(engine: Engine, *, place: Place, wait: Callable[[], None]) -> Iterator[Connection]:
+def project_lock(engine: Engine, *, ls_project: LsProject, wait: Callable[[], None]) -> Iterator[Connection]:
     """Be the one publisher of a project; yields the connection that holds the lock, outside a transaction.
 
     Do all writes on it: when it breaks, the lock is gone and so is the write. `wait` is called, and should sleep,
     each time another publisher is found to hold the lock; what it raises ends the waiting.
     """
     key = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
-    name = {"name": f"maskfleet publish {place.server} {place.project_id}"}
+    name = {"name": f"maskfleet publish {ls_project.server} {ls_project.project_id}"}
     with engine.connect() as db:
         while True:
             with db.begin():
@@ -105,14 +87,9 @@ def project_lock(engine: Engine, *, place: Place, wait: Callable[[], None]) -> I
             db.invalidate()
 
 
-def jobs_since(db: Connection, *, moment: datetime) -> list[Job]:
-    """The jobs made at this moment or later, oldest first."""
-    statement = "SELECT id FROM job WHERE created_at >= :moment ORDER BY id"
-    found = (queries.get_job(db, job_id=i) for i in db.execute(text(statement), {"moment": moment}).scalars().all())
-    return [job for job in found if job is not None]
-
-
-def unpublished(db: Connection, *, job_id: int, place: Place, after_asset_id: int, page: int) -> list[Candidate]:
+def unpublished(
+    db: Connection, *, job_id: int, ls_project: LsProject, after_asset_id: int, page: int
+) -> list[Candidate]:
     """The next labeled assets of a job, by asset id, of which the project has nothing: neither sent nor refused."""
     rows = db.execute(
         text(
@@ -123,7 +100,7 @@ def unpublished(db: Connection, *, job_id: int, place: Place, after_asset_id: in
                      WHERE p.asset_id = a.id AND t.server = :server AND t.project_id = :project_id)
                ORDER BY a.id LIMIT :page"""
         ),
-        {"job_id": job_id, "after": after_asset_id, **place.values(), "page": page},
+        {"job_id": job_id, "after": after_asset_id, **ls_project.values(), "page": page},
     )
     return [Candidate(asset_id=row.id, key=row.key, size_hw=(row.height, row.width)) for row in rows]
 
@@ -132,30 +109,30 @@ _ROW = """t.id AS ls_task_id, t.asset_uid, t.task_id, p.state, p.asset_id,
           coalesce(extract(epoch FROM now() - p.sent_at), 0)::float AS age_seconds"""
 
 
-def rows_of(db: Connection, *, place: Place, model_version: str, asset_uids: Sequence[str]) -> dict[str, Row]:
+def rows_of(db: Connection, *, ls_project: LsProject, model_version: str, asset_uids: Sequence[str]) -> dict[str, Row]:
     """What is remembered of these assets in a project, by asset_uid; assets never seen there are not in it."""
     statement = text(
         f"""SELECT {_ROW} FROM ls_task t
             LEFT JOIN ls_prediction p ON p.ls_task_id = t.id AND p.model_version = :version
             WHERE t.server = :server AND t.project_id = :project_id AND t.asset_uid = ANY(:uids)"""
     )
-    values = {**place.values(), "version": model_version, "uids": list(asset_uids)}
+    values = {**ls_project.values(), "version": model_version, "uids": list(asset_uids)}
     return {row["asset_uid"]: _row(row) for row in db.execute(statement, values).mappings()}
 
 
-def versions_in_doubt(db: Connection, *, place: Place) -> list[str]:
+def versions_in_doubt(db: Connection, *, ls_project: LsProject) -> list[str]:
     """The model versions with predictions that were about to be sent when their publisher stopped."""
     statement = text(
         """SELECT DISTINCT p.model_version FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
            WHERE t.server = :server AND t.project_id = :project_id AND p.state = 'sending' ORDER BY 1"""
     )
-    return list(db.execute(statement, place.values()).scalars())
+    return list(db.execute(statement, ls_project.values()).scalars())
 
 
 def version_rows(
     db: Connection,
     *,
-    place: Place,
+    ls_project: LsProject,
     model_version: str,
     state: LsState,
     after_ls_task_id: int = 0,
@@ -168,7 +145,7 @@ def version_rows(
               AND p.state = :state AND t.id > :after ORDER BY t.id LIMIT :page"""
     )
     values = {
-        **place.values(),
+        **ls_project.values(),
         "version": model_version,
         "state": state,
         "after": after_ls_task_id,
@@ -178,11 +155,11 @@ def version_rows(
 
 
 def write_intents(
-    db: Connection, *, place: Place, job_id: int, model_version: str, intents: Sequence[Intent]
+    db: Connection, *, ls_project: LsProject, job_id: int, model_version: str, intents: Sequence[Intent]
 ) -> dict[str, int]:
     """Remember what is about to be sent, or was refused; returns the ls_task id of each asset_uid."""
     values = {
-        **place.values(),
+        **ls_project.values(),
         "job_id": job_id,
         "version": model_version,
         **{
@@ -220,20 +197,20 @@ def write_intents(
     return {asset_uid: ls_task_id for ls_task_id, asset_uid in written}
 
 
-def mark_done(db: Connection, *, place: Place, model_version: str, task_ids: dict[int, int]) -> None:
+def mark_done(db: Connection, *, ls_project: LsProject, model_version: str, task_ids: dict[int, int]) -> None:
     """Remember that the server has these predictions. task_ids: Label Studio's task of each ls_task id."""
-    set_task_ids(db, place=place, task_ids=task_ids)
+    set_task_ids(db, ls_project=ls_project, task_ids=task_ids)
     statement = "UPDATE ls_prediction SET state = 'done' WHERE model_version = :version AND ls_task_id = ANY(:ids)"
     db.execute(text(statement), {"version": model_version, "ids": list(task_ids)})
 
 
-def set_task_ids(db: Connection, *, place: Place, task_ids: dict[int, int]) -> None:
+def set_task_ids(db: Connection, *, ls_project: LsProject, task_ids: dict[int, int]) -> None:
     """Remember Label Studio's task of each ls_task id.
 
     Label Studio on SQLite gives the numbers of deleted tasks to new ones: what is remembered under such a number of
     another asset is forgotten, for its task is gone.
     """
-    values = {**place.values(), "ids": list(task_ids), "task_ids": list(task_ids.values())}
+    values = {**ls_project.values(), "ids": list(task_ids), "task_ids": list(task_ids.values())}
     db.execute(
         text(
             """DELETE FROM ls_task WHERE server = :server AND project_id = :project_id AND task_id = ANY(:task_ids)
@@ -276,65 +253,14 @@ def forget_tasks(db: Connection, *, ls_task_ids: Sequence[int]) -> None:
     db.execute(text("DELETE FROM ls_task WHERE id = ANY(:ids)"), {"ids": list(ls_task_ids)})
 
 
-def forget_refused(db: Connection, *, place: Place, job_id: int) -> int:
+def forget_refused(db: Connection, *, ls_project: LsProject, job_id: int) -> int:
     """Let what the project refused be tried again; returns how many assets."""
     statement = text(
         """DELETE FROM ls_prediction p USING ls_task t
            WHERE t.id = p.ls_task_id AND t.server = :server AND t.project_id = :project_id
              AND p.job_id = :job_id AND p.state = 'refused'"""
     )
-    return db.execute(statement, {**place.values(), "job_id": job_id}).rowcount
-
-
-def count_done(db: Connection, *, place: Place, model_version: str) -> int:
-    """How many predictions of a version the project has, as far as we know."""
-    statement = text(
-        """SELECT count(*) FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-           WHERE t.server = :server AND t.project_id = :project_id AND p.model_version = :version
-             AND p.state = 'done'"""
-    )
-    values = {**place.values(), "version": model_version}
-    return int(db.execute(statement, values).scalar_one())
-
-
-def count_tasks(db: Connection, *, place: Place) -> int:
-    """How many tasks of ours the project has, as far as we know."""
-    statement = text(
-        """SELECT count(*) FROM ls_task WHERE server = :server AND project_id = :project_id AND task_id IS NOT NULL"""
-    )
-    return int(db.execute(statement, place.values()).scalar_one())
-
-
-def refused_of(db: Connection, *, job_id: int, place: Place) -> list[tuple[str, str]]:
-    """The uri and the reason of each asset of a job that the project refused, in the order of the assets."""
-    statement = text(
-        """SELECT t.uri, p.error FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-           WHERE p.job_id = :job_id AND t.server = :server AND t.project_id = :project_id AND p.state = 'refused'
-           ORDER BY p.asset_id"""
-    )
-    values = {"job_id": job_id, **place.values()}
-    return [(row.uri, row.error) for row in db.execute(statement, values)]
-
-
-def published(db: Connection, *, job_id: int) -> list[Published]:
-    """What each project of each server has of a job. Assets that an earlier job published under the same model version
-    count for that job."""
-    rows = db.execute(
-        text(
-            """SELECT server, project_id, count(*) FILTER (WHERE state = 'done') AS assets,
-                      count(*) FILTER (WHERE state = 'sending') AS sending,
-                      count(*) FILTER (WHERE state = 'refused') AS refused,
-                      coalesce(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0) AS masks_shown,
-                      coalesce(sum(left_out) FILTER (WHERE state = 'done'), 0) AS masks_left_out,
-                      (sum(iou_sum) FILTER (WHERE state = 'done')
-                       / nullif(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0))::float AS iou_mean,
-                      (min(iou_min) FILTER (WHERE state = 'done'))::float AS iou_worst
-               FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-               WHERE p.job_id = :job_id GROUP BY server, project_id ORDER BY server, project_id"""
-        ),
-        {"job_id": job_id},
-    ).mappings()
-    return [Published(**row) for row in rows]
+    return db.execute(statement, {**ls_project.values(), "job_id": job_id}).rowcount
 
 
 def _row(row: RowMapping) -> Row:

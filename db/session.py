@@ -1,4 +1,7 @@
-"""Connections to Postgres, and the migrations that build its tables."""
+"""Connections to Postgres, and the migrations that build its tables.
+
+The one door to SQLAlchemy for the rooms above: they name its connections and errors through this module.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,22 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Connection, Engine, create_engine, make_url
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+__all__ = [
+    "Connection",
+    "DBAPIError",
+    "DatabaseNotReady",
+    "Engine",
+    "OperationalError",
+    "check_migrated",
+    "migrate",
+    "migration_config",
+    "open_engine",
+    "psycopg2_url",
+]
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 

@@ -16,7 +16,7 @@ import psutil
 from PIL import Image
 from sqlalchemy import Engine, text
 
-from db import jobs as queries
+from db import jobs
 from db.jobs import Counts, Job
 from tests.waiting import wait_for
 
@@ -73,9 +73,9 @@ class Deployment:
 
     def read(self, job_id: int) -> tuple[Job, Counts]:
         with self.engine.begin() as db:
-            job = queries.get_job(db, job_id=job_id)
+            job = jobs.get_job(db, job_id=job_id)
             assert job is not None
-            return job, queries.count_job(db, job_id=job_id)
+            return job, jobs.count_job(db, job_id=job_id)
 
     def wait_until_done(self, job_id: int, seconds: float = 400) -> Counts:
         wait_for(lambda: self.read(job_id)[0].state == "done", f"job {job_id} to be done", seconds, logs=self.logs)

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine, text
 
-from db import jobs as queries
-from db.jobs import Asset, ClaimedChunk, Counts, Job, NewAsset, NewOutcome, StoredMask
+from db import jobs, leases, listing, queue
+from db.jobs import Counts, Job
+from db.leases import Asset, ClaimedChunk, NewOutcome
+from db.listing import NewAsset
+from db.results import StoredMask
 
 LEASE_SECONDS = 60.0
 
@@ -24,10 +27,10 @@ def make_job(
     """A listed job with these keys (or so many of them)."""
     names = [f"{n:04}.jpg" for n in range(keys)] if isinstance(keys, int) else keys
     with engine.begin() as db:
-        job = queries.insert_job(
+        job = jobs.insert_job(
             db, name="a job", source=source, model="stub", model_version=model_version, asked={}, fresh=fresh
         )
-        listed = queries.add_assets(
+        listed = listing.add_assets(
             db,
             job=job,
             assets=[NewAsset(key=name, size_bytes=10, etag=f"etag-{name}") for name in names],
@@ -47,27 +50,27 @@ def chunk_ids(engine: Engine, job: Job) -> list[int]:
 
 def claim(engine: Engine, chunk_id: int, worker: str = "one") -> ClaimedChunk | None:
     with engine.begin() as db:
-        return queries.claim_chunk(db, chunk_id=chunk_id, worker=worker, lease_seconds=LEASE_SECONDS)
+        return leases.claim_chunk(db, chunk_id=chunk_id, worker=worker, lease_seconds=LEASE_SECONDS)
 
 
 def pending(engine: Engine, chunk: ClaimedChunk) -> list[Asset]:
     with engine.begin() as db:
-        return queries.pending_assets(db, chunk=chunk)
+        return leases.pending_assets(db, chunk=chunk)
 
 
 def record(
     engine: Engine, chunk: ClaimedChunk, outcomes: Sequence[NewOutcome] = (), in_flight: Sequence[int] = ()
 ) -> None:
     with engine.begin() as db:
-        queries.record(
+        leases.record(
             db, chunk=chunk, outcomes=outcomes, in_flight=in_flight, worker="one", lease_seconds=LEASE_SECONDS
         )
 
 
 def finish(engine: Engine, chunk: ClaimedChunk) -> None:
     with engine.begin() as db:
-        queries.finish_chunk(db, chunk=chunk)
-        queries.finish_jobs(db)
+        leases.finish_chunk(db, chunk=chunk)
+        jobs.finish_jobs(db)
 
 
 def labeled(asset_id: int, masks: int = 1) -> NewOutcome:
@@ -96,9 +99,9 @@ def expire_lease(engine: Engine, chunk: ClaimedChunk) -> None:
 
 def reap(engine: Engine) -> int:
     with engine.begin() as db:
-        return queries.reap(db)
+        return queue.reap(db)
 
 
 def count(engine: Engine, job: Job) -> Counts:
     with engine.begin() as db:
-        return queries.count_job(db, job_id=job.id)
+        return jobs.count_job(db, job_id=job.id)

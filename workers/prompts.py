@@ -12,8 +12,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from workers.params import ParamError, check_decoder
-
 Point = tuple[float, float, int]
 Box = tuple[float, float, float, float]
 PromptKind = Literal["box", "points", "text", "exemplar"]
@@ -212,46 +210,6 @@ def _shown(value: object) -> str:
     else:
         shown = f"{value:g}" if isinstance(value, float) else repr(value)
     return shown if len(shown) <= _SHOWN_CHARS else shown[:_SHOWN_CHARS] + "…"
-
-
-# ------------------------------------------------------------------------------------------------- what a job asks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptParams:
-    """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three. decoder:
-    what runs SAM's prompt encoder and mask decoder, "torch" or "onnx". text_threshold: 0..1, the masks of a text or an
-    example count that a model scores above it."""
-
-    multimask: Literal["best", "all"] = "best"
-    decoder: str = "torch"
-    text_threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.multimask not in ("best", "all"):
-            raise ParamError(f"multimask={self.multimask!r}: expected best (one mask a prompt) or all (three)")
-        if not 0 <= self.text_threshold <= 1:
-            raise ParamError(f"text_threshold={self.text_threshold}: expected 0..1")
-        check_decoder(self.decoder)
-
-
-_PARAM_NAMES = tuple(PromptParams.__dataclass_fields__)
-
-
-def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Read `name=value` texts of the command line. Raises ParamError naming what was given and what is expected."""
-    values: dict[str, Any] = dict(texts)
-    for name in texts:
-        if name not in _PARAM_NAMES:
-            known = ", ".join(_PARAM_NAMES)
-            raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: {known}")
-    if "text_threshold" in values:
-        try:
-            values["text_threshold"] = float(values["text_threshold"])
-        except ValueError as error:
-            raise ParamError(f"text_threshold={texts['text_threshold']!r}: expected a number, 0..1") from error
-    PromptParams(**values)
-    return values
 
 
 def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:

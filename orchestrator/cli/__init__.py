@@ -1,0 +1,1 @@
+"""The command line: one file a subject, options in one place. The one door to typer."""

@@ -1,0 +1,1 @@
+"""A job's masks as files: COCO, YOLO, PNG, Label Studio, the summary."""

@@ -10,25 +10,21 @@ The files are written here rather than by Pillow, whose door is elsewhere, and O
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import struct
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection
 
-from db import jobs as queries
-from db.jobs import Job, LabeledAsset, StoredMask
+from db import results
+from db.jobs import Job
+from db.results import LabeledAsset, StoredMask
+from db.session import Connection
+from orchestrator.export.files import new_folder
+from orchestrator.export.png_file import VOC_PALETTE, encode_png
 from orchestrator.shapes.runs import Crop, crop_edges, edges_from_counts
 
-# zlib's level 1: masks are long runs, where higher levels gain little and take several times as long.
-_LEVEL = 1
 # Writing 100 masks of 12 MP takes a second or two; see open_engine for why pages are short.
 _PAGE = 10
 
@@ -42,35 +38,11 @@ def export_png(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsse
     """
     with new_folder(out) as folder, (folder / "index.json").open("w", encoding="utf-8") as index:
         index.write("[")
-        for i, asset in enumerate(queries.labeled_assets(db, job_id=job.id, page=_PAGE) if assets is None else assets):
+        for i, asset in enumerate(results.labeled_assets(db, job_id=job.id, page=_PAGE) if assets is None else assets):
             _write_asset(asset, folder)
             entry = json.dumps(_entry(asset), ensure_ascii=False, separators=(",", ":"))
             index.write(f"{',' if i else ''}\n{entry}")
         index.write("\n]\n")
-
-
-def encode_png(pixels: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> bytes:
-    """Encode (H, W) bool as one bit a pixel, uint8 or uint16 as grey; uint8 with a (256, 3) RGB palette as colours.
-
-    Source: PNG (third edition), https://www.w3.org/TR/png-3/.
-    """
-    height, width = pixels.shape
-    if pixels.dtype == np.bool_:
-        depth, rows = 1, np.packbits(pixels, axis=1)
-    else:
-        depth, rows = 8 * pixels.itemsize, pixels.astype(f">u{pixels.itemsize}", copy=False)
-    # Each row begins with its filter, of which 0 is none: filters are for photographs.
-    filtered = np.zeros((height, 1 + rows.shape[1] * rows.itemsize), np.uint8)
-    filtered[:, 1:] = np.ascontiguousarray(rows).view(np.uint8)
-    colour_type = 0 if palette is None else 3
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))]
-    if palette is not None:
-        chunks.append((b"PLTE", palette.tobytes()))
-    chunks += [(b"IDAT", zlib.compress(filtered.data, _LEVEL)), (b"IEND", b"")]
-    framed = (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def _write_asset(asset: LabeledAsset, folder: Path) -> None:
@@ -121,33 +93,3 @@ def _entry(asset: LabeledAsset) -> dict[str, Any]:
         for mask in asset.masks
     ]
     return {"asset_id": asset.asset_id, "key": asset.key, "width": width, "height": height, "masks": masks}
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Make a folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out}: expected a new or empty folder")
-    target = out.resolve()
-    partial = target.with_name(f".{os.getpid()}.{target.name[-200:]}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _voc_palette() -> NDArray[np.uint8]:
-    """PASCAL VOC's 256 colours: bits 0, 3, 6 of the value are red's highest, 1, 4, 7 green's, 2, 5 blue's.
-
-    Source: VOCdevkit, VOClabelcolormap.m.
-    """
-    values = np.arange(256, dtype=np.uint8)
-    palette = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        palette[:, bit % 3] |= (((values >> bit) & 1) << (7 - bit // 3)).astype(np.uint8)
-    return palette
-
-
-VOC_PALETTE = _voc_palette()

@@ -22,16 +22,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from sqlalchemy import Connection
 
-from db import jobs as queries
-from db.jobs import Job, LabeledAsset, StoredMask
+from db import results
+from db.jobs import Job
+from db.results import LabeledAsset, StoredMask
+from db.session import Connection
 from db.settings import settings
-from orchestrator.export.png import new_folder
-from orchestrator.label_studio.regions import DEFAULT_LABEL
-from orchestrator.shapes.polygons import Ring, fit_polygons
+from orchestrator.export.files import new_folder
+from orchestrator.label_studio.names import DEFAULT_LABEL
+from orchestrator.shapes.polygons import fit_polygons
+from orchestrator.shapes.rasterise import Ring
 from orchestrator.shapes.runs import edges_of_masks
-from workers.storage.source import Source, open_source
+from workers.storage.asset import Source
+from workers.storage.source import open_source
 
 _SETS = ("segment", "detect")
 _SPLITS = ("train", "val", "test")
@@ -50,7 +53,7 @@ def export_yolo(
     `out` is not new or empty, and AssetError for an image that is gone.
     """
     source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
-    labels = queries.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
+    labels = results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
     classes = {label: n for n, label in enumerate(labels)}
     used: set[str] = set()
     with new_folder(out) as folder, (folder / "images.jsonl").open("w", encoding="utf-8") as index:
@@ -58,7 +61,7 @@ def export_yolo(
             for name in _SETS:
                 for part in _SPLITS:
                     (folder / name / kind / part).mkdir(parents=True)
-        for asset in queries.labeled_assets(db, job_id=job.id, page=_PAGE) if assets is None else assets:
+        for asset in results.labeled_assets(db, job_id=job.id, page=_PAGE) if assets is None else assets:
             part = split(asset.key)
             used.add(part)
             _write_labels(asset, folder, part, classes)

@@ -1,0 +1,1 @@
+"""Jobs: requested, listed, dispatched, reported."""

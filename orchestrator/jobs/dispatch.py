@@ -7,14 +7,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
-
-from db import jobs as queries
+from db import jobs, listing
 from db.jobs import Job
+from db.session import Engine, OperationalError
 from db.settings import settings
-from db.tables import JobState
-from orchestrator.jobs.request import Selection, select
+from db.states import JobState
+from orchestrator.jobs.listing import Selection, select
 from workers.errors import AssetError, SourceError, TransientError, redact
 from workers.running.tasks import top_up
 from workers.storage.source import open_source
@@ -40,9 +38,9 @@ def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0
 def tick(engine: Engine) -> bool:
     """One round over all jobs; True while a listing goes on."""
     with engine.begin() as db:
-        if queries.is_idle(db):
+        if jobs.is_idle(db):
             return False
-        to_list = queries.jobs_to_list(db)
+        to_list = jobs.jobs_to_list(db)
     for job in to_list:
         _list_for_a_while(engine, job)
     top_up(engine)
@@ -74,7 +72,7 @@ def _list_for_a_while(engine: Engine, job: Job) -> None:
 
 def _store(engine: Engine, job: Job, page: Selection) -> Job | None:
     with engine.begin() as db:
-        return queries.add_assets(
+        return listing.add_assets(
             db,
             job=job,
             assets=page.assets,
@@ -88,4 +86,4 @@ def _store(engine: Engine, job: Job, page: Selection) -> Job | None:
 def _note_failure(engine: Engine, job: Job, error: str, *, lasting: bool) -> None:
     log.error("job %d: %s could not be listed: %s", job.id, job.source, redact(error))
     with engine.begin() as db:
-        queries.record_list_failure(db, job=job, error=redact(error), lasting=lasting)
+        jobs.record_list_failure(db, job=job, error=redact(error), lasting=lasting)

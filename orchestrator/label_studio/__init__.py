@@ -1,0 +1,1 @@
+"""Label Studio: projects, publishing, review. Its client is the one door to the server."""

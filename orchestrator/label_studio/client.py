@@ -13,20 +13,19 @@ pydantic. An import is not idempotent in Label Studio, so whoever sends one look
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
-from workers.errors import redact
+from orchestrator.label_studio.addresses import server_key
+from orchestrator.label_studio.answers import FoundTask, Imported, Project
+from orchestrator.label_studio.errors import STORAGE_REMEDY, NotFound, Refused, Unavailable, error_of
+from orchestrator.label_studio.tokens import LegacyToken, PersonalAccessToken, is_web_token
 
 # A lookup is a GET, so its ids are in the URL: 100 of 16 characters make 3 KB, less than any server's 4 KB.
 LOOKUP_SIZE = 100
@@ -45,73 +44,6 @@ _ASSET_ID = "filter:tasks:data.asset_id"
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-class LabelStudioError(RuntimeError):
-    """Label Studio did not do what was asked; the message says what to mend. status: of its answer, None without."""
-
-    def __init__(self, message: str, *, status: int | None = None, retry_after_seconds: float | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after_seconds = retry_after_seconds
-
-
-class Unavailable(LabelStudioError):
-    """No answer, a time-out, 429 or 5xx. It may pass; whether a write happened is unknown."""
-
-
-class TooLarge(LabelStudioError):
-    """The body is more than the server, or a proxy before it, takes. Nothing was written."""
-
-
-class NotFound(LabelStudioError):
-    """There is no such project, task or page."""
-
-
-class Refused(LabelStudioError):
-    """The server refuses, and will do so again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Project:
-    """A project as the server describes it. model_version: of the predictions it shows, "" for none."""
-
-    id: int
-    title: str
-    label_config: str
-    model_version: str
-    task_count: int
-    sampling: str
-    created_at: str
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Project:
-        return cls(
-            id=found["id"],
-            title=found["title"] or "",
-            label_config=found["label_config"] or "",
-            model_version=found["model_version"] or "",
-            task_count=found["task_number"] or 0,
-            sampling=found["sampling"] or "",
-            created_at=found["created_at"],
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundTask:
-    """A task that a lookup found; its prediction's data are not fetched."""
-
-    id: int
-    asset_id: str
-    prediction_count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Imported:
-    """What the server says of an import: the tasks' ids in the order sent, and how many predictions came along."""
-
-    task_ids: tuple[int, ...]
-    prediction_count: int
-
-
 class LabelStudio:
     """One server, one token. Use it in a `with` block, in one thread at a time."""
 
@@ -120,7 +52,7 @@ class LabelStudio:
         self.url = server_key(url)
         self._client = httpx.Client(
             base_url=url.rstrip("/"),
-            auth=_PersonalAccessToken(url.rstrip("/"), api_key) if _is_web_token(api_key) else _LegacyToken(api_key),
+            auth=PersonalAccessToken(url.rstrip("/"), api_key) if is_web_token(api_key) else LegacyToken(api_key),
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
             headers={"User-Agent": "maskfleet"},
             transport=transport,
@@ -133,8 +65,6 @@ class LabelStudio:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._client.close()
-
-    # ------------------------------------------------------------------------------------------------------ projects
 
     def check(self) -> str:
         """The server's version, once it is reached and the token is good. Raises what is wrong, with its remedy."""
@@ -171,8 +101,6 @@ class LabelStudio:
         versions = found["static"] if isinstance(found, dict) else found
         return {version["model_version"]: version["count"] for version in versions}
 
-    # --------------------------------------------------------------------------------------------- storages and views
-
     def list_storages(self, kind: str, project_id: int) -> list[dict[str, Any]]:
         """The project's import storages of a kind, `s3` or `localfiles`, as the server describes them."""
         found: list[dict[str, Any]] = self._read("GET", f"/api/storages/{kind}/", params={"project": project_id})
@@ -188,7 +116,7 @@ class LabelStudio:
             # The server tries the storage at once; what its own client meets comes through as 400 or 500.
             if error.status not in (httpx.codes.BAD_REQUEST, httpx.codes.INTERNAL_SERVER_ERROR):
                 raise
-            raise Refused(f"{error}; {_STORAGE_REMEDY[kind]}", status=error.status) from error
+            raise Refused(f"{error}; {STORAGE_REMEDY[kind]}", status=error.status) from error
         return made
 
     def list_views(self, project_id: int) -> list[dict[str, Any]]:
@@ -205,8 +133,6 @@ class LabelStudio:
         read."""
         with self._client.stream("GET", address, headers={"Range": "bytes=0-0"}) as response:
             return response.is_success
-
-    # ---------------------------------------------------------------------------------------------------------- tasks
 
     def find_tasks(
         self, project_id: int, asset_ids: Sequence[str], *, model_version: str | None = None
@@ -280,8 +206,6 @@ class LabelStudio:
         answer = self._write(f"/api/projects/{project_id}/import", body, params=params)
         return Imported(task_ids=tuple(answer["task_ids"]), prediction_count=answer["prediction_count"])
 
-    # ---------------------------------------------------------------------------------------------------- predictions
-
     def import_predictions(self, project_id: int, body: bytes) -> int:
         """Import a JSON list of predictions, each with its `task`, once; returns how many the server made of it."""
         return int(self._write(f"/api/projects/{project_id}/import/predictions", body)["created"])
@@ -294,8 +218,6 @@ class LabelStudio:
     def delete_prediction(self, prediction_id: int) -> None:
         """Delete a prediction. One that an annotation came from must stay: the annotation would forget it."""
         self._send("DELETE", f"/api/predictions/{prediction_id}/", seconds=WRITE_SECONDS)
-
-    # ----------------------------------------------------------------------------------------------------------- wire
 
     def _read(self, method: str, path: str, *, attempts: int = _READ_ATTEMPTS, **arguments: Any) -> Any:
         """Send what may safely be sent again, several times with growing pauses."""
@@ -324,7 +246,7 @@ class LabelStudio:
             remedy = "start it, or mend MASKFLEET_LABEL_STUDIO_URL"
             raise Unavailable(f"{self.url} does not answer: {error or type(error).__name__}; {remedy}") from error
         if not response.is_success:
-            raise _error(response, self.url, path)
+            raise error_of(response, self.url, path)
         return response
 
     def _pages(self, path: str, params: Mapping[str, Any], key: str = "results") -> Iterator[dict[str, Any]]:
@@ -342,79 +264,10 @@ class LabelStudio:
             page += 1
 
 
-def asset_uid(uri: str) -> str:
-    """The id under which Label Studio knows an asset, data.asset_id: the same whichever job or model labeled it.
-
-    uri: source and key as one address. 64 bits: among ten million assets two share one with a chance of 1 in 370,000.
-    """
-    return hashlib.sha256(uri.encode()).hexdigest()[:16]
-
-
-def server_key(url: str) -> str:
-    """The address of a server as we remember it: scheme and host in small letters, no slash, nothing secret."""
-    parts = urlsplit(url.strip())
-    host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
-    return f"{parts.scheme.lower()}://{host}{parts.path.rstrip('/')}"
-
-
 def pause_seconds(attempt: int, error: Unavailable) -> float:
     """How long to wait after the attempt, counted from 0: what the server asks for, or 0.5 s and doubling."""
     asked = error.retry_after_seconds
     return min(_LONGEST_PAUSE_SECONDS, asked if asked is not None else _FIRST_PAUSE_SECONDS * 2.0**attempt)
-
-
-class _LegacyToken(httpx.Auth):
-    def __init__(self, token: str) -> None:
-        self._header = f"Token {token.strip()}"
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        request.headers["Authorization"] = self._header
-        yield request
-
-
-class _PersonalAccessToken(httpx.Auth):
-    """A personal access token is no key by itself: it is exchanged for access tokens, which live five minutes."""
-
-    requires_response_body = True
-
-    def __init__(self, url: str, token: str) -> None:
-        self._url = url
-        self._token = token.strip()
-        self._access = ""
-        self._renew_at = 0.0
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        if time.monotonic() >= self._renew_at:
-            self._take((yield self._exchange()))
-        request.headers["Authorization"] = f"Bearer {self._access}"
-        response = yield request
-        if response.status_code == httpx.codes.UNAUTHORIZED:
-            # Refused before anything was done, so even a write may be sent again.
-            self._take((yield self._exchange()))
-            request.headers["Authorization"] = f"Bearer {self._access}"
-            yield request
-
-    def _exchange(self) -> httpx.Request:
-        return httpx.Request("POST", f"{self._url}/api/token/refresh/", json={"refresh": self._token})
-
-    def _take(self, response: httpx.Response) -> None:
-        if not response.is_success:
-            raise _error(response, server_key(self._url), "/api/token/refresh/")
-        self._access = response.json()["access"]
-        claims = _claims(self._access)
-        lifetime = float(claims.get("exp", 0)) - float(claims.get("iat", 0))
-        # Its own lifetime, not its end: the two machines' clocks may differ.
-        self._renew_at = time.monotonic() + 0.8 * (lifetime if lifetime > 0 else 300.0)
-
-
-def _is_web_token(token: str) -> bool:
-    return token.strip().startswith("eyJ") and token.count(".") == 2
-
-
-def _claims(token: str) -> dict[str, Any]:
-    part = token.split(".")[1]
-    claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
-    return claims
 
 
 def _has_version(model_version: str) -> dict[str, Any]:
@@ -438,72 +291,10 @@ def _json(response: httpx.Response) -> Any:
         ) from error
 
 
-def _error(response: httpx.Response, url: str, path: str) -> LabelStudioError:
-    """The server's refusal as one of ours, with the remedy where there is one."""
-    status, said = response.status_code, redact(_said(response))
-    kind, remedy = _judge(status, said, response)
-    message = f"{url}{path} answered {status}: {said}{'; ' if remedy else ''}{remedy}"
-    return kind(message, status=status, retry_after_seconds=_retry_after(response))
-
-
-def _judge(status: int, said: str, response: httpx.Response) -> tuple[type[LabelStudioError], str]:
-    if status == httpx.codes.UNAUTHORIZED:
-        return Refused, _token_remedy(said)
-    if status == httpx.codes.FORBIDDEN:
-        return Refused, _forbidden_remedy(said)
-    if status == httpx.codes.NOT_FOUND:
-        return NotFound, ""
-    if status == httpx.codes.REQUEST_ENTITY_TOO_LARGE:
-        return TooLarge, "our requests have at most 8 MB: let the proxy before Label Studio take them"
-    if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.REQUEST_TIMEOUT) or status >= 500:
-        return Unavailable, ""
-    if response.is_redirect:
-        return Refused, f"it sends us to {response.headers.get('location', '?')}: mend MASKFLEET_LABEL_STUDIO_URL"
-    return Refused, ""
-
-
-def _said(response: httpx.Response) -> str:
-    """The server's own words, in a line."""
+def health_error(url: str) -> str | None:
+    """Why Label Studio does not answer as healthy at this address, without a token; None where it does."""
     try:
-        body = response.json()
-    except ValueError:
-        return " ".join(response.text.split())[:200] or "nothing"
-    if not isinstance(body, dict):
-        return str(body)[:500]
-    parts = [str(body["detail"])] if body.get("detail") else []
-    errors = body.get("validation_errors") or {name: body[name] for name in body.keys() - _ENVELOPE}
-    return "; ".join(parts + ([json.dumps(errors, ensure_ascii=False)[:500]] if errors else [])) or "nothing"
-
-
-_STORAGE_REMEDY = {
-    "s3": "Label Studio itself must reach the bucket: give its server S3_ENDPOINT, AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY in its environment, or let --send-keys store ours in the project",
-    "localfiles": "start Label Studio with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and "
-    "LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT set to a folder above the images, which it must see",
-}
-_ENVELOPE = {"id", "status_code", "version", "detail", "exc_info", "validation_errors", "display_context"}
-
-
-def _token_remedy(said: str) -> str:
-    if "legacy" in said:
-        return (
-            "legacy tokens are switched off in this organization: make a personal access token (Account & Settings) "
-            "and set MASKFLEET_LABEL_STUDIO_API_KEY to it, or let an owner allow legacy tokens (Organization, "
-            "API Tokens Settings)"
-        )
-    return "set MASKFLEET_LABEL_STUDIO_API_KEY to a token from Account & Settings in Label Studio"
-
-
-def _forbidden_remedy(said: str) -> str:
-    if "reserved network" in said or "reserved" in said.lower():
-        return (
-            "Label Studio refuses private addresses: give its server S3_ENDPOINT, AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY in its environment and add the storage without them (what `maskfleet label-studio "
-            "setup` does by default), or set SSRF_PROTECTION_ENABLED=false there"
-        )
-    return "the token's user may not do this"
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    value = response.headers.get("retry-after", "")
-    return float(value) if value.isdigit() else None
+        httpx.get(f"{url.rstrip('/')}/health", timeout=5).raise_for_status()
+    except httpx.HTTPError as error:
+        return str(error)
+    return None

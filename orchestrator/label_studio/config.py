@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.label_studio.client import LabelStudioError
-from orchestrator.label_studio.regions import (
+from orchestrator.label_studio.errors import LabelStudioError
+from orchestrator.label_studio.names import (
     BRUSH_CONTROL,
+    DEFAULT_LABEL,
     IMAGE_CONTROL,
     POLYGON_CONTROL,
     RECTANGLE_CONTROL,
@@ -204,3 +206,29 @@ def _label_tag(label: str) -> str:
 def _free_name(root: ElementTree.Element, name: str) -> str:
     taken = {element.get("name") for element in root.iter()}
     return next(free for free in (name, *(f"{name}{n}" for n in range(2, 1000))) if free not in taken)
+
+
+def label_config(labels: Sequence[str]) -> str:
+    """Write the labeling config: polygons, brush and rectangles with the same labels and colours, as XML.
+
+    Without labels it has the one that masks without a label get. Raises ValueError for a label that XML cannot carry.
+    """
+    view = ElementTree.Element("View")
+    image = {"name": IMAGE_CONTROL, "value": "$image", "zoom": "true", "zoomControl": "true", "rotateControl": "false"}
+    ElementTree.SubElement(view, "Image", image)
+    for tag, name in (
+        ("PolygonLabels", POLYGON_CONTROL),
+        ("BrushLabels", BRUSH_CONTROL),
+        ("RectangleLabels", RECTANGLE_CONTROL),
+    ):
+        control = ElementTree.SubElement(view, tag, {"name": name, "toName": IMAGE_CONTROL})
+        for label in dict.fromkeys(labels or [DEFAULT_LABEL]):
+            _check_label(label)
+            ElementTree.SubElement(control, "Label", {"value": label, "background": label_colour(label)})
+    ElementTree.indent(view)
+    return ElementTree.tostring(view, encoding="unicode")
+
+
+def _check_label(label: str) -> None:
+    if not label.strip() or any(unicodedata.category(character) in ("Cc", "Cs", "Cn") for character in label):
+        raise ValueError(f"label {label!r}: empty, or with control characters that Label Studio's config cannot carry")

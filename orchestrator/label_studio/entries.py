@@ -19,9 +19,10 @@ from typing import Any
 
 import orjson
 
-from orchestrator.label_studio.client import LabelStudioError
 from orchestrator.label_studio.config import Controls, address_regions, faults
-from orchestrator.label_studio.regions import RegionKind, Regions, prediction_task, regions_for
+from orchestrator.label_studio.errors import LabelStudioError
+from orchestrator.label_studio.names import RegionKind
+from orchestrator.label_studio.regions import Regions, prediction_task, regions_for
 from workers.masks import Mask
 
 # 8 MB pass the proxies that stop at 10.
@@ -164,8 +165,6 @@ def _by_mask(result: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
 def _json(value: Any) -> bytes:
     return orjson.dumps(value)  # 0.07 ms a task of fifty masks, where json takes 0.6
 
-
-# ------------------------------------------------------------------------------------------------------- processes
 
 # Kept for the life of this process: a publisher that follows makes a pass every few seconds.
 _pool: ProcessPoolExecutor | None = None

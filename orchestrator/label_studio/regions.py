@@ -7,27 +7,22 @@ that the region's id carries, and the IoU of what is shown with it is returned b
 from __future__ import annotations
 
 import math
-import unicodedata
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from orchestrator.label_studio.brush import BrushError, decode_brush, encode_brush_counts
-from orchestrator.shapes.colours import label_colour
-from orchestrator.shapes.polygons import PolygonError, Polygons, Ring, fit_polygons, polygon_edges, ring_px
-from orchestrator.shapes.runs import edges_of_masks, pixels_from_edges
-from workers.masks import BoolMask, Mask
-
-IMAGE_CONTROL = "image"
-POLYGON_CONTROL = "polygon"
-BRUSH_CONTROL = "brush"
-RECTANGLE_CONTROL = "rectangle"
-DEFAULT_LABEL = "object"
-
-RegionKind = Literal["auto", "polygon", "brush", "rectangle"]
+from orchestrator.label_studio.brush import encode_brush_counts
+from orchestrator.label_studio.names import (
+    BRUSH_CONTROL,
+    DEFAULT_LABEL,
+    IMAGE_CONTROL,
+    POLYGON_CONTROL,
+    RECTANGLE_CONTROL,
+    RegionKind,
+)
+from orchestrator.shapes.polygons import Polygons, fit_polygons
+from orchestrator.shapes.runs import edges_of_masks
+from workers.masks import Mask
 
 # Under the first a polygon misleads whoever corrects it, and auto takes the brush; under the second it is another mask.
 _MIN_POLYGON_IOU = 0.95
@@ -38,15 +33,6 @@ _TOGETHER = 50
 _CHARACTERS_TOGETHER = 500_000
 # A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
 _MAX_BRUSH_BYTES = 1_000_000
-_MAX_POINTS = 100_000
-# A region dragged off the picture is cut; one a hundred pictures away was not drawn by a person.
-_MAX_PERCENT = 10_000.0
-# 0.06 px off a circle of 6,000 px radius.
-_ELLIPSE_POINTS = 720
-
-
-class RegionError(ValueError):
-    """A region is not one that can be read as a mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,55 +106,6 @@ def prediction_task(
     }
     data = {"image": image, "asset_id": asset_id, "width": size_hw[1], "height": size_hw[0]}
     return {"data": data, "predictions": [prediction]}
-
-
-def label_config(labels: Sequence[str]) -> str:
-    """Write the labeling config: polygons, brush and rectangles with the same labels and colours, as XML.
-
-    Without labels it has the one that masks without a label get. Raises ValueError for a label that XML cannot carry.
-    """
-    view = ElementTree.Element("View")
-    image = {"name": IMAGE_CONTROL, "value": "$image", "zoom": "true", "zoomControl": "true", "rotateControl": "false"}
-    ElementTree.SubElement(view, "Image", image)
-    for tag, name in (
-        ("PolygonLabels", POLYGON_CONTROL),
-        ("BrushLabels", BRUSH_CONTROL),
-        ("RectangleLabels", RECTANGLE_CONTROL),
-    ):
-        control = ElementTree.SubElement(view, tag, {"name": name, "toName": IMAGE_CONTROL})
-        for label in dict.fromkeys(labels or [DEFAULT_LABEL]):
-            _check_label(label)
-            ElementTree.SubElement(control, "Label", {"value": label, "background": label_colour(label)})
-    ElementTree.indent(view)
-    return ElementTree.tostring(view, encoding="unicode")
-
-
-def mask_from_region(
-    region: Mapping[str, Any], *, size_hw: tuple[int, int] | None = None, max_pixels: int = 100_000_000
-) -> BoolMask:
-    """Read a polygon, brush, rectangle or ellipse region as (H, W) bool: the pixels whose centre it covers.
-
-    size_hw: the asset's frame, which the region must be of; without it the region's word is taken, up to max_pixels.
-    What lies outside the frame is cut off. Raises RegionError for a region that is not one of these or is damaged.
-    """
-    frame = _frame(region, size_hw, max_pixels)
-    kind, value = region.get("type"), region.get("value")
-    if not isinstance(value, Mapping):
-        raise RegionError(f"{_name(region)}: value is {type(value).__name__}, expected an object")
-    try:
-        if kind in ("brushlabels", "brush"):
-            return decode_brush(value.get("rle"), frame)
-        if kind in ("polygonlabels", "polygon"):
-            ring = ring_px(_points(region, value), frame)
-        elif kind in ("rectanglelabels", "rectangle"):
-            ring = _rectangle_px(region, value, frame)
-        elif kind in ("ellipselabels", "ellipse"):
-            ring = _ellipse_px(region, value, frame)
-        else:
-            raise RegionError(f"{_name(region)}: type {kind!r} has no mask; polygon, brush, rectangle and ellipse have")
-        return pixels_from_edges(polygon_edges([ring], frame), frame)
-    except (BrushError, PolygonError) as error:
-        raise RegionError(f"{_name(region)}: {error}") from error
 
 
 def mask_ordinal(region_id: str, asset_id: int | str) -> int | None:
@@ -252,77 +189,3 @@ def _region_dicts(mask: Mask, shape: _Shape, region_id: str) -> list[dict[str, A
 def _score(mask: Mask, *, limit: float) -> float:
     """The predicted IoU within 0..limit; 0 where the model gave none that is a number."""
     return min(max(mask.predicted_iou, 0.0), limit) if not math.isnan(mask.predicted_iou) else 0.0
-
-
-def _check_label(label: str) -> None:
-    if not label.strip() or any(unicodedata.category(character) in ("Cc", "Cs", "Cn") for character in label):
-        raise ValueError(f"label {label!r}: empty, or with control characters that Label Studio's config cannot carry")
-
-
-def _frame(region: Mapping[str, Any], size_hw: tuple[int, int] | None, max_pixels: int) -> tuple[int, int]:
-    """The region's (height, width), checked."""
-    sides = []
-    for name in ("original_height", "original_width"):
-        side = region.get(name)
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-            raise RegionError(f"{_name(region)}: {name} is {side!r:.50}, expected a whole number of pixels")
-        sides.append(side)
-    frame = (sides[0], sides[1])
-    if size_hw is not None and frame != size_hw:
-        raise RegionError(
-            f"{_name(region)}: drawn on {frame[::-1]} pixels (width, height), the image has {size_hw[::-1]}"
-        )
-    if size_hw is None and frame[0] * frame[1] > max_pixels:
-        raise RegionError(f"{_name(region)}: frame of {frame[1]} x {frame[0]}, more than {max_pixels} pixels")
-    if region.get("image_rotation", 0) != 0:
-        raise RegionError(f"{_name(region)}: drawn on the image turned by {region['image_rotation']!r:.50} degrees")
-    return frame
-
-
-def _points(region: Mapping[str, Any], value: Mapping[str, Any]) -> Ring:
-    points = value.get("points")
-    if not isinstance(points, list) or not 3 <= len(points) <= _MAX_POINTS:
-        raise RegionError(f"{_name(region)}: expected a list of 3 to {_MAX_POINTS} points")
-    try:
-        ring = np.array(points)
-    except ValueError as error:
-        raise RegionError(f"{_name(region)}: points are not all [x, y]") from error
-    if ring.ndim != 2 or ring.shape[1] != 2 or ring.dtype.kind not in "if" or not (np.abs(ring) <= _MAX_PERCENT).all():
-        raise RegionError(f"{_name(region)}: points are not all [x, y] in percent of the image")
-    return ring.astype(np.float64)
-
-
-def _numbers(region: Mapping[str, Any], value: Mapping[str, Any], *names: str) -> list[float]:
-    numbers = []
-    for name in names:
-        number = value.get(name, 0 if name == "rotation" else None)
-        if not isinstance(number, (int, float)) or isinstance(number, bool) or not abs(number) <= _MAX_PERCENT:
-            raise RegionError(f"{_name(region)}: {name} is {number!r:.50}, expected a number, in percent or degrees")
-        numbers.append(float(number))
-    return numbers
-
-
-def _rectangle_px(region: Mapping[str, Any], value: Mapping[str, Any], size_hw: tuple[int, int]) -> Ring:
-    """Corners in pixels; Label Studio turns a rectangle clockwise about its x, y corner."""
-    x, y, width, height, rotation = _numbers(region, value, "x", "y", "width", "height", "rotation")
-    corners = ring_px(np.array([[0.0, 0.0], [width, 0.0], [width, height], [0.0, height]]), size_hw)
-    return _turned(corners, rotation) + ring_px(np.array([[x, y]]), size_hw)
-
-
-def _ellipse_px(region: Mapping[str, Any], value: Mapping[str, Any], size_hw: tuple[int, int]) -> Ring:
-    """Points in pixels; x, y is the centre, the radii are percent of width and height, turned about the centre."""
-    x, y, radius_x, radius_y, rotation = _numbers(region, value, "x", "y", "radiusX", "radiusY", "rotation")
-    angle = np.linspace(0, 2 * np.pi, _ELLIPSE_POINTS, endpoint=False)
-    rim = ring_px(np.stack((radius_x * np.cos(angle), radius_y * np.sin(angle)), axis=1), size_hw)
-    return _turned(rim, rotation) + ring_px(np.array([[x, y]]), size_hw)
-
-
-def _turned(ring: Ring, degrees: float) -> Ring:
-    """Turn clockwise on the screen, where y points down, about the origin."""
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turned: Ring = ring @ np.array([[cos, sin], [-sin, cos]])
-    return turned
-
-
-def _name(region: Mapping[str, Any]) -> str:
-    return f"region {region.get('id')!r:.60}"

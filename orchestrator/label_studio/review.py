@@ -15,124 +15,20 @@ What counts, of an asset's task in the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import Engine
-
-from db import annotations as reviewing
-from db.annotations import AnnotationRow, Annotator, AssetCounts, KnownTask, Reviewed, Tally
-from db.jobs import Job
-from db.publishing import Place
-from db.tables import Standing
+from db.annotations import AnnotationRow, KnownTask, known_tasks, replace_annotations, set_watermark, watermark
+from db.publishing import LsProject
+from db.session import Engine
+from db.states import Standing
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.verdicts import annotator, base_prediction, choose, compare
-
-ACCEPTED_SHARE = 0.95
-WORST = 10
-BANDS = 20
 
 _PAGE = 20  # whole tasks: with 150 brush masks one is 2 MB
 # A change may be committed after another that carries a later time.
 _OVERLAP = timedelta(minutes=1)
-
-Key = TypeVar("Key")
-
-
-@dataclass(slots=True, kw_only=True)
-class Numbers:
-    """Masks by verdict. relabelled: the edited ones with another label. mean_iou: of the edited ones, None without."""
-
-    kept: int = 0
-    edited: int = 0
-    relabelled: int = 0
-    deleted: int = 0
-    added: int = 0
-    measured: int = 0
-    iou_sum: float = 0.0
-
-    def add(self, tally: Tally) -> None:
-        setattr(self, tally.verdict, getattr(self, tally.verdict) + tally.masks)
-        self.relabelled += tally.relabelled
-        self.measured += tally.measured
-        self.iou_sum += tally.iou_sum
-
-    @property
-    def predicted(self) -> int:
-        return self.kept + self.edited + self.deleted
-
-    @property
-    def mean_iou(self) -> float | None:
-        return self.iou_sum / self.measured if self.measured else None
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "predicted": self.predicted,
-            "kept": self.kept,
-            "edited": self.edited,
-            "relabelled": self.relabelled,
-            "deleted": self.deleted,
-            "added": self.added,
-            "mean_iou_edited": None if self.mean_iou is None else round(self.mean_iou, 6),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
-    """Of the judged predictions with this score or more, at least `share` were kept untouched."""
-
-    share: float
-    score: float
-    predictions: int
-    kept: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Review:
-    """What people made of a job in one project. All but by_version is of annotations begun from the job's version."""
-
-    job: Job
-    place: Place
-    assets: AssetCounts
-    masks: Numbers
-    by_label: Mapping[str, Numbers]
-    by_band: Mapping[int, Numbers]
-    by_version: Mapping[str | None, Numbers]
-    by_score: Sequence[tuple[float, int, int]]
-    accepted: Accepted | None
-    annotators: Sequence[Annotator]
-    timed_tasks: int
-    seconds_total: float
-    seconds_mean: float | None
-    seconds_median: float | None
-    worst: Sequence[Reviewed] = field(default=())
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "job": self.job.id,
-            "model_version": self.job.model_version,
-            "server": self.place.server,
-            "project": self.place.project_id,
-            "assets": asdict(self.assets),
-            "masks": self.masks.as_json(),
-            "by_label": {label: numbers.as_json() for label, numbers in self.by_label.items()},
-            "by_model_version": [{"model_version": v, **n.as_json()} for v, n in self.by_version.items()],
-            "by_score": [
-                {"from": band / BANDS, "to": (band + 1) / BANDS, **numbers.as_json()}
-                for band, numbers in self.by_band.items()
-            ],
-            "accepted_untouched": asdict(self.accepted) if self.accepted else None,
-            "seconds_a_task": {
-                "tasks": self.timed_tasks,
-                "total": self.seconds_total,
-                "mean": self.seconds_mean,
-                "median": self.seconds_median,
-            },
-            "annotators": [asdict(person) for person in self.annotators],
-            "worst": [asdict(asset) for asset in self.worst],
-        }
 
 
 def pull(
@@ -143,7 +39,7 @@ def pull(
     A page at a time, so memory does not grow with the project. The order by id, and a filter that no task leaves while
     it is worked on, make sure that a page turned while people work skips nothing. Reading again is harmless.
     """
-    place = Place(client.url, project_id)
+    ls_project = LsProject(client.url, project_id)
     client.get_project(project_id)
     last = next(
         iter(client.list_tasks(project_id, include=("id", "updated_at"), ordering=("-tasks:updated_at",), page_size=1)),
@@ -153,61 +49,20 @@ def pull(
         return 0
     newest = datetime.fromisoformat(last["updated_at"])
     with engine.begin() as db:
-        seen = reviewing.watermark(db, place=place)
+        seen = watermark(db, ls_project=ls_project)
     filters = _changed_since(newest) if seen is None else _changed_since(seen - _OVERLAP)[:1]
     count = 0
     page: list[dict[str, Any]] = []
     for task in client.list_tasks(project_id, filters, any_of=True, whole=True, page_size=_PAGE):
         page.append(task)
         if len(page) == _PAGE:
-            count += _store(engine, place, page)
+            count += _store(engine, ls_project, page)
             progress(count)
             page = []
-    count += _store(engine, place, page)
+    count += _store(engine, ls_project, page)
     with engine.begin() as db:
-        reviewing.set_watermark(db, place=place, watermark=newest)
+        set_watermark(db, ls_project=ls_project, watermark=newest)
     return count
-
-
-def read_review(engine: Engine, job: Job, place: Place) -> Review:
-    """Count what has been read so far."""
-    with engine.begin() as db:
-        tallies = reviewing.tallies(db, job_id=job.id, place=place)
-        by_score = reviewing.kept_by_score(db, job_id=job.id, place=place)
-        tasks, total, mean, median = reviewing.lead_seconds(db, job_id=job.id, place=place)
-        ours = [tally for tally in tallies if tally.model_version == job.model_version]
-        return Review(
-            job=job,
-            place=place,
-            assets=reviewing.asset_counts(db, job_id=job.id, place=place),
-            masks=_sum(ours, lambda _: "all").get("all", Numbers()),
-            by_label=_sum(ours, lambda tally: tally.label),
-            by_band=_sum([tally for tally in ours if tally.band is not None], lambda tally: tally.band or 0),
-            by_version=_sum(tallies, lambda tally: tally.model_version),
-            by_score=by_score,
-            accepted=accepted_above(by_score, share=ACCEPTED_SHARE),
-            annotators=reviewing.annotators(db, job_id=job.id, place=place),
-            timed_tasks=tasks,
-            seconds_total=total,
-            seconds_mean=mean,
-            seconds_median=median,
-            worst=reviewing.worst_assets(db, job_id=job.id, place=place, limit=WORST),
-        )
-
-
-def accepted_above(by_score: Sequence[tuple[float, int, int]], *, share: float) -> Accepted | None:
-    """The lowest score from which on at least `share` of the predictions were kept; None where there is none.
-
-    by_score: (score, kept, predictions), the highest score first.
-    """
-    found = None
-    kept = predictions = 0
-    for score, kept_here, here in by_score:
-        kept += kept_here
-        predictions += here
-        if kept >= share * predictions:
-            found = Accepted(share=share, score=score, predictions=predictions, kept=kept)
-    return found
 
 
 def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]:
@@ -245,18 +100,18 @@ def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]
     return rows
 
 
-def _store(engine: Engine, place: Place, tasks: Sequence[Mapping[str, Any]]) -> int:
+def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, Any]]) -> int:
     """Judge a page of tasks and replace what is remembered of them; tasks of others are passed over."""
     named = [(str(task["data"].get("asset_id")), task) for task in tasks]
     with engine.begin() as db:
-        known = reviewing.known_tasks(db, place=place, asset_uids=[uid for uid, _ in named])
+        known = known_tasks(db, ls_project=ls_project, asset_uids=[uid for uid, _ in named])
     judged = {
         known[uid].ls_task_id: judge_task(task, known[uid])
         for uid, task in named
         if uid in known and known[uid].task_id == task["id"]
     }
     with engine.begin() as db:
-        reviewing.replace_annotations(db, annotations=judged)
+        replace_annotations(db, annotations=judged)
     return len(judged)
 
 
@@ -269,10 +124,3 @@ def _changed_since(moment: datetime) -> list[dict[str, Any]]:
         {"filter": "filter:tasks:total_annotations", **worked_on},
         {"filter": "filter:tasks:cancelled_annotations", **worked_on},
     ]
-
-
-def _sum(tallies: Iterable[Tally], key: Callable[[Tally], Key]) -> dict[Key, Numbers]:
-    found: dict[Key, Numbers] = {}
-    for tally in tallies:
-        found.setdefault(key(tally), Numbers()).add(tally)
-    return found

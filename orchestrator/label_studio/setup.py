@@ -13,9 +13,18 @@ from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 from db.settings import settings
-from orchestrator.label_studio.client import LabelStudio, LabelStudioError, Project
-from orchestrator.label_studio.config import ALL_KINDS, add_smart_tools, find_controls, merge_config, missing_lines
-from orchestrator.label_studio.regions import DEFAULT_LABEL, label_config
+from orchestrator.label_studio.answers import Project
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.config import (
+    ALL_KINDS,
+    add_smart_tools,
+    find_controls,
+    label_config,
+    merge_config,
+    missing_lines,
+)
+from orchestrator.label_studio.errors import LabelStudioError
+from orchestrator.label_studio.names import DEFAULT_LABEL
 
 SAMPLING = "Uncertainty sampling"  # orders the stream by rising prediction score: what needs a person comes first
 VIEW_TITLE = "Lowest scores first"

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from db.annotations import RegionRow
-from db.tables import Standing, Verdict
-from orchestrator.label_studio.regions import DEFAULT_LABEL, RegionError, mask_from_region, mask_ordinal
+from db.states import Standing, Verdict
+from orchestrator.label_studio.drawn import RegionError, mask_from_region
+from orchestrator.label_studio.names import DEFAULT_LABEL
+from orchestrator.label_studio.regions import mask_ordinal
 from orchestrator.shapes.runs import edges_from_pixels, run_iou
 from workers.masks import BoolMask, mask_from_pixels
 

@@ -1,4 +1,4 @@
-"""What is reachable from this machine, what is missing, and how to mend it."""
+"""What is reachable from this machine, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-import boto3
-import httpx
-from kombu.exceptions import OperationalError as BrokerAway
-from sqlalchemy.exc import OperationalError
-
-from db.session import DatabaseNotReady, check_migrated, open_engine
+from db.session import DatabaseNotReady, OperationalError, check_migrated, open_engine
 from db.settings import settings
-from workers import models
+from orchestrator.label_studio.client import health_error
 from workers.errors import redact
+from workers.models.files import is_present, weights_dir
+from workers.models.registry import MODELS, find_model
+from workers.storage.bucket import endpoint_error, has_credentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +46,16 @@ def _devices() -> Finding:
     try:
         devices = find_devices("all")
     except DeviceError as error:
-        return Finding(what="devices", ok=False, found=str(error), remedy="mend the NVIDIA driver, or --devices cpu")
+        return Finding(what="devices", ok=False, found=str(error), remedy="fix the NVIDIA driver, or --devices cpu")
     names = ", ".join(device.name for device in devices)
     return Finding(what="devices", ok=True, found=names if devices[0].cuda_id else f"{names} (no CUDA device)")
 
 
 def _weights() -> Finding:
-    present = [spec.name for spec in models.MODELS.values() if models.is_present(spec)]
-    real = [name for name in present if not models.find(name).demonstration]
+    present = [spec.name for spec in MODELS.values() if is_present(spec)]
+    real = [name for name in present if not find_model(name).demonstration]
     remedy = "" if real else "for real work: maskfleet models pull sam_vit_b"
-    return Finding(what="weights", ok=True, found=f"{', '.join(present)} in {models.weights_dir()}", remedy=remedy)
+    return Finding(what="weights", ok=True, found=f"{', '.join(present)} in {weights_dir()}", remedy=remedy)
 
 
 def _postgres() -> Finding:
@@ -70,7 +68,7 @@ def _postgres() -> Finding:
     try:
         check_migrated(engine)
     except OperationalError as error:
-        remedy = "start it, or mend MASKFLEET_DATABASE_URL"
+        remedy = "start it, or fix MASKFLEET_DATABASE_URL"
         return Finding(what="postgres", ok=False, found=redact(str(error.orig).strip()), remedy=remedy)
     except DatabaseNotReady as error:
         return Finding(what="postgres", ok=False, found=str(error), remedy="maskfleet migrate")
@@ -81,28 +79,23 @@ def _broker() -> Finding:
     if settings().broker_url is None:
         remedy = "`maskfleet run` brings its own; a deployment sets MASKFLEET_BROKER_URL"
         return Finding(what="broker", ok=None, found="MASKFLEET_BROKER_URL is not set", remedy=remedy)
-    from workers.running.app import app
+    from workers.running.app import BrokerAway, check_broker  # Celery, which other commands do without
 
     try:
-        with app.connection_for_read() as connection:
-            connection.ensure_connection(max_retries=1, timeout=5)
-            return Finding(what="broker", ok=True, found=connection.as_uri())
-    except (BrokerAway, OSError) as error:
-        remedy = "start it, or mend MASKFLEET_BROKER_URL"
+        return Finding(what="broker", ok=True, found=check_broker())
+    except BrokerAway as error:
+        remedy = "start it, or fix MASKFLEET_BROKER_URL"
         return Finding(what="broker", ok=False, found=redact(str(error)), remedy=remedy)
 
 
 def _s3() -> Finding:
     endpoint = settings().s3_endpoint or "AWS"
-    if boto3.Session().get_credentials() is None:
+    if not has_credentials():
         remedy = "for s3:// sources set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         return Finding(what="s3", ok=None, found=f"no credentials for {endpoint}", remedy=remedy)
-    if settings().s3_endpoint:
-        try:
-            httpx.get(endpoint, timeout=5)
-        except httpx.HTTPError as error:
-            remedy = "start it, or mend MASKFLEET_S3_ENDPOINT"
-            return Finding(what="s3", ok=False, found=f"{endpoint} does not answer: {error}", remedy=remedy)
+    if settings().s3_endpoint and (error := endpoint_error(endpoint)):
+        remedy = "start it, or fix MASKFLEET_S3_ENDPOINT"
+        return Finding(what="s3", ok=False, found=f"{endpoint} does not answer: {error}", remedy=remedy)
     return Finding(what="s3", ok=True, found=f"credentials found, {endpoint}")
 
 
@@ -111,10 +104,7 @@ def _label_studio() -> Finding:
     if url is None:
         remedy = "to publish predictions set MASKFLEET_LABEL_STUDIO_URL"
         return Finding(what="label studio", ok=None, found="MASKFLEET_LABEL_STUDIO_URL is not set", remedy=remedy)
-    try:
-        answer = httpx.get(f"{url.rstrip('/')}/health", timeout=5)
-        answer.raise_for_status()
-    except httpx.HTTPError as error:
-        remedy = "start it, or mend MASKFLEET_LABEL_STUDIO_URL"
+    if error := health_error(url):
+        remedy = "start it, or fix MASKFLEET_LABEL_STUDIO_URL"
         return Finding(what="label studio", ok=False, found=f"{url} does not answer: {error}", remedy=remedy)
     return Finding(what="label studio", ok=True, found=url)

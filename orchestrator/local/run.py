@@ -22,16 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from sqlalchemy import Engine
-
-from db import jobs as queries
+from db import jobs, queue
 from db.jobs import Job
-from db.session import migrate, open_engine
+from db.session import Engine, migrate, open_engine
 from db.settings import settings
-from db.tables import JobState
+from db.states import JobState
 from orchestrator.jobs.request import Request, submit_job
 from orchestrator.local.postgres import EmbeddedPostgres
+from orchestrator.terminal.console import Console
 from orchestrator.terminal.jobs import follow_job
 from workers.storage.source import open_source
 
@@ -108,14 +106,14 @@ def _begin(engine: Engine, request: Request) -> Job:
     """Go on with the unfinished job that was asked the same, or make one."""
     version, asked = request.model_version(), request.asked()
     with engine.begin() as db:
-        job = queries.find_unfinished_job(
+        job = jobs.find_unfinished_job(
             db, source=request.source, model_version=version, asked=asked, fresh=request.fresh
         )
         # The lock says that no other worker is alive, so nobody has to wait for a dead one's lease.
-        queries.expire_all_leases(db)
+        queue.expire_all_leases(db)
         if job is None:
             return submit_job(db, request)
-        queries.resume_job(db, job_id=job.id)
+        jobs.resume_job(db, job_id=job.id)
         return job
 
 
@@ -175,7 +173,9 @@ def _dispatcher(engine: Engine) -> Iterator[None]:
 
 
 def _write_outputs(engine: Engine, job: Job, out: Path, *, seconds: float, notice: str | None) -> Outputs:
-    from orchestrator.export.coco import export_coco, export_label_studio, write_summary
+    from orchestrator.export.coco import export_coco
+    from orchestrator.export.label_studio import export_label_studio
+    from orchestrator.export.summary import write_summary
     from orchestrator.pages.gallery import write_gallery
 
     patient = open_engine(engine.url.render_as_string(hide_password=False), statement_timeout_seconds=0)

@@ -1,0 +1,1 @@
+"""Pages to look at that need no server: the gallery, the review."""

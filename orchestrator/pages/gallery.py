@@ -8,9 +8,6 @@ comes from a source is text from strangers and goes through `safe_text`.
 from __future__ import annotations
 
 import base64
-import colorsys
-import hashlib
-import html
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,32 +18,26 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
-import cv2
-import numpy as np
-from sqlalchemy import Connection
-
-from db import jobs as queries
-from db.jobs import Counts, FailedAsset, Job, LabeledAsset, StoredMask
+from db import jobs, results
+from db.jobs import Counts, Job
+from db.results import FailedAsset, LabeledAsset
+from db.session import Connection
 from db.settings import settings
-from orchestrator.export.coco import replacing
+from orchestrator.pages.page import TEMPLATE, chart, counted, duration, fill_template, safe_text, tile
+from orchestrator.pages.photo import mask_outlines, small_jpeg
 from orchestrator.shapes.colours import label_colour
-from orchestrator.shapes.outlines import GRID, outline
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
-from workers.images.decode import RgbImage, decode, thumbnail_jpeg
+from workers.images.decode import decode
+from workers.images.pixels import RgbImage
 from workers.storage.source import open_source
 
-TEMPLATE = Path(__file__).with_name("gallery.html")
 MAX_CARDS = 200
 MAX_FAILED = 500
 
-_PHOTO_SIDE_PX = 1280
-_PHOTO_QUALITY = 82
 _ALL_PHOTOS_BYTES = 22_000_000  # a third more as base64
 _PHOTO_BYTES = 300_000
-_MASKS_CHARS = 40_000  # of all outlines of an asset; those of 100 masks of a busy scene
 _THREADS = 4  # decoding and outlines run outside the interpreter's lock; fetching waits
 _PIXELS_AT_ONCE = 50_000_000  # decoding takes 7 bytes each
-_BARS = 24
 
 log = logging.getLogger(__name__)
 
@@ -95,14 +86,14 @@ def write_gallery(db: Connection, job: Job, out: Path, *, seconds: float, notice
 
     gallery = Gallery(
         job=job,
-        counts=queries.count_job(db, job_id=job.id),
+        counts=jobs.count_job(db, job_id=job.id),
         seconds=seconds,
         notice=notice,
-        assets=queries.sample_labeled(db, job_id=job.id, limit=MAX_CARDS),
-        failed=queries.failed_assets(db, job_id=job.id, limit=MAX_FAILED),
-        labels=queries.labels_of(db, job_id=job.id),
-        masks_per_asset=queries.masks_per_asset(db, job_id=job.id),
-        iou_percents=queries.predicted_iou_percents(db, job_id=job.id),
+        assets=results.sample_labeled(db, job_id=job.id, limit=MAX_CARDS),
+        failed=results.failed_assets(db, job_id=job.id, limit=MAX_FAILED),
+        labels=results.labels_of(db, job_id=job.id),
+        masks_per_asset=results.masks_per_asset(db, job_id=job.id),
+        iou_percents=results.predicted_iou_percents(db, job_id=job.id),
         read=read,
     )
     write_page(gallery, out)
@@ -125,25 +116,6 @@ def write_page(gallery: Gallery, out: Path) -> None:
         "footer": _footer(gallery.job),
     }
     fill_template(TEMPLATE.read_text(encoding="utf-8"), parts, out)
-
-
-def fill_template(template: str, parts: Mapping[str, Iterable[str]], out: Path) -> None:
-    """Write the template to `out` with each {{name}} filled; {{script_hash}} is found here, from the script in it."""
-    script = template.partition("<script>")[2].partition("</script>")[0]
-    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    with replacing(out) as file:
-        # What fills one gap is never looked at for another, whatever it says.
-        for n, piece in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
-            file.writelines([piece] if n % 2 == 0 else [script_hash] if piece == "script_hash" else parts[piece])
-
-
-def instance_colour(n: int) -> str:
-    """The nth colour, #rrggbb: hues a golden ratio of the circle apart, so that any few neighbours differ."""
-    rgb = colorsys.hls_to_rgb((0.47 + n * 0.618033988749895) % 1, (0.55, 0.62, 0.48)[n % 3], 0.85)
-    return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
-
-
-# -------------------------------------------------------------------------------------------------------------- cards
 
 
 def _cards(gallery: Gallery) -> Iterator[str]:
@@ -207,56 +179,6 @@ def _photo(asset: LabeledAsset, read: Callable[[str], RgbImage], photo_bytes: in
     return f'<img src="data:image/jpeg;base64,{data}" alt="{safe_text(asset.key)}">'
 
 
-def small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
-    """Shrink until it fits; a few tries, since a JPEG's bytes go about with its pixels."""
-    height, width = image.shape[:2]
-    side = min(_PHOTO_SIDE_PX, max(height, width))
-    if max(height, width) > side:
-        # Averaging to the first size is 10 times as fast as Pillow's filter, which takes 0.1 s for 12 MP.
-        scale = side / max(height, width)
-        size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
-        image = cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    jpeg = thumbnail_jpeg(image, side, _PHOTO_QUALITY)
-    while len(jpeg) > most_bytes and side > 64:
-        side = int(side * min(0.9, 0.95 * (most_bytes / len(jpeg)) ** 0.5))
-        jpeg = thumbnail_jpeg(image, side, _PHOTO_QUALITY)
-    return jpeg
-
-
-def mask_outlines(asset: LabeledAsset, *, by_label: bool) -> tuple[str, int]:
-    """The masks as SVG, large ones below small ones, and how many there was no room for."""
-    height, width = asset.size_hw
-    unit = GRID / max(height, width)
-    paths: list[str] = []
-    room = _MASKS_CHARS
-    left_out = 0
-    for mask in sorted(asset.masks, key=lambda mask: (-mask.area_px, mask.n)):
-        path = _mask_path(mask, asset.size_hw, by_label=by_label) if room > 0 else ""
-        room -= len(path)
-        left_out += not path
-        paths.append(path)
-    box = f"0 0 {width * unit:.1f} {height * unit:.1f}"
-    return f'<svg class="masks" viewBox="{box}" aria-hidden="true">{"".join(paths)}</svg>', left_out
-
-
-def _mask_path(mask: StoredMask, size_hw: tuple[int, int], *, by_label: bool) -> str:
-    try:
-        d = outline(mask, size_hw)
-    except ValueError as error:
-        log.warning("mask %d of asset %d is not drawn: %s", mask.n, mask.asset_id, error)
-        return ""
-    colour = label_colour(mask.label) if by_label and mask.label is not None else instance_colour(mask.n)
-    scores = f' data-area="{mask.area_px}" data-iou="{mask.predicted_iou:.2f}"'
-    if mask.stability_score is not None:
-        scores += f' data-stability="{mask.stability_score:.2f}"'
-    if mask.label is not None:
-        scores += f' data-label="{safe_text(mask.label)}"'
-    return f'<path color="{colour}" data-n="{mask.n}"{scores} d="{d}"/>' if d else ""
-
-
-# --------------------------------------------------------------------------------------------------------------- rest
-
-
 def _facts(job: Job) -> Iterator[str]:
     facts = {"Source": job.source, "Model": job.model_version, "Job": str(job.id)}
     for name, value in facts.items():
@@ -287,10 +209,6 @@ def _tiles(gallery: Gallery) -> Iterator[str]:
         yield tile("without prompts", f"{counts.without_prompts:,}")
 
 
-def tile(name: str, number: str, css_class: str = "") -> str:
-    return f'<div class="{css_class}"><dt>{safe_text(name)}</dt><dd>{number}</dd></div>'
-
-
 def _share(counts: Counts) -> Iterator[str]:
     shares = {"": counts.labeled, "bad": counts.failed, "pending": counts.pending}
     return (f'<i class="{name}" style="flex:{number}"></i>' for name, number in shares.items() if number)
@@ -299,31 +217,6 @@ def _share(counts: Counts) -> Iterator[str]:
 def _charts(gallery: Gallery) -> Iterator[str]:
     yield chart("Masks an asset", gallery.masks_per_asset, "asset", "{:,}", step=1)
     yield chart("Predicted IoU of the masks", gallery.iou_percents, "mask", "{:.2f}", step=0.01)
-
-
-def chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step: float) -> str:
-    """A histogram of at most _BARS bars over the values that occur."""
-    if not numbers:
-        return f"<figure><figcaption>{title}</figcaption><p class='quiet'>none</p></figure>"
-    low = min(numbers)
-    width = -(-(max(numbers) - low + 1) // _BARS)
-    bars = [0] * ((max(numbers) - low) // width + 1)
-    for value, number in numbers.items():
-        bars[(value - low) // width] += number
-    # Few values are few bars on the left, not slabs.
-    columns = max(len(bars), 6)
-    drawn = [
-        f'<rect x="{i + 0.08:g}" y="{100 - height:.1f}" width="0.84" height="{height:.1f}">'
-        f"<title>{form.format((low + i * width) * step)}: {counted(number, unit)}</title></rect>"
-        for i, number in enumerate(bars)
-        if (height := max(2.0, 100 * number / max(bars)) if number else 0)
-    ]
-    ends = "".join(f"<span>{form.format(value * step)}</span>" for value in sorted({low, max(numbers)}))
-    return (
-        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {columns} 100" role="img" '
-        f'preserveAspectRatio="none" aria-label="{title}: histogram">{"".join(drawn)}</svg>'
-        f'<div class="ends" style="width:{100 * len(bars) / columns:.1f}%" aria-hidden="true">{ends}</div></figure>'
-    )
 
 
 def _shown(labeled: int) -> str:
@@ -376,32 +269,3 @@ def _footer(job: Job) -> Iterator[str]:
     yield f"<span>maskfleet {version('maskfleet')}, job {job.id}</span>"
     yield f"<span>written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</span>"
     yield "<span>Masks are drawn as outlines; <code>maskfleet export</code> gives their exact pixels.</span>"
-
-
-def counted(number: int, unit: str) -> str:
-    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f}<small> s</small>"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,}<small> h</small> {minutes}<small> min</small>"
-    return f"{minutes}<small> min</small> {rest}<small> s</small>"
-
-
-# Characters that turn the text around them, or break the line, without being seen.
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
-
-
-def safe_text(text: str) -> str:
-    """Escape for HTML text and quoted attributes; what cannot be seen is shown as its code."""
-    return html.escape(_UNSEEN.sub(_visible, text), quote=True)
-
-
-def _visible(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    # The control pictures: ␊ and its like.
-    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"

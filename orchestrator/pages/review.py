@@ -12,24 +12,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine
-
-from db import annotations as reviewing
-from db import jobs as queries
-from db.annotations import Reviewed
-from db.jobs import LabeledAsset
+from db import results, reviewed_masks
+from db.results import LabeledAsset
+from db.review_counts import Reviewed
+from db.session import Connection, Engine
 from db.settings import settings
-from orchestrator.label_studio.review import BANDS, Numbers, Review
-from orchestrator.pages.gallery import (
-    TEMPLATE,
-    counted,
-    duration,
-    fill_template,
-    mask_outlines,
-    safe_text,
-    small_jpeg,
-    tile,
-)
+from orchestrator.label_studio.review_numbers import BANDS, Numbers, Review
+from orchestrator.pages.page import TEMPLATE, counted, duration, fill_template, safe_text, tile
+from orchestrator.pages.photo import mask_outlines, small_jpeg
 from workers.errors import AssetError, SourceError, TransientError
 from workers.images.decode import decode
 from workers.storage.source import open_source
@@ -61,7 +51,7 @@ def _facts(review: Review) -> Iterator[str]:
     facts = {
         "Source": review.job.source,
         "Model": review.job.model_version,
-        "Label Studio": f"{review.place.server}/projects/{review.place.project_id}",
+        "Label Studio": f"{review.ls_project.server}/projects/{review.ls_project.project_id}",
     }
     for name, value in facts.items():
         yield f"<div><dt>{name}</dt><dd><code>{safe_text(value)}</code></dd></div>"
@@ -181,8 +171,8 @@ def _worst(db: Connection, review: Review) -> Iterator[str]:
 def _pair(db: Connection, review: Review, asset: Reviewed) -> str:
     ids = [asset.asset_id]
     with db.begin():
-        before = queries.masks_of(db, asset_ids=ids).get(asset.asset_id, [])
-        after = reviewing.chosen_masks(db, job_id=review.job.id, asset_ids=ids).get(asset.asset_id, [])
+        before = results.masks_of(db, asset_ids=ids).get(asset.asset_id, [])
+        after = reviewed_masks.chosen_masks(db, job_id=review.job.id, asset_ids=ids).get(asset.asset_id, [])
     photo = _photo(review, asset.key)
     key = safe_text(asset.key)
     sides = []

@@ -1,0 +1,1 @@
+"""Prompt files and detectors to rows: where a job asks for masks."""

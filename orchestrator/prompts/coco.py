@@ -11,7 +11,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import ijson
 
-from db.tables import PromptMatch
+from db.states import PromptMatch
 from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
 
 _OURS = {"key", "prompts"}

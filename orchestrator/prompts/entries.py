@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from db.tables import PromptMatch
+from db.states import PromptMatch
 from workers.errors import SourceError
 from workers.prompts import PromptError
 

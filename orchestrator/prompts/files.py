@@ -16,14 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from db.tables import PromptMatch
+from db.states import PromptMatch
 from orchestrator.prompts import coco as coco_prompts
 from orchestrator.prompts import yolo as yolo_prompts
 from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
 from workers.errors import AssetError, ErrorKind, redact
-from workers.models import ModelSpec
+from workers.models.spec import ModelSpec
 from workers.prompts import Prompt, PromptError, PromptKind, is_storable, parse_prompt, takes
-from workers.storage.source import Bucket, open_source
+from workers.storage.bucket import Bucket
+from workers.storage.source import open_source
 
 MOST_LINE_BYTES = 64 * 2**20  # some hundred thousand prompts on one asset
 _KEPT_REPORTS = 100

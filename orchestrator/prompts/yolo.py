@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from db.tables import PromptMatch
+from db.states import PromptMatch
 from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
 from workers.errors import AssetError, ErrorKind, TransientError
 from workers.prompts import PromptError
-from workers.storage.source import Source, open_source
+from workers.storage.asset import Source
+from workers.storage.source import open_source
 
 _FRACTIONS = [1, 1]  # a prompt's size_wh
 _NAMES_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt")

@@ -1,0 +1,1 @@
+"""Masks as shapes: runs, polygons, outlines, colours. Pure functions."""

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from db.jobs import StoredMask
+from db.results import StoredMask
 from orchestrator.shapes.runs import crop_edges, edges_from_counts
 
 GRID = 1280

@@ -46,15 +46,17 @@ ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "testdata" / "photos_plain"
 sys.path.insert(0, str(ROOT))
 
-from workers.engine import decoder as engine_decoder  # noqa: E402
-from workers.engine.automatic import automatic_masks, masks_by, prompt_logits  # noqa: E402
-from workers.engine.decoder import promptable  # noqa: E402
+from workers.engine import sam as engine_sam  # noqa: E402
+from workers.engine.automatic import automatic_masks, masks_by  # noqa: E402
+from workers.engine.decoder import decode_points, prompt_logits  # noqa: E402
 from workers.engine.device import default_device  # noqa: E402
 from workers.engine.device_search import DeviceSearch  # noqa: E402
 from workers.engine.folded_decoder import FoldedDecoder  # noqa: E402
+from workers.engine.sam import promptable  # noqa: E402
 from workers.images.decode import decode  # noqa: E402
-from workers.models import MODELS, find, is_present, largest_present  # noqa: E402
+from workers.models.files import is_present  # noqa: E402
 from workers.models.fused_attention import fuse_attention  # noqa: E402
+from workers.models.registry import MODELS, find_model, largest_present  # noqa: E402
 from workers.models.sam import ARCHITECTURES, load_sam  # noqa: E402
 from workers.params import AutomaticParams, automatic_params  # noqa: E402
 
@@ -341,8 +343,8 @@ def section_memory(repeat: int) -> list[Row]:
 def plant(sam: Sam) -> None:
     """Have the decoder run for its cost, folded on our side, and the scene answer."""
     sam.mask_decoder = PlantedDecoder(Scene(sam.prompt_encoder), sam.mask_decoder)
-    engine_decoder.folds = lambda decoder, from_dim: True
-    engine_decoder.FoldedDecoder = PlantedFolded
+    engine_sam.folds = lambda decoder, from_dim: True
+    engine_sam.FoldedDecoder = PlantedFolded
 
 
 def section_vit_b(repeat: int) -> list[Row]:
@@ -387,9 +389,9 @@ def section_decoder(repeat: int) -> list[Row]:
         results = []
         seconds = []
         for fold in (False, True):
-            engine_decoder.folds = lambda decoder, from_dim, fold=fold: fold
+            engine_sam.folds = lambda decoder, from_dim, fold=fold: fold
             start = time.process_time()
-            parts = engine_decoder.decode_points(
+            parts = decode_points(
                 sam, embedding, points, size_hw=(683, 1024), at_once=64, least_iou=0, used_hw=(172, 256)
             )
             results.append(np.concatenate([part.logits[:, :, :172] for part in parts]))
@@ -501,7 +503,7 @@ def section_gpu(name: str, repeat: int) -> list[Row]:
     """Whole images on a CUDA device: the official weights where they were pulled, else random ones and the scene."""
     if not torch.cuda.is_available():
         return [Row(name=f"GPU, {name}", value=float("nan"), note="skipped, no CUDA device")]
-    spec = find(f"sam_{name}")
+    spec = find_model(f"sam_{name}")
     if is_present(spec):
         sam = load_sam(spec, ARCHITECTURES[spec.name], "cpu")
     else:

@@ -21,7 +21,7 @@ import numpy as np
 from sqlalchemy import Engine, text
 
 from db.session import migrate, open_engine
-from db.tables import Standing, Verdict
+from db.states import Standing, Verdict
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job
 from workers.masks import encode_counts

@@ -22,11 +22,12 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from orchestrator.prompts.files import read_prompts
-from workers import models
 from workers.masks import Mask, decode_counts
 from workers.models import nano
+from workers.models.registry import find_model
 from workers.models.sam import SamModel
-from workers.prompts import Prompt, PromptParams, asks_one_point, fit_all
+from workers.params import PromptParams
+from workers.prompts import Prompt, asks_one_point, fit_all
 from workers.training.scenes import Scene, draw_scene
 
 FIRST_SEED = 8_000_000_000_000  # training draws below 2 ** 40
@@ -100,7 +101,7 @@ def answer(model: SamModel, image: np.ndarray, prompts: list[dict[str, Any]]) ->
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.write(json.dumps({"key": "scene.png", "prompts": prompts}, default=float) + "\n")
         file.flush()
-        read = read_prompts(file.name, source="/", spec=models.find("sam_nano"), s3_endpoint=None)
+        read = read_prompts(file.name, source="/", spec=find_model("sam_nano"), s3_endpoint=None)
     with read.stored:
         [(_, stored)] = read.rows()
     size_hw = image.shape[:2]

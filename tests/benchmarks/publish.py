@@ -23,13 +23,17 @@ import numpy as np
 from label_studio_sdk import LabelStudio as Sdk
 from sqlalchemy import Engine, text
 
-from db import jobs as queries
-from db.jobs import Job, NewOutcome, StoredMask
+from db import jobs
+from db.jobs import Job
+from db.leases import NewOutcome
+from db.results import StoredMask
 from db.session import migrate, open_engine
-from db.tables import JobState
+from db.states import JobState
 from orchestrator.label_studio.client import LabelStudio
-from orchestrator.label_studio.publish import MAX_TASKS, Options, publish_job
-from orchestrator.label_studio.regions import label_config
+from orchestrator.label_studio.config import label_config
+from orchestrator.label_studio.outgoing import MAX_TASKS
+from orchestrator.label_studio.publication import Options
+from orchestrator.label_studio.publish import publish_job
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from tests.label_studio.server import Server, serve
@@ -146,7 +150,7 @@ def make_labeled_job(engine: Engine, count: int, masks: Sequence[Sequence[Stored
         finish(engine, chunk)
     with engine.begin() as db:
         db.execute(text("ANALYZE"))
-        job = queries.get_job(db, job_id=made.id)
+        job = jobs.get_job(db, job_id=made.id)
     assert job is not None
     assert job.state is JobState.DONE
     return job

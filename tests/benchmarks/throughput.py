@@ -31,14 +31,14 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from sqlalchemy import Engine, text
 
-from db import jobs as queries
+from db import jobs
 from db.session import migrate, open_engine, psycopg2_url
 from db.settings import Settings, settings
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment, draw_pictures
 from tests.redis_server import redis_program, serve_redis
 from workers.engine.boxed_runs import encode_runs, take_runs
-from workers.images.decode import RgbImage
+from workers.images.pixels import RgbImage
 from workers.masks import BoolMask, Mask
 
 PAGE = 1000
@@ -313,7 +313,8 @@ def our_worker(engine: Engine, folder: Path, masks: Sequence[BoolMask]) -> None:
     from orchestrator.jobs.dispatch import tick
     from orchestrator.jobs.request import Request, submit_job
     from workers.detectors import detector as detectors
-    from workers.running.chunk import Worker, run_chunk
+    from workers.running.chunk import run_chunk
+    from workers.running.worker import Worker
 
     with engine.begin() as db:
         job = submit_job(db, Request(source=str(folder), model="sam_vit_b", fresh=True))
@@ -332,7 +333,7 @@ def our_worker(engine: Engine, folder: Path, masks: Sequence[BoolMask]) -> None:
     for chunk_id in chunk_ids:
         run_chunk(worker, chunk_id)
     with engine.begin() as db:
-        counts = queries.count_job(db, job_id=job.id)
+        counts = jobs.count_job(db, job_id=job.id)
     assert (counts.pending, counts.failed, counts.masks) == (0, 0, counts.listed * len(masks)), counts
 
 

@@ -9,7 +9,7 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from db import jobs as queries
+from db import jobs
 from db.jobs import Counts
 from tests.deployment import Deployment, draw_pictures, terminate
 from tests.stub.stub_model import BROKEN, FULL, HANG, POISON
@@ -211,4 +211,4 @@ def test_a_job_cancelled_while_it_runs_stops_and_goes_on_when_resumed(deployment
     deployment.call("resume", str(job))
     assert_nothing_lost(deployment.wait_until_done(job), listed=40)
     with deployment.engine.begin() as db:
-        assert queries.is_idle(db)
+        assert jobs.is_idle(db)

@@ -21,8 +21,8 @@ from workers.engine.prompted import prompted_masks
 from workers.masks import Mask, decode_counts
 from workers.models.fused_attention import fuse_attention
 from workers.models.nano import AUTOMATIC_DEFAULTS, load_sam_nano
-from workers.params import AutomaticParams
-from workers.prompts import Prompt, PromptParams
+from workers.params import AutomaticParams, PromptParams
+from workers.prompts import Prompt
 from workers.training.scenes import draw_scene
 
 pytestmark = pytest.mark.gpu

@@ -14,8 +14,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from sqlalchemy import Engine
 
-from db import jobs as queries
-from db.jobs import NewAsset
+from db import jobs, listing
+from db.listing import NewAsset
 from db.settings import Settings
 from orchestrator.jobs.request import Request, submit_job
 from orchestrator.local.postgres import EmbeddedPostgres
@@ -23,9 +23,13 @@ from orchestrator.prompts.detectors import read_detector
 from tests.e2e.test_run import MASKFLEET, environment, run
 from tests.factories import chunk_ids, claim
 from tests.onnx_detectors import CLASSES, write_colour_detector
-from workers import models
 from workers.detectors import detector as detectors
-from workers.running.chunk import ProcessUnfit, Worker, run_chunk
+from workers.models.files import is_present
+from workers.models.loading import load_model
+from workers.models.registry import find_model
+from workers.running.chunk import run_chunk
+from workers.running.outcomes import ProcessUnfit
+from workers.running.worker import Worker
 
 pytestmark = pytest.mark.integration
 
@@ -68,7 +72,7 @@ def iou_with_box(mask: np.ndarray, box: tuple[int, int, int, int]) -> float:
     return float((mask & other).sum() / (mask | other).sum())
 
 
-@pytest.mark.skipif(not models.is_present(models.find("sam_nano")), reason="sam_nano's weights are not here")
+@pytest.mark.skipif(not is_present(find_model("sam_nano")), reason="sam_nano's weights are not here")
 def test_a_detectors_boxes_become_masks_with_its_classes_and_scores_and_show_counts_them(tmp_path: Path) -> None:
     source, out = draw(tmp_path / "images"), tmp_path / "out"
     broken = [(math.nan, 1, 5, 5, 0.95, 0), (500, 500, 600, 600, 0.95, 2)]
@@ -122,13 +126,13 @@ def test_a_worker_with_other_detector_files_gives_the_chunk_back_and_names_both(
     with engine.begin() as db:
         job = submit_job(db, Request(source=str(source), model="sam_nano", detector=asked))
         listed = [NewAsset(key=name, size_bytes=1, etag=name) for name in SQUARES]
-        queries.add_assets(db, job=job, assets=listed, cursor=None, skipped={}, complete=True, chunk_size=9)
+        listing.add_assets(db, job=job, assets=listed, cursor=None, skipped={}, complete=True, chunk_size=9)
     write_colour_detector(path, classes="b\ng\nr")
     worker = Worker(
         name="one",
         engine=engine,
         settings=Settings(),
-        load_model=lambda name: models.load(models.find(name), "cpu"),
+        load_model=lambda name: load_model(find_model(name), "cpu"),
         load_detector=lambda asked: detectors.load(asked, "cpu"),
         draining=lambda: False,
         on_hang=lambda: None,
@@ -139,10 +143,10 @@ def test_a_worker_with_other_detector_files_gives_the_chunk_back_and_names_both(
         run_chunk(worker, chunk_id)
 
     with engine.begin() as db:
-        found = queries.get_job(db, job_id=job.id)
+        found = jobs.get_job(db, job_id=job.id)
         assert found is not None
         assert f"the job was given {asked.identity}" in (found.error or "")
-        assert queries.count_job(db, job_id=job.id).pending == 3
+        assert jobs.count_job(db, job_id=job.id).pending == 3
     assert claim(engine, chunk_id) is not None
 
 
@@ -173,7 +177,7 @@ def test_a_checkpoint_of_the_hub_is_pinned_to_its_commit_and_run_from_the_cache(
     [
         (["--classes", "red"], "go with --detector"),
         (["--detector", "d.onnx", "--prompts", "p.jsonl"], "give one of them"),
-        (["--detector", "d.onnx", "--label", "thing"], "renames it, not --label"),
+        (["--detector", "d.onnx", "--label", "thing"], "--label cannot be used here"),
         (["--detector", "d.onnx", "--classes", "red,bus"], "has no class 'bus'; it knows blue, green, red"),
         (["--detector", "d.onnx", "--label-map", "none.yaml"], "none.yaml: cannot be read"),
         (["--detector", "d.onnx", "--param", "points_per_side=3"], "known: multimask"),

@@ -14,9 +14,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 from sqlalchemy import Engine
 
-from db import jobs as queries
-from db.jobs import Job, NewOutcome, StoredMask
-from orchestrator.export.coco import export_coco, export_label_studio, export_png, write_summary
+from db import jobs, results
+from db.jobs import Job
+from db.leases import NewOutcome
+from db.results import StoredMask
+from orchestrator.export.coco import export_coco
+from orchestrator.export.label_studio import export_label_studio
+from orchestrator.export.png import export_png
+from orchestrator.export.summary import write_summary
 from orchestrator.pages.gallery import MAX_CARDS, write_gallery
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from workers.masks import BoolMask, mask_from_pixels
@@ -86,7 +91,7 @@ def finished_job(
         record(engine, chunk, outcomes)
         finish(engine, chunk)
     with engine.begin() as db:
-        done = queries.get_job(db, job_id=job.id)
+        done = jobs.get_job(db, job_id=job.id)
     assert done is not None
     return done, drawn
 
@@ -314,8 +319,8 @@ def test_the_gallery_of_a_large_job_shows_assets_from_all_over_it(engine: Engine
     job, _ = finished_job(engine, keys, masks=1, source=str(tmp_path))
 
     with engine.connect() as db:
-        sample = [asset.key for asset in queries.sample_labeled(db, job_id=job.id, limit=MAX_CARDS)]
-        few = [asset.key for asset in queries.sample_labeled(db, job_id=job.id, limit=10_000)]
+        sample = [asset.key for asset in results.sample_labeled(db, job_id=job.id, limit=MAX_CARDS)]
+        few = [asset.key for asset in results.sample_labeled(db, job_id=job.id, limit=10_000)]
 
     places = [keys.index(key) for key in sample]
     assert len(places) == MAX_CARDS

@@ -14,24 +14,28 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from sqlalchemy import Engine, text
 
-from db import jobs as queries
+from db import jobs, leases
 from db.settings import Settings, settings
 from orchestrator.jobs.dispatch import tick
 from orchestrator.jobs.request import Request, submit_job
 from tests.e2e.test_run import run
 from tests.integration.test_prompted_jobs import box_of, draw, iou
-from workers import models
 from workers.detectors import detector as detectors
 from workers.masks import decode_counts
-from workers.models.sam import load
-from workers.prompts import Prompt, PromptParams
-from workers.running.chunk import ProcessUnfit, Worker, run_chunk
+from workers.models.files import is_present
+from workers.models.loading import load_model
+from workers.models.registry import find_model
+from workers.params import PromptParams
+from workers.prompts import Prompt
+from workers.running.chunk import run_chunk
+from workers.running.outcomes import ProcessUnfit
+from workers.running.worker import Worker
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(not models.is_present(models.find("sam_nano")), reason="sam_nano's weights are not here"),
+    pytest.mark.skipif(not is_present(find_model("sam_nano")), reason="sam_nano's weights are not here"),
 ]
 
 
@@ -71,7 +75,7 @@ def test_boxes_of_pictures_upright_and_on_their_side_get_the_torch_decoders_mask
     found = {(keys[a["image_id"]], a["prompt"]["index"]): coco.annToMask(a).astype(bool) for a in coco.anns.values()}
     assert len(found) == sum(len(scene.masks) for scene in scenes.values())
     assert np.mean([iou(mask, scenes[key].masks[n]) for (key, n), mask in found.items()]) > 0.85
-    model = models.load(models.find("sam_nano"), "cpu")
+    model = load_model(find_model("sam_nano"), "cpu")
     for key in ("a.png", "b.jpg"):
         with Image.open(tmp_path / "images" / key) as picture:
             image = np.asarray(ImageOps.exif_transpose(picture))
@@ -142,7 +146,9 @@ def test_a_worker_without_onnxruntime_hands_the_chunk_back_without_a_verdict(
         name="one",
         engine=engine,
         settings=Settings(),
-        load_model=lambda name: load(models.find(name), "cpu"),  # not one kept by an earlier test, its decoder open
+        load_model=lambda name: load_model(
+            find_model(name), "cpu"
+        ),  # not one kept by an earlier test, its decoder open
         load_detector=lambda asked: detectors.load(asked, "cpu"),
         draining=lambda: False,
         on_hang=lambda: None,
@@ -152,8 +158,8 @@ def test_a_worker_without_onnxruntime_hands_the_chunk_back_without_a_verdict(
         run_chunk(worker, chunk_id)
 
     with engine.begin() as db:
-        counts = queries.count_job(db, job_id=job.id)
-        again = queries.claim_chunk(db, chunk_id=chunk_id, worker="another", lease_seconds=60)
+        counts = jobs.count_job(db, job_id=job.id)
+        again = leases.claim_chunk(db, chunk_id=chunk_id, worker="another", lease_seconds=60)
         noted = db.execute(text("SELECT error FROM job WHERE id = :id"), {"id": job.id}).scalar_one()
     assert (counts.pending, counts.failed, counts.labeled) == (3, 0, 0)
     assert again is not None

@@ -13,12 +13,13 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from tests.e2e.test_run import run
-from workers import models
+from workers.models.files import is_present
+from workers.models.registry import find_model
 from workers.training.scenes import Scene, draw_scene
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(not models.is_present(models.find("sam_nano")), reason="sam_nano's weights are not here"),
+    pytest.mark.skipif(not is_present(find_model("sam_nano")), reason="sam_nano's weights are not here"),
 ]
 
 

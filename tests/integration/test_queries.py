@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Engine, text
 
-from db import jobs as queries
-from db.jobs import LeaseLost, NewAsset, NewOutcome
-from db.tables import JobState, PromptMatch
+from db import jobs, leases, listing, prompts, queue, results
+from db.leases import LeaseLost, NewOutcome
+from db.listing import NewAsset
+from db.states import JobState, PromptMatch
 from tests.factories import (
     chunk_ids,
     claim,
@@ -47,7 +48,7 @@ def test_an_outcome_is_stored_with_its_masks_exactly_as_given(engine: Engine) ->
     record(engine, chunk, [given])
 
     with engine.begin() as db:
-        [stored] = queries.labeled_assets(db, job_id=job.id)
+        [stored] = results.labeled_assets(db, job_id=job.id)
     assert stored.key == "a\tb\\n\n.jpg"
     assert stored.size_hw == (3, 4)
     assert stored.masks == list(given.masks)
@@ -143,7 +144,7 @@ def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engi
     def take(_: int) -> list[int]:
         together.wait()
         with engine.begin() as db:
-            return queries.take_window(db, window=30)
+            return queue.take_window(db, window=30)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(take, range(2))
@@ -151,7 +152,7 @@ def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engi
     with engine.begin() as db:
         # Two that count at the same instant may both fill the room they see; never more than that.
         assert 30 <= db.execute(text("SELECT count(*) FROM chunk WHERE state = 'sent'")).scalar_one() <= 60
-        assert queries.take_window(db, window=30) == []
+        assert queue.take_window(db, window=30) == []
 
 
 def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
@@ -159,7 +160,7 @@ def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
     small = make_job(engine, keys=3, chunk_size=1)
 
     with engine.begin() as db:
-        taken = queries.take_window(db, window=6)
+        taken = queue.take_window(db, window=6)
 
     assert set(chunk_ids(engine, small)) <= set(taken)
     assert len(set(chunk_ids(engine, large)) & set(taken)) == 3
@@ -168,12 +169,12 @@ def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
 def test_a_chunk_whose_message_was_lost_is_sent_again(engine: Engine) -> None:
     make_job(engine, keys=1)
     with engine.begin() as db:
-        sent = queries.take_window(db, window=5)
-        assert queries.resend_stale(db, resend_seconds=300) == 0
+        sent = queue.take_window(db, window=5)
+        assert queue.resend_stale(db, resend_seconds=300) == 0
         db.execute(text("UPDATE chunk SET sent_at = now() - interval '301 s'"))
-        assert queries.has_stale_sent(db, resend_seconds=300)
-        assert queries.resend_stale(db, resend_seconds=300) == 1
-        assert queries.take_window(db, window=5) == sent
+        assert queue.has_stale_sent(db, resend_seconds=300)
+        assert queue.resend_stale(db, resend_seconds=300) == 1
+        assert queue.take_window(db, window=5) == sent
 
 
 def test_the_share_of_time_with_the_model_at_work_is_counted_worker_by_worker_from_the_first_stored_batch(
@@ -196,9 +197,9 @@ def test_the_share_of_time_with_the_model_at_work_is_counted_worker_by_worker_fr
                 {"id": asset_id, "worker": worker, "second": second, "ms": ms},
             )
 
-        assert queries.busy_share(db, job_id=job.id) == pytest.approx((0.9 + 0.7 + 2.0) / (2 + 4))
+        assert jobs.busy_share(db, job_id=job.id) == pytest.approx((0.9 + 0.7 + 2.0) / (2 + 4))
         db.execute(text("DELETE FROM outcome WHERE worker <> 'c'"))
-        assert queries.busy_share(db, job_id=job.id) is None
+        assert jobs.busy_share(db, job_id=job.id) is None
 
 
 def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine: Engine) -> None:
@@ -207,29 +208,29 @@ def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine:
     chunk = claim(engine, chunk_id)
     asset_id = pending(engine, chunk)[0].id
     with engine.begin() as db:
-        assert queries.cancel_job(db, job_id=job.id)
+        assert jobs.cancel_job(db, job_id=job.id)
 
     with pytest.raises(LeaseLost):
         record(engine, chunk, [labeled(asset_id)])
     with engine.begin() as db:
-        queries.release_chunk(db, chunk=chunk)
-        assert queries.take_window(db, window=5) == []
-        assert queries.resume_job(db, job_id=job.id)
-        assert queries.take_window(db, window=5) == [chunk_id]
+        leases.release_chunk(db, chunk=chunk)
+        assert queue.take_window(db, window=5) == []
+        assert jobs.resume_job(db, job_id=job.id)
+        assert queue.take_window(db, window=5) == [chunk_id]
 
 
 def test_a_job_is_done_when_it_is_listed_and_no_chunk_is_open(engine: Engine) -> None:
     job = make_job(engine, keys=3, chunk_size=2)
     for chunk_id in chunk_ids(engine, job):
         with engine.begin() as db:
-            assert queries.finish_jobs(db) == []
+            assert jobs.finish_jobs(db) == []
         chunk = claim(engine, chunk_id)
         record(engine, chunk, [labeled(asset.id) for asset in pending(engine, chunk)])
         finish(engine, chunk)
 
     with engine.begin() as db:
-        assert queries.get_job(db, job_id=job.id).state is JobState.DONE
-        assert queries.is_idle(db)
+        assert jobs.get_job(db, job_id=job.id).state is JobState.DONE
+        assert jobs.is_idle(db)
     counts = count(engine, job)
     assert counts.listed == counts.labeled + counts.failed + counts.pending == 3
 
@@ -237,7 +238,7 @@ def test_a_job_is_done_when_it_is_listed_and_no_chunk_is_open(engine: Engine) ->
 def test_an_empty_listing_is_a_job_that_is_done(engine: Engine) -> None:
     job = make_job(engine, keys=0)
     with engine.begin() as db:
-        assert queries.finish_jobs(db) == [job.id]
+        assert jobs.finish_jobs(db) == [job.id]
 
 
 def test_retry_runs_again_what_failed_for_that_reason_and_nothing_else(engine: Engine) -> None:
@@ -250,8 +251,8 @@ def test_retry_runs_again_what_failed_for_that_reason_and_nothing_else(engine: E
     finish(engine, chunk)
 
     with engine.begin() as db:
-        assert queries.retry_failed(db, job_id=job.id, error_kind="not_found") == 1
-        assert queries.get_job(db, job_id=job.id).state is JobState.RUNNING
+        assert jobs.retry_failed(db, job_id=job.id, error_kind="not_found") == 1
+        assert jobs.get_job(db, job_id=job.id).state is JobState.RUNNING
 
     assert [asset.id for asset in pending(engine, claim(engine, chunk_id))] == [gone]
 
@@ -267,7 +268,7 @@ def test_an_asset_with_the_same_bytes_and_model_version_is_answered_from_what_is
     for job, answered in ((second, 1), (other_version, 0)):
         chunk = claim(engine, chunk_ids(engine, job)[0])
         with engine.begin() as db:
-            assert queries.answer_from_stored(db, chunk=chunk) == answered
+            assert leases.answer_from_stored(db, chunk=chunk) == answered
         assert len(pending(engine, chunk)) == 3 - answered
     counts = count(engine, second)
     assert (counts.labeled, counts.masks, counts.reused) == (1, 4, 1)
@@ -275,15 +276,15 @@ def test_an_asset_with_the_same_bytes_and_model_version_is_answered_from_what_is
 
 def test_a_page_is_stored_once_however_many_listers_come_with_it(engine: Engine) -> None:
     with engine.begin() as db:
-        job = queries.insert_job(db, name="n", source="s3://b", model="stub", model_version="v", asked={}, fresh=False)
+        job = jobs.insert_job(db, name="n", source="s3://b", model="stub", model_version="v", asked={}, fresh=False)
     page = {"assets": [NewAsset(key="a.jpg", size_bytes=1, etag="e")], "cursor": "a.jpg", "skipped": {"excluded": 2}}
     with engine.begin() as db:
-        after = queries.add_assets(db, job=job, **page, complete=False, chunk_size=64)
+        after = listing.add_assets(db, job=job, **page, complete=False, chunk_size=64)
         assert after.list_cursor == "a.jpg"
     with engine.begin() as db:
-        assert queries.add_assets(db, job=job, **page, complete=False, chunk_size=64) is None
+        assert listing.add_assets(db, job=job, **page, complete=False, chunk_size=64) is None
     with engine.begin() as db:
-        done = queries.add_assets(
+        done = listing.add_assets(
             db, job=after, assets=[], cursor=None, skipped={"excluded": 1}, complete=True, chunk_size=64
         )
     assert (done.asset_count, done.list_cursor, done.skipped) == (1, "a.jpg", {"excluded": 3})
@@ -299,12 +300,12 @@ def test_a_running_chunk_cannot_be_without_a_lease(engine: Engine) -> None:
 
 
 def test_deleting_a_job_takes_its_masks_along_and_no_others(engine: Engine) -> None:
-    jobs = [make_job(engine, keys=1), make_job(engine, keys=1)]
-    for job in jobs:
+    made = [make_job(engine, keys=1), make_job(engine, keys=1)]
+    for job in made:
         chunk = claim(engine, chunk_ids(engine, job)[0])
         record(engine, chunk, [labeled(pending(engine, chunk)[0].id, masks=2)])
     with engine.begin() as db:
-        assert queries.delete_job(db, job_id=jobs[0].id)
+        assert jobs.delete_job(db, job_id=made[0].id)
         assert db.execute(text("SELECT count(*) FROM mask")).scalar_one() == 2
 
 
@@ -317,16 +318,16 @@ def test_prompts_of_one_key_are_joined_in_their_order_and_matched_as_the_job_say
         ("gone\t\\.jpg", "[1]"),
     ]
     with engine.begin() as db:
-        queries.store_prompts(db, job_id=job.id, rows=rows)
+        prompts.store_prompts(db, job_id=job.id, rows=rows)
     chunk = claim(engine, chunk_ids(engine, job)[0])
     assert chunk is not None
 
     with engine.begin() as db:
-        [asked] = queries.prompted_assets(db, chunk=chunk, match=PromptMatch.KEY)
-        prompts = queries.prompts_of(db, asset_id=asked, match=PromptMatch.KEY)
-        unmatched = queries.unmatched_prompts(db, job_id=job.id, match=PromptMatch.KEY, limit=5)
+        [asked] = prompts.prompted_assets(db, chunk=chunk, match=PromptMatch.KEY)
+        found = prompts.prompts_of(db, asset_id=asked, match=PromptMatch.KEY)
+        unmatched = prompts.unmatched_prompts(db, job_id=job.id, match=PromptMatch.KEY, limit=5)
 
-    assert [prompt["n"] for prompt in prompts] == [1, 2, 3]
+    assert [prompt["n"] for prompt in found] == [1, 2, 3]
     assert unmatched == (1, ["gone\t\\.jpg"])
 
 
@@ -334,11 +335,11 @@ def test_prompts_of_one_key_are_joined_in_their_order_and_matched_as_the_job_say
 def test_a_prompts_key_may_stand_for_a_part_of_the_assets(engine: Engine, match: PromptMatch, key: str) -> None:
     job = make_job(engine, keys=["a.b/007.jpg", "a.b/008"])
     with engine.begin() as db:
-        queries.store_prompts(db, job_id=job.id, rows=[(key, "[1]")])
+        prompts.store_prompts(db, job_id=job.id, rows=[(key, "[1]")])
     chunk = claim(engine, chunk_ids(engine, job)[0])
     assert chunk is not None
     first = pending(engine, chunk)[0]
 
     with engine.begin() as db:
-        assert queries.prompted_assets(db, chunk=chunk, match=match) == {first.id}
-        assert queries.unmatched_prompts(db, job_id=job.id, match=match, limit=5) == (0, [])
+        assert prompts.prompted_assets(db, chunk=chunk, match=match) == {first.id}
+        assert prompts.unmatched_prompts(db, job_id=job.id, match=match, limit=5) == (0, [])

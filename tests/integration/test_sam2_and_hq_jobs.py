@@ -15,9 +15,10 @@ from tests.e2e.test_run import run
 from tests.unit import test_sam2, test_sam_hq
 from tests.unit.test_sam2 import phone_picture
 from workers.images.decode import decode
-from workers.models import ModelSpec
 from workers.models.sam import SamModel
-from workers.prompts import Prompt, PromptParams
+from workers.models.spec import ModelSpec
+from workers.params import PromptParams
+from workers.prompts import Prompt
 
 pytestmark = pytest.mark.integration
 

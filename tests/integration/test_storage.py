@@ -16,9 +16,10 @@ from moto.server import ThreadedMotoServer
 
 from orchestrator.prompts.entries import PromptFileError
 from orchestrator.prompts.files import read_prompts
-from workers import models
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
-from workers.storage.source import PAGE_SIZE, Listed, SkipReason, open_source
+from workers.models.registry import find_model
+from workers.storage.asset import PAGE_SIZE, Listed, SkipReason
+from workers.storage.source import open_source
 
 pytestmark = pytest.mark.integration
 
@@ -403,7 +404,7 @@ def test_prompts_are_read_from_an_object_or_below_a_prefix(s3_server, make_bucke
     bucket = make_bucket(
         {"asked/p": line, "ds/labels/train/a.txt": b"0 0.5 0.5 0.2 0.4\n", "ds/data.yaml": b"names: [cat]\n"}
     )
-    spec = models.find("sam_nano")
+    spec = find_model("sam_nano")
 
     def rows(address):
         found = read_prompts(address, source=f"s3://{bucket}/ds/images", spec=spec, s3_endpoint=s3_server)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from sqlalchemy import Engine
 
-from db.jobs import StoredMask
+from db.results import StoredMask
 from orchestrator.export.yolo import export_yolo, split
 from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, labeled_job, stored
 from workers.masks import BoolMask

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from sqlalchemy import Engine
 
-from db import jobs as queries
-from db.jobs import Job, NewOutcome, StoredMask
+from db import jobs
+from db.jobs import Job
+from db.leases import NewOutcome
+from db.results import StoredMask
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from workers.masks import encode_counts
 
@@ -75,6 +77,6 @@ def label_chunk(engine: Engine, chunk_id: int, masks: Callable[[int], list[Store
 
 def read_job(engine: Engine, job_id: int) -> Job:
     with engine.begin() as db:
-        job = queries.get_job(db, job_id=job_id)
+        job = jobs.get_job(db, job_id=job_id)
     assert job is not None
     return job

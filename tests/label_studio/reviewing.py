@@ -11,11 +11,15 @@ import httpx
 import numpy as np
 from sqlalchemy import Engine
 
-from db import jobs as queries
-from db.jobs import Job, NewOutcome, StoredMask
+from db import jobs, results
+from db.jobs import Job
+from db.leases import NewOutcome
+from db.results import StoredMask
 from orchestrator.label_studio.client import LabelStudio
-from orchestrator.label_studio.publish import Options, publish_job
-from orchestrator.label_studio.regions import DEFAULT_LABEL, label_config
+from orchestrator.label_studio.config import label_config
+from orchestrator.label_studio.names import DEFAULT_LABEL
+from orchestrator.label_studio.publication import Options
+from orchestrator.label_studio.publish import publish_job
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from tests.label_studio.server import Server
 from workers.masks import BoolMask, mask_from_pixels
@@ -81,7 +85,7 @@ def labeled_job(
         record(engine, chunk, outcomes)
         finish(engine, chunk)
     with engine.begin() as db:
-        done = queries.get_job(db, job_id=job.id)
+        done = jobs.get_job(db, job_id=job.id)
     assert done is not None
     return done
 
@@ -139,7 +143,7 @@ class Project:
 def publish(engine: Engine, client: LabelStudio, server: Server, job: Job, options: Options | None = None) -> Project:
     """A new project with the job's assets in it."""
     with engine.begin() as db:
-        labels = queries.labels_of(db, job_id=job.id)
+        labels = results.labels_of(db, job_id=job.id)
     project = client.create_project(
         title=f"review {secrets.token_hex(4)}", label_config=label_config([*labels, DEFAULT_LABEL])
     )

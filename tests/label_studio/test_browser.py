@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from sqlalchemy import Engine
 
-from db.jobs import Job, StoredMask
-from db.publishing import Place as Project
+from db.jobs import Job
+from db.publishing import LsProject
+from db.results import StoredMask
 from orchestrator.label_studio.client import LabelStudio
-from orchestrator.label_studio.publish import Options, publish_job
-from orchestrator.label_studio.regions import mask_from_region
-from orchestrator.label_studio.review import pull, read_review
+from orchestrator.label_studio.drawn import mask_from_region
+from orchestrator.label_studio.publication import Options
+from orchestrator.label_studio.publish import publish_job
+from orchestrator.label_studio.review import pull
+from orchestrator.label_studio.review_numbers import read_review
 from orchestrator.label_studio.setup import Wanted, set_up_project
 from tests.label_studio.browser import Browser, NoBrowser, open_browser
 from tests.label_studio.reviewing import disc, labeled_job, stored
@@ -227,7 +230,7 @@ def test_a_person_sees_regions_on_the_objects_moves_a_vertex_and_review_says_so(
     points = zip(small["value"]["points"], edited["value"]["points"], strict=True)
     assert [n for n, (one, other) in enumerate(points) if one != pytest.approx(other, abs=1e-3)] == [0]
     pull(engine, client, project_id)
-    found = read_review(engine, job, Project(client.url, project_id))
+    found = read_review(engine, job, LsProject(client.url, project_id))
     assert (found.masks.kept, found.masks.edited, found.masks.deleted, found.masks.added) == (2, 1, 0, 0)
     assert (found.assets.untouched, found.assets.corrected, found.assets.waiting) == (1, 1, 1)
     assert found.masks.mean_iou == pytest.approx(iou(mask_from_region(small), mask_from_region(edited)), abs=1e-6)

@@ -15,14 +15,18 @@ import pytest
 from PIL import Image
 from sqlalchemy import Engine, text
 
-from db import publishing
+from db import published
 from db.jobs import Job
 from orchestrator.export.coco import export_coco
-from orchestrator.label_studio.client import LabelStudio, Project, Refused, asset_uid
-from orchestrator.label_studio.config import ConfigError
+from orchestrator.label_studio.addresses import PublishError, asset_uid
+from orchestrator.label_studio.answers import Project
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.config import ConfigError, label_config
 from orchestrator.label_studio.entries import MAX_BYTES
-from orchestrator.label_studio.publish import Options, PublishError, Report, follow, publish_job
-from orchestrator.label_studio.regions import label_config
+from orchestrator.label_studio.errors import Refused
+from orchestrator.label_studio.publication import Options
+from orchestrator.label_studio.publish import follow_project, publish_job
+from orchestrator.label_studio.report import Report
 from orchestrator.label_studio.setup import Wanted, make_project, set_up_project
 from tests.factories import chunk_ids
 from tests.label_studio.jobs import label_chunk, labeled_job, noise, read_job, ring, rings
@@ -237,7 +241,7 @@ def test_follow_keeps_up_with_a_running_job_and_ends_with_it(
     job = labeled_job(engine, keys=130, done=False)
     passes: list[Report] = []
     arguments = {"job_id": job.id, "stop": threading.Event(), "landed": lambda _, report: passes.append(report)}
-    thread = threading.Thread(target=follow, args=(engine, client, project.id, Options()), kwargs=arguments)
+    thread = threading.Thread(target=follow_project, args=(engine, client, project.id, Options()), kwargs=arguments)
 
     thread.start()
     wait_for(lambda: passes, "the first pass", seconds=30)
@@ -392,10 +396,10 @@ def test_3000_masks_on_one_asset_show_the_best_150_and_the_rest_is_counted(
     assert len(prediction["result"]) == 150
     assert prediction["result"][0]["id"].endswith("-0")
     with engine.begin() as db:
-        [published] = publishing.published(db, job_id=job.id)
-    assert (published.masks_shown, published.masks_left_out) == (150, 2850)
-    assert published.iou_worst is not None
-    assert published.iou_worst >= 0.95
+        [there] = published.published(db, job_id=job.id)
+    assert (there.masks_shown, there.masks_left_out) == (150, 2850)
+    assert there.iou_worst is not None
+    assert there.iou_worst >= 0.95
 
 
 def test_labels_with_quotes_and_letters_of_other_alphabets_arrive_as_they_are(

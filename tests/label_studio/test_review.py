@@ -16,17 +16,18 @@ import pytest
 from pycocotools.coco import COCO
 from sqlalchemy import Engine
 
-from db.jobs import StoredMask
-from db.publishing import Place
+from db.publishing import LsProject
+from db.results import StoredMask
 from orchestrator.label_studio.client import LabelStudio
-from orchestrator.label_studio.regions import mask_from_region
-from orchestrator.label_studio.review import Review, pull, read_review
+from orchestrator.label_studio.drawn import mask_from_region
+from orchestrator.label_studio.review import pull
+from orchestrator.label_studio.review_numbers import Review, read_review
 from orchestrator.label_studio.wake import SECRET_HEADER
 from orchestrator.prompts.files import read_prompts
 from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, Project, labeled_job, publish, stored
 from tests.label_studio.server import Server
 from tests.redis_server import free_port
-from workers.models import find
+from workers.models.registry import find_model
 
 pytestmark = pytest.mark.label_studio
 
@@ -42,7 +43,7 @@ def masks(key: str, asset_id: int) -> Sequence[StoredMask]:
 
 def review(engine: Engine, project: Project, job: Any) -> Review:
     pull(engine, project.client, project.id)
-    return read_review(engine, job, Place(project.client.url, project.id))
+    return read_review(engine, job, LsProject(project.client.url, project.id))
 
 
 def moved(region: dict[str, Any], percent: float) -> dict[str, Any]:
@@ -213,7 +214,9 @@ def test_the_reviewed_export_is_what_people_left_to_the_pixel(
     assert others == {"a.jpg": 3, "b.jpg": 2, "c.jpg": 0, "d.jpg": 2, "e.jpg": 2, "none.jpg": 0}
 
     # The boxes of the file are prompts again.
-    prompts = read_prompts(str(tmp_path / "coco.json"), source=job.source, spec=find("sam_nano"), s3_endpoint=None)
+    prompts = read_prompts(
+        str(tmp_path / "coco.json"), source=job.source, spec=find_model("sam_nano"), s3_endpoint=None
+    )
     boxes = [p["box_xyxy"] for key, listed in prompts.rows() if key == "a.jpg" for p in json.loads(listed)]
     prompts.stored.close()
     stored_boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in coco.imgToAnns[images["a.jpg"]])]

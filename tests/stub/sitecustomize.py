@@ -3,11 +3,12 @@
 import hashlib
 from pathlib import Path
 
-from workers import models
+from workers.models.registry import MODELS
+from workers.models.spec import ModelSpec
 
 _FILE = Path(__file__).with_name("stub_model.py")  # stands in for weights: present, with a size and a sha256
 
-models.MODELS["stub"] = models.ModelSpec(
+MODELS["stub"] = ModelSpec(
     name="stub",
     family="stub",
     loader="stub_model:load",

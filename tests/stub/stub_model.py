@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from workers.masks import Mask, mask_from_pixels
-from workers.models import Embedding, ModelSpec, RgbImage
-from workers.params import AutomaticParams
-from workers.prompts import Prompt, PromptParams
+from workers.models import RgbImage
+from workers.models.spec import Embedding, ModelSpec
+from workers.params import AutomaticParams, PromptParams
+from workers.prompts import Prompt
 
 POISON, HANG, FULL, BROKEN = (254, 1, 3), (1, 254, 3), (3, 1, 254), (253, 251, 7)
 

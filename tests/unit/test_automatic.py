@@ -24,6 +24,7 @@ from workers.engine import upsampling
 from workers.engine.automatic import ModelOutputError, automatic_masks, embed, prompt_logits
 from workers.engine.boxed_runs import draw_runs, encode_runs, take_runs
 from workers.engine.folded_decoder import folds
+from workers.engine.interpolation import kernel_is_known
 from workers.engine.small_regions import remove_small_regions
 from workers.engine.suppression import Suppression
 from workers.masks import decode_counts, encode_counts
@@ -189,14 +190,14 @@ def test_a_torch_with_another_order_of_operations_is_asked_itself(monkeypatch):
     params = AutomaticParams(points_per_side=5, pred_iou_thresh=0.0, stability_score_thresh=0.5)
     known = our_masks(sam, image, params)
 
-    monkeypatch.setattr(upsampling, "_kernel_is_known", lambda: False)
+    monkeypatch.setattr(upsampling, "kernel_is_known", lambda: False)
     monkeypatch.setattr(upsampling, "DOUBT", np.float32(0.01))
 
     assert our_masks(sam, image, params) == known
 
 
 def test_this_build_of_torch_rounds_as_written_down():
-    assert upsampling._kernel_is_known()
+    assert kernel_is_known()
 
 
 @pytest.mark.parametrize("broken", ["iou", "logits"])

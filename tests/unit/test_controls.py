@@ -16,11 +16,12 @@ from orchestrator.label_studio.config import (
     address_regions,
     faults,
     find_controls,
+    label_config,
     merge_config,
     missing_lines,
     require_controls,
 )
-from orchestrator.label_studio.regions import label_config, prediction_task, regions_for
+from orchestrator.label_studio.regions import prediction_task, regions_for
 from workers.masks import mask_from_pixels
 
 CONFIG = label_config(["car", 'the "big" <bus>'])

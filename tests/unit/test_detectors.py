@@ -14,7 +14,9 @@ from orchestrator.prompts.detectors import read_detector, read_label_map
 from tests.onnx_detectors import CLASSES, write_colour_detector
 from workers.detectors import detector as detectors
 from workers.detectors.detector import AskedDetector, Detection, asked_of_json, prompts_of
-from workers.detectors.files import COCO_CLASSES, DetectorError, examine, require_same_files
+from workers.detectors.files import examine, require_same_files
+from workers.detectors.kinds import DetectorError
+from workers.detectors.onnx_names import COCO_CLASSES
 
 NAMES = "\n".join(CLASSES)
 

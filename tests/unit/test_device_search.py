@@ -26,10 +26,11 @@ from tests.unit.test_automatic import CPU_BOUND, make_image, make_sam, parameter
 from workers.engine import decoder, device_runs, device_search
 from workers.engine.automatic import CropSearch, ModelOutputError, automatic_masks, masks_by
 from workers.engine.boxed_runs import take_runs
-from workers.engine.decoder import prompt_logits, promptable
+from workers.engine.decoder import BYTES_A_LOGIT, prompt_logits, prompts_that_fit
 from workers.engine.device_runs import DeviceDrawing, read_runs
 from workers.engine.device_search import DeviceSearch
 from workers.engine.prompted import _draw_here, _draw_there
+from workers.engine.sam import promptable
 from workers.engine.upsampling import Upsampling
 from workers.masks import Mask, decode_counts
 from workers.models.fused_attention import fuse_attention
@@ -290,11 +291,11 @@ def test_batches_have_one_shape_and_leave_little_to_fill_up() -> None:
 
 def test_prompts_that_fit_follow_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = promptable(make_sam())
-    each = decoder.BYTES_A_LOGIT * model.low_hw[0] * model.low_hw[1]
+    each = BYTES_A_LOGIT * model.low_hw[0] * model.low_hw[1]
     fits = []
     for free in (0, 10 * each, 1000 * each):
         monkeypatch.setattr(decoder, "free_bytes", lambda device, free=free: free)
-        fits.append(decoder.prompts_that_fit(model, 64))
+        fits.append(prompts_that_fit(model, 64))
 
     assert fits == [1, 5, 64]
 

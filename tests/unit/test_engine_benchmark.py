@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from tests.benchmarks import engine
-from workers.engine import decoder
+from workers.engine import sam as engine_sam
+from workers.engine.folded_decoder import FoldedDecoder, folds
 from workers.params import AutomaticParams
 
 
 @pytest.fixture
 def _decoder_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark, a process of its own otherwise, puts the scene into the engine."""
-    monkeypatch.setattr(decoder, "folds", decoder.folds)
-    monkeypatch.setattr(decoder, "FoldedDecoder", decoder.FoldedDecoder)
+    monkeypatch.setattr(engine_sam, "folds", folds)
+    monkeypatch.setattr(engine_sam, "FoldedDecoder", FoldedDecoder)
 
 
 @pytest.mark.usefixtures("_decoder_as_it_was")

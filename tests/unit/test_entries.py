@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from orchestrator.label_studio.client import LabelStudioError
-from orchestrator.label_studio.config import find_controls
+from orchestrator.label_studio.config import find_controls, label_config
 from orchestrator.label_studio.entries import Labeled, Plan, build_entries, entries_of
-from orchestrator.label_studio.regions import label_config
+from orchestrator.label_studio.errors import LabelStudioError
 from tests.waiting import wait_for
 from workers.masks import Mask, encode_counts
 

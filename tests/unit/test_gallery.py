@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from db.jobs import Counts, FailedAsset, Job, LabeledAsset, StoredMask
-from db.tables import JobState
-from orchestrator.pages.gallery import MAX_CARDS, Gallery, instance_colour, write_page
+from db.jobs import Counts, Job
+from db.results import FailedAsset, LabeledAsset, StoredMask
+from db.states import JobState
+from orchestrator.pages.gallery import MAX_CARDS, Gallery, write_page
+from orchestrator.pages.photo import instance_colour
 from orchestrator.shapes.outlines import outline
 from workers.errors import AssetError, ErrorKind, TransientError
-from workers.images.decode import RgbImage
+from workers.images.pixels import RgbImage
 from workers.masks import BoolMask, mask_from_pixels
 
 HOSTILE = [

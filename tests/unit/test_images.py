@@ -123,7 +123,7 @@ DECODE_AND_MEASURE = """
 import resource, sys
 from pathlib import Path
 from workers.errors import AssetError
-from workers.images import decode
+from workers.images.decode import decode
 files = {path: Path(path).read_bytes() for path in sys.argv[1:]}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path, data in files.items():

@@ -16,12 +16,15 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from tests.official_shapes import Shapes, official_shapes
-from workers import models
 from workers.masks import decode_counts
-from workers.models import MissingLibraryError, ModelSpec, WeightsError, find, weights_path
+from workers.models.files import weights_path
+from workers.models.loading import load_model
 from workers.models.mobile_sam import build_mobile_sam
+from workers.models.registry import find_model, largest_present
 from workers.models.sam import SamModel
-from workers.prompts import Prompt, PromptParams, asks_one_point
+from workers.models.spec import MissingLibraryError, ModelSpec, WeightsError
+from workers.params import PromptParams
+from workers.prompts import Prompt, asks_one_point
 
 pytest.importorskip("timm")
 
@@ -65,10 +68,10 @@ def make_pixels() -> torch.Tensor:
 
 def save(state: dict[str, torch.Tensor], name: str) -> ModelSpec:
     """Save as torch does where the named model's weights belong, and return its spec with this file for the pinned."""
-    path = weights_path(find(name))
+    path = weights_path(find_model(name))
     torch.save(state, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return replace(find(name), sha256=digest, size_bytes=path.stat().st_size)
+    return replace(find_model(name), sha256=digest, size_bytes=path.stat().st_size)
 
 
 def hollow_state(name: str) -> dict[str, torch.Tensor]:
@@ -87,11 +90,11 @@ def test_architecture_accounts_for_every_byte_of_the_official_file() -> None:
     sam = build_mobile_sam()
     state = sam.state_dict()
 
-    overhead = find("mobile_sam").size_bytes - sum(t.numel() * t.element_size() for t in state.values())
+    overhead = find_model("mobile_sam").size_bytes - sum(t.numel() * t.element_size() for t in state.values())
 
     # torch 2.15 writes 382 bytes more a tensor than it has: a header, padding, names, a directory entry.
     assert overhead / len(state) == pytest.approx(382, abs=3)
-    assert find("mobile_sam").parameter_count == sum(parameter.numel() for parameter in sam.parameters())
+    assert find_model("mobile_sam").parameter_count == sum(parameter.numel() for parameter in sam.parameters())
 
 
 def test_encoder_computes_what_the_authors_code_does() -> None:
@@ -118,7 +121,7 @@ def test_official_file_gives_the_model_with_its_weights() -> None:
     source = build_mobile_sam().eval()
     spec = save(source.state_dict(), "mobile_sam")
 
-    sam = models.load(spec, "cpu").sam  # type: ignore[attr-defined]
+    sam = load_model(spec, "cpu").sam  # type: ignore[attr-defined]
 
     assert not sam.training
     assert not any(parameter.requires_grad for parameter in sam.parameters())
@@ -131,18 +134,18 @@ def test_official_file_gives_the_model_with_its_weights() -> None:
 @pytest.mark.parametrize(("held", "wanted"), [("sam_vit_b", "mobile_sam"), ("mobile_sam", "sam_vit_b")])
 def test_another_models_file_is_refused_naming_both(held: str, wanted: str) -> None:
     state = hollow_state(held)
-    torch.save(state, weights_path(find(wanted)))
+    torch.save(state, weights_path(find_model(wanted)))
 
     with pytest.raises(WeightsError, match=f"holds the weights of {held}, expected the weights of {wanted}; run `"):
-        models.load(find(wanted), "cpu")
+        load_model(find_model(wanted), "cpu")
 
 
 def test_another_models_file_is_described_where_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save(hollow_state("mobile_sam"), weights_path(find("sam_vit_b")))
+    torch.save(hollow_state("mobile_sam"), weights_path(find_model("sam_vit_b")))
     monkeypatch.setitem(sys.modules, "timm.models.tiny_vit", None)
 
     with pytest.raises(WeightsError, match=r"01ec64.pth: holds another model's weights: \d+ missing .* of sam_vit_b"):
-        models.load(find("sam_vit_b"), "cpu")
+        load_model(find_model("sam_vit_b"), "cpu")
 
 
 class Payload:
@@ -157,7 +160,7 @@ def test_pickled_payload_is_refused_and_never_run(folder: Path) -> None:
     spec = save({"image_encoder.head.weight": Payload(folder / "owned")}, "mobile_sam")  # type: ignore[dict-item]
 
     with pytest.raises(WeightsError, match=r"mobile_sam.pt: holds pickled objects .* could run code; run `"):
-        models.load(spec, "cpu")
+        load_model(spec, "cpu")
 
     assert not (folder / "owned").exists()
 
@@ -166,7 +169,7 @@ def test_missing_timm_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "timm", None)
 
     with pytest.raises(MissingLibraryError, match=r"mobile_sam needs timm, .* `pip install \"maskfleet\[models\]\"`"):
-        models.load(find("mobile_sam"), "cpu")
+        load_model(find_model("mobile_sam"), "cpu")
 
 
 # The model
@@ -201,12 +204,12 @@ def test_prompts_are_answered_as_by_segment_anythings_predictor() -> None:
 
 
 def test_mobile_sam_is_taken_unasked_before_sam_nano_and_after_vit_b(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights_path(find("mobile_sam")).touch()
-    assert models.largest_present().name == "mobile_sam"
+    weights_path(find_model("mobile_sam")).touch()
+    assert largest_present().name == "mobile_sam"
 
-    weights_path(find("sam_vit_b")).touch()
-    assert models.largest_present().name == "sam_vit_b"
+    weights_path(find_model("sam_vit_b")).touch()
+    assert largest_present().name == "sam_vit_b"
 
-    weights_path(find("sam_vit_b")).unlink()
+    weights_path(find_model("sam_vit_b")).unlink()
     monkeypatch.setitem(sys.modules, "timm", None)
-    assert models.largest_present().name == "sam_nano"
+    assert largest_present().name == "sam_nano"

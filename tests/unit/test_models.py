@@ -20,9 +20,12 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 
 from db.settings import settings
 from tests.official_shapes import official_shapes
-from workers import models
-from workers.models import MODELS, ModelSpec, UnknownModelError, WeightsError, find, nano, weights_path
+from workers.models import nano
+from workers.models.files import model_version, weights_dir, weights_path
+from workers.models.loading import load_model
+from workers.models.registry import MODELS, find_model, largest_present
 from workers.models.sam import ARCHITECTURES, SamModel, load_sam
+from workers.models.spec import ModelSpec, UnknownModelError, WeightsError
 from workers.models.weights import verify
 from workers.params import AutomaticParams, automatic_params
 
@@ -114,11 +117,11 @@ def test_every_entry_has_defaults_that_json_can_hold_and_a_job_may_ask():
 
 def test_unknown_model_is_an_error_that_lists_the_known_ones():
     with pytest.raises(UnknownModelError, match=r"'sam_vit_x'; known: sam_vit_h, sam_vit_l, sam_vit_b, .*sam_nano"):
-        find("sam_vit_x")
+        find_model("sam_vit_x")
 
 
 def test_weights_lie_where_the_setting_says(folder):
-    assert weights_path(find("sam_vit_b")) == folder / "sam_vit_b_01ec64.pth"
+    assert weights_path(find_model("sam_vit_b")) == folder / "sam_vit_b_01ec64.pth"
 
 
 @pytest.mark.parametrize(
@@ -134,35 +137,35 @@ def test_weights_lie_in_the_users_cache_without_the_setting(monkeypatch, xdg, ex
     monkeypatch.setenv("XDG_CACHE_HOME", xdg)
     settings.cache_clear()
 
-    assert models.weights_dir() == Path(expected).expanduser()
+    assert weights_dir() == Path(expected).expanduser()
 
 
 def test_largest_official_sam_that_is_present_is_chosen(folder):
-    chosen = [models.largest_present().name]
+    chosen = [largest_present().name]
     for name in ("sam_vit_b", "sam_vit_l", "sam_vit_h"):
-        weights_path(find(name)).touch()
-        chosen.append(models.largest_present().name)
+        weights_path(find_model(name)).touch()
+        chosen.append(largest_present().name)
 
     assert chosen == ["sam_nano", "sam_vit_b", "sam_vit_l", "sam_vit_h"]
 
 
 def test_model_version_names_model_weights_and_what_was_asked():
-    assert models.model_version(find("sam_vit_b"), asked(points_per_side=32)) == "sam_vit_b@ec2df627+586456d8"
+    assert model_version(find_model("sam_vit_b"), asked(points_per_side=32)) == "sam_vit_b@ec2df627+586456d8"
 
 
 def test_model_version_does_not_depend_on_the_order_of_what_was_asked():
-    first = models.model_version(find("sam_vit_b"), {"mode": "automatic", "params": {"a": 1, "b": [1, 2]}})
-    second = models.model_version(find("sam_vit_b"), {"params": {"b": (1, 2), "a": 1}, "mode": "automatic"})
+    first = model_version(find_model("sam_vit_b"), {"mode": "automatic", "params": {"a": 1, "b": [1, 2]}})
+    second = model_version(find_model("sam_vit_b"), {"params": {"b": (1, 2), "a": 1}, "mode": "automatic"})
 
     assert first == second
 
 
 def test_model_version_differs_with_parameters_weights_and_model():
     versions = {
-        models.model_version(find("sam_vit_b"), asked()),
-        models.model_version(find("sam_vit_b"), asked(max_masks=3)),
-        models.model_version(replace(find("sam_vit_b"), sha256="f" * 64), asked()),
-        models.model_version(find("sam_vit_l"), asked()),
+        model_version(find_model("sam_vit_b"), asked()),
+        model_version(find_model("sam_vit_b"), asked(max_masks=3)),
+        model_version(replace(find_model("sam_vit_b"), sha256="f" * 64), asked()),
+        model_version(find_model("sam_vit_l"), asked()),
     }
 
     assert len(versions) == 4
@@ -170,7 +173,7 @@ def test_model_version_differs_with_parameters_weights_and_model():
 
 def test_model_version_of_nan_is_refused():
     with pytest.raises(ValueError, match="JSON"):
-        models.model_version(find("sam_vit_b"), asked(box_nms_thresh=math.nan))
+        model_version(find_model("sam_vit_b"), asked(box_nms_thresh=math.nan))
 
 
 # The architectures against the official files, without the files
@@ -183,9 +186,9 @@ def test_architecture_accounts_for_every_byte_of_the_official_file(name):
     state = sam.state_dict()
 
     # A torch archive adds a header, padding, a directory entry and a pickled record to each tensor: 316 bytes here.
-    overhead = find(name).size_bytes - sum(4 * tensor.numel() for tensor in state.values())
+    overhead = find_model(name).size_bytes - sum(4 * tensor.numel() for tensor in state.values())
     assert overhead / len(state) == pytest.approx(316, abs=2)
-    assert find(name).parameter_count == sum(parameter.numel() for parameter in sam.parameters())
+    assert find_model(name).parameter_count == sum(parameter.numel() for parameter in sam.parameters())
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -237,27 +240,27 @@ def test_overwriting_the_file_does_not_change_a_loaded_model(folder):
 def test_loaded_models_are_kept_by_name_and_sha256(folder, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "tiny", build_tiny_sam)
     first_spec = save(folder, build_tiny_sam().state_dict())
-    first = models.load(first_spec, "cpu")
-    assert models.load(first_spec, "cpu") is first
+    first = load_model(first_spec, "cpu")
+    assert load_model(first_spec, "cpu") is first
 
     second_spec = save(folder, build_tiny_sam().state_dict())
 
-    assert models.load(second_spec, "cpu") is not first
-    assert models.load(first_spec, "cpu") is first
+    assert load_model(second_spec, "cpu") is not first
+    assert load_model(first_spec, "cpu") is first
 
 
 def test_absent_weights_are_an_error_with_the_command_that_brings_them():
     with pytest.raises(
         WeightsError, match=r"sam_vit_b: no weights at .*01ec64.pth; run `maskfleet models pull sam_vit_b`"
     ):
-        models.load(find("sam_vit_b"), "cpu")
+        load_model(find_model("sam_vit_b"), "cpu")
 
 
 def test_another_models_checkpoint_is_named_with_the_model_that_was_wanted(folder):
-    torch.save(nano.build_sam_nano().state_dict(), weights_path(find("sam_vit_b")))
+    torch.save(nano.build_sam_nano().state_dict(), weights_path(find_model("sam_vit_b")))
 
     with pytest.raises(WeightsError, match=r"01ec64.pth: holds the weights of sam_nano, expected .* sam_vit_b; run `"):
-        models.load(find("sam_vit_b"), "cpu")
+        load_model(find_model("sam_vit_b"), "cpu")
 
 
 def test_unknown_models_checkpoint_is_described_by_its_differences(folder):
@@ -395,12 +398,12 @@ def test_automatic_masks_are_of_the_image_that_is_given_not_the_last_one_embedde
 
 
 def test_the_registry_counts_the_parameters_of_sam_nano():
-    spec = find("sam_nano")
+    spec = find_model("sam_nano")
 
     assert spec.parameter_count == sum(parameter.numel() for parameter in nano.build_sam_nano().parameters())
     assert weights_path(spec) == nano.WEIGHTS_PATH
 
 
 def test_shipped_sam_nano_is_the_pinned_file_and_loads():
-    assert verify(find("sam_nano")).found == "the published file"
-    assert isinstance(models.load(find("sam_nano"), "cpu"), SamModel)
+    assert verify(find_model("sam_nano")).found == "the published file"
+    assert isinstance(load_model(find_model("sam_nano"), "cpu"), SamModel)

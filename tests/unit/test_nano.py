@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 from segment_anything import SamPredictor
 
 from workers.models import nano
-from workers.training import train_nano
+from workers.training.nano_data import Batch, Prompts
+from workers.training.nano_forward import decode, encode
+from workers.training.nano_plan import Plan
 from workers.training.scenes import draw_scene
+from workers.training.train_nano import init_weights, save_run, start_run, train
 
 UNSEEN_SEED = 7_000_000_000_000
 
@@ -53,10 +56,10 @@ def test_a_click_and_a_box_give_the_drawn_object():
 
 def test_the_trainer_computes_what_segment_anything_computes():
     torch.manual_seed(0)
-    model = train_nano.init_weights(nano.build_sam_nano()).eval()
+    model = init_weights(nano.build_sam_nano()).eval()
     image = torch.randint(0, 256, (3, 256, 256)).float()
     points = torch.tensor([[[40.0, 50.0]], [[200.0, 9.0]]])
-    batch = train_nano.Batch(
+    batch = Batch(
         images=model.preprocess(image)[None],
         targets=torch.empty(0),
         boxes_xyxy=torch.empty(0),
@@ -65,8 +68,8 @@ def test_the_trainer_computes_what_segment_anything_computes():
     )
 
     with torch.no_grad():
-        prompts = train_nano.Prompts(points=points[None], labels=torch.ones(1, 2, 1))
-        logits, ious = train_nano.decode(model, batch, train_nano.encode(model, batch), prompts)
+        prompts = Prompts(points=points[None], labels=torch.ones(1, 2, 1))
+        logits, ious = decode(model, batch, encode(model, batch), prompts)
         record = {"image": image, "original_size": (256, 256), "point_coords": points, "point_labels": torch.ones(2, 1)}
         (expected,) = model([record], multimask_output=True)
 
@@ -77,12 +80,12 @@ def test_the_trainer_computes_what_segment_anything_computes():
 
 
 def test_training_goes_on_from_its_checkpoint(tmp_path):
-    plan = train_nano.Plan(out=tmp_path, seconds=60, seed=3, device="cpu", peak_rate=1e-3)
-    run = train_nano.start_run(plan)
+    plan = Plan(out=tmp_path, seconds=60, seed=3, device="cpu", peak_rate=1e-3)
+    run = start_run(plan)
     run.step, run.seconds = 5, 10.0
-    train_nano.save_run(run, tmp_path)
+    save_run(run, tmp_path)
 
-    again = train_nano.start_run(plan)
+    again = start_run(plan)
 
     assert (again.step, again.seconds) == (5, 10.0)
     assert all(torch.equal(value, again.average[name]) for name, value in run.average.items())
@@ -91,9 +94,9 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
 
 def test_the_last_fit_changes_the_head_that_predicts_ious_and_nothing_else(tmp_path):
     start = nano.WEIGHTS_PATH
-    plan = train_nano.Plan(out=tmp_path, seconds=0, seed=3, device="cpu", peak_rate=1e-3, start=start, head_batches=1)
+    plan = Plan(out=tmp_path, seconds=0, seed=3, device="cpu", peak_rate=1e-3, start=start, head_batches=1)
 
-    train_nano.train(plan)
+    train(plan)
 
     before, after = load_file(start), load_file(tmp_path / "sam_nano.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -17,23 +17,26 @@ from PIL import Image
 from segment_anything.modeling import Sam
 
 from db.settings import settings
-from workers import models
-from workers.engine.decoder import input_hw, prompt_logits
-from workers.images.decode import RgbImage, decode
+from workers.engine.decoder import prompt_logits
+from workers.engine.sam import input_hw
+from workers.images.decode import decode
+from workers.images.pixels import RgbImage
 from workers.masks import Mask, decode_counts
-from workers.models import MissingLibraryError, ModelError, find
+from workers.models.loading import load_model
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.onnx_decoder import with_onnx_decoder
 from workers.models.onnx_export import INPUTS, OUTPUTS, export, onnx_path
+from workers.models.registry import find_model
 from workers.models.sam import SamModel
-from workers.params import automatic_params
-from workers.prompts import Prompt, PromptParams
+from workers.models.spec import MissingLibraryError, ModelError
+from workers.params import PromptParams, automatic_params
+from workers.prompts import Prompt
 from workers.training.scenes import Scene, draw_scene
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
-NANO = find("sam_nano")
+NANO = find_model("sam_nano")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -47,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def nano() -> Sam:
-    return models.load(NANO, "cpu").sam  # type: ignore[attr-defined, no-any-return]
+    return load_model(NANO, "cpu").sam  # type: ignore[attr-defined, no-any-return]
 
 
 @pytest.fixture
@@ -151,7 +154,7 @@ def test_a_box_alone_and_a_box_with_a_mask_need_no_padding_point(nano: Sam, sess
 
 def test_every_make_of_prompt_on_a_picture_on_its_side_gets_the_torch_decoders_masks() -> None:
     scene = draw_scene(77_000_000_000_001, (240, 320))
-    image, model = turned(scene), models.load(NANO, "cpu")
+    image, model = turned(scene), load_model(NANO, "cpu")
     assert np.array_equal(image, scene.image)
     rows, columns = np.nonzero(scene.masks[0])
     box = (float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1))
@@ -180,7 +183,7 @@ def test_every_make_of_prompt_on_a_picture_on_its_side_gets_the_torch_decoders_m
 
 
 def test_automatic_masks_are_the_torch_decoders() -> None:
-    scene, model = draw_scene(77_000_000_000_002, (160, 240)), models.load(NANO, "cpu")
+    scene, model = draw_scene(77_000_000_000_002, (160, 240)), load_model(NANO, "cpu")
     [embedding] = model.embed([scene.image])
     few = {"points_per_side": 6, "crop_n_layers": 1, "crop_n_points_downscale_factor": 2}
 
@@ -195,7 +198,7 @@ def test_low_resolution_logits_of_sams_own_width_are_the_torch_decoders() -> Non
     pytest.importorskip("timm")
     torch.manual_seed(0)
     sam = build_mobile_sam().eval().requires_grad_(False)
-    with_onnx = with_onnx_decoder(sam, replace(find("mobile_sam"), sha256="f" * 64))
+    with_onnx = with_onnx_decoder(sam, replace(find_model("mobile_sam"), sha256="f" * 64))
     embedding = torch.randn(1, 256, 64, 64)
     asked: dict[str, Any] = {
         "size_hw": (201, 97),

@@ -17,7 +17,7 @@ from orchestrator.prompts.detectors import read_detector, read_phrases  # noqa: 
 from tests.tiny_checkpoints import save_phrase_detector  # noqa: E402
 from workers.detectors import detector as detectors  # noqa: E402
 from workers.detectors.detector import Detection, boxes_of_phrases  # noqa: E402
-from workers.detectors.files import DetectorError, DetectorKind  # noqa: E402
+from workers.detectors.kinds import DetectorError, DetectorKind  # noqa: E402
 from workers.prompts import Prompt, PromptError, parse_prompt  # noqa: E402
 
 FAMILIES = ("grounding_dino", "owlv2")

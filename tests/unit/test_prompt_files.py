@@ -9,13 +9,13 @@ import pytest
 
 from orchestrator.prompts.entries import PromptFileError
 from orchestrator.prompts.files import PromptFile, read_prompts
-from workers import models
+from workers.models.registry import find_model
 
 SOURCE = "/data/images"
 
 
 def read(path: Path | str, source: str = SOURCE) -> PromptFile:
-    return read_prompts(str(path), source=source, spec=models.find("sam_vit_b"), s3_endpoint=None)
+    return read_prompts(str(path), source=source, spec=find_model("sam_vit_b"), s3_endpoint=None)
 
 
 def write(path: Path, *lines: object) -> Path:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.params import ParamError
-from workers.prompts import Prompt, PromptError, fit, fit_all, parse_prompt, parse_prompt_params, takes
+from workers.params import ParamError, parse_prompt_params
+from workers.prompts import Prompt, PromptError, fit, fit_all, parse_prompt, takes
 
 coordinates = st.floats(-1e4, 1e4, allow_nan=False)
 boxes = st.tuples(coordinates, coordinates, st.floats(0.5, 1e4), st.floats(0.5, 1e4)).map(

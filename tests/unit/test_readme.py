@@ -12,7 +12,7 @@ import typer
 from db.settings import Settings
 from orchestrator.cli.main import app
 from workers.errors import ErrorKind
-from workers.models import MODELS
+from workers.models.registry import MODELS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

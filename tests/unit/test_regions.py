@@ -16,16 +16,12 @@ from hypothesis import strategies as st
 from label_studio_sdk.converter.utils import convert_annotation_to_yolo_obb
 from label_studio_sdk.label_interface import LabelInterface
 
-from orchestrator.label_studio.regions import (
-    RegionError,
-    label_config,
-    mask_from_region,
-    mask_ordinal,
-    prediction_task,
-    regions_for,
-)
+from orchestrator.label_studio.config import label_config
+from orchestrator.label_studio.drawn import RegionError, mask_from_region
+from orchestrator.label_studio.regions import mask_ordinal, prediction_task, regions_for
 from orchestrator.shapes.colours import label_colour
-from orchestrator.shapes.polygons import fit_polygons, polygon_edges, ring_px
+from orchestrator.shapes.polygons import fit_polygons
+from orchestrator.shapes.rasterise import polygon_edges, ring_px
 from orchestrator.shapes.runs import edges_from_counts, edges_from_pixels, pixels_from_edges, run_iou
 from workers.masks import Mask, encode_counts, mask_from_pixels
 

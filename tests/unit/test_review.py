@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from db.annotations import KnownTask
-from db.tables import Standing, Verdict
-from orchestrator.label_studio.regions import mask_from_region, regions_for
-from orchestrator.label_studio.review import accepted_above, judge_task
+from db.states import Standing, Verdict
+from orchestrator.label_studio.drawn import mask_from_region
+from orchestrator.label_studio.regions import regions_for
+from orchestrator.label_studio.review import judge_task
+from orchestrator.label_studio.review_numbers import accepted_above
 from orchestrator.label_studio.verdicts import Comparison, base_prediction, choose, compare
 from orchestrator.label_studio.wake import SECRET_HEADER, wake_on_webhook
 from workers.masks import BoolMask, decode_counts, mask_from_pixels

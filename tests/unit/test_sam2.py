@@ -24,16 +24,19 @@ from torchvision.ops import batched_nms, masks_to_boxes
 
 from tests.unit import test_automatic
 from tests.unit.test_models import Payload, make_spec
-from workers import models
 from workers.engine.decoder import prompt_logits
 from workers.engine.upsampling import Upsampling
-from workers.images.decode import RgbImage, decode
+from workers.images.decode import decode
+from workers.images.pixels import RgbImage
 from workers.masks import BoolMask, Mask, decode_counts
-from workers.models import MissingLibraryError, ModelSpec, WeightsError, find, nano
+from workers.models import nano
+from workers.models.loading import load_model
+from workers.models.registry import MODELS, find_model
 from workers.models.sam import SamModel
-from workers.models.sam2 import VARIANTS, Hiera, Sam2, load, load_variant
-from workers.params import AutomaticParams
-from workers.prompts import Prompt, PromptParams, asks_one_point
+from workers.models.sam2 import VARIANTS, Hiera, Sam2, load_variant
+from workers.models.spec import MissingLibraryError, ModelSpec, WeightsError
+from workers.params import AutomaticParams, PromptParams
+from workers.prompts import Prompt, asks_one_point
 
 transformers = pytest.importorskip("transformers")
 
@@ -153,9 +156,9 @@ def test_architecture_and_video_memory_account_for_every_byte_of_the_official_fi
     values = sum(tensor.numel() for tensor in state.values()) + VIDEO_VALUES
 
     # A torch archive adds a header, padding, a directory entry and a pickled record to each tensor.
-    overhead = find(name).size_bytes - 4 * values
+    overhead = find_model(name).size_bytes - 4 * values
     assert overhead / (len(state) + VIDEO_TENSORS) == pytest.approx(331, abs=4)
-    assert find(name).parameter_count == sum(parameter.numel() for parameter in sam.parameters())
+    assert find_model(name).parameter_count == sum(parameter.numel() for parameter in sam.parameters())
 
 
 # The loader
@@ -177,7 +180,7 @@ def test_named_variant_is_loaded_through_the_registry(folder: Path, monkeypatch:
     monkeypatch.setitem(VARIANTS, "sam2.1_tiny", TINY)
     spec = save(folder, draw_weights())
 
-    model = models.load(spec, "cpu")
+    model = load_model(spec, "cpu")
 
     assert len(model.embed([decode(phone_picture(), name="phone.jpg")])) == 1
 
@@ -188,22 +191,22 @@ def test_one_variants_file_in_anothers_place_is_named_with_both(folder: Path, mo
     spec = replace(save(folder, draw_weights()), name="sam2.1_small")
 
     with pytest.raises(WeightsError, match=r"holds the weights of sam2.1_tiny, expected the weights of sam2.1_small; "):
-        load(spec, "cpu")
+        load_model(spec, "cpu")
 
 
 def test_another_familys_checkpoint_is_named_with_both(folder: Path) -> None:
     torch.save(nano.build_sam_nano().state_dict(), folder / "sam2.1_hiera_tiny.pt")
 
     with pytest.raises(WeightsError, match=r"tiny.pt: holds the weights of sam_nano, expected .* sam2.1_tiny; run `"):
-        models.load(find("sam2.1_tiny"), "cpu")
+        load_model(find_model("sam2.1_tiny"), "cpu")
 
 
 def test_published_file_of_another_model_is_known_by_its_sha256(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = replace(save(folder, draw_weights()), name="sam2.1_small")
-    monkeypatch.setitem(models.MODELS, "sam2.1_small", published)
+    monkeypatch.setitem(MODELS, "sam2.1_small", published)
 
     with pytest.raises(WeightsError, match=r"tiny.pt: the published file of sam2.1_small, expected .* sam2.1_tiny; "):
-        load(replace(published, name="sam2.1_tiny", sha256="0" * 64), "cpu")
+        load_model(replace(published, name="sam2.1_tiny", sha256="0" * 64), "cpu")
 
 
 def test_finetuned_file_under_the_official_name_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +214,7 @@ def test_finetuned_file_under_the_official_name_is_refused(folder: Path, monkeyp
     spec = replace(save(folder, draw_weights()), sha256="0" * 64)
 
     with pytest.raises(WeightsError, match=r"fits sam2.1_tiny, but is another or damaged file, with sha256"):
-        load(spec, "cpu")
+        load_model(spec, "cpu")
 
 
 def test_pickled_payload_is_refused_and_never_run(folder: Path) -> None:
@@ -227,7 +230,7 @@ def test_missing_transformers_is_an_error_that_says_what_to_install(monkeypatch:
     monkeypatch.setitem(sys.modules, "transformers", None)
 
     with pytest.raises(MissingLibraryError, match=r'sam2.1_tiny needs transformers.*"maskfleet\[models\]"'):
-        models.load(find("sam2.1_tiny"), "cpu")
+        load_model(find_model("sam2.1_tiny"), "cpu")
 
 
 # Prompts

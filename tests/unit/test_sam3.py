@@ -8,19 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from workers.models.files import is_present, model_version, require_same_weights
+from workers.models.loading import load_model
+from workers.models.registry import find_model
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from db.settings import settings  # noqa: E402
 from tests.tiny_checkpoints import save_sam3  # noqa: E402
-from workers import models  # noqa: E402
 from workers.masks import decode_counts  # noqa: E402
-from workers.models import WeightsError  # noqa: E402
+from workers.models.spec import WeightsError  # noqa: E402
 from workers.models.weights import WeightsState, verify  # noqa: E402
-from workers.params import AutomaticParams, ParamError  # noqa: E402
-from workers.prompts import Prompt, PromptError, PromptParams, parse_prompt_params  # noqa: E402
+from workers.params import AutomaticParams, ParamError, PromptParams, parse_prompt_params  # noqa: E402
+from workers.prompts import Prompt, PromptError  # noqa: E402
 
-SPEC = models.find("sam3")
+SPEC = find_model("sam3")
 ALL = PromptParams(text_threshold=0)
 PROMPTS = [
     Prompt(text="red bus"),
@@ -50,7 +53,7 @@ def pictures() -> list[np.ndarray]:
 
 
 def test_each_prompts_masks_and_scores_are_the_librarys_own(checkpoint: Path) -> None:
-    model, images = models.load(SPEC, "cpu"), pictures()
+    model, images = load_model(SPEC, "cpu"), pictures()
     theirs = transformers.Sam3Model.from_pretrained(checkpoint).eval()
     processor = transformers.Sam3Processor.from_pretrained(checkpoint)
 
@@ -87,7 +90,7 @@ def test_each_prompts_masks_and_scores_are_the_librarys_own(checkpoint: Path) ->
 
 
 def test_the_threshold_says_how_many_masks_a_text_gives() -> None:
-    model, image = models.load(SPEC, "cpu"), pictures()[0]
+    model, image = load_model(SPEC, "cpu"), pictures()[0]
     [embedding] = model.embed([image])
     [every] = model.prompted(image, embedding, PROMPTS[:1], ALL)
     between = (every[2].predicted_iou + every[3].predicted_iou) / 2
@@ -103,7 +106,7 @@ def test_the_threshold_says_how_many_masks_a_text_gives() -> None:
 
 
 def test_a_text_longer_than_the_model_reads_is_refused_and_not_cut() -> None:
-    model, image = models.load(SPEC, "cpu"), pictures()[0]
+    model, image = load_model(SPEC, "cpu"), pictures()[0]
     with pytest.raises(PromptError, match="tokens long, expected at most 32"):
         model.prompted(image, model.embed([image])[0], [Prompt(text="bus " * 20)], ALL)
 
@@ -111,31 +114,31 @@ def test_a_text_longer_than_the_model_reads_is_refused_and_not_cut() -> None:
 def test_masks_of_everything_are_refused() -> None:
     assert not SPEC.automatic
     with pytest.raises(ValueError, match="expected text or an example"):
-        models.load(SPEC, "cpu").automatic(pictures()[0], None, AutomaticParams())
+        load_model(SPEC, "cpu").automatic(pictures()[0], None, AutomaticParams())
 
 
 def test_its_version_is_its_folders_content_and_other_files_are_not_taken_for_it(weights_folder: Path) -> None:
-    version = models.model_version(SPEC, {})
-    assert models.model_version(SPEC, {}) == version
-    models.require_same_weights(SPEC, version)
+    version = model_version(SPEC, {})
+    assert model_version(SPEC, {}) == version
+    require_same_weights(SPEC, version)
     assert verify(SPEC).ok
     (weights_folder / "README.md").write_text("not part of it")
-    assert models.model_version(SPEC, {}) == version
+    assert model_version(SPEC, {}) == version
 
     config = (weights_folder / "config.json").read_text()
     (weights_folder / "config.json").write_text(config + "\n")
 
-    assert models.model_version(SPEC, {}) != version
+    assert model_version(SPEC, {}) != version
     with pytest.raises(WeightsError, match=r"sam3 is \w{8}, the job was given \w{8}; put the same files there"):
-        models.require_same_weights(SPEC, version)
+        require_same_weights(SPEC, version)
 
 
 def test_an_absent_or_damaged_folder_says_how_to_bring_it(weights_folder: Path) -> None:
     (weights_folder / "model.safetensors").write_bytes(b"half")
     with pytest.raises(WeightsError, match=r"transformers cannot load it as sam3: .* run `maskfleet models pull sam3`"):
-        models.load(SPEC, "cpu")
+        load_model(SPEC, "cpu")
     (weights_folder / "model.safetensors").unlink()
     assert verify(SPEC).state is WeightsState.ABSENT
-    assert not models.is_present(SPEC)
+    assert not is_present(SPEC)
     with pytest.raises(WeightsError, match=r"no weights at .*sam3; run `maskfleet models pull sam3`"):
-        models.model_version(SPEC, {})
+        model_version(SPEC, {})

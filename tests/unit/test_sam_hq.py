@@ -22,11 +22,12 @@ from tests.unit.test_sam2 import phone_picture
 from workers.engine.decoder import prompt_logits
 from workers.images.decode import decode
 from workers.masks import decode_counts
-from workers.models import ModelSpec, WeightsError, find
+from workers.models.registry import find_model
 from workers.models.sam import ARCHITECTURES, SamModel, load, load_sam
 from workers.models.sam_hq import build_sam_hq
-from workers.params import AutomaticParams
-from workers.prompts import Prompt, PromptParams, asks_one_point
+from workers.models.spec import ModelSpec, WeightsError
+from workers.params import AutomaticParams, PromptParams
+from workers.prompts import Prompt, asks_one_point
 
 build_tiny = partial(
     build_sam_hq, width=16, depth=3, heads=2, global_blocks=(1, 2), image_px=128, channels=32, window=3
@@ -94,9 +95,9 @@ def test_names_and_shapes_are_those_of_the_authors_modules(name: str, digest: st
     assert hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest() == digest
     assert shapes["mask_decoder.hf_token.weight"] == (1, 256)
     assert shapes["mask_decoder.compress_vit_feat.0.weight"][1:] == (256, 2, 2)
-    assert find(name).parameter_count == sum(parameter.numel() for parameter in sam.parameters())
+    assert find_model(name).parameter_count == sum(parameter.numel() for parameter in sam.parameters())
     # A torch archive adds a header, padding, a directory entry and a pickled record to each tensor.
-    overhead = find(name).size_bytes - 4 * sum(tensor.numel() for tensor in sam.state_dict().values())
+    overhead = find_model(name).size_bytes - 4 * sum(tensor.numel() for tensor in sam.state_dict().values())
     assert overhead / len(shapes) == pytest.approx(317, abs=2)
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.errors import AssetError, ErrorKind, SourceError, redact
-from workers.storage.source import PAGE_SIZE, SkipReason, open_source
+from workers.storage.asset import PAGE_SIZE, SkipReason
+from workers.storage.source import open_source
 
 TESTDATA = Path(os.environ.get("MASKFLEET_TESTDATA", Path(__file__).parents[3] / "shared" / "testdata"))
 NASTY = TESTDATA / "nasty"

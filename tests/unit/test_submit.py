@@ -3,9 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from orchestrator.jobs.request import Request, select
+from orchestrator.jobs.listing import select
+from orchestrator.jobs.request import Request
 from orchestrator.prompts.files import read_prompts
-from workers import models
+from workers.models.registry import find_model
 from workers.storage.source import open_source
 
 
@@ -64,7 +65,7 @@ def test_the_model_version_changes_with_what_changes_masks_and_with_nothing_else
 def test_the_model_version_changes_with_the_prompts_and_how_they_are_answered(tmp_path: Path) -> None:
     def version(box: list[int], name: str = "p.jsonl", **changes: object) -> str:
         (tmp_path / name).write_text(json.dumps({"key": "a.jpg", "prompts": [{"box_xyxy": box}]}))
-        spec = models.find("sam_vit_b")
+        spec = find_model("sam_vit_b")
         found = read_prompts(str(tmp_path / name), source="/a", spec=spec, s3_endpoint=None)
         with found.stored:
             return Request(source="/a", model="sam_vit_b", prompts=found, **changes).model_version()  # type: ignore[arg-type]

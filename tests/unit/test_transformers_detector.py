@@ -14,8 +14,8 @@ transformers = pytest.importorskip("transformers")
 from orchestrator.prompts.detectors import read_detector  # noqa: E402
 from tests.tiny_checkpoints import LABELS, save_detector  # noqa: E402
 from workers.detectors import detector as detectors  # noqa: E402
-from workers.detectors.files import DetectorError  # noqa: E402
-from workers.engine.decoder import ModelOutputError  # noqa: E402
+from workers.detectors.kinds import DetectorError  # noqa: E402
+from workers.engine.promptable import ModelOutputError  # noqa: E402
 
 FAMILIES = ("rt_detr_v2", "d_fine", "rf_detr")
 

@@ -12,8 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from db.settings import settings
-from workers.models import MODELS, ModelSpec, WeightsError, weights_path
-from workers.models.weights import ATTEMPTS, WeightsState, pull, verify
+from workers.models.download import ATTEMPTS, pull
+from workers.models.files import weights_path
+from workers.models.registry import MODELS
+from workers.models.spec import ModelSpec, WeightsError
+from workers.models.weights import WeightsState, verify
 
 CONTENT = b"PK\x03\x04" + bytes(range(256)) * 1200
 HALF = len(CONTENT) // 2

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from workers.detectors.files import DetectorError, DetectorKind, require_library, require_same_files
-from workers.images.decode import RgbImage
+from workers.detectors.files import require_library, require_same_files
+from workers.detectors.kinds import DetectorError, DetectorKind
+from workers.images.pixels import RgbImage
 from workers.prompts import Box, Prompt, PromptError, fit
 
 _LOADERS = {

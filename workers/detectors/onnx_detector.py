@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.detectors.detector import AskedDetector, Detection, Detector
-from workers.detectors.files import DetectorError, onnx_classes
-from workers.images.decode import RgbImage
+from workers.detectors.kinds import DetectorError
+from workers.detectors.onnx_names import onnx_classes
+from workers.images.pixels import RgbImage
 from workers.models.onnx_session import open_session
 
 # What RTMDet is trained with (mmdet's rtmdet_l_8xb32-300e_coco.py): 640 x 640, grey padding, BGR.

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
+from workers.detectors.checkpoint import whence
 from workers.detectors.detector import AskedDetector, Detection, PhraseDetector
-from workers.detectors.files import DetectorError
-from workers.images.decode import RgbImage
-from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers, whence
+from workers.detectors.kinds import DetectorError
+from workers.images.pixels import RgbImage
+from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers
 from workers.prompts import PromptError
 
 _PHRASES_AT_ONCE = 4  # Grounding DINO sees the image anew with each, so this is its batch

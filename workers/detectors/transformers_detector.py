@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from workers.detectors.checkpoint import whence
 from workers.detectors.detector import AskedDetector, Detection, Detector
-from workers.detectors.files import DetectorError
-from workers.images.decode import RgbImage
-from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers, whence
+from workers.detectors.kinds import DetectorError
+from workers.images.pixels import RgbImage
+from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers
 
 
 class TransformersDetector:

@@ -21,21 +21,15 @@ from segment_anything.utils.amg import build_point_grid, generate_crop_boxes, is
 from torchvision.ops.boxes import batched_nms, box_area
 
 from workers.engine.boxed_runs import Box, Found, encode_runs, take_runs
-from workers.engine.decoder import (
-    Decoded,
-    ModelOutputError,
-    Promptable,
-    decode_points,
-    half_precision,
-    prompt_logits,
-    promptable,
-)
+from workers.engine.decoder import Decoded, decode_points, prompt_logits
 from workers.engine.device_search import DeviceSearch
 from workers.engine.folded_decoder import FOLD_FROM_DIM
+from workers.engine.promptable import ModelOutputError, Promptable, half_precision
+from workers.engine.sam import promptable
 from workers.engine.small_regions import remove_small_regions
 from workers.engine.suppression import STABLE_UP_TO, Suppression, order_of_kept
 from workers.engine.upsampling import Cut, Patch
-from workers.images.decode import RgbImage
+from workers.images.pixels import RgbImage
 from workers.masks import Mask
 from workers.params import AutomaticParams
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torchvision.ops.boxes import batched_nms
 
 from workers.engine.boxed_runs import Box, Found
-from workers.engine.decoder import Decode, ModelOutputError, Promptable, decode_evenly, half_precision, scale_xy
+from workers.engine.decoder import decode_evenly
 from workers.engine.device_runs import DeviceDrawing, read_runs, to_host
+from workers.engine.promptable import Decode, ModelOutputError, Promptable, half_precision, scale_xy
 from workers.params import AutomaticParams
 
 # Points whose logits are held at once: with three outputs 805 MB in float32. A finer grid goes round by round.

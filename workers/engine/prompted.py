@@ -17,11 +17,14 @@ from torch import Tensor
 
 from workers.engine.automatic import one_thread
 from workers.engine.boxed_runs import BoxedRuns, encode_runs, take_runs
-from workers.engine.decoder import ModelOutputError, Promptable, prompt_logits, promptable
+from workers.engine.decoder import prompt_logits
 from workers.engine.device_runs import DeviceDrawing, read_runs, to_host
+from workers.engine.promptable import ModelOutputError, Promptable
+from workers.engine.sam import promptable
 from workers.engine.upsampling import Upsampling
 from workers.masks import Mask
-from workers.prompts import Prompt, PromptParams, asks_one_point
+from workers.params import PromptParams
+from workers.prompts import Prompt, asks_one_point
 
 # sam_nano's decoder too is folded here: two to three times faster, and a pixel in ten thousand falls on the other side
 # of the threshold.

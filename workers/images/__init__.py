@@ -1,0 +1,1 @@
+"""An asset's bytes to upright RGB pixels. The one door to Pillow."""

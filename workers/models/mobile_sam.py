@@ -84,8 +84,6 @@ def _build_tiny_vit() -> Any:
         )
 
 
-# --------------------------------------------------------------------------------------------- the authors' names
-
 # Names of weights, timm's first. The authors' layers end with the downsampling that timm's next stages begin with.
 _PREFIXES = (
     ("patch_embed.conv1.", "patch_embed.seq.0."),

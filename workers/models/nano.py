@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from workers.models import MODELS
+from workers.models.registry import MODELS
 
 # 256 px in patches of 8 give the 32 x 32 embedding and 128 x 128 mask grid of a 512 px ViT of patch 16, but reading
 # 192 values a patch instead of 768, which a model this narrow can hold.

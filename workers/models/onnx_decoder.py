@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from segment_anything.modeling import PromptEncoder, Sam
 from torch import Tensor, nn
 
-from workers import models
-from workers.models import ModelError, ModelSpec
+from workers.models.loading import ONNX_LIBRARIES, require_libraries
 from workers.models.onnx_export import INPUTS, WEIGHTS_KEY, export, onnx_path
 from workers.models.onnx_session import open_session
+from workers.models.spec import ModelError, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
     Exports it where it has not been: it follows from the weights, so that a worker needs no step of its own. Raises
     MissingLibraryError where onnxruntime is not installed, ModelError where the file is no decoder of these weights.
     """
-    models.require_libraries("--decoder onnx", models.ONNX_LIBRARIES)
+    require_libraries("--decoder onnx", ONNX_LIBRARIES)
     path = onnx_path(spec)
     with _exporting:
         if not path.is_file():

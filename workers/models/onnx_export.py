@@ -25,8 +25,10 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workers import models
-from workers.models import ModelError, ModelSpec
+from workers.models.files import weights_dir
+from workers.models.loading import load_model, require_libraries
+from workers.models.registry import find_model
+from workers.models.spec import ModelError, ModelSpec
 
 INPUTS = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input", "orig_im_size")
 OUTPUTS = ("masks", "iou_predictions", "low_res_masks")
@@ -87,7 +89,7 @@ class PromptDecoder(nn.Module):
 
 def onnx_path(spec: ModelSpec) -> Path:
     """Where `--decoder onnx` looks for this model's decoder: in the weights folder, under the weights' own name."""
-    return models.weights_dir() / f"{spec.name}.{spec.sha256[:8]}.decoder.onnx"
+    return weights_dir() / f"{spec.name}.{spec.sha256[:8]}.decoder.onnx"
 
 
 def export(sam: Sam, spec: ModelSpec, path: Path) -> None:
@@ -95,7 +97,7 @@ def export(sam: Sam, spec: ModelSpec, path: Path) -> None:
 
     Raises MissingLibraryError where onnx is not installed, ModelError where the file cannot be written.
     """
-    models.require_libraries("writing ONNX", ("onnx",))
+    require_libraries("writing ONNX", ("onnx",))
     content = _trace(sam, spec)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -153,9 +155,9 @@ def _example(sam: Sam) -> tuple[Tensor, ...]:
 
 
 def main(name: str, file: str | None = None) -> None:
-    spec = models.find(name)
+    spec = find_model(name)
     path = Path(file) if file else onnx_path(spec)
-    export(models.load(spec, "cpu").sam, spec, path)  # type: ignore[attr-defined]  # of the models with such a decoder
+    export(load_model(spec, "cpu").sam, spec, path)  # type: ignore[attr-defined]  # of the models with such a decoder
     sys.stdout.write(f"{path}\n")
 
 

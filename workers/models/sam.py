@@ -21,18 +21,19 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from workers.engine import automatic
-from workers.engine.decoder import Promptable
+from workers.engine.promptable import Promptable
 from workers.engine.prompted import prompted_masks
-from workers.images.decode import RgbImage
+from workers.images.pixels import RgbImage
 from workers.masks import Mask
-from workers.models import Model, ModelSpec, WeightsError, weights_path
+from workers.models.files import weights_path
 from workers.models.fused_attention import fuse_attention
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
 from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
+from workers.models.spec import Model, ModelSpec, WeightsError
 from workers.models.weights import Verified, WeightsState, remedy, verify
-from workers.params import AutomaticParams
-from workers.prompts import Prompt, PromptParams
+from workers.params import AutomaticParams, PromptParams
+from workers.prompts import Prompt
 
 Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 

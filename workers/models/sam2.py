@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, resize
 
-from workers.engine.decoder import Decode, Draw, Hw, Points, half_precision
+from workers.engine.promptable import Decode, Draw, Hw, Points, half_precision
 from workers.engine.upsampling import Upsampling
-from workers.images.decode import RgbImage
-from workers.models import Model, ModelSpec
+from workers.images.pixels import RgbImage
 from workers.models.sam import ARCHITECTURES, Architecture, SamModel, load_sam
+from workers.models.spec import Model, ModelSpec
 
 # RGB, 0..1: ImageNet's, as in the authors' sam2/utils/transforms.py.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -203,8 +203,6 @@ def _in_float32(forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     with half_precision(tokens.device, is_wanted=False):
         return forward(tokens.float())
 
-
-# --------------------------------------------------------------------------------------------- the authors' names
 
 # Names of weights, transformers' first; applied one after the other.
 _RENAMINGS = tuple(

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from workers.images.decode import RgbImage
+from workers.images.pixels import RgbImage
 from workers.masks import Mask, mask_from_pixels
-from workers.models import MissingLibraryError, Model, ModelSpec, WeightsError, weights_path
+from workers.models.files import weights_path
+from workers.models.spec import MissingLibraryError, Model, ModelSpec, WeightsError
 from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers
 from workers.models.weights import remedy, verify
-from workers.params import AutomaticParams
-from workers.prompts import Prompt, PromptError, PromptParams
+from workers.params import AutomaticParams, PromptParams
+from workers.prompts import Prompt, PromptError
 
 try:
     from transformers import Sam3Model, Sam3Processor

@@ -15,7 +15,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
-from workers.engine.decoder import half_precision
+from workers.engine.promptable import half_precision
 
 PATCH_SIZE_PX = 16
 

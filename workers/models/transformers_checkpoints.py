@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from workers.detectors.detector import AskedDetector
-from workers.engine.decoder import ModelOutputError
+from workers.engine.promptable import ModelOutputError
 
 # What from_pretrained raises of a checkpoint that is damaged, another model's or of an unknown family.
 LOADING_ERRORS = (
@@ -36,13 +34,6 @@ def load_whole(auto_class: Any, where: str, how: dict[str, Any]) -> Any:
     if missing:
         raise ValueError(f"the weights lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
     return model
-
-
-def whence(asked: AskedDetector, path: Path | None) -> tuple[str, dict[str, Any]]:
-    """Where from_pretrained finds a job's checkpoint: its folder, or the hub at the job's commit."""
-    if path is None:
-        return asked.name, {"revision": asked.identity.removeprefix("commit:")}
-    return str(path), {"local_files_only": True}
 
 
 def require_numbers(scores: torch.Tensor) -> None:

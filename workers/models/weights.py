@@ -5,36 +5,19 @@ A pinned sha256 decides whether a file is right; names, sizes and headers only h
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
-import re
-import shutil
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from io import BufferedRandom
 from pathlib import Path
 
-import httpx
-
-from workers.models import MODELS, ModelSpec, WeightsError, require_libraries, weights_path
-from workers.models.folders import PATTERNS, checkpoint_files, has_weights, identity
+from workers.models.files import weights_path
+from workers.models.folders import checkpoint_files, has_weights, identity
+from workers.models.registry import MODELS
+from workers.models.spec import ModelSpec, WeightsError
 
 log = logging.getLogger(__name__)
-
-# Six tries with pauses of 1, 2, 4, 8 and 16 s outlive a router's restart; a longer outage is for a person, who
-# resumes with the same command.
-ATTEMPTS = 6
-DISK_MARGIN_BYTES = 64 << 20
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
-
-# Called with the bytes on disk and the bytes of the whole file; the first may fall when a server makes us start over.
-Progress = Callable[[int, int], None]
 
 
 class WeightsState(StrEnum):
@@ -62,10 +45,6 @@ class Verified:
         return self.state is WeightsState.OK
 
 
-class _Retryable(Exception):
-    """A fault of the network or the server that the next attempt may not meet."""
-
-
 def verify(spec: ModelSpec) -> Verified:
     """Say what lies in this model's place. Reads the whole file only where its size is a known model's.
 
@@ -81,46 +60,6 @@ def verify(spec: ModelSpec) -> Verified:
     except OSError as error:
         raise WeightsError(f"{spec.name}: cannot read {path}: {error.strerror or error}") from error
     return Verified(name=spec.name, path=path, state=state, size_bytes=size_bytes, found=found)
-
-
-def pull(
-    spec: ModelSpec,
-    progress: Progress | None = None,
-    *,
-    plain_http_on_loopback: bool = False,
-    backoff_seconds: float = 1.0,
-) -> Path:
-    """Bring this model's weights, unless they are here already, and return their path.
-
-    Continues where an earlier pull of the same file stopped. The file appears under its name only when its sha256 is
-    the pinned one, and replaces a wrong file there. A second pull of the same file waits for the first. After faults
-    of the network, 408, 429 and 5xx it pauses backoff_seconds, doubled each time, and tries again. Only https is
-    followed, redirects included; plain_http_on_loopback is for tests.
-
-    Raises WeightsError when the disk has no room, the server refuses or has another file, or ATTEMPTS have failed;
-    what arrived stays for the next pull, except bytes that turned out wrong.
-    """
-    path = weights_path(spec)
-    verified = verify(spec)
-    if verified.ok:
-        return path
-    if spec.hub is not None:
-        return _pull_folder(spec, spec.hub, path)
-    if spec.url is None:
-        raise WeightsError(f"{path}: {verified.found}; {remedy(spec)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive_part(path) as part, _client(plain_http_on_loopback) as client:
-            if verify(spec).ok:  # the pull that we waited for brought it
-                Path(part.name).unlink()
-                return path
-            _download(_Source(spec, spec.url, client, progress or _show_nothing), part, backoff_seconds)
-            os.fsync(part.fileno())
-            Path(part.name).replace(path)
-            _etag_path(part).unlink(missing_ok=True)
-    except OSError as error:
-        raise WeightsError(f"{spec.name}: cannot bring {path}: {error}") from error
-    return path
 
 
 def remedy(spec: ModelSpec) -> str:
@@ -167,26 +106,6 @@ def _verify_folder(spec: ModelSpec, folder: Path) -> Verified:
     return Verified(name=spec.name, path=folder, state=state, size_bytes=size_bytes, found=found)
 
 
-def _pull_folder(spec: ModelSpec, hub: str, folder: Path) -> Path:
-    """Bring a folder of the hub, with HF_TOKEN where it is gated; goes on where an earlier pull stopped."""
-    require_libraries(f"models pull {spec.name}", ("huggingface_hub",))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError
-
-    try:
-        snapshot_download(hub, local_dir=folder, allow_patterns=list(PATTERNS))
-    except GatedRepoError as error:
-        raise WeightsError(
-            f"{spec.name}: {hub} is handed out to people who accept its licence ({spec.licence}): accept it at "
-            f"https://huggingface.co/{hub}, set HF_TOKEN to a token of that account, then {remedy(spec)} again"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{spec.name}: {hub} did not come: {error}; {remedy(spec)} again, or bring its folder yourself to {folder}"
-        ) from error
-    return folder
-
-
 def _look_at(path: Path, spec: ModelSpec) -> tuple[WeightsState, int, str]:
     size_bytes = path.stat().st_size
     known = [model for model in (spec, *MODELS.values()) if model.hub is None]
@@ -211,187 +130,6 @@ def _look_at(path: Path, spec: ModelSpec) -> tuple[WeightsState, int, str]:
     return WeightsState.WRONG, size_bytes, f"another file: {size_bytes:,} bytes, expected {spec.size_bytes:,}"
 
 
-@contextmanager
-def _exclusive_part(path: Path) -> Iterator[BufferedRandom]:
-    """The unfinished download beside `path`, open for appending and locked against other pulls of the same file.
-
-    The lock is on the file itself, so it dies with its process and leaves no lock file behind.
-    """
-    part_path = path.with_name(f"{path.name}.part")
-    while True:
-        with part_path.open("a+b") as part:
-            _lock(part)
-            # While we waited, the holder may have renamed or removed the file: then our lock guards no name.
-            if _still_at(part_path, part):
-                yield part
-                return
-
-
-def _lock(part: BufferedRandom) -> None:
-    try:
-        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.warning("%s: another pull is bringing this file; waiting for it", part.name)
-        fcntl.flock(part, fcntl.LOCK_EX)
-
-
-def _still_at(path: Path, file: BufferedRandom) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where the bytes come from, and who is told how many have come."""
-
-    spec: ModelSpec
-    url: str
-    client: httpx.Client
-    progress: Progress
-
-
-def _client(plain_http_on_loopback: bool) -> httpx.Client:
-    def refuse_plain_http(request: httpx.Request) -> None:
-        on_loopback = plain_http_on_loopback and request.url.host in LOOPBACK_HOSTS
-        if request.url.scheme != "https" and not on_loopback:
-            raise WeightsError(f"refusing {request.url}: weights come over https only")
-
-    return httpx.Client(
-        follow_redirects=True,
-        timeout=httpx.Timeout(30, connect=10),
-        # A compressed answer would make byte ranges mean something else.
-        headers={"Accept-Encoding": "identity"},
-        event_hooks={"request": [refuse_plain_http]},
-    )
-
-
-def _download(source: _Source, part: BufferedRandom, backoff_seconds: float) -> None:
-    """Fill `part` with the pinned bytes, trying ATTEMPTS times."""
-    spec = source.spec
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(backoff_seconds * 2 ** (attempt - 1))
-        try:
-            _fetch_rest(source, part)
-            return
-        except (_Retryable, httpx.TransportError) as error:
-            fault = str(error) or type(error).__name__
-        except httpx.HTTPError as error:
-            raise WeightsError(f"{spec.name}: {source.url}: {error}") from error
-    raise WeightsError(
-        f"{spec.name}: {source.url}: {fault}; {ATTEMPTS} attempts failed, {_size(part):,} of {spec.size_bytes:,} bytes "
-        f"are kept: {remedy(spec)} again to continue, or bring the file yourself to {weights_path(spec)}"
-    )
-
-
-def _fetch_rest(source: _Source, part: BufferedRandom) -> None:
-    """Append what is missing, and check the whole."""
-    spec = source.spec
-    have = _size(part)
-    _require_room(spec, Path(part.name).parent, have)
-    began_at = _request_rest(source, part, have) if have < spec.size_bytes else have
-
-    part.seek(0)
-    sha256 = hashlib.file_digest(part, "sha256").hexdigest()
-    if sha256 == spec.sha256:
-        return
-    part.truncate(0)
-    if began_at > 0:
-        raise _Retryable("what an earlier attempt left was not the beginning of this file")
-    raise WeightsError(f"{spec.name}: {source.url} sent {_name_of(sha256)}; expected sha256 {spec.sha256}")
-
-
-def _request_rest(source: _Source, part: BufferedRandom, have: int) -> int:
-    """Ask for the bytes after the first `have`, append them, and return the offset at which the answer began."""
-    headers = {}
-    if have > 0:
-        headers["Range"] = f"bytes={have}-"
-        # With If-Range a server whose file has changed sends the whole of it, not the tail of another one.
-        if etag := _recall_etag(part):
-            headers["If-Range"] = etag
-    size_bytes = source.spec.size_bytes
-    with source.client.stream("GET", source.url, headers=headers) as response:
-        began_at = done = _accept(source, part, have, response)
-        source.progress(done, size_bytes)
-        for block in response.iter_raw():
-            part.write(block)
-            done += len(block)
-            if done > size_bytes:
-                part.truncate(0)
-                raise WeightsError(f"{source.spec.name}: {source.url} sent more than the {size_bytes:,} bytes expected")
-            source.progress(done, size_bytes)
-    if done < size_bytes:
-        raise _Retryable(f"the connection ended after {done:,} of {size_bytes:,} bytes")
-    return began_at
-
-
-def _accept(source: _Source, part: BufferedRandom, have: int, response: httpx.Response) -> int:
-    """Judge an answer by its head, and return the offset at which its body begins: `have`, or 0 with `part` emptied.
-
-    Raises _Retryable or WeightsError for an answer that is not the file.
-    """
-    status = f"HTTP {response.status_code} {response.reason_phrase}"
-    if response.status_code in (408, 429) or response.status_code >= 500:
-        raise _Retryable(status)
-    if response.status_code not in (200, 206, 416):
-        raise WeightsError(f"{source.spec.name}: {source.url}: {status}")
-    content_range = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-    if response.status_code == 200:
-        began_at, declared = 0, response.headers.get("Content-Length", "*")
-    elif content_range and int(content_range[1]) == have:
-        began_at, declared = have, content_range[2]
-    else:
-        part.truncate(0)
-        raise _Retryable(f"{status} does not continue at byte {have:,}")
-    if declared not in ("*", str(source.spec.size_bytes)):
-        head = next(response.iter_raw(), b"")
-        found = kind_of(head) if began_at == 0 else "another file"
-        raise WeightsError(
-            f"{source.spec.name}: {source.url} has {found} of {int(declared):,} bytes, "
-            f"expected {source.spec.size_bytes:,} bytes"
-        )
-    if began_at == 0:
-        part.truncate(0)
-        _remember_etag(part, response)
-    return began_at
-
-
-def _remember_etag(part: BufferedRandom, response: httpx.Response) -> None:
-    _etag_path(part).write_text(response.headers.get("ETag", ""))
-
-
-def _recall_etag(part: BufferedRandom) -> str | None:
-    path = _etag_path(part)
-    etag = path.read_text(errors="replace") if path.exists() else ""
-    # If-Range takes strong tags only (RFC 9110, 13.1.5); these are their characters.
-    return etag if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag) else None
-
-
-def _etag_path(part: BufferedRandom) -> Path:
-    return Path(f"{part.name}.etag")
-
-
-def _name_of(sha256: str) -> str:
+def name_of(sha256: str) -> str:
     known = (model.name for model in MODELS.values() if model.sha256 == sha256)
     return next((f"the published file of {name}" for name in known), f"another file, with sha256 {sha256}")
-
-
-def _size(part: BufferedRandom) -> int:
-    part.flush()
-    return os.fstat(part.fileno()).st_size
-
-
-def _show_nothing(done_bytes: int, total_bytes: int) -> None:
-    pass
-
-
-def _require_room(spec: ModelSpec, folder: Path, have_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    needed = spec.size_bytes - have_bytes + DISK_MARGIN_BYTES
-    if free < needed:
-        raise WeightsError(
-            f"{spec.name}: {needed / 1e9:.1f} GB must be free in {folder}, {free / 1e9:.1f} GB are; "
-            "make room, or set MASKFLEET_WEIGHTS_DIR to a folder on a larger disk"
-        )

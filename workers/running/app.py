@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from celery import Celery
+from kombu.exceptions import OperationalError
 
 from db.settings import settings
 
@@ -50,6 +51,20 @@ def make_app(broker_url: str | None) -> Celery:
             worker_enable_remote_control=False,
         )
     return app
+
+
+class BrokerAway(ConnectionError):
+    """The broker does not answer; the message says why."""
+
+
+def check_broker() -> str:
+    """The broker's address without its password, once it answers. Raises BrokerAway."""
+    try:
+        with app.connection_for_read() as connection:
+            connection.ensure_connection(max_retries=1, timeout=5)
+            return str(connection.as_uri())
+    except (OperationalError, OSError) as error:
+        raise BrokerAway(str(error)) from error
 
 
 def publish_chunks(chunk_ids: list[int], *, broker: Celery | None = None) -> None:

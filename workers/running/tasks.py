@@ -16,17 +16,19 @@ from billiard.exceptions import WorkerLostError
 from celery import Task
 from celery.signals import setup_logging, task_failure
 from kombu.exceptions import OperationalError as BrokerAway
-from sqlalchemy import Engine
-from sqlalchemy.exc import OperationalError
 
-from db import jobs as queries
-from db.session import open_engine
+from db import jobs, queue
+from db.session import Engine, OperationalError, open_engine
 from db.settings import settings
-from workers import models
 from workers.detectors import detector as detectors
 from workers.errors import redact
+from workers.models.loading import load_model
+from workers.models.registry import find_model
+from workers.models.spec import Model
 from workers.running.app import SEGMENT_CHUNK, app, publish_chunks, waiting_messages
-from workers.running.chunk import ProcessUnfit, Worker, run_chunk
+from workers.running.chunk import run_chunk
+from workers.running.outcomes import ProcessUnfit
+from workers.running.worker import Worker
 
 # Set by `maskfleet worker`, which owns the folder: the file `stop` in it means that the worker drains.
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
@@ -73,7 +75,7 @@ def _expire_lease_of_dead(
     worker = _worker(sender.request.hostname or "worker")
     try:
         with worker.engine.begin() as db:
-            queries.expire_lease(db, chunk_id=args[0], worker=worker.name)
+            queue.expire_lease(db, chunk_id=args[0], worker=worker.name)
         top_up(worker.engine)
     except OperationalError:
         log.warning("chunk %d: Postgres is away, its lease will run out", args[0])
@@ -90,19 +92,19 @@ def top_up(engine: Engine) -> int:
     chunk_ids: list[int] = []
     try:
         with engine.begin() as db:
-            queries.reap(db)
-            queries.finish_jobs(db)
-            stale = queries.has_stale_sent(db, resend_seconds=deployment.resend_seconds)
+            queue.reap(db)
+            jobs.finish_jobs(db)
+            stale = queue.has_stale_sent(db, resend_seconds=deployment.resend_seconds)
         lost = stale and waiting_messages() == 0
         with engine.begin() as db:
             if lost:
-                queries.resend_stale(db, resend_seconds=deployment.resend_seconds)
-            chunk_ids = queries.take_window(db, window=deployment.window_chunks)
+                queue.resend_stale(db, resend_seconds=deployment.resend_seconds)
+            chunk_ids = queue.take_window(db, window=deployment.window_chunks)
         if chunk_ids:
             publish_chunks(chunk_ids)
     except BrokerAway as error:
         with engine.begin() as db:
-            queries.unsend(db, chunk_ids=chunk_ids)
+            queue.unsend(db, chunk_ids=chunk_ids)
         log.warning("the broker is away, %d chunks wait: %s", len(chunk_ids), redact(str(error)))
         return 0
     return len(chunk_ids)
@@ -124,10 +126,10 @@ def _worker(name: str) -> Worker:
     )
 
 
-def _load_model(name: str) -> models.Model:
+def _load_model(name: str) -> Model:
     from workers.engine.device import default_device
 
-    return models.load(models.find(name), default_device())
+    return load_model(find_model(name), default_device())
 
 
 def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detectors.PhraseDetector:

@@ -1,0 +1,1 @@
+"""Sources of assets: folders and S3 prefixes. The one door to boto3."""

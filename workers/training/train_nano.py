@@ -15,53 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention
 
 from workers.models.nano import (
     EMBEDDING_SIZE,
-    IMAGE_SIZE_PX,
-    PATCH_SIZE_PX,
-    PIXEL_MEAN,
-    PIXEL_STD,
     build_sam_nano,
     load_sam_nano,
 )
-from workers.training.scenes import Scene, draw_scene
+from workers.training.nano_data import Batch, Prompts, draw_batch
+from workers.training.nano_forward import decode, encode
+from workers.training.nano_loss import compute_loss, jitter, sample_points, true_ious
+from workers.training.nano_plan import BACKGROUND_CLICKS, Plan
 
 log = logging.getLogger(__name__)
 
-MASK_CELL_PX = PATCH_SIZE_PX // 4
-# (part of the time after which it ends, side of the crop in cells of the embedding, images a batch). Small batches at
-# first, where many steps matter more than quiet ones; whole images last, for objects larger than a crop.
-STAGES = ((0.2, 16, 8), (0.4, 16, 12), (0.6, 24, 8), (1.0, EMBEDDING_SIZE, 6))
-OBJECT_CLICKS = 5
-BACKGROUND_CLICKS = 2
-CORRECTIONS = 3  # objects an image whose click is corrected; all get a box
-BOX_WEIGHT, IOU_WEIGHT = 3.0, 4.0
 WARM_UP_STEPS = 80
 # The last fit of the head: its batches give some 30,000 samples, which take ten minutes to draw and one to learn.
 CLICKS_AN_OBJECT, HEAD_EPOCHS, HEAD_BATCH, HEAD_RATE = 2, 15, 512, 1e-3
 FIRST_HEAD_STEP = 10_000_000
 LOG_SECONDS, SAVE_SECONDS = 20, 120
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What a run was asked."""
-
-    out: Path
-    seconds: float
-    seed: int
-    device: str
-    peak_rate: float
-    start: Path | None = None
-    head_batches: int = 250
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,32 +48,6 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """B images and K objects of each, in the frame of the crop, S pixels a side.
-
-    images: (B, 3, S, S) float32, normalised. targets: (B, K, S/2, S/2) float32, the share 0..1 of a mask cell that
-    the object covers. boxes_xyxy: (B, K, 4) float32. background: (B, S/2, S/2) float32, as targets.
-    offset_xy: of the crop in the embedding's grid.
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    boxes_xyxy: torch.Tensor
-    background: torch.Tensor
-    offset_xy: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    """P prompts on each of B images: points (B, P, N, 2) xy, labels (B, P, N), boxes (B, P, 4), logits (B, P, h, w)."""
-
-    points: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    boxes: torch.Tensor | None = None
-    previous: torch.Tensor | None = None
 
 
 def train(plan: Plan) -> None:
@@ -219,57 +168,6 @@ def learning_rate(plan: Plan, run: Run) -> float:
     return plan.peak_rate * warmth * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def draw_batch(plan: Plan, step: int, done: float) -> Batch:
-    """The batch of a step, from scenes that no other step has; done: the part 0..1 of the time that is over."""
-    rng = np.random.default_rng((plan.seed, step))
-    cells, count = next((cells, count) for end, cells, count in STAGES if done < end)
-    samples = [draw_sample(rng, cells * PATCH_SIZE_PX) for _ in range(count)]
-    images, targets, boxes, background = (torch.from_numpy(np.stack(part)) for part in zip(*samples, strict=True))
-    # In multiples of the attention windows, so that a crop is cut into the windows of the whole.
-    room = (EMBEDDING_SIZE - cells) // 8 + 1
-    return Batch(
-        images=images.to(plan.device),
-        targets=targets.to(plan.device),
-        boxes_xyxy=boxes.to(plan.device),
-        background=background.to(plan.device),
-        offset_xy=(8 * int(rng.integers(room)), 8 * int(rng.integers(room))),
-    )
-
-
-def draw_sample(rng: np.random.Generator, side_px: int) -> tuple[npt.NDArray[np.float32], ...]:
-    """One scene as (image, targets, boxes, background) of a Batch, padded as Sam.preprocess pads."""
-    scene = _draw_padded_scene(rng, side_px)
-    image = np.zeros((3, side_px, side_px), np.float32)
-    h, w = scene.owner.shape
-    normalised = (scene.image - np.array(PIXEL_MEAN, np.float32)) / np.array(PIXEL_STD, np.float32)
-    image[:, :h, :w] = normalised.transpose(2, 0, 1)
-    owner = np.pad(scene.owner, ((0, side_px - h), (0, side_px - w)))
-    chosen = np.resize(rng.permutation(scene.object_count)[:OBJECT_CLICKS], OBJECT_CLICKS) + 1
-    masks = [(owner == index).astype(np.uint8) for index in chosen]
-    x_y_w_h = np.array([cv2.boundingRect(mask) for mask in masks], np.float32)
-    boxes = np.concatenate([x_y_w_h[:, :2], x_y_w_h[:, :2] + x_y_w_h[:, 2:]], axis=1)
-    return image, np.stack([_cover(mask) for mask in masks]), boxes, _cover((owner == 0).astype(np.uint8))
-
-
-def _draw_padded_scene(rng: np.random.Generator, side_px: int) -> Scene:
-    """A scene with objects in it, as large as the frame or shorter on one side."""
-    is_whole = side_px == IMAGE_SIZE_PX
-    while True:
-        size = [side_px, side_px]
-        if rng.random() < (0.6 if is_whole else 0.25):
-            size[rng.integers(2)] = int(side_px * rng.uniform(0.5, 1.0))
-        unit = IMAGE_SIZE_PX * rng.uniform(0.85 if is_whole else 0.6, 1.15)
-        scene = draw_scene(int(rng.integers(1 << 40)), (size[0], size[1]), unit_px=unit)
-        if scene.object_count:
-            return scene
-
-
-def _cover(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """The share of each mask cell that a mask (S, S) of 0 and 1 covers, (S/2, S/2) float32."""
-    cells = (mask.shape[1] // MASK_CELL_PX, mask.shape[0] // MASK_CELL_PX)
-    return np.asarray(cv2.resize(mask.astype(np.float32), cells, interpolation=cv2.INTER_AREA), np.float32)
-
-
 def take_step(run: Run, batch: Batch, rate: float) -> dict[str, float]:
     """One update of weights and average; gives the mean IoUs that tell how training goes."""
     for optimizer in run.optimizers:
@@ -287,69 +185,6 @@ def take_step(run: Run, batch: Batch, rate: float) -> dict[str, float]:
         for name, value in run.model.state_dict().items():
             run.average[name].lerp_(value, share)
     return {"steps": 1, "loss": float(loss.detach()), **report}
-
-
-def compute_loss(model: Sam, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Clicks, then boxes, then corrections of the clicks' own masks."""
-    embeddings = encode(model, batch)
-    clicks, points, logits, ious, report = click_loss(model, batch, embeddings)
-    # A third of the boxes are drawn by a loose hand, a sixth come with a click.
-    points_of_boxes = sample_points(batch.targets)[:, :, None] if torch.rand(()) < 1 / 6 else None
-    labels_of_boxes = None if points_of_boxes is None else torch.ones_like(points_of_boxes[..., 0])
-    prompts = Prompts(points=points_of_boxes, labels=labels_of_boxes, boxes=jitter(batch.boxes_xyxy))
-    boxed, report["box"] = single_mask_loss(model, batch, embeddings, prompts)
-    # Corrections go to the mask that the model itself would show.
-    shown = ious[..., 1:].argmax(-1)[:, :CORRECTIONS, None, None, None].expand(-1, -1, 1, *logits.shape[-2:])
-    targets = batch.targets[:, :CORRECTIONS]
-    first = logits[:, :CORRECTIONS, 1:].gather(2, shown)[:, :, 0].detach().float()
-    more, labels = sample_corrections(first, targets, count=int(torch.randint(1, 4, ())))
-    prompts = Prompts(
-        points=torch.cat([points[:, :CORRECTIONS, None], more], dim=2),
-        labels=torch.cat([torch.ones_like(labels[..., :1]), labels], dim=2),
-        previous=first if torch.rand(()) < 0.4 else None,
-    )
-    corrected, report["corrected"] = single_mask_loss(model, batch, embeddings, prompts)
-    return clicks + BOX_WEIGHT * boxed + corrected, report
-
-
-def click_loss(
-    model: Sam, batch: Batch, embeddings: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, float]]:
-    """One click on each object and some on the background, where no mask is right and only the IoU is taught.
-
-    Gives the loss, the points (B, P, 2), logits (B, P, 4, h, w), predicted IoU (B, P, 4), and the report.
-    """
-    k = batch.targets.shape[1]
-    ground = batch.background[:, None].expand(-1, BACKGROUND_CLICKS, -1, -1)
-    points = sample_points(torch.cat([batch.targets, ground], dim=1))
-    prompts = Prompts(points=points[:, :, None], labels=torch.ones_like(points[..., :1]))
-    logits, ious = decode(model, batch, embeddings, prompts)
-    true = true_ious(logits, torch.cat([batch.targets, torch.zeros_like(ground)], dim=1))
-    # The best of the three learns most; the others follow a little, so that none is left to rot.
-    losses = mask_losses(logits[:, :k], batch.targets)
-    three = losses[..., 1:]
-    shapes = three.amin(-1).mean() + 0.15 * three.mean() + 0.5 * losses[..., 0].mean()
-    loss = shapes + IOU_WEIGHT * F.mse_loss(ious, true)
-    guess = ious.detach()
-    shown = guess[:, :k, 1:].argmax(-1, keepdim=True)
-    report = {
-        "click": float(true[:, :k, 1:].amax(-1).mean()),
-        "shown": float(true[:, :k, 1:].gather(2, shown).mean()),
-        "iou_error": float((guess - true).abs().mean()),
-        "ground": float(guess[:, k:, 1:].amax(-1).mean()),
-    }
-    return loss, points, logits, guess, report
-
-
-def single_mask_loss(
-    model: Sam, batch: Batch, embeddings: torch.Tensor, prompts: Prompts
-) -> tuple[torch.Tensor, float]:
-    """Prompts that leave no doubt go to the first mask token; gives the loss and the mean IoU."""
-    logits, ious = decode(model, batch, embeddings, prompts)
-    targets = batch.targets[:, : logits.shape[1]]
-    true = true_ious(logits[:, :, :1], targets)
-    loss = mask_losses(logits[:, :, :1], targets).mean() + IOU_WEIGHT * F.mse_loss(ious[..., :1], true)
-    return loss, float(true.mean())
 
 
 def fit_iou_head(model: Sam, plan: Plan) -> Sam:
@@ -398,107 +233,6 @@ def draw_iou_samples(model: Sam, plan: Plan) -> Iterator[tuple[torch.Tensor, tor
         weights[..., 0] = 1
         yield tokens.pop().float(), true.flatten(0, 1), weights.flatten(0, 1)
     hook.remove()
-
-
-def encode(model: Sam, batch: Batch) -> torch.Tensor:
-    """ImageEncoderViT.forward for a crop that keeps its place in the positional embedding: (B, C, h, w)."""
-    encoder = model.image_encoder
-    x0, y0 = batch.offset_xy
-    with _autocast(batch.images):
-        x = encoder.patch_embed(batch.images)
-        x = x + encoder.pos_embed[:, y0 : y0 + x.shape[1], x0 : x0 + x.shape[2]]
-        for block in encoder.blocks:
-            x = block(x)
-        return torch.as_tensor(encoder.neck(x.permute(0, 3, 1, 2)))
-
-
-def decode(model: Sam, batch: Batch, embeddings: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
-    """MaskDecoder.predict_masks for P prompts on each of B images at once.
-
-    Gives logits (B, P, 4, h, w), the single mask first and then the three, and predicted IoU (B, P, 4) float32.
-    """
-    decoder, prompt_encoder = model.mask_decoder, model.prompt_encoder
-    b, c, h, w = embeddings.shape
-    x0, y0 = batch.offset_xy
-    sparse = embed_prompts(model, batch, prompts)
-    n = sparse.shape[0] // b
-    place = prompt_encoder.get_dense_pe()[:, :, y0 : y0 + h, x0 : x0 + w].expand(b * n, -1, -1, -1)
-    with _autocast(embeddings):
-        dense = prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        if prompts.previous is not None:
-            dense = prompt_encoder.mask_downscaling(prompts.previous.flatten(0, 1)[:, None])
-        tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(b * n, -1, -1)
-        source = embeddings.repeat_interleave(n, dim=0) + dense
-        hidden, source = decoder.transformer(source, place, torch.cat([tokens, sparse], dim=1))
-        upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(b * n, c, h, w))
-        mlps = decoder.output_hypernetworks_mlps
-        weights = torch.stack([mlp(hidden[:, 1 + i]) for i, mlp in enumerate(mlps)], dim=1)
-        logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
-    ious = decoder.iou_prediction_head(hidden[:, 0].float())
-    return logits.unflatten(0, (b, n)), ious.unflatten(0, (b, n))
-
-
-def embed_prompts(model: Sam, batch: Batch, prompts: Prompts) -> torch.Tensor:
-    """The tokens (B * P, N, C) of points and boxes, moved from the crop's frame to the image's; in float32."""
-    shift = torch.tensor(batch.offset_xy, device=batch.images.device) * PATCH_SIZE_PX
-    points = None
-    if prompts.points is not None and prompts.labels is not None:
-        points = ((prompts.points + shift).flatten(0, 1), prompts.labels.flatten(0, 1))
-    boxes = None if prompts.boxes is None else (prompts.boxes + shift.repeat(2)).flatten(0, 1)
-    sparse, _ = model.prompt_encoder(points=points, boxes=boxes, masks=None)
-    return torch.as_tensor(sparse)
-
-
-def _autocast(like: torch.Tensor) -> torch.autocast:
-    # Half the time on a CPU with avx512_bf16 (measured 2026-11-20); positions and losses stay in float32.
-    return torch.autocast(like.device.type, torch.bfloat16)
-
-
-def mask_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy plus dice against covered shares: logits (B, P, M, h, w), targets (B, P, h, w) give (B, P, M)."""
-    logits = logits.float()
-    targets = targets[:, :, None].expand_as(logits)
-    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((-2, -1))
-    chance = logits.sigmoid()
-    overlap = (chance * targets).sum((-2, -1))
-    dice = 1 - (2 * overlap + 1) / (chance.square().sum((-2, -1)) + targets.square().sum((-2, -1)) + 1)
-    return 2 * entropy + dice
-
-
-@torch.no_grad()
-def true_ious(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """IoU of the thresholded masks on the mask grid, (B, P, M) float32; 0 for an empty target."""
-    masks, wanted = logits > 0, targets[:, :, None] > 0.5
-    both = (masks & wanted).sum((-2, -1)).float()
-    return both / (masks | wanted).sum((-2, -1)).clamp(min=1).float()
-
-
-@torch.no_grad()
-def sample_points(weights: torch.Tensor) -> torch.Tensor:
-    """A random point of each map (B, P, h, w), of its cells above a half where it has any: (B, P, 2) xy pixels."""
-    chance = torch.rand_like(weights) * (weights + 10 * (weights > 0.5))
-    flat = chance.flatten(2).argmax(-1)
-    cell = torch.stack([flat % weights.shape[-1], flat // weights.shape[-1]], dim=-1).float()
-    return (cell + torch.rand_like(cell)) * MASK_CELL_PX - 0.5
-
-
-@torch.no_grad()
-def sample_corrections(logits: torch.Tensor, targets: torch.Tensor, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clicks on the errors of logits (B, P, h, w): points (B, P, count, 2) xy and labels (B, P, count), 1 inside."""
-    inside = targets > 0.5
-    # Where nothing is wrong, the object gets another click.
-    wrong = ((logits > 0) != inside).float() + 1e-3 * inside
-    points = torch.stack([sample_points(wrong) for _ in range(count)], dim=2)
-    x, y = ((points + 0.5) / MASK_CELL_PX).long().clamp(0, targets.shape[-1] - 1).unbind(-1)
-    return points, inside.flatten(2).gather(2, y * targets.shape[-1] + x).float()
-
-
-@torch.no_grad()
-def jitter(boxes_xyxy: torch.Tensor) -> torch.Tensor:
-    """The boxes (B, P, 4), the corners of a third of them off by about 5 % of the sides."""
-    sides = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).repeat(1, 1, 2)
-    is_loose = torch.rand_like(boxes_xyxy[..., :1]) < 1 / 3
-    return boxes_xyxy + is_loose * 0.05 * sides * torch.randn_like(boxes_xyxy)
 
 
 def _parse_plan() -> Plan:

@@ -1,0 +1,235 @@
+"""Chunks while a worker holds them: claimed, extended, recorded, finished, released.
+
+Every write carries the lease's token. A worker that lost its lease gets LeaseLost, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from db.copying import copy_rows
+from db.results import StoredMask
+
+MAX_TRANSIENT_FAILURES = 6  # with the back-off below a store may be away for about ten minutes
+
+
+class LeaseLost(RuntimeError):
+    """The chunk is no longer this worker's: its lease expired, or its job was cancelled. Nothing was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asset:
+    """A row of `asset` that waits for its outcome. deaths_alone is None unless it is a suspect."""
+
+    id: int
+    key: str
+    size_bytes: int
+    etag: str
+    deaths_alone: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimedChunk:
+    """A chunk whose lease a worker holds, with what its job asked. `token` fences every write."""
+
+    id: int
+    token: int
+    job_id: int
+    first_asset_id: int
+    last_asset_id: int
+    transient_failures: int
+    source: str
+    model: str
+    model_version: str
+    asked: dict[str, Any]
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewOutcome:
+    """What a worker found for one asset, with its masks when it is labeled (error_kind None).
+
+    Labeled without a size: not looked at, for its job has no prompt for it. Labeled with an error: some of its prompts
+    could not be used.
+    """
+
+    asset_id: int
+    error_kind: str | None = None
+    error: str | None = None
+    width: int | None = None
+    height: int | None = None
+    segment_ms: int | None = None
+    masks: Sequence[StoredMask] = ()
+
+
+def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: float) -> ClaimedChunk | None:
+    """Take the lease of a chunk. None when it is finished, held by a live worker, or its job does not run."""
+    row = (
+        db.execute(
+            text(
+                """UPDATE chunk SET state = 'running', token = token + 1, worker = :worker, in_flight = '{}',
+                          lease_until = now() + make_interval(secs => :lease)
+                   FROM job
+                   WHERE chunk.id = :id AND job.id = chunk.job_id AND job.state IN ('listing', 'running')
+                     AND chunk.state IN ('new', 'sent')
+                   RETURNING chunk.id, chunk.token, job_id, first_asset_id, last_asset_id, transient_failures,
+                             source, model, model_version, asked, fresh"""
+            ),
+            {"id": chunk_id, "worker": worker, "lease": lease_seconds},
+        )
+        .mappings()
+        .one_or_none()
+    )
+    return ClaimedChunk(**row) if row else None
+
+
+def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
+    """Copy the masks of assets that an earlier job labeled: same source, key, etag and model_version.
+
+    Returns how many assets were answered so. Call it under the lease that `claim_chunk` gave, in its transaction.
+    """
+    statement = text(
+        """WITH answered AS (
+               INSERT INTO outcome (asset_id, job_id, error, width, height, mask_count, worker, answered_by)
+               SELECT DISTINCT ON (a.id) a.id, a.job_id, o.error, o.width, o.height, o.mask_count, o.worker, o.asset_id
+               FROM job j
+               JOIN asset b ON b.job_id = j.id
+               JOIN asset a ON a.key = b.key AND a.etag = b.etag AND a.size_bytes = b.size_bytes
+               JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL
+               WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id
+                 AND a.job_id = :job_id AND a.id BETWEEN :first AND :last
+               ORDER BY a.id, b.id DESC
+               ON CONFLICT (asset_id) DO NOTHING
+               RETURNING asset_id, answered_by)
+           SELECT asset_id, answered_by FROM answered"""
+    )
+    values = {
+        "source": chunk.source,
+        "model_version": chunk.model_version,
+        "job_id": chunk.job_id,
+        "first": chunk.first_asset_id,
+        "last": chunk.last_asset_id,
+    }
+    answered = db.execute(statement, values).all()
+    if answered:
+        # A statement of its own: the rows of `outcome` that a mask refers to must be visible.
+        db.execute(
+            text(
+                """INSERT INTO mask SELECT p.new_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou,
+                          stability_score, label, prompt
+                   FROM unnest(CAST(:new AS bigint[]), CAST(:old AS bigint[])) AS p (new_id, old_id)
+                   JOIN mask ON mask.asset_id = p.old_id"""
+            ),
+            {"new": [row.asset_id for row in answered], "old": [row.answered_by for row in answered]},
+        )
+    return len(answered)
+
+
+def pending_assets(db: Connection, *, chunk: ClaimedChunk) -> list[Asset]:
+    """The chunk's assets without an outcome, in key order; suspects last."""
+    statement = text(
+        """SELECT a.id, a.key, a.size_bytes, a.etag, s.deaths_alone
+           FROM asset a LEFT JOIN suspect s ON s.asset_id = a.id
+           WHERE a.job_id = :job_id AND a.id BETWEEN :first AND :last
+             AND NOT EXISTS (SELECT 1 FROM outcome o WHERE o.asset_id = a.id)
+           ORDER BY s.asset_id IS NOT NULL, a.id"""
+    )
+    values = {"job_id": chunk.job_id, "first": chunk.first_asset_id, "last": chunk.last_asset_id}
+    return [Asset(**row) for row in db.execute(statement, values).mappings()]
+
+
+def record(
+    db: Connection,
+    *,
+    chunk: ClaimedChunk,
+    outcomes: Sequence[NewOutcome],
+    in_flight: Sequence[int],
+    worker: str,
+    lease_seconds: float,
+) -> None:
+    """Store outcomes with their masks, say what is in flight next, and extend the lease: all or nothing.
+
+    Raises LeaseLost when the lease is another's by now. An outcome that exists already is kept.
+    """
+    _hold(
+        db, chunk=chunk, set_="in_flight = CAST(:in_flight AS bigint[])", in_flight=list(in_flight), lease=lease_seconds
+    )
+    if not outcomes:
+        return
+    inserted = set(
+        db.execute(
+            text(
+                """INSERT INTO outcome (asset_id, job_id, error_kind, error, width, height, mask_count, segment_ms,
+                                        worker)
+                   SELECT *, :worker FROM unnest(CAST(:asset_id AS bigint[]), CAST(:job_id AS bigint[]),
+                       CAST(:error_kind AS text[]), CAST(:error AS text[]), CAST(:width AS int[]),
+                       CAST(:height AS int[]), CAST(:mask_count AS int[]), CAST(:segment_ms AS int[]))
+                   ON CONFLICT (asset_id) DO NOTHING RETURNING asset_id"""
+            ),
+            {
+                "worker": worker,
+                "job_id": [chunk.job_id] * len(outcomes),
+                "mask_count": [len(outcome.masks) for outcome in outcomes],
+                **{
+                    name: [getattr(outcome, name) for outcome in outcomes]
+                    for name in ("asset_id", "error_kind", "error", "width", "height", "segment_ms")
+                },
+            },
+        ).scalars()
+    )
+    copy_rows(
+        db,
+        """mask (asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score, label,
+                 prompt)""",
+        (_mask_row(mask) for outcome in outcomes if outcome.asset_id in inserted for mask in outcome.masks),
+    )
+
+
+def extend_lease(db: Connection, *, chunk: ClaimedChunk, lease_seconds: float) -> None:
+    """Heartbeat. Raises LeaseLost when the chunk is no longer ours or its job was cancelled."""
+    _hold(db, chunk=chunk, set_="", lease=lease_seconds)
+
+
+def finish_chunk(db: Connection, *, chunk: ClaimedChunk) -> None:
+    """Mark the chunk done. Raises LeaseLost when it is no longer ours."""
+    _hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
+
+
+def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False) -> None:
+    """Give the chunk back with what is left of it; after a transient error not before a growing pause."""
+    db.execute(
+        text(
+            """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
+                      transient_failures = transient_failures + :failed,
+                      ready_at = CASE WHEN :failed > 0
+                          THEN now() + make_interval(secs => 10 * power(2, least(transient_failures, 6))) END
+               WHERE id = :id AND token = :token AND state = 'running'"""
+        ),
+        {"id": chunk.id, "token": chunk.token, "failed": int(transient_error)},
+    )
+
+
+def _hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **values: Any) -> None:
+    """Write to a chunk only while this worker holds it and its job runs; the row stays locked to the commit."""
+    changes = f", {set_}" if set_ else ""
+    held = db.execute(
+        text(
+            f"""UPDATE chunk SET lease_until = now() + make_interval(secs => :lease){changes}
+                WHERE id = :id AND token = :token AND state = 'running'
+                  AND EXISTS (SELECT 1 FROM job WHERE id = chunk.job_id AND state IN ('listing', 'running'))"""
+        ),
+        {"id": chunk.id, "token": chunk.token, "lease": lease, **values},
+    )
+    if held.rowcount != 1:
+        raise LeaseLost(f"chunk {chunk.id} of job {chunk.job_id} is no longer held with token {chunk.token}")
+
+
+def _mask_row(mask: StoredMask) -> tuple[Any, ...]:
+    scores = (mask.area_px, mask.predicted_iou, mask.stability_score)
+    prompt = None if mask.prompt is None else json.dumps(mask.prompt, ensure_ascii=False)
+    return (mask.asset_id, mask.n, mask.counts, *mask.bbox_xywh, *scores, mask.label, prompt)

@@ -1,0 +1,85 @@
+"""What is in Label Studio of a job: counts, refused assets, projects. Only reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, text
+
+from db import jobs
+from db.jobs import Job
+from db.publishing import LsProject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What of a job one project has. Masks that are shown, and how well regions show them (IoU 0..1)."""
+
+    server: str
+    project_id: int
+    assets: int
+    sending: int
+    refused: int
+    masks_shown: int
+    masks_left_out: int
+    iou_mean: float | None
+    iou_worst: float | None
+
+
+def jobs_since(db: Connection, *, moment: datetime) -> list[Job]:
+    """The jobs made at this moment or later, oldest first."""
+    statement = "SELECT id FROM job WHERE created_at >= :moment ORDER BY id"
+    found = (jobs.get_job(db, job_id=i) for i in db.execute(text(statement), {"moment": moment}).scalars().all())
+    return [job for job in found if job is not None]
+
+
+def count_done(db: Connection, *, ls_project: LsProject, model_version: str) -> int:
+    """How many predictions of a version the project has, as far as we know."""
+    statement = text(
+        """SELECT count(*) FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+           WHERE t.server = :server AND t.project_id = :project_id AND p.model_version = :version
+             AND p.state = 'done'"""
+    )
+    values = {**ls_project.values(), "version": model_version}
+    return int(db.execute(statement, values).scalar_one())
+
+
+def count_tasks(db: Connection, *, ls_project: LsProject) -> int:
+    """How many tasks of ours the project has, as far as we know."""
+    statement = text(
+        """SELECT count(*) FROM ls_task WHERE server = :server AND project_id = :project_id AND task_id IS NOT NULL"""
+    )
+    return int(db.execute(statement, ls_project.values()).scalar_one())
+
+
+def refused_of(db: Connection, *, job_id: int, ls_project: LsProject) -> list[tuple[str, str]]:
+    """The uri and the reason of each asset of a job that the project refused, in the order of the assets."""
+    statement = text(
+        """SELECT t.uri, p.error FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+           WHERE p.job_id = :job_id AND t.server = :server AND t.project_id = :project_id AND p.state = 'refused'
+           ORDER BY p.asset_id"""
+    )
+    values = {"job_id": job_id, **ls_project.values()}
+    return [(row.uri, row.error) for row in db.execute(statement, values)]
+
+
+def published(db: Connection, *, job_id: int) -> list[Published]:
+    """What each project of each server has of a job. Assets that an earlier job published under the same model version
+    count for that job."""
+    rows = db.execute(
+        text(
+            """SELECT server, project_id, count(*) FILTER (WHERE state = 'done') AS assets,
+                      count(*) FILTER (WHERE state = 'sending') AS sending,
+                      count(*) FILTER (WHERE state = 'refused') AS refused,
+                      coalesce(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0) AS masks_shown,
+                      coalesce(sum(left_out) FILTER (WHERE state = 'done'), 0) AS masks_left_out,
+                      (sum(iou_sum) FILTER (WHERE state = 'done')
+                       / nullif(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0))::float AS iou_mean,
+                      (min(iou_min) FILTER (WHERE state = 'done'))::float AS iou_worst
+               FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+               WHERE p.job_id = :job_id GROUP BY server, project_id ORDER BY server, project_id"""
+        ),
+        {"job_id": job_id},
+    ).mappings()
+    return [Published(**row) for row in rows]

@@ -1,0 +1,161 @@
+"""What a job found: masks of assets, failed assets, labels. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredMask:
+    """A row of `mask`; bbox in whole pixels of the upright image."""
+
+    asset_id: int
+    n: int
+    counts: str
+    bbox_xywh: tuple[int, int, int, int]
+    area_px: int
+    predicted_iou: float
+    stability_score: float | None
+    label: str | None
+    prompt: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabeledAsset:
+    """A labeled asset with its masks in the model's order."""
+
+    asset_id: int
+    key: str
+    size_hw: tuple[int, int]
+    segment_ms: int | None = None  # none where an earlier job's masks answered
+    masks: list[StoredMask] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedAsset:
+    asset_id: int
+    key: str
+    error_kind: str
+    error: str
+
+
+def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[LabeledAsset]:
+    """Stream a job's labeled assets in key order with their masks, in bounded memory; not those without a prompt in a
+    job with prompts, which were not looked at.
+
+    Pages by key, so that it holds no cursor and no long snapshot: an outcome recorded meanwhile may appear.
+    """
+    after = ""
+    while True:
+        rows = db.execute(
+            text(
+                """SELECT a.id, a.key, o.width, o.height FROM asset a JOIN outcome o ON o.asset_id = a.id
+                   WHERE a.job_id = :job_id AND a.key > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
+                   ORDER BY a.key LIMIT :page"""
+            ),
+            {"job_id": job_id, "after": after, "page": page},
+        ).all()
+        masks = masks_of(db, asset_ids=[row.id for row in rows])
+        for row in rows:
+            yield LabeledAsset(
+                asset_id=row.id, key=row.key, size_hw=(row.height, row.width), masks=masks.get(row.id, [])
+            )
+        if len(rows) < page:
+            return
+        after = rows[-1].key
+
+
+def sample_labeled(db: Connection, *, job_id: int, limit: int, page: int = 10) -> Iterator[LabeledAsset]:
+    """Stream at most `limit` of a job's labeled assets, spread evenly over them, in the order they were listed."""
+    rows = db.execute(
+        text(
+            """WITH labeled AS (
+                   SELECT asset_id, width, height, segment_ms, row_number() OVER (ORDER BY asset_id) - 1 AS i,
+                          count(*) OVER () AS n
+                   FROM outcome WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL)
+               SELECT a.id, a.key, l.width, l.height, l.segment_ms FROM labeled l JOIN asset a ON a.id = l.asset_id
+               WHERE i = 0 OR i * :limit / n > (i - 1) * :limit / n ORDER BY a.id"""
+        ),
+        {"job_id": job_id, "limit": limit},
+    ).all()
+    for start in range(0, len(rows), page):
+        masks = masks_of(db, asset_ids=[row.id for row in rows[start : start + page]])
+        for row in rows[start : start + page]:
+            yield LabeledAsset(
+                asset_id=row.id,
+                key=row.key,
+                size_hw=(row.height, row.width),
+                segment_ms=row.segment_ms,
+                masks=masks.get(row.id, []),
+            )
+
+
+def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:
+    """How many labeled assets have each number of masks, by rising number."""
+    statement = text(
+        """SELECT mask_count, count(*) FROM outcome
+           WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL
+           GROUP BY mask_count ORDER BY mask_count"""
+    )
+    return {row[0]: row[1] for row in db.execute(statement, {"job_id": job_id})}
+
+
+def predicted_iou_percents(db: Connection, *, job_id: int) -> dict[int, int]:
+    """How many masks have each predicted IoU in whole percents, cut off and kept within 0..99, by rising percent."""
+    statement = text(
+        """SELECT greatest(0, least(99, floor(predicted_iou * 100)))::int AS percent, count(*)
+           FROM mask JOIN outcome USING (asset_id)
+           WHERE job_id = :job_id AND predicted_iou <> 'NaN' GROUP BY percent ORDER BY percent"""
+    )
+    return {row[0]: row[1] for row in db.execute(statement, {"job_id": job_id})}
+
+
+def failed_assets(db: Connection, *, job_id: int, limit: int | None = None) -> list[FailedAsset]:
+    """A job's failed assets in key order."""
+    statement = text(
+        """SELECT a.id AS asset_id, a.key, o.error_kind, coalesce(o.error, '') AS error
+           FROM outcome o JOIN asset a ON a.id = o.asset_id
+           WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL ORDER BY a.key LIMIT :limit"""
+    )
+    return [FailedAsset(**row) for row in db.execute(statement, {"job_id": job_id, "limit": limit}).mappings()]
+
+
+def labels_of(db: Connection, *, job_id: int) -> list[str]:
+    """The distinct labels of a job's masks, in alphabetical order; masks without one are not counted."""
+    statement = text(
+        """SELECT DISTINCT label FROM mask JOIN outcome USING (asset_id)
+           WHERE job_id = :job_id AND label IS NOT NULL ORDER BY label"""
+    )
+    return list(db.execute(statement, {"job_id": job_id}).scalars())
+
+
+def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[StoredMask]]:
+    """The masks of these assets in the model's order; assets without any are not in it."""
+    rows = db.execute(
+        text(
+            """SELECT asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score,
+                      label, prompt FROM mask WHERE asset_id = ANY(:ids) ORDER BY asset_id, n"""
+        ),
+        {"ids": list(asset_ids)},
+    )
+    masks = (
+        StoredMask(
+            asset_id=row.asset_id,
+            n=row.n,
+            counts=row.counts,
+            bbox_xywh=(row.bbox_x, row.bbox_y, row.bbox_w, row.bbox_h),
+            area_px=row.area_px,
+            predicted_iou=row.predicted_iou,
+            stability_score=row.stability_score,
+            label=row.label,
+            prompt=row.prompt,
+        )
+        for row in rows
+    )
+    return {asset_id: list(group) for asset_id, group in groupby(masks, key=attrgetter("asset_id"))}

@@ -1,0 +1,120 @@
+"""A job's masks as people left them, read for exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from db import results
+from db.results import LabeledAsset, StoredMask
+from db.states import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewedMask(StoredMask):
+    """A mask that a person kept, corrected or drew, numbered anew in its asset. predicted_iou is NaN where drawn."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewedAsset(LabeledAsset):
+    """An asset whose masks are what a person left of it."""
+
+
+def annotated_assets(db: Connection, *, job_id: int) -> int:
+    """How many assets of a job have an annotation that counts, in any project."""
+    statement = text(f"SELECT count(*) FROM ({_CHOSEN}) AS chosen")
+    return int(db.execute(statement, {"job_id": job_id, "ids": None}).scalar_one())
+
+
+def chosen_masks(db: Connection, *, job_id: int, asset_ids: Sequence[int]) -> dict[int, list[ReviewedMask]]:
+    """What people made of these assets of a job: the masks of each one's annotation, none where all were deleted.
+
+    An asset without an annotation is not in it. Where several projects have one, marked ground truth goes before the
+    newest. A mask that was kept is the stored one, run by run.
+    """
+    rows = db.execute(
+        text(
+            f"""SELECT chosen.id AS my_id, r.i, r.verdict, r.label, coalesce(r.counts, m.counts) AS counts,
+                       coalesce(r.bbox_x, m.bbox_x) AS bbox_x, coalesce(r.bbox_y, m.bbox_y) AS bbox_y,
+                       coalesce(r.bbox_w, m.bbox_w) AS bbox_w, coalesce(r.bbox_h, m.bbox_h) AS bbox_h,
+                       coalesce(r.area_px, m.area_px) AS area_px, coalesce(m.predicted_iou, 'NaN') AS predicted_iou,
+                       CASE WHEN r.counts IS NULL THEN m.stability_score END AS stability_score, m.prompt
+                FROM ({_CHOSEN}) AS chosen
+                LEFT JOIN ls_region r ON r.ls_annotation_id = chosen.annotation AND r.verdict <> 'deleted'
+                LEFT JOIN mask m ON m.asset_id = chosen.asset_id AND m.n = r.mask_n
+                ORDER BY chosen.id, r.i"""
+        ),
+        {"job_id": job_id, "ids": list(asset_ids)},
+    )
+    return {
+        asset_id: [_reviewed_mask(asset_id, n, row) for n, row in enumerate(r for r in group if r.counts is not None)]
+        for asset_id, group in groupby(rows, key=attrgetter("my_id"))
+    }
+
+
+_CHOSEN = """SELECT DISTINCT ON (my.id) my.id, n.id AS annotation, n.asset_id
+             FROM asset my JOIN job wanted ON wanted.id = my.job_id
+             JOIN job same ON same.source = wanted.source AND same.model_version = wanted.model_version
+             JOIN asset a ON a.job_id = same.id AND a.key = my.key
+             JOIN ls_prediction p ON p.asset_id = a.id AND p.model_version = wanted.model_version AND p.state = 'done'
+             JOIN ls_annotation n ON n.ls_task_id = p.ls_task_id AND n.standing = 'chosen'
+             WHERE my.job_id = :job_id AND (CAST(:ids AS bigint[]) IS NULL OR my.id = ANY(CAST(:ids AS bigint[])))
+             ORDER BY my.id, n.ground_truth DESC, n.updated_at DESC, n.id"""
+
+
+def _reviewed_mask(asset_id: int, n: int, row: Any) -> ReviewedMask:
+    return ReviewedMask(
+        asset_id=asset_id,
+        n=n,
+        counts=row.counts,
+        bbox_xywh=(row.bbox_x, row.bbox_y, row.bbox_w, row.bbox_h),
+        area_px=row.area_px,
+        predicted_iou=row.predicted_iou,
+        stability_score=row.stability_score,
+        label=row.label,
+        prompt=row.prompt,
+        verdict=Verdict(row.verdict),
+    )
+
+
+def _batches(assets: Iterator[LabeledAsset], size: int) -> Iterator[list[LabeledAsset]]:
+    batch: list[LabeledAsset] = []
+    for asset in assets:
+        batch.append(asset)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def reviewed_assets(
+    db: Connection, *, job_id: int, min_score: float | None = None, page: int = 10
+) -> Iterator[LabeledAsset]:
+    """Stream a job's assets in key order as people left them; those without an annotation only with min_score, with
+    their predictions of that score at least."""
+    for batch in _batches(results.labeled_assets(db, job_id=job_id, page=page), page):
+        chosen = chosen_masks(db, job_id=job_id, asset_ids=[asset.asset_id for asset in batch])
+        for asset in batch:
+            if asset.asset_id in chosen:
+                left = list[StoredMask](chosen[asset.asset_id])
+                yield ReviewedAsset(asset_id=asset.asset_id, key=asset.key, size_hw=asset.size_hw, masks=left)
+            elif min_score is not None:
+                yield _with_score(asset, min_score)
+
+
+def scored_assets(db: Connection, *, job_id: int, min_score: float, page: int = 10) -> Iterator[LabeledAsset]:
+    """Stream a job's labeled assets in key order with their predictions of that score at least."""
+    for asset in results.labeled_assets(db, job_id=job_id, page=page):
+        yield _with_score(asset, min_score)
+
+
+def _with_score(asset: LabeledAsset, min_score: float) -> LabeledAsset:
+    return replace(asset, masks=[mask for mask in asset.masks if mask.predicted_iou >= min_score])

@@ -1,0 +1,89 @@
+"""The command line's root, and what every command shares: the database, messages, JSON, signals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from db.session import Engine, check_migrated, open_engine
+from db.settings import settings
+from orchestrator.terminal.console import stderr_console
+
+USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
+
+# As people meet them: make a job, look at it, take its masks along, review, operate.
+_ORDER = (
+    *("demo", "run", "submit", "watch", "jobs", "show", "cancel", "resume", "retry", "export"),
+    *("label-studio", "publish", "review", "models", "worker", "dispatch", "migrate", "doctor"),
+)
+
+
+class _InOrder(TyperGroup):
+    """Lists the commands in _ORDER; without it they stand in the order in which their files are imported."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+
+app = typer.Typer(
+    name="maskfleet",
+    cls=_InOrder,
+    help="Masks on every image of a folder or bucket before people start work.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+models_app = typer.Typer(help="The models, and their weights on this machine.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+label_studio_app = typer.Typer(help="Projects of Label Studio, where people correct masks.", no_args_is_help=True)
+app.add_typer(label_studio_app, name="label-studio")
+
+err = stderr_console()
+JobArgument = Annotated[int, typer.Argument(help="The job's number, as `maskfleet jobs` shows it.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def deployment_engine(*, statement_timeout_seconds: float = 60) -> Engine:
+    engine = open_engine(database_url(), statement_timeout_seconds=statement_timeout_seconds)
+    check_migrated(engine)
+    return engine
+
+
+def database_url() -> str:
+    url = settings().database_url
+    if url is None:
+        fail("MASKFLEET_DATABASE_URL is not set: name the deployment's PostgreSQL, or use `maskfleet run`")
+    return url.get_secret_value()
+
+
+def require_broker() -> None:
+    if settings().broker_url is None:
+        fail("MASKFLEET_BROKER_URL is not set: name the deployment's Redis, such as redis://:password@host:6379/0")
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def print_json(document: object) -> None:
+    print(json.dumps(document, ensure_ascii=False, indent=2))
+
+
+def fail(message: str) -> NoReturn:
+    err.print(f"maskfleet: {message}", style="red", markup=False)
+    raise typer.Exit(USAGE)

@@ -1,0 +1,113 @@
+"""`watch`, `jobs`, `show`, `cancel`, `resume`, `retry`: a job and what becomes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from db import jobs, published, results
+from db.states import JobState
+from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
+from orchestrator.jobs.reports import detector_report, prompts_report, text_report
+from orchestrator.terminal.jobs import follow_job, job_as_json, jobs_table, one_line, print_job, read_job
+from workers.errors import ErrorKind
+
+
+@app.command(epilog="Example: `maskfleet watch 12`")
+def watch(
+    job: JobArgument,
+    once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Follow a job until it is over; exits 1 when assets failed."""
+    engine = deployment_engine()
+    if not once:
+        follow_job(engine, job, console=err, refresh_seconds=1.0)
+    found, counts = read_job(engine, job)
+    if as_json:
+        print_json(job_as_json(found, counts))
+    else:
+        print(one_line(found, counts))
+    if counts.failed or found.state is JobState.FAILED:
+        raise typer.Exit(1)
+
+
+@app.command("jobs", epilog="Example: `maskfleet jobs --limit 5`")
+def list_jobs(
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many of the newest.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List the newest jobs."""
+    engine = deployment_engine()
+    with engine.begin() as db:
+        found = [(job, jobs.count_job(db, job_id=job.id)) for job in jobs.list_jobs(db, limit=limit)]
+    if as_json:
+        print_json([job_as_json(job, counts) for job, counts in found])
+    else:
+        Console().print(jobs_table(found))
+
+
+@app.command(epilog="Example: `maskfleet show 12 --failed`")
+def show(
+    job: JobArgument,
+    failed: Annotated[bool, typer.Option("--failed", help="List the failed assets with their reasons.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one job: how far it is, what was skipped, what failed and why."""
+    engine = deployment_engine()
+    found, counts = read_job(engine, job)
+    with engine.begin() as db:
+        failures = results.failed_assets(db, job_id=job) if failed else []
+        projects = published.published(db, job_id=job)
+        prompts = prompts_report(db, found)
+        detector = detector_report(db, found)
+        phrases = text_report(db, found)
+        busy = jobs.busy_share(db, job_id=job)
+    if as_json:
+        listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
+        places = [dataclasses.asdict(place) for place in projects]
+        shown: dict[str, Any] = {"prompts": prompts, "detector": detector, "text": phrases, "published": places}
+        shown["model_busy_share"] = busy
+        print_json(job_as_json(found, counts) | shown | ({"failed": listed} if failed else {}))
+    else:
+        print_job(Console(), found, counts, failures, projects, prompts, detector, phrases, busy)
+
+
+@app.command(epilog="Example: `maskfleet cancel 12`")
+def cancel(job: JobArgument) -> None:
+    """Stop a job; what is labeled stays, and `resume` goes on."""
+    engine = deployment_engine()
+    with engine.begin() as db:
+        done = jobs.cancel_job(db, job_id=job)
+    found, _ = read_job(engine, job)
+    if not done:
+        fail(f"job {job} is {found.state}: only a listing or running job can be cancelled")
+    err.print(f"job {job} is cancelled; maskfleet resume {job} goes on")
+
+
+@app.command(epilog="Example: `maskfleet resume 12`")
+def resume(job: JobArgument) -> None:
+    """Let a cancelled or failed job go on where it stopped."""
+    engine = deployment_engine()
+    with engine.begin() as db:
+        done = jobs.resume_job(db, job_id=job)
+    found, _ = read_job(engine, job)
+    if not done:
+        fail(f"job {job} is {found.state}: only a cancelled or failed job can be resumed")
+    err.print(f"job {job} goes on; maskfleet watch {job} follows it")
+
+
+@app.command(epilog="Example: `maskfleet retry 12 --kind not_found`")
+def retry(
+    job: JobArgument,
+    kind: Annotated[ErrorKind | None, typer.Option("--kind", help="Only assets that failed for this reason.")] = None,
+) -> None:
+    """Try a job's failed assets again."""
+    engine = deployment_engine()
+    read_job(engine, job)
+    with engine.begin() as db:
+        count = jobs.retry_failed(db, job_id=job, error_kind=kind)
+    err.print(f"{count} assets of job {job} run again" if count else f"job {job} has no such failed assets")

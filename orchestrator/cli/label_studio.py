@@ -1,0 +1,205 @@
+"""`publish` and `label-studio setup`: a job's masks into a Label Studio project."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from db import results
+from db.jobs import Job
+from db.settings import settings
+from orchestrator.cli.app import (
+    JsonOption,
+    app,
+    deployment_engine,
+    err,
+    fail,
+    label_studio_app,
+    log_to_stderr,
+    print_json,
+    stop_on_signals,
+)
+from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.publication import Options
+from orchestrator.label_studio.publish import follow_project, publish_job
+from orchestrator.label_studio.report import Report
+from orchestrator.terminal.jobs import read_job
+from orchestrator.terminal.publish import print_report, report_as_json
+
+
+class RegionForm(StrEnum):
+    AUTO = "auto"
+    POLYGON = "polygon"
+    BRUSH = "brush"
+    RECTANGLE = "rectangle"
+
+
+LocalFilesOption = Annotated[
+    Path | None, typer.Option("--local-files", help="Label Studio's LOCAL_FILES_DOCUMENT_ROOT, for jobs over a folder.")
+]
+
+
+@app.command(epilog="Example: `maskfleet publish 12 --project 3`")
+def publish(
+    job: Annotated[int | None, typer.Argument(help="The job's number; none with --follow: all.")] = None,
+    project: Annotated[int | None, typer.Option("--project", help="Label Studio's project, by number.")] = None,
+    as_: Annotated[RegionForm, typer.Option("--as", help="How masks are drawn; auto: polygons, else brush.")] = (
+        RegionForm.AUTO
+    ),
+    follow: Annotated[bool, typer.Option("--follow", help="Keep up until the job is over.")] = False,
+    max_regions: Annotated[int, typer.Option("--max-regions", min=1, help="Shown at most on a task.")] = 150,
+    local_files: LocalFilesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring a job's assets into a Label Studio project, with their masks as predictions.
+
+    Run it again at any time: what is there is not sent twice, what was deleted there is put back. Exits 1 when the
+    project could not take some assets.
+    """
+
+    log_to_stderr()
+    number = project_number(project)
+    if job is None and not follow:
+        fail("which job? `maskfleet jobs` lists them; without one, --follow keeps up with all")
+    engine = deployment_engine()
+    total = read_job(engine, job)[1].labeled if job is not None else None
+    options = Options(
+        as_=as_.value, max_regions=max_regions, local_files=str(local_files.absolute()) if local_files else None
+    )
+    documents: dict[int, dict[str, Any]] = {}
+    with (
+        connect_label_studio() as client,
+        Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+            console=err,
+            disable=not err.is_terminal,
+        ) as bars,
+    ):
+        bar = bars.add_task(f"project {number}", total=total)
+
+        def passed(job_of: Job, report: Report) -> None:
+            documents[job_of.id] = report_as_json(job_of, client.url, number, report)
+            print_report(err, job_of, report)
+
+        if follow:
+            follow_project(
+                engine,
+                client,
+                number,
+                options,
+                job_id=job,
+                stop=stop_on_signals(),
+                published_pass=passed,
+                progress=lambda n: bars.advance(bar, n),
+            )
+        else:
+            found, _ = read_job(engine, job or 0)
+            report = publish_job(
+                engine,
+                client,
+                found,
+                number,
+                options,
+                progress=lambda n: bars.advance(bar, n),
+                waiting=lambda: bars.update(bar, description=f"project {number}: another publisher is at work"),
+            )
+            passed(found, report)
+    if as_json:
+        print_json([*documents.values()] if job is None else documents.get(job))
+    if any(document["refused"] for document in documents.values()):
+        raise typer.Exit(1)
+
+
+@label_studio_app.command(
+    "setup", epilog='Example: `maskfleet label-studio setup --title "Street" --job 12 --label car --label "red bus"`'
+)
+def label_studio_setup(
+    project: Annotated[int | None, typer.Option("--project", help="An existing project, by number.")] = None,
+    title: Annotated[str, typer.Option("--title", help="Of the project to make, or to take when it is there.")] = "",
+    job: Annotated[int | None, typer.Option("--job", help="Take labels and images from this job.")] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", help="A label to offer; repeatable.")] = None,
+    smart: Annotated[bool, typer.Option("--smart", help="Add smart key points and rectangles.")] = False,
+    update_config: Annotated[
+        bool, typer.Option("--update-config", help="Add to an existing project's labeling config what it lacks.")
+    ] = False,
+    local_files: Annotated[
+        bool, typer.Option("--local-files", help="Let Label Studio serve the job's folder, which it must see.")
+    ] = False,
+    send_keys: Annotated[
+        bool, typer.Option("--send-keys", help="Store our S3 keys in the project; else the server's own are used.")
+    ] = False,
+    presign: Annotated[
+        bool, typer.Option("--presign", help="Browsers fetch from S3 themselves; it needs CORS.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a project ready for `publish`, or check one: labels and tools, the images' storage, a tab by score.
+
+    An existing labeling config is left alone: what it lacks is said, with the lines to add, and the exit status is 2.
+    """
+    from orchestrator.label_studio.setup import Wanted, make_project, set_up_project
+
+    labels, source = list(label or []), None
+    if job is not None:
+        engine = deployment_engine()
+        source = read_job(engine, job)[0].source
+        with engine.begin() as db:
+            labels += [name for name in results.labels_of(db, job_id=job) if name not in labels]
+    if project is None and not title:
+        fail("which project? --project NUMBER, or --title of the one to make")
+    wanted = Wanted(
+        labels=labels,
+        smart=smart,
+        update_config=update_config,
+        source=source,
+        local_files=local_files,
+        send_keys=send_keys,
+        presign=presign,
+    )
+    with connect_label_studio() as client:
+        if project is not None:
+            set_up = set_up_project(client, client.get_project(project), wanted)
+        else:
+            set_up = make_project(client, title, wanted)
+        url = f"{client.url}/projects/{set_up.project.id}/data"
+    if as_json:
+        print_json(
+            {"project": set_up.project.id, "url": url, "done": set_up.done, "missing_config_lines": set_up.missing}
+        )
+    else:
+        print(set_up.project.id)
+        for line in [*set_up.done, url]:
+            err.print(line, markup=False, highlight=False)
+    if set_up.missing:
+        lines = "\n".join(set_up.missing)
+        fail(f"the labeling config lacks these lines; add them, or run again with --update-config:\n{lines}")
+
+
+def project_number(project: int | None) -> int:
+    number = project or settings().label_studio_project
+    if number is None:
+        fail("which project? --project or MASKFLEET_LABEL_STUDIO_PROJECT; `maskfleet label-studio setup` makes one")
+    return number
+
+
+def connect_label_studio() -> LabelStudio:
+    """The deployment's Label Studio, once it is reached and takes the token."""
+    url, key = settings().label_studio_url, settings().label_studio_api_key
+    if url is None or key is None:
+        fail(
+            "set MASKFLEET_LABEL_STUDIO_URL, such as http://host:8080, and MASKFLEET_LABEL_STUDIO_API_KEY, a token "
+            "from Account & Settings there"
+        )
+    client = LabelStudio(url, key.get_secret_value())
+    client.check()
+    return client

@@ -1,0 +1,112 @@
+"""`models list|pull|verify|export-onnx`: the models and their weights on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from orchestrator.cli.app import USAGE, JsonOption, err, fail, models_app, print_json
+from orchestrator.cli.request import require_weights
+from workers.models.files import is_present, weights_path
+from workers.models.loading import ONNX_LIBRARIES, missing_libraries, require_decoder, require_libraries
+from workers.models.registry import MODELS, find_model
+
+
+@models_app.command("list", epilog="Example: `maskfleet models list`")
+def models_list(as_json: JsonOption = False) -> None:
+    """List the models: what they take, how large they are, whether their weights are here."""
+    if as_json:
+        print_json(
+            [
+                {
+                    "name": spec.name,
+                    "family": spec.family,
+                    "parameters": spec.parameter_count,
+                    "prompts": list(spec.prompts),
+                    "decoders": list(spec.decoders),
+                    "missing_libraries": missing_libraries(spec.libraries),
+                    "licence": spec.licence,
+                    "present": is_present(spec),
+                    "path": str(weights_path(spec)),
+                }
+                for spec in MODELS.values()
+            ]
+        )
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "family", "parameters", "prompts", "licence", "weights"):
+        table.add_column(column)
+    for spec in MODELS.values():
+        weights = "present" if is_present(spec) else "absent"
+        if missing := missing_libraries(spec.libraries):
+            weights += f", needs {' and '.join(missing)}"
+        size = f"{spec.parameter_count / 1e6:.1f} M"
+        table.add_row(spec.name, spec.family, size, ", ".join(spec.prompts), spec.licence, weights)
+    Console().print(table)
+    err.print("maskfleet models pull NAME    brings absent weights", style="dim")
+
+
+ModelArgument = Annotated[str, typer.Argument(help="The model's name.", show_default=False)]
+
+
+@models_app.command("pull", epilog="Example: `maskfleet models pull sam_vit_b`")
+def models_pull(name: ModelArgument) -> None:
+    """Download a model's weights; goes on where an earlier download stopped, and checks the sha256."""
+    from workers.models.download import pull
+
+    spec = find_model(name)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        bar = progress.add_task(name, total=spec.size_bytes)
+        path = pull(spec, lambda done, total: progress.update(bar, completed=done, total=total))
+    print(path)
+
+
+@models_app.command("verify", epilog="Example: `maskfleet models verify sam_vit_b`")
+def models_verify(name: ModelArgument) -> None:
+    """Check a model's weights on this machine against their pinned size and sha256."""
+    from workers.models.weights import remedy, verify
+
+    spec = find_model(name)
+    verified = verify(spec)
+    print(f"{verified.path}: {verified.found}")
+    if not verified.ok:
+        fail(remedy(spec))
+
+
+@models_app.command("export-onnx", epilog="Example: `maskfleet models export-onnx sam_vit_b`")
+def models_export_onnx(
+    name: ModelArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where it goes; default: the weights' folder, for `--decoder onnx`.")
+    ] = None,
+) -> None:
+    """Write SAM's prompt encoder and mask decoder as one ONNX file, for `--decoder onnx` and for other programs."""
+    spec = find_model(name)
+    require_decoder(spec, "onnx")
+    require_libraries("export-onnx", ONNX_LIBRARIES)
+    require_weights(spec)
+    # In a process of its own: it needs torch, which no command loads.
+    command = [sys.executable, "-P", "-m", "workers.models.onnx_export", name, *([] if out is None else [str(out)])]
+    if subprocess.run(command, check=False).returncode:
+        raise typer.Exit(USAGE)

@@ -1,0 +1,92 @@
+"""`worker`, `dispatch`, `migrate`, `doctor`: what a deployment runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from db.session import OperationalError
+from db.session import migrate as migrate_database
+from db.settings import settings
+from orchestrator.cli.app import (
+    USAGE,
+    JsonOption,
+    app,
+    database_url,
+    deployment_engine,
+    err,
+    fail,
+    log_to_stderr,
+    print_json,
+    require_broker,
+    stop_on_signals,
+)
+from orchestrator.cli.options import DevicesOption
+from orchestrator.local.doctor import examine
+from workers.errors import redact
+
+
+@app.command(epilog="Example: `maskfleet worker --devices 0,1`")
+def worker(
+    devices: DevicesOption = "all",
+    parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
+) -> None:
+    """Run one worker process on each CUDA device (or the CPU), restarting dead ones; SIGTERM drains them."""
+    from workers.running.devices import DeviceError, find_devices, serve
+    from workers.running.tasks import top_up
+
+    log_to_stderr()
+    require_broker()
+    engine = deployment_engine()
+
+    def keep_going() -> None:
+        try:
+            top_up(engine)
+        except OperationalError as error:
+            logging.getLogger(__name__).warning("Postgres did not answer: %s", redact(str(error)))
+
+    try:
+        found = find_devices(devices)
+    except DeviceError as error:
+        fail(str(error))
+    raise typer.Exit(serve(found, drain_seconds=settings().drain_seconds, top_up=keep_going, parent_pid=parent))
+
+
+@app.command(epilog="Example: `maskfleet dispatch`")
+def dispatch() -> None:
+    """List new jobs, keep the queue topped up, take back what dead workers held."""
+    from orchestrator.jobs.dispatch import dispatch as run_dispatcher
+
+    log_to_stderr()
+    require_broker()
+    engine = deployment_engine()
+    run_dispatcher(engine, stop_on_signals())
+
+
+@app.command(epilog="Example: `maskfleet migrate`")
+def migrate() -> None:
+    """Bring the database's tables to this version; safe to run twice."""
+    migrate_database(database_url())
+    err.print("the database is up to date")
+
+
+@app.command(epilog="Example: `maskfleet doctor`")
+def doctor(as_json: JsonOption = False) -> None:
+    """Say in one screen what is reachable, what is missing, and how to mend it."""
+    findings = examine()
+    if as_json:
+        print_json([{"what": f.what, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings])
+    else:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for finding in findings:
+            mark = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]not set[/dim]"}[finding.ok]
+            table.add_row(mark, f"[bold]{finding.what}[/bold]", finding.found)
+            if finding.remedy:
+                table.add_row("", "", f"[dim]{finding.remedy}[/dim]")
+        Console().print(table)
+    if any(finding.ok is False for finding in findings):
+        raise typer.Exit(USAGE)

@@ -1,0 +1,127 @@
+"""The options that `run` and `submit` share, written once: `JobOptions`, one option a field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SourceArgument = Annotated[str, typer.Argument(help="A folder, or s3://bucket/prefix.", show_default=False)]
+ModelOption = Annotated[str | None, typer.Option("--model", help="A name that `maskfleet models list` knows.")]
+
+ParamOption = Annotated[
+    list[str] | None,
+    typer.Option("--param", help="name=value, with SAM's own names: points_per_side, pred_iou_thresh, …; repeatable."),
+]
+
+PromptsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        help="Ask where these say: JSON lines or COCO boxes in a file or s3:// object, or a folder of YOLO labels. "
+        "`grid` (every object, without prompts) is the default.",
+    ),
+]
+
+DetectorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--detector",
+        help="Ask where this detector finds something: a transformers checkpoint (folder or hub name) or an .onnx file "
+        "in the layout of mmdeploy's RTMDet. Its classes become the labels.",
+    ),
+]
+
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option("--detector-threshold", min=0, max=1, help="Take the detector's boxes of scores above this; 0.5."),
+]
+
+ClassesOption = Annotated[
+    str | None, typer.Option("--classes", help="Only these classes of the detector, separated by commas.")
+]
+
+LabelMapOption = Annotated[
+    Path | None,
+    typer.Option("--label-map", help="YAML or JSON: the detector's class -> your label, or null to drop it."),
+]
+
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="A phrase, or phrase:label; repeatable, each asked apart. For a model that takes text, or with "
+        "--detector a Grounding DINO or OWLv2 checkpoint.",
+    ),
+]
+
+DecoderOption = Annotated[
+    str | None,
+    typer.Option("--decoder", help="What runs SAM's decoder: torch (the default) or onnx, with onnxruntime."),
+]
+
+LabelOption = Annotated[str | None, typer.Option("--label", help="The class of every mask, for jobs with one class.")]
+
+IncludeOption = Annotated[
+    list[str] | None, typer.Option("--include", help="Take keys that match this glob, whatever their suffix.")
+]
+
+ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Leave out keys that match this glob.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Take this many assets at most.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be taken, and store nothing.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier job has answered.")]
+NameOption = Annotated[str, typer.Option("--name", help="What people call the job.")]
+DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """What `run` and `submit` were given, as it was written; a field is an option of the same name."""
+
+    model: ModelOption = None
+    prompts: PromptsOption = None
+    detector: DetectorOption = None
+    detector_threshold: ThresholdOption = None
+    classes: ClassesOption = None
+    label_map: LabelMapOption = None
+    text: TextOption = None
+    param: ParamOption = None
+    decoder: DecoderOption = None
+    label: LabelOption = None
+    include: IncludeOption = None
+    exclude: ExcludeOption = None
+    limit: LimitOption = None
+    dry_run: DryRunOption = False
+    fresh: FreshOption = False
+    name: NameOption = ""
+
+    @property
+    def prompt_file(self) -> str | None:
+        """The address of a prompt file; None where everything is asked for, which `grid` says too."""
+        return None if self.prompts == "grid" else self.prompts
+
+
+def takes_job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that has a parameter `options: JobOptions` each of its fields as an option of its own.
+
+    typer reads a command's options from its signature, so the fields stand there in the place of `options`.
+    """
+    own = signature(command, eval_str=True).parameters.values()
+    shared = signature(JobOptions, eval_str=True).parameters
+    merged: list[Parameter] = []
+    for parameter in own:
+        merged += shared.values() if parameter.name == "options" else [parameter.replace(kind=Parameter.KEYWORD_ONLY)]
+
+    def with_options(**given: Any) -> None:
+        options = JobOptions(**{name: given.pop(name) for name in shared})
+        command(options=options, **given)
+
+    with_options.__doc__ = command.__doc__
+    with_options.__name__ = command.__name__
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
+    with_options.__signature__ = Signature(merged)  # type: ignore[attr-defined]  # as inspect documents it
+    return with_options

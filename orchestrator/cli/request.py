@@ -1,0 +1,154 @@
+"""From a job's options to its request: what cannot go together is refused before anything is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from db.settings import settings
+from orchestrator.cli.app import err, fail, print_json
+from orchestrator.cli.options import JobOptions
+from orchestrator.jobs.listing import select
+from orchestrator.jobs.request import Request
+from orchestrator.prompts.detectors import read_detector, read_phrases
+from orchestrator.prompts.files import PromptFile, list_reports, read_prompts
+from orchestrator.terminal.console import printable
+from workers.detectors.detector import AskedDetector
+from workers.detectors.kinds import DetectorKind
+from workers.errors import redact
+from workers.models.loading import require_decoder, require_libraries
+from workers.models.spec import ModelSpec
+from workers.params import ParamError, parse_params, parse_prompt_params
+from workers.prompts import Prompt, PromptKind
+from workers.storage.source import open_source
+
+
+def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
+    """What a job is asked, read and checked. Raises what reading prompts, detectors and parameters raises."""
+    detector = _asked_detector(options)
+    text = read_phrases(options.text or [])
+    _require_one_way(spec, options, detector, text)
+    where = source if "://" in source else str(Path(source).expanduser().absolute())
+    is_automatic = options.prompt_file is None and not (detector or text)
+    params = _params(options, is_automatic=is_automatic)
+    require_decoder(spec, params.get("decoder", "torch"))
+    return Request(
+        source=where,
+        model=spec.name,
+        name=options.name,
+        prompts=None if options.prompt_file is None else _read_prompts(options.prompt_file, where, spec, detector),
+        detector=detector,
+        text=text,
+        params=params,
+        label=options.label,
+        include=options.include or (),
+        exclude=options.exclude or (),
+        limit=options.limit,
+        fresh=options.fresh,
+    )
+
+
+def _asked_detector(options: JobOptions) -> AskedDetector | None:
+    threshold, classes, label_map = options.detector_threshold, options.classes, options.label_map
+    if options.detector is None:
+        if threshold is not None or classes or label_map:
+            fail("--detector-threshold, --classes and --label-map go with --detector")
+        return None
+    with err.status(f"reading {printable(options.detector)}"):
+        return read_detector(options.detector, threshold=threshold, classes=classes, label_map=label_map)
+
+
+def _require_one_way(
+    spec: ModelSpec, options: JobOptions, detector: AskedDetector | None, text: Sequence[Prompt]
+) -> None:
+    """Options that mean nothing together are refused."""
+    prompts = options.prompt_file
+    if not (spec.automatic or detector or text or prompts):
+        fail(f"{spec.name} makes no masks of everything: tell it what to look for with --text or --prompts")
+    if detector and "box" not in spec.prompts:
+        fail(f"{spec.name} takes no boxes of a detector, only {' and '.join(spec.prompts)}")
+    takes_phrases = detector is not None and detector.kind is DetectorKind.OPEN_VOCABULARY
+    if text and prompts is not None:
+        fail("--text and --prompts both say where to look: a prompt line of the file may hold a text")
+    if takes_phrases and not text and prompts is None:
+        fail('this detector looks for phrases: --text "red bus", or --prompts with texts')
+    if detector and not takes_phrases and (text or prompts is not None):
+        other = "--text" if text else "--prompts"
+        fail(
+            f"--detector and {other} both say where to look: give one of them; text needs a detector that takes phrases"
+        )
+    if text and not takes_phrases and "text" not in spec.prompts:
+        fail(
+            f"{spec.name} takes no text: choose a model that does (maskfleet models list), or give --detector a "
+            "Grounding DINO or OWLv2 checkpoint"
+        )
+    if options.label is not None and (text or (detector and not takes_phrases)):
+        fail(
+            "--label cannot be used here: each mask's label is its class or phrase. Rename it with --label-map or "
+            "--text phrase:label"
+        )
+
+
+def _params(options: JobOptions, *, is_automatic: bool) -> dict[str, Any]:
+    """The parameters by name; `--decoder X` is `--param decoder=X`."""
+    texts = {}
+    for given in [*(options.param or []), *([f"decoder={options.decoder}"] if options.decoder is not None else [])]:
+        name, separator, value = given.partition("=")
+        if not separator:
+            raise ParamError(f"--param {given!r}: expected name=value, such as points_per_side=16")
+        texts[name.strip()] = value.strip()
+    return parse_params(texts) if is_automatic else parse_prompt_params(texts)
+
+
+def _read_prompts(address: str, source: str, spec: ModelSpec, detector: AskedDetector | None) -> PromptFile:
+    """Read a prompt file and say what in it cannot be used."""
+    with err.status(f"reading {printable(redact(address))}"):
+        endpoint = settings().s3_endpoint
+        besides: tuple[PromptKind, ...] = ("text",) if detector else ()
+        found = read_prompts(address, source=source, spec=spec, s3_endpoint=endpoint, besides=besides)
+    for line in list_reports(found.bad, found.bad_count):
+        err.print(printable(line), style="yellow", markup=False)
+    return found
+
+
+def print_dry_run(request: Request, as_json: bool) -> None:
+    """List with the job's filters and print how many, how many bytes, and a sample."""
+    source = open_source(request.source, s3_endpoint=settings().s3_endpoint)
+    source.check()
+    count, size_bytes, sample, skipped = 0, 0, list[str](), dict[str, int]()
+    with err.status("listing"):
+        for page in select(source, asked=request.asked(), after=None, found=0):
+            count += len(page.assets)
+            size_bytes += sum(asset.size_bytes for asset in page.assets)
+            sample += [asset.key for asset in page.assets[: 10 - len(sample)]]
+            for reason, n in page.skipped.items():
+                skipped[reason] = skipped.get(reason, 0) + n
+    if as_json:
+        version = request.model_version()
+        print_json(
+            {"assets": count, "bytes": size_bytes, "sample": sample, "skipped": skipped, "model_version": version}
+        )
+        return
+    print(f"{count:,} assets, {size_bytes:,} bytes; nothing was stored")
+    for reason, n in sorted(skipped.items()):
+        print(f"skipped {n:,}: {reason}")
+    for key in sample:
+        print(f"  {printable(key)}")
+
+
+def demonstration_notice() -> str:
+    return (
+        "sam_nano is a demonstration model of 3 million parameters, trained on drawn scenes only. "
+        "For real work: maskfleet models pull sam_vit_b"
+    )
+
+
+def require_weights(spec: ModelSpec) -> None:
+    """A run's worker is this machine's own: it would wait for weights and libraries in vain."""
+    from workers.models.weights import remedy, verify
+
+    require_libraries(spec.name, spec.libraries)
+    verified = verify(spec)
+    if not verified.ok:
+        fail(f"{spec.name}: {verified.path} is {verified.found}; {remedy(spec)}")

@@ -1,0 +1,118 @@
+"""`demo`, `run`, `submit`: make a job here, or on the deployment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from db.settings import settings
+from orchestrator.cli.app import JsonOption, app, deployment_engine, err, fail, print_json
+from orchestrator.cli.options import DevicesOption, JobOptions, SourceArgument, takes_job_options
+from orchestrator.cli.request import demonstration_notice, job_request, print_dry_run, require_weights
+from orchestrator.jobs.request import Request, submit_job
+from orchestrator.local.run import INTERRUPTED
+from orchestrator.local.run import run as run_embedded
+from orchestrator.terminal.console import printable
+from orchestrator.terminal.jobs import job_as_json, read_job
+from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
+from workers.detectors.files import require_library
+from workers.models.loading import ONNX_LIBRARIES, require_libraries
+from workers.models.registry import MODELS, find_model, largest_present
+from workers.storage.source import open_source
+
+
+@app.command(epilog="Example: `maskfleet demo --out maskfleet-demo`")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where the results go.")] = Path("maskfleet-demo"),
+    devices: DevicesOption = "all",
+    as_json: JsonOption = False,
+) -> None:
+    """Label the sample scenes that ship with maskfleet, some of them broken on purpose."""
+    scenes = Path(__file__).parents[1] / "scenes"
+    request = Request(source=str(scenes), model="sam_nano", name="demo")
+    _run_and_report(request, out, devices, as_json, notice=demonstration_notice())
+
+
+@app.command(epilog="Example: `maskfleet run ./photos --out out --param points_per_side=16`")
+@takes_job_options
+def run(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option("--out", help="Where the results go.", show_default=False)],
+    options: JobOptions,
+    devices: DevicesOption = "all",
+    as_json: JsonOption = False,
+) -> None:
+    """Label a folder or bucket on this machine alone, with nothing installed or started.
+
+    Ctrl-C leaves a job that the same command resumes.
+    """
+    spec = find_model(options.model) if options.model else largest_present()
+    request = job_request(source, spec, options)
+    if options.dry_run:
+        print_dry_run(request, as_json)
+        return
+    require_weights(spec)
+    if request.detector:
+        require_library(request.detector.kind)
+    if request.params.get("decoder") == "onnx":
+        require_libraries("--decoder onnx", ONNX_LIBRARIES)
+    notice = demonstration_notice() if spec.demonstration else None
+    if notice and not options.model:
+        err.print(notice, style="yellow")
+    summary = _run_and_report(request, out, devices, as_json, notice=notice)
+    if summary["assets"]["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `maskfleet submit s3://bucket/street --model sam_vit_h`")
+@takes_job_options
+def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = False) -> None:
+    """Make a job on the deployment; prints its number."""
+    wanted = options.model or settings().model
+    if wanted is None:
+        fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(MODELS)}")
+    request = job_request(source, find_model(wanted), options)
+    if options.dry_run:
+        print_dry_run(request, as_json)
+        return
+    open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
+    engine = deployment_engine()
+    with engine.begin() as db:
+        job = submit_job(db, request)
+    if as_json:
+        print_json(job_as_json(*read_job(engine, job.id)))
+    else:
+        print(job.id)
+        err.print(f"maskfleet watch {job.id}    follows it", style="dim")
+
+
+def _run_and_report(request: Request, out: Path, devices: str, as_json: bool, *, notice: str | None) -> dict[str, Any]:
+    try:
+        outputs = run_embedded(request, out=out, devices=devices, console=err, notice=notice)
+    except KeyboardInterrupt:
+        err.print("\nstopped; the same command goes on where it was")
+        raise typer.Exit(INTERRUPTED) from None
+    assets, prompts, detector, phrases = (outputs.summary[name] for name in ("assets", "prompts", "detector", "text"))
+    rows = {
+        **(prompt_rows(prompts) if prompts else {}),
+        **(detector_rows(detector) if detector else {}),
+        **(text_rows(phrases) if phrases else {}),
+    }
+    for what, line in rows.items():
+        if line:
+            err.print(f"{what}: {printable(line)}", style="dim", markup=False)
+    if as_json:
+        print_json(outputs.summary)
+    else:
+        print(
+            f"{assets['listed']} assets: {assets['labeled']} labeled with {outputs.summary['masks']} masks, "
+            f"{assets['failed']} failed, in {outputs.summary['seconds']:.1f} s"
+        )
+        print(f"gallery: {outputs.gallery}")
+    if not assets["listed"]:
+        err.print(
+            f"no images under {request.source}: skipped {outputs.summary['skipped'] or 'nothing'}", style="yellow"
+        )
+    return outputs.summary

@@ -1,0 +1,65 @@
+"""Output files that appear whole or not at all, and the small words that all exports share."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from db.jobs import Job
+from db.settings import settings
+from workers.storage.asset import Source
+from workers.storage.source import open_source
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[IO[str]]:
+    """Open a text file beside `out` that takes its place when the block ends well, and disappears when it does not.
+
+    A reader sees the old file or the whole new one. Raises FileExistsError where `out` is a folder or a device.
+    """
+    target = out.resolve()
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{out}: expected the name of a file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{os.getpid()}.{target.name[-200:]}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def source_of(job: Job) -> Source:
+    """For addresses alone: nothing is read."""
+    return open_source(job.source, s3_endpoint=settings().s3_endpoint)
+
+
+def round_score(value: float | None) -> float | None:
+    """JSON has no NaN, and what a model says may be one."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Make a folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out}: expected a new or empty folder")
+    target = out.resolve()
+    partial = target.with_name(f".{os.getpid()}.{target.name[-200:]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

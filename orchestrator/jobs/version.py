@@ -1,0 +1,40 @@
+"""What decides a job's masks besides the model: the words that go into `model_version`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from workers.models.spec import ModelSpec
+from workers.params import AutomaticParams, PromptParams, automatic_params
+from workers.prompts import Prompt
+
+
+def what_is_computed(spec: ModelSpec, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
+    """Mode, prompts and parameters with the model's defaults filled in, so that naming a default changes nothing."""
+    effective = automatic_params(spec.defaults, params)
+    values = {name: getattr(effective, name) for name in AutomaticParams.__dataclass_fields__}
+    # How many points are decoded at once is a matter of memory, not of masks.
+    values.pop("points_per_batch")
+    return {"mode": "automatic", "params": _without_usual(values), "label": label}
+
+
+def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
+    """The same for a job with prompts: equal exactly where the prompts of every asset are."""
+    return {"mode": "prompts", "prompts": sha256, "params": prompt_params(params), "label": label}
+
+
+def what_text_computes(text: Sequence[Prompt], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for a job with phrases."""
+    return {"mode": "text", "text": [phrase.as_json() for phrase in text], "params": prompt_params(params)}
+
+
+def prompt_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    return _without_usual(asdict(PromptParams(**params)))
+
+
+def _without_usual(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the decoder and threshold where they are the usual: what was stored before the choice answers still."""
+    usual = {"decoder": "torch", "text_threshold": 0.5}
+    return {name: value for name, value in values.items() if (name, value) not in usual.items()}

@@ -1,0 +1,48 @@
+"""How an asset and a server are named: an asset's id and address in Label Studio, a server's address with us."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import PurePosixPath
+from urllib.parse import quote, unquote, urlsplit
+
+from orchestrator.label_studio.errors import LabelStudioError
+
+
+class PublishError(LabelStudioError):
+    """The job cannot be published like this; the message says what to do instead."""
+
+
+def image_address(uri: str, local_files: str | None) -> str:
+    """The address under which Label Studio shows an asset: s3:// as it is, a file below its document root by path.
+
+    Raises PublishError for a file that Label Studio has not been told how to see.
+    """
+    if not uri.startswith("file://"):
+        return uri
+    if local_files is None:
+        raise PublishError(
+            "the job's images are files, which Label Studio cannot see by themselves: start it with "
+            "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT set to a folder "
+            "above them, then give that folder to `maskfleet label-studio setup --job JOB --local-files FOLDER` and to "
+            "`maskfleet publish … --local-files FOLDER`; or put the images into a bucket"
+        )
+    path, root = PurePosixPath(unquote(uri.removeprefix("file://"))), PurePosixPath(local_files)
+    if not path.is_relative_to(root):
+        raise PublishError(f"{path} is not below --local-files {root}: name a folder above the job's images")
+    return f"/data/local-files/?d={quote(str(path.relative_to(root)))}"
+
+
+def asset_uid(uri: str) -> str:
+    """The id under which Label Studio knows an asset, data.asset_id: the same whichever job or model labeled it.
+
+    uri: source and key as one address. 64 bits: among ten million assets two share one with a chance of 1 in 370,000.
+    """
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def server_key(url: str) -> str:
+    """The address of a server as we remember it: scheme and host in small letters, no slash, nothing secret."""
+    parts = urlsplit(url.strip())
+    host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
+    return f"{parts.scheme.lower()}://{host}{parts.path.rstrip('/')}"

@@ -1,0 +1,20 @@
+"""What one pass of `publish` did, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """What one `publish_job` did. refused: (uri, reason) of each asset that the project could not take."""
+
+    created: int = 0
+    attached: int = 0  # predictions added to tasks that were there
+    adopted: int = 0  # found on the server, though nobody remembered an answer
+    already: int = 0  # there before, by this job or by another with the same model_version
+    repaired: int = 0  # remembered, and gone from the server: sent again
+    duplicates_removed: int = 0
+    shown_version: str = ""
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)

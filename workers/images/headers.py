@@ -1,0 +1,162 @@
+"""What a file says of its picture before a pixel is decoded: pieces, announced bytes, scans, orientation.
+
+The bytes are hostile. Every loop here is bounded by the file's length or by a constant.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+
+MAX_TIFF_VALUES = 1_000_000
+"""Numbers in one tag, mostly a strip's or tile's offset each: Pillow makes Python objects of them, 200 bytes each."""
+
+
+MAX_PIECES = 100_000
+"""Segments, chunks, blocks and stray bytes that a parser has to step over: Pillow takes microseconds for each."""
+
+
+def exif_orientation(exif: object) -> int:
+    """Orientation 1..8 of an EXIF block; 1 where there is none, or where the block is broken.
+
+    Read by hand, as browsers do: the tag in the first directory, a SHORT. Pillow would also take it from XMP, which
+    no browser does, and its parser stumbles over broken blocks whose orientation is fine.
+    """
+    if not isinstance(exif, bytes):
+        return 1
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None or len(tiff) < 8:
+        return 1
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    if start + 2 > len(tiff):
+        return 1
+    (entries,) = struct.unpack_from(order + "H", tiff, start)
+    for offset in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
+        tag, field_type, count, value = struct.unpack_from(order + "HHIH", tiff, offset)
+        if tag == 0x0112:
+            return value if field_type == 3 and count == 1 and 1 <= value <= 8 else 1
+    return 1
+
+
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+_SCANS_IN_ANY_CASE = 50
+
+
+def count_scans(data: bytes) -> int:
+    """Scans of the first picture in a JPEG. Up to _SCANS_IN_ANY_CASE it may count some of later pictures as well."""
+    scans, components, position = 0, 0, 2
+    while found := _JPEG_MARKER.search(data, position):
+        marker, body = found[1][0], found.end()
+        if marker == 0xD9:  # end of image
+            break
+        if marker == 0xDA:  # start of scan
+            scans += 1
+            # A scan with all components is the only one of a sequential JPEG.
+            if scans == 1 and bytes([components]) == data[body + 2 : body + 3]:
+                return 1
+            # Entropy-coded bytes hold no marker, so this bound is cheap to have, and it settles all honest pictures.
+            if scans == 1 and (at_most := data.count(b"\xff\xda", body)) < _SCANS_IN_ANY_CASE:
+                return at_most + 1
+        if marker in (0xC0, 0xC1, 0xC9):  # start of a sequential frame
+            components = int.from_bytes(data[body + 7 : body + 8], "big")
+        position = body + int.from_bytes(data[body : body + 2], "big")
+    return scans
+
+
+def outline(data: bytes, kind: str) -> tuple[int, int]:
+    """Into how many pieces the header is cut, and how many bytes there must be at least, or the file was cut off.
+
+    Counts a little past MAX_PIECES and no further.
+    """
+    if kind == "PNG":
+        return _outline_png(data)
+    if kind == "JPEG":
+        return _outline_jpeg(data)
+    if kind == "GIF":
+        return _outline_gif(data)
+    if kind == "TIFF":
+        entries = tiff_entries(data)
+        return len(entries), max((end for _, _, end in entries), default=len(data) + 1)
+    return 1, 8 + int.from_bytes(data[4:8], "little") if kind == "WebP" else int.from_bytes(data[10:14], "little")
+
+
+def _outline_png(data: bytes) -> tuple[int, int]:
+    pieces, position, chunk = 0, 8, b""
+    while pieces <= MAX_PIECES and chunk != b"IEND" and (chunk := data[position + 4 : position + 8]).isalpha():
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+        pieces += 1
+    return pieces, position if chunk == b"IEND" else position + 8
+
+
+def _outline_jpeg(data: bytes) -> tuple[int, int]:
+    pieces, position = 0, 2
+    while pieces <= MAX_PIECES and (found := _JPEG_MARKER.search(data, position)):
+        pieces += found.end() - position - 1
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        if found[1] == b"\xda":  # pixels follow
+            break
+    return pieces, position + 2
+
+
+_GIF_BLOCK = re.compile(rb"[!,;]")
+
+
+def _outline_gif(data: bytes) -> tuple[int, int]:
+    palette_bytes = 3 << (1 + (data[10] & 7)) if len(data) > 10 and data[10] & 0x80 else 0
+    pieces, position = 0, 13 + palette_bytes
+    while pieces <= MAX_PIECES and (found := _GIF_BLOCK.search(data, position)):
+        pieces += found.end() - position
+        position = found.end()
+        if found[0] != b"!":  # an image, or the end
+            break
+        position += 1
+        while pieces <= MAX_PIECES and (size_bytes := int.from_bytes(data[position : position + 1], "big")):
+            position += 1 + size_bytes
+            pieces += 1
+        position += 1
+    return pieces, position + 9
+
+
+_TIFF_TYPE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+
+
+def tiff_entries(data: bytes) -> list[tuple[int, int, int]]:
+    """Tag, number of values (0 for opaque bytes and texts) and end in the file of each entry of a TIFF's first page.
+
+    Nothing if the page's directory lies behind the end of the bytes.
+    """
+    order = "<" if data[:1] == b"I" else ">"
+    big = b"+" in data[2:4]
+    first, number, entry, inline_bytes = ("8xQ", "Q", "HHQQ", 8) if big else ("4xI", "H", "HHII", 4)
+    try:
+        (start,) = struct.unpack_from(order + first, data)
+        (entries,) = struct.unpack_from(order + number, data, start)
+        start += struct.calcsize(order + number)
+        entries = min(entries, MAX_PIECES + 1)
+        directory = data[start : start + entries * struct.calcsize(order + entry)]
+        found = []
+        for tag, field_type, count, offset in struct.iter_unpack(order + entry, directory):
+            value_bytes = count * _TIFF_TYPE_BYTES.get(field_type, 0)
+            end = offset + value_bytes if value_bytes > inline_bytes else start + len(directory)
+            found.append((tag, 0 if field_type in (1, 2, 6, 7) else count, end))
+        return found
+    except struct.error:
+        return []

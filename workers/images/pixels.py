@@ -1,0 +1,75 @@
+"""Pillow's pixels to upright RGB: 16 bits scaled to 8, transparency over white, turned as EXIF says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from workers.images.headers import exif_orientation
+
+RgbImage = npt.NDArray[np.uint8]
+"""(H, W, 3) uint8, C-contiguous, channels red, green, blue in 0..255, upright."""
+STRIP_PIXELS = 2**18  # converted at a time: stays in the cache; 12 MP took 70 ms by strips, 100 ms at once (2026-11)
+
+
+def upright_rgb(image: ImageFile) -> RgbImage:
+    """Convert a loaded picture strip by strip into one array, writing each strip where it belongs upright."""
+    width, height = image.size
+    # TIFF's orientation is applied by Pillow as it loads; all others keep it in their EXIF block.
+    orientation = 1 if isinstance(image, TiffImageFile) else exif_orientation(image.info.get("exif"))
+    upright = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
+    stored = _as_stored(upright, orientation)
+    to_rgb = _converter(image)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(height, top + rows)
+        stored[top:bottom] = to_rgb(image.crop((0, top, width, bottom)))
+    return upright
+
+
+def _as_stored(upright: RgbImage, orientation: int) -> RgbImage:
+    """A view of the upright array in the frame of the file. orientation: EXIF's 1..8 (Exif 3.0, tag 274)."""
+    view = upright.transpose(1, 0, 2) if orientation >= 5 else upright
+    if orientation in (3, 4, 6, 7):
+        view = view[::-1]
+    if orientation in (2, 3, 7, 8):
+        view = view[:, ::-1]
+    return view
+
+
+def _converter(image: ImageFile) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
+    """How a strip of this picture becomes (rows, W, 3) uint8 RGB."""
+    if image.mode.startswith("I;16"):
+        white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(262) == 0
+        return lambda strip: _from_16_bit(strip, white_is_zero)
+    if image.mode == "LAB":
+        transform = ImageCms.buildTransform(
+            ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), inMode="LAB", outMode="RGB"
+        )
+        return lambda strip: np.asarray(ImageCms.applyTransform(strip, transform))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        return _over_white
+    return lambda strip: np.asarray(strip.convert("RGB"))
+
+
+def _from_16_bit(strip: Image.Image, white_is_zero: bool) -> npt.NDArray[np.uint8]:
+    """Scale grey of 0..65535 to 0..255, rounding; Pillow's own conversion clips everything above 255 to white."""
+    samples = np.asarray(strip).astype(np.uint32)
+    grey = ((samples + 128) // 257).astype(np.uint8)
+    if white_is_zero:
+        grey = 255 - grey
+    transparent = strip.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[samples == transparent] = 255
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _over_white(strip: Image.Image) -> npt.NDArray[np.uint8]:
+    picture = strip.convert("RGBA")
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

@@ -1,0 +1,202 @@
+"""How a job's images are encoded and looked at: everything, what prompts say, or what a detector finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+from db import prompts as stored_prompts
+from db.leases import Asset, ClaimedChunk
+from db.states import PromptMatch
+from workers.detectors.detector import (
+    Asked,
+    AskedDetector,
+    Detection,
+    Detector,
+    PhraseDetector,
+    asked_of_json,
+    boxes_of_phrases,
+    prompts_of,
+)
+from workers.errors import AssetError, ErrorKind
+from workers.images.pixels import RgbImage
+from workers.masks import Mask
+from workers.models.files import require_same_weights
+from workers.models.registry import find_model
+from workers.models.spec import Model
+from workers.params import PromptParams, automatic_params
+from workers.prompts import Prompt, PromptError, fit_all
+from workers.running.outcomes import Found, list_unused
+from workers.running.worker import Worker, loading
+
+_PROMPTS_A_CALL = 256  # then the heartbeat hears of it: ten thousand prompts on one asset take minutes
+
+Encode = Callable[[Sequence[RgbImage]], list[Any]]
+"""What a look needs of each of some images: the model's embedding, at least."""
+Look = Callable[[Asset, RgbImage, Any], Found]
+"""Finds an asset's masks in its image with what the encoder made of that."""
+AskedOf = Callable[[Asset], Sequence[Any]]
+"""What is asked of an asset: prompts as they are stored."""
+
+
+def encode_and_look(
+    worker: Worker, chunk: ClaimedChunk, match: PromptMatch | None, go_on: Callable[[], None]
+) -> tuple[Encode, Look]:
+    """How this chunk's images are encoded, and looked at; loads what it takes.
+
+    go_on: called between parts of long work; raises when the work is for nothing.
+    """
+    with loading(worker, chunk, chunk.model):
+        require_same_weights(find_model(chunk.model), chunk.model_version)
+        model = worker.load_model(chunk.model)
+    asked_of = _asked_of(worker, chunk, match)
+    detector_json = chunk.asked.get("detector")
+    if detector_json is None and asked_of is None:
+        is_fast = chunk.asked.get("params", {}).get("precision") == "fast"
+        return partial(model.embed, fast=is_fast), _automatic_look(model, chunk)
+    asking = _Asking(model=model, params=PromptParams(**chunk.asked.get("params", {})), go_on=go_on)
+    if detector_json is None:
+        return model.embed, _prompted_look(asking, cast(AskedOf, asked_of))
+    asked = asked_of_json(detector_json)
+    with loading(worker, chunk, f"detector {asked.name}"):
+        detector = worker.load_detector(asked)
+    if asked_of is None:
+        return _detecting(model, cast(Detector, detector), asked), _detected_look(asking, asked)
+    phrases = _Phrases(detector=cast(PhraseDetector, detector), threshold=asked.threshold)
+    return model.embed, _prompted_look(replace(asking, phrases=phrases), asked_of)
+
+
+def _asked_of(worker: Worker, chunk: ClaimedChunk, match: PromptMatch | None) -> AskedOf | None:
+    """Where an asset's prompts are: in the database, or the same phrases for all; None for a job without."""
+    text = chunk.asked.get("text")
+    if match is None:
+        return (lambda asset: text) if text else None
+
+    def stored(asset: Asset) -> Sequence[Any]:
+        with worker.engine.begin() as db:
+            return stored_prompts.prompts_of(db, asset_id=asset.id, match=match)
+
+    return stored
+
+
+def _automatic_look(model: Model, chunk: ClaimedChunk) -> Look:
+    params = automatic_params(find_model(chunk.model).defaults, chunk.asked.get("params", {}))
+    return lambda asset, image, embedding: Found(masks=model.automatic(image, embedding, params))
+
+
+def _prompted_look(asking: _Asking, asked_of: AskedOf) -> Look:
+    def look(asset: Asset, image: RgbImage, embedding: Any) -> Found:
+        asked = asked_of(asset)
+        height, width = image.shape[:2]
+        usable, wrong = fit_all(asked, (width, height))
+        prompts = [(prompt, {"index": index, **asked[index]}) for index, prompt in usable.items()]
+        try:
+            masks, lost = asking.answer(image, embedding, prompts)
+        except PromptError:
+            masks, lost, unreadable = asking.answer_apart(image, embedding, prompts)
+            wrong += unreadable
+        if len(wrong) == len(asked):
+            raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {list_unused(wrong, len(asked), 'prompts')}")
+        unused = [list_unused(wrong, len(asked), "prompts")] if wrong else []
+        unused += [list_unused(lost, None, "boxes")] if lost else []
+        return Found(masks=masks, unused="; ".join(unused) or None)
+
+    return look
+
+
+def _detected_look(asking: _Asking, asked: AskedDetector) -> Look:
+    def look(asset: Asset, image: RgbImage, detected: _Detected) -> Found:
+        height, width = image.shape[:2]
+        prompts, wrong = prompts_of(detected.boxes, asked, (width, height))
+        masks = asking.ask(image, detected.embedding, prompts)
+        return Found(masks=masks, unused=list_unused(wrong, len(detected.boxes), "boxes") if wrong else None)
+
+    return look
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asking:
+    """What prompts are asked of. phrases: boxes what prompts say in text, for models that take none."""
+
+    model: Model
+    params: PromptParams
+    go_on: Callable[[], None]
+    phrases: _Phrases | None = None
+
+    def answer(self, image: RgbImage, embedding: Any, prompts: Sequence[Asked]) -> tuple[list[Mask], list[str]]:
+        """The masks of prompts, and what is wrong with boxes that were found for them. Raises PromptError."""
+        lost: list[str] = []
+        if self.phrases is not None:
+            prompts, lost = self.phrases.box(image, prompts)
+        return self.ask(image, embedding, prompts), lost
+
+    def answer_apart(
+        self, image: RgbImage, embedding: Any, prompts: Sequence[Asked]
+    ) -> tuple[list[Mask], list[str], list[str]]:
+        """The same, and what is wrong with prompts that cannot be read, such as a text that is too long."""
+        masks: list[Mask] = []
+        lost: list[str] = []
+        unreadable: list[str] = []
+        for prompt, row in prompts:
+            try:
+                some = self.answer(image, embedding, [(prompt, row)])
+            except PromptError as error:
+                unreadable.append(f"prompt {row['index']}: {error}")
+                continue
+            masks += some[0]
+            lost += some[1]
+        return masks, lost, unreadable
+
+    def ask(self, image: RgbImage, embedding: Any, prompts: Sequence[Asked]) -> list[Mask]:
+        """The masks of any number of prompts, the heartbeat hearing of it now and then."""
+        masks: list[Mask] = []
+        for some in _slices(prompts, _PROMPTS_A_CALL):
+            found = self.model.prompted(image, embedding, [prompt for prompt, _ in some], self.params)
+            for (prompt, asked), answers in zip(some, found, strict=True):
+                masks += [_of_prompt(mask, prompt, asked) for mask in answers]
+            self.go_on()
+        return masks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phrases:
+    """A job's detector of what phrases say."""
+
+    detector: PhraseDetector
+    threshold: float
+
+    def box(self, image: RgbImage, prompts: Sequence[Asked]) -> tuple[list[Asked], list[str]]:
+        return boxes_of_phrases(self.detector, image, prompts, self.threshold)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Detected:
+    """What a detector found in an image, and the image's embedding, which is None where it found nothing."""
+
+    boxes: Sequence[Detection]
+    embedding: Any
+
+
+def _detecting(model: Model, detector: Detector, asked: AskedDetector) -> Encode:
+    """The detector before the model's encoder, which sees only the images with a box."""
+
+    def encode(images: Sequence[RgbImage]) -> list[_Detected]:
+        found = [
+            [box for box in boxes if asked.keeps(box.class_name)]
+            for boxes in detector.detect(images, threshold=asked.threshold)
+        ]
+        boxed = [image for image, boxes in zip(images, found, strict=True) if boxes]
+        embeddings = iter(model.embed(boxed) if boxed else [])
+        return [_Detected(boxes=boxes, embedding=next(embeddings) if boxes else None) for boxes in found]
+
+    return encode
+
+
+def _of_prompt(mask: Mask, prompt: Prompt, asked: dict[str, Any]) -> Mask:
+    return replace(mask, label=mask.label or prompt.label or prompt.text, prompt=asked)
+
+
+def _slices(prompts: Sequence[Asked], size: int) -> list[Sequence[Asked]]:
+    return [prompts[k : k + size] for k in range(0, len(prompts), size)]

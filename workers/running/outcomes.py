@@ -1,0 +1,79 @@
+"""From what a model found, or what went wrong, to an asset's outcome."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from db.leases import Asset, NewOutcome
+from workers.errors import AssetError, ErrorKind, redact
+from workers.images.pixels import RgbImage
+from workers.masks import Mask
+from workers.stored_masks import stored_mask
+
+_SHOWN_REASONS = 5
+
+log = logging.getLogger(__name__)
+
+
+class ProcessUnfit(RuntimeError):
+    """This process can label nothing: its CUDA context is broken, or its model cannot be loaded.
+
+    It must end without a verdict on any asset; others may be fit.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """An asset's masks. unused: which of its prompts could not be used, and why."""
+
+    masks: Sequence[Mask]
+    unused: str | None = None
+
+
+def judge(error: Exception) -> tuple[ErrorKind, str]:
+    """The verdict on an asset that raised; raises ProcessUnfit when it is the process that is broken."""
+    if isinstance(error, AssetError):
+        return error.kind, str(error)
+    from workers.engine.device import DeviceFault, device_fault
+
+    match device_fault(error):
+        case DeviceFault.LOST:
+            raise ProcessUnfit(str(error)) from error
+        case DeviceFault.OUT_OF_MEMORY:
+            return ErrorKind.GPU_OOM, f"does not fit in device memory even alone: {error}"
+    return ErrorKind.INTERNAL, f"{type(error).__name__}: {error}"
+
+
+def failed_outcome(asset: Asset, error: Exception, *, job_id: int) -> NewOutcome:
+    """The outcome of an asset that raised; our own mistakes are logged. Raises ProcessUnfit as `judge` does."""
+    kind, text = judge(error)
+    if kind is ErrorKind.INTERNAL:
+        log.error("asset %d of job %d: %s", asset.id, job_id, redact(text), exc_info=error)
+    return NewOutcome(asset_id=asset.id, error_kind=kind, error=storable_text(text))
+
+
+def storable_text(text: str) -> str:
+    """A message without secrets, and without what Postgres refuses in text."""
+    return redact(text).replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:2000]
+
+
+def list_unused(wrong: Sequence[str], asked: int | None, what: str) -> str:
+    """One line for the asset's row; the first reasons stand for the rest."""
+    of = "" if asked is None else f" of {asked}"
+    more = f"; and {len(wrong) - _SHOWN_REASONS} more" if len(wrong) > _SHOWN_REASONS else ""
+    return f"{len(wrong)}{of} {what} cannot be used: {'; '.join(wrong[:_SHOWN_REASONS])}{more}"
+
+
+def labeled_outcome(asset: Asset, image: RgbImage, found: Found, started: float, label: str | None) -> NewOutcome:
+    height, width = image.shape[:2]
+    return NewOutcome(
+        asset_id=asset.id,
+        error=None if found.unused is None else storable_text(found.unused),
+        width=width,
+        height=height,
+        segment_ms=int(1000 * (time.perf_counter() - started)),
+        masks=[stored_mask(asset, n, mask, label) for n, mask in enumerate(found.masks)],
+    )

@@ -1,0 +1,53 @@
+"""Who runs chunks, and how a chunk is handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from db import jobs, leases
+from db.leases import ClaimedChunk
+from db.session import Engine
+from db.settings import Settings
+from workers.detectors.detector import AskedDetector, Detector, PhraseDetector
+from workers.models.spec import Model
+from workers.running.outcomes import ProcessUnfit, storable_text
+
+LoadModel = Callable[[str], Model]
+LoadDetector = Callable[[AskedDetector], Detector | PhraseDetector]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """Who runs chunks, and with what: fixed for the life of a process."""
+
+    name: str
+    engine: Engine
+    settings: Settings
+    load_model: LoadModel
+    load_detector: LoadDetector
+    draining: Callable[[], bool]
+    on_hang: Callable[[], None]
+
+
+def release(worker: Worker, chunk: ClaimedChunk, *, pause: bool = False, error: str | None = None) -> None:
+    with worker.engine.begin() as db:
+        leases.release_chunk(db, chunk=chunk, transient_error=pause)
+        if error is not None:
+            jobs.note_error(db, job_id=chunk.job_id, error=storable_text(f"{worker.name}: {error}"))
+
+
+@contextmanager
+def loading(worker: Worker, chunk: ClaimedChunk, name: str) -> Iterator[None]:
+    """What keeps a model from loading here may not elsewhere, so it is no verdict on job or assets."""
+    try:
+        yield
+    except Exception as error:
+        raise unfit(worker, chunk, name, error) from error
+
+
+def unfit(worker: Worker, chunk: ClaimedChunk, name: str, error: Exception) -> ProcessUnfit:
+    """Hand the chunk back with the reason on its job, for a worker that has the model."""
+    release(worker, chunk, error=f"{name} cannot be loaded: {error}")
+    return ProcessUnfit(f"{name} cannot be loaded: {error}")

@@ -1,0 +1,69 @@
+"""What a source of assets is: pages of listed assets, and one asset's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from workers.errors import AssetError, ErrorKind
+
+PAGE_SIZE = 1000  # S3's own limit for a ListObjectsV2 page; folders follow it
+
+
+class SkipReason(StrEnum):
+    """Why something in a source is not an asset. Each is counted, none fails the listing."""
+
+    FOLDER_MARKER = "folder_marker"  # zero-byte "…/" objects that consoles leave
+    NOT_A_FILE = "not_a_file"  # FIFO, socket, device, dangling link, or a link to a folder or out of the source
+    UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, or holds NUL, which Postgres cannot store
+    UNREADABLE_FOLDER = "unreadable_folder"  # a subfolder we may not look into (lost+found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """One asset as the listing saw it.
+
+    key: relative to the source. etag: S3's, without quotes; for a file "<size>-<mtime_ns>", which changes when the
+    file is written.
+    """
+
+    key: str
+    size_bytes: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Up to PAGE_SIZE consecutive entries of a listing; `list(after=cursor)` goes on behind them."""
+
+    objects: list[Listed]
+    cursor: str
+    skipped: Mapping[SkipReason, int]
+
+
+class Source(Protocol):
+    """A place with assets. Both kinds may be used from several threads at once."""
+
+    def uri(self, key: str) -> str:
+        """The asset's address for people and for Label Studio: `s3://bucket/key` as is, or a `file://` URL."""
+        ...
+
+    def check(self) -> None:
+        """Return if the source can be listed; raise SourceError saying what to mend if not."""
+        ...
+
+    def list(self, after: str = "") -> Iterator[Page]:
+        """Yield pages of the keys behind `after` in binary order. Raises SourceError and TransientError."""
+        ...
+
+    def read(self, key: str, max_bytes: int) -> bytes:
+        """The asset's bytes. Raises AssetError (not_found, forbidden, too_large before the body is read) or
+        TransientError."""
+        ...
+
+
+def check_size(key: str, size_bytes: int, max_bytes: int) -> None:
+    if size_bytes > max_bytes:
+        raise AssetError(ErrorKind.TOO_LARGE, f"{key}: {size_bytes:,} bytes; at most {max_bytes:,} are read")

@@ -1,0 +1,146 @@
+"""A folder of this machine as a source of assets.
+
+Keys are listed in the binary order of their UTF-8. A link that leads out of the folder is not followed.
+"""
+# ruff: noqa: PTH116, PTH117, PTH118, PTH123
+# File names are bytes here, so that one which is not UTF-8 can be told; pathlib knows only str.
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator
+
+from workers.errors import AssetError, ErrorKind, SourceError, TransientError
+from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_size
+
+
+class Folder:
+    """Files below one directory. Nothing outside of it is listed or read, whatever a key or a link says."""
+
+    def __init__(self, root: str) -> None:
+        if not os.path.isabs(root) or "\0" in root:
+            raise SourceError(f"{root!r}: expected an absolute path: workers do not run in your folder")
+        self._root = os.fsencode(os.path.normpath(root))
+
+    def uri(self, key: str) -> str:
+        return "file://" + urllib.parse.quote(os.path.join(self._root, key.encode()))
+
+    def check(self) -> None:
+        _scan(self._root)
+
+    def list(self, after: str = "") -> Iterator[Page]:
+        real_root = os.path.realpath(self._root)
+        objects: list[Listed] = []
+        skipped: Counter[SkipReason] = Counter()
+        cursor = after
+        for found in _walk(self._root, after.encode()):
+            if isinstance(found, SkipReason):
+                skipped[found] += 1
+            else:
+                entry = _stat_file(self._root, real_root, found)
+                if isinstance(entry, Listed):
+                    objects.append(entry)
+                    cursor = entry.key
+                elif entry:
+                    skipped[entry] += 1
+            if len(objects) + skipped.total() >= PAGE_SIZE:
+                yield Page(objects=objects, cursor=cursor, skipped=skipped)
+                objects, skipped = [], Counter()
+        if objects or skipped:
+            yield Page(objects=objects, cursor=cursor, skipped=skipped)
+
+    def read(self, key: str, max_bytes: int) -> bytes:
+        path = os.path.join(self._root, key.encode())
+        if "\0" in key or not _is_inside(path, os.path.realpath(self._root)):
+            raise AssetError(ErrorKind.FORBIDDEN, f"{key!r}: leads out of the folder {os.fsdecode(self._root)}")
+        try:
+            # A FIFO that took the file's place would block an open without O_NONBLOCK for ever.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise AssetError(ErrorKind.NOT_FOUND, f"{key}: is no longer a regular file")
+                check_size(key, status.st_size, max_bytes)
+                content = file.read(max_bytes + 1)
+        except OSError as error:
+            raise _file_error(key, error) from error
+        check_size(key, len(content), max_bytes)  # it may have grown since
+        return content
+
+
+def _walk(root: bytes, after: bytes) -> Iterator[bytes | SkipReason]:
+    """Yield keys of the files below `root` behind `after`, in binary order, and a reason for each folder left out.
+
+    A folder sorts as its name with a slash, as it does inside whole keys: "a.jpg" < "a/b" < "a0". Holds the names of
+    the folders on the way to where it is, and no more.
+    """
+    on_the_way = [(b"", iter(sorted(_scan(root))))]
+    while on_the_way:
+        prefix, names = on_the_way[-1]
+        name = next(names, None)
+        if name is None:
+            on_the_way.pop()
+            continue
+        key = prefix + name
+        if not key.endswith(b"/"):
+            if key > after:
+                yield key
+        elif key > after or after.startswith(key):
+            try:
+                on_the_way.append((key, iter(sorted(_scan(os.path.join(root, key))))))
+            except SourceError:
+                if os.path.lexists(os.path.join(root, key)):  # else it was removed while we walked
+                    yield SkipReason.UNREADABLE_FOLDER
+
+
+def _scan(directory: bytes) -> list[bytes]:
+    """Names in a directory, folders with a slash at the end. Raises SourceError saying why it cannot be read."""
+    shown = os.fsdecode(directory)
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name + b"/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries]
+    except FileNotFoundError as error:
+        raise SourceError(f"{shown}: no such folder; check the path, and that it is mounted on this machine") from error
+    except NotADirectoryError as error:
+        raise SourceError(f"{shown}: is a file; give the folder that holds it") from error
+    except OSError as error:
+        raise SourceError(f"{shown}: cannot be listed ({error.strerror}); may this user read and enter it?") from error
+
+
+def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason | None:
+    """What the entry at `key` is; None if it vanished since its folder was read."""
+    path = os.path.join(root, key)
+    try:
+        name = key.decode()
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            status = os.stat(path)
+            if not _is_inside(path, real_root):
+                return SkipReason.NOT_A_FILE
+    except UnicodeDecodeError:
+        return SkipReason.UNSTORABLE_NAME
+    except FileNotFoundError:
+        return SkipReason.NOT_A_FILE if os.path.lexists(path) else None
+    except OSError:
+        return SkipReason.NOT_A_FILE  # a link in a circle, or into a folder we may not enter
+    if not stat.S_ISREG(status.st_mode):
+        return SkipReason.NOT_A_FILE
+    return Listed(key=name, size_bytes=status.st_size, etag=f"{status.st_size}-{status.st_mtime_ns}")
+
+
+def _is_inside(path: bytes, real_root: bytes) -> bool:
+    """True if the path, all links followed, is below the root (itself already free of links)."""
+    return os.path.realpath(path).startswith(real_root.rstrip(b"/") + b"/")
+
+
+def _file_error(key: str, error: OSError) -> Exception:
+    """What a failed open or read says about the asset; all but "gone" and "forbidden" is the disk's, and may pass."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
+        return AssetError(ErrorKind.NOT_FOUND, f"{key}: no longer in the folder ({error.strerror})")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return AssetError(ErrorKind.FORBIDDEN, f"{key}: this user may not read the file ({error.strerror})")
+    return TransientError(f"{key}: {error.strerror}")
