@@ -13,7 +13,7 @@ from datetime import datetime
 from sqlalchemy import Connection, text
 
 from db.publishing import LsProject
-from db.states import Standing, Verdict
+from db.states import AnnotationStatus, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class AnnotationRow:
 
     annotation_id: int
     annotator: int | None
-    standing: Standing
+    standing: AnnotationStatus
     ground_truth: bool
     lead_seconds: float | None
     updated_at: datetime

@@ -141,7 +141,7 @@ def count_job(db: Connection, *, job_id: int) -> Counts:
     )
 
 
-def busy_share(db: Connection, *, job_id: int) -> float | None:
+def model_busy_fraction(db: Connection, *, job_id: int) -> float | None:
     """The part 0..1 of their time in which a job's workers had the model at work, from each one's first stored batch to
     its last; None where none stored two. Pauses between two runs of a job count as idle."""
     statement = text(

@@ -16,6 +16,8 @@ from sqlalchemy import Connection, Engine, RowMapping, text
 
 from db.states import LsState
 
+_VERSION_PAGE = 100
+
 
 @dataclass(frozen=True, slots=True)
 class LsProject:
@@ -136,7 +138,6 @@ def version_rows(
     model_version: str,
     state: LsState,
     after_ls_task_id: int = 0,
-    page: int = 100,
 ) -> list[Row]:
     """The next predictions of a version in a state, by ls_task id, whichever job they are of."""
     statement = text(
@@ -149,7 +150,7 @@ def version_rows(
         "version": model_version,
         "state": state,
         "after": after_ls_task_id,
-        "page": page,
+        "page": _VERSION_PAGE,
     }
     return [_row(row) for row in db.execute(statement, values).mappings()]
 

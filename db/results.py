@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import Any, Self
 
 from sqlalchemy import Connection, text
+
+_SAMPLE_PAGE = 10  # assets of which masks are held at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,22 @@ class StoredMask:
     stability_score: float | None
     label: str | None
     prompt: dict[str, Any] | None
+
+    @classmethod
+    def from_row(cls, row: Any, *, asset_id: int, n: int, **also: Any) -> Self:
+        """Read the columns that every statement about masks names alike; `also` is what a subclass adds."""
+        return cls(
+            asset_id=asset_id,
+            n=n,
+            counts=row.counts,
+            bbox_xywh=(row.bbox_x, row.bbox_y, row.bbox_w, row.bbox_h),
+            area_px=row.area_px,
+            predicted_iou=row.predicted_iou,
+            stability_score=row.stability_score,
+            label=row.label,
+            prompt=row.prompt,
+            **also,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +89,7 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
         after = rows[-1].key
 
 
-def sample_labeled(db: Connection, *, job_id: int, limit: int, page: int = 10) -> Iterator[LabeledAsset]:
+def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[LabeledAsset]:
     """Stream at most `limit` of a job's labeled assets, spread evenly over them, in the order they were listed."""
     rows = db.execute(
         text(
@@ -84,9 +102,10 @@ def sample_labeled(db: Connection, *, job_id: int, limit: int, page: int = 10) -
         ),
         {"job_id": job_id, "limit": limit},
     ).all()
-    for start in range(0, len(rows), page):
-        masks = masks_of(db, asset_ids=[row.id for row in rows[start : start + page]])
-        for row in rows[start : start + page]:
+    for start in range(0, len(rows), _SAMPLE_PAGE):
+        page = rows[start : start + _SAMPLE_PAGE]
+        masks = masks_of(db, asset_ids=[row.id for row in page])
+        for row in page:
             yield LabeledAsset(
                 asset_id=row.id,
                 key=row.key,
@@ -144,18 +163,5 @@ def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[Stor
         ),
         {"ids": list(asset_ids)},
     )
-    masks = (
-        StoredMask(
-            asset_id=row.asset_id,
-            n=row.n,
-            counts=row.counts,
-            bbox_xywh=(row.bbox_x, row.bbox_y, row.bbox_w, row.bbox_h),
-            area_px=row.area_px,
-            predicted_iou=row.predicted_iou,
-            stability_score=row.stability_score,
-            label=row.label,
-            prompt=row.prompt,
-        )
-        for row in rows
-    )
+    masks = (StoredMask.from_row(row, asset_id=row.asset_id, n=row.n) for row in rows)
     return {asset_id: list(group) for asset_id, group in groupby(masks, key=attrgetter("asset_id"))}

@@ -43,7 +43,7 @@ class AssetCounts:
     skipped: int
     waiting: int
     several_annotators: int
-    unread_regions: int
+    unreadable_regions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +152,7 @@ def asset_counts(db: Connection, *, job_id: int, ls_project: LsProject) -> Asset
                            count(*) FILTER (WHERE NOT annotated AND skipped) AS skipped,
                            count(*) FILTER (WHERE NOT annotated AND NOT skipped) AS waiting,
                            count(*) FILTER (WHERE several) AS several_annotators,
-                           coalesce(sum(unread), 0)::int AS unread_regions
+                           coalesce(sum(unread), 0)::int AS unreadable_regions
                     FROM one"""
             ),
             {"job_id": job_id, **ls_project.values()},

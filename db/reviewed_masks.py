@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
 
 from sqlalchemy import Connection, text
 
 from db import results
 from db.results import LabeledAsset, StoredMask
 from db.states import Verdict
+
+_PAGE = 10  # assets of which masks are held at once: 3,000 masks on one are a few MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,10 @@ def chosen_masks(db: Connection, *, job_id: int, asset_ids: Sequence[int]) -> di
         {"job_id": job_id, "ids": list(asset_ids)},
     )
     return {
-        asset_id: [_reviewed_mask(asset_id, n, row) for n, row in enumerate(r for r in group if r.counts is not None)]
+        asset_id: [
+            ReviewedMask.from_row(row, asset_id=asset_id, n=n, verdict=Verdict(row.verdict))
+            for n, row in enumerate(r for r in group if r.counts is not None)
+        ]
         for asset_id, group in groupby(rows, key=attrgetter("my_id"))
     }
 
@@ -69,21 +73,6 @@ _CHOSEN = """SELECT DISTINCT ON (my.id) my.id, n.id AS annotation, n.asset_id
              ORDER BY my.id, n.ground_truth DESC, n.updated_at DESC, n.id"""
 
 
-def _reviewed_mask(asset_id: int, n: int, row: Any) -> ReviewedMask:
-    return ReviewedMask(
-        asset_id=asset_id,
-        n=n,
-        counts=row.counts,
-        bbox_xywh=(row.bbox_x, row.bbox_y, row.bbox_w, row.bbox_h),
-        area_px=row.area_px,
-        predicted_iou=row.predicted_iou,
-        stability_score=row.stability_score,
-        label=row.label,
-        prompt=row.prompt,
-        verdict=Verdict(row.verdict),
-    )
-
-
 def _batches(assets: Iterator[LabeledAsset], size: int) -> Iterator[list[LabeledAsset]]:
     batch: list[LabeledAsset] = []
     for asset in assets:
@@ -95,12 +84,10 @@ def _batches(assets: Iterator[LabeledAsset], size: int) -> Iterator[list[Labeled
         yield batch
 
 
-def reviewed_assets(
-    db: Connection, *, job_id: int, min_score: float | None = None, page: int = 10
-) -> Iterator[LabeledAsset]:
+def reviewed_assets(db: Connection, *, job_id: int, min_score: float | None = None) -> Iterator[LabeledAsset]:
     """Stream a job's assets in key order as people left them; those without an annotation only with min_score, with
     their predictions of that score at least."""
-    for batch in _batches(results.labeled_assets(db, job_id=job_id, page=page), page):
+    for batch in _batches(results.labeled_assets(db, job_id=job_id, page=_PAGE), _PAGE):
         chosen = chosen_masks(db, job_id=job_id, asset_ids=[asset.asset_id for asset in batch])
         for asset in batch:
             if asset.asset_id in chosen:
@@ -110,9 +97,9 @@ def reviewed_assets(
                 yield _with_score(asset, min_score)
 
 
-def scored_assets(db: Connection, *, job_id: int, min_score: float, page: int = 10) -> Iterator[LabeledAsset]:
+def scored_assets(db: Connection, *, job_id: int, min_score: float) -> Iterator[LabeledAsset]:
     """Stream a job's labeled assets in key order with their predictions of that score at least."""
-    for asset in results.labeled_assets(db, job_id=job_id, page=page):
+    for asset in results.labeled_assets(db, job_id=job_id, page=_PAGE):
         yield _with_score(asset, min_score)
 
 

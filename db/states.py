@@ -19,7 +19,7 @@ class LsState(StrEnum):
     REFUSED = "refused"  # it does not fit the project, `error` says why; the next `publish` tries again
 
 
-class Standing(StrEnum):
+class AnnotationStatus(StrEnum):
     """Whether an annotation counts; the rules are `review.choose`'s."""
 
     CHOSEN = "chosen"  # the one of its asset that is measured and exported

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, REAL
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from db.states import ChunkState, JobState, LsState, Standing, Verdict
+from db.states import AnnotationStatus, ChunkState, JobState, LsState, Verdict
 
 asset_id_seq = Sequence("asset_id_seq")
 
@@ -229,7 +229,7 @@ class LsAnnotation(Base):
 
     __tablename__ = "ls_annotation"
     __table_args__ = (
-        CheckConstraint(_one_of("standing", Standing), name="ls_annotation_standing"),
+        CheckConstraint(_one_of("standing", AnnotationStatus), name="ls_annotation_standing"),
         UniqueConstraint("ls_task_id", "annotation_id", name="ls_annotation_once_a_task"),
         Index("ls_annotation_chosen", "ls_task_id", unique=True, postgresql_where=text("standing = 'chosen'")),
     )

@@ -47,12 +47,6 @@ def encode_counts(mask: BoolMask) -> str:
     return counts.decode("ascii")
 
 
-def decode_counts(counts: str, size_hw: tuple[int, int]) -> BoolMask:
-    """Decode COCO compressed run lengths to (H, W) bool."""
-    decoded: NDArray[np.uint8] = coco_mask.decode({"size": list(size_hw), "counts": counts.encode("ascii")})
-    return decoded.view(np.bool_)
-
-
 def mask_from_pixels(
     pixels: BoolMask, *, predicted_iou: float, stability_score: float | None = None, label: str | None = None
 ) -> Mask:

@@ -12,8 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from db.texts import is_storable
+
 Point = tuple[float, float, int]
-Box = tuple[float, float, float, float]
+BoxXyxy = tuple[float, float, float, float]
 PromptKind = Literal["box", "points", "text", "exemplar"]
 
 _BOXES = ("box_xyxy", "exemplar_box_xyxy", "negative_box_xyxy")
@@ -36,10 +38,10 @@ class Prompt:
 
     label: str | None = None
     points: tuple[Point, ...] = ()
-    box_xyxy: Box | None = None
+    box_xyxy: BoxXyxy | None = None
     text: str | None = None
-    exemplar_box_xyxy: Box | None = None
-    negative_box_xyxy: Box | None = None
+    exemplar_box_xyxy: BoxXyxy | None = None
+    negative_box_xyxy: BoxXyxy | None = None
     score: float | None = None
     size_wh: tuple[float, float] | None = None
 
@@ -131,11 +133,11 @@ def _scale(prompt: Prompt, size_wh: tuple[int, int]) -> Prompt:
     return replace(prompt, size_wh=None, points=points, **boxes)
 
 
-def _boxes_of(prompt: Prompt) -> list[tuple[str, Box]]:
+def _boxes_of(prompt: Prompt) -> list[tuple[str, BoxXyxy]]:
     return [(name, box) for name in _BOXES if (box := getattr(prompt, name)) is not None]
 
 
-def _cut(name: str, box: Box, size_wh: tuple[int, int]) -> Box:
+def _cut(name: str, box: BoxXyxy, size_wh: tuple[int, int]) -> BoxXyxy:
     width, height = size_wh
     x0, y0, x1, y1 = box
     if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
@@ -143,7 +145,7 @@ def _cut(name: str, box: Box, size_wh: tuple[int, int]) -> Box:
     return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
 
 
-def _check_box(name: str, box: Box) -> None:
+def _check_box(name: str, box: BoxXyxy) -> None:
     x0, y0, x1, y1 = box
     if not all(math.isfinite(value) for value in box):
         raise PromptError(f"{name}: {_shown(box)}, expected four finite numbers")
@@ -152,7 +154,7 @@ def _check_box(name: str, box: Box) -> None:
         raise PromptError(f"{name}: {_shown(box)} {found}, expected [x0, y0, x1, y1] with x0 < x1 and y0 < y1")
 
 
-def _box(name: str, value: object) -> Box:
+def _box(name: str, value: object) -> BoxXyxy:
     if not isinstance(value, list | tuple) or len(value) != 4:
         raise PromptError(f"{name}: {_shown(value)}, expected [x0, y0, x1, y1]")
     x0, y0, x1, y1 = (_number(name, one) for one in value)
@@ -196,11 +198,6 @@ def _number(name: str, value: object) -> float:
         raise PromptError(f"{name}: {_shown(value)}, expected pixels") from error
 
 
-def is_storable(text: str) -> bool:
-    """Whether Postgres can keep it: no NUL, and no lone surrogate, which UTF-8 cannot say."""
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def _shown(value: object) -> str:
     """What was found, short and printable."""
     if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print those
@@ -223,11 +220,6 @@ def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:
 def asks_one_point(prompt: Prompt) -> bool:
     """Whether SAM's authors advise the best of three masks: one point is ambiguous, more or a box are not."""
     return len(prompt.points) == 1 and prompt.box_xyxy is None
-
-
-def prompt_of_mask(prompt: Prompt, index: int) -> dict[str, Any]:
-    """What a mask's row says of its prompt: its number among the asset's, and what was asked, as it was asked."""
-    return {"index": index, **prompt.as_json()}
 
 
 def fit_all(asked: Sequence[object], size_wh: tuple[int, int]) -> tuple[dict[int, Prompt], list[str]]:

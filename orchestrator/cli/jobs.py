@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from db import jobs, published, results
+from db import jobs
 from db.states import JobState
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
-from orchestrator.jobs.reports import detector_report, prompts_report, text_report
-from orchestrator.terminal.jobs import follow_job, job_as_json, jobs_table, one_line, print_job, read_job
+from orchestrator.jobs.reports import read_report
+from orchestrator.terminal.jobs import (
+    follow_job,
+    job_as_json,
+    jobs_table,
+    one_line,
+    print_job,
+    read_job,
+    report_as_json,
+)
 from workers.errors import ErrorKind
 
 
@@ -60,20 +67,11 @@ def show(
     engine = deployment_engine()
     found, counts = read_job(engine, job)
     with engine.begin() as db:
-        failures = results.failed_assets(db, job_id=job) if failed else []
-        projects = published.published(db, job_id=job)
-        prompts = prompts_report(db, found)
-        detector = detector_report(db, found)
-        phrases = text_report(db, found)
-        busy = jobs.busy_share(db, job_id=job)
+        report = read_report(db, found, counts, with_failed=failed)
     if as_json:
-        listed = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in failures]
-        places = [dataclasses.asdict(place) for place in projects]
-        shown: dict[str, Any] = {"prompts": prompts, "detector": detector, "text": phrases, "published": places}
-        shown["model_busy_share"] = busy
-        print_json(job_as_json(found, counts) | shown | ({"failed": listed} if failed else {}))
+        print_json(report_as_json(report))
     else:
-        print_job(Console(), found, counts, failures, projects, prompts, detector, phrases, busy)
+        print_job(Console(), report)
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")

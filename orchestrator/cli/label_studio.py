@@ -66,54 +66,36 @@ def publish(
     Run it again at any time: what is there is not sent twice, what was deleted there is put back. Exits 1 when the
     project could not take some assets.
     """
-
     log_to_stderr()
     number = project_number(project)
     if job is None and not follow:
         fail("which job? `maskfleet jobs` lists them; without one, --follow keeps up with all")
     engine = deployment_engine()
     total = read_job(engine, job)[1].labeled if job is not None else None
-    options = Options(
-        as_=as_.value, max_regions=max_regions, local_files=str(local_files.absolute()) if local_files else None
-    )
+    root = str(local_files.absolute()) if local_files else None
+    options = Options(as_=as_.value, max_regions=max_regions, local_files=root)
     documents: dict[int, dict[str, Any]] = {}
-    with (
-        connect_label_studio() as client,
-        Progress(
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-            console=err,
-            disable=not err.is_terminal,
-        ) as bars,
-    ):
+    with connect_label_studio() as client, _progress_bars() as bars:
         bar = bars.add_task(f"project {number}", total=total)
+
+        def progress(n: int) -> None:
+            bars.advance(bar, n)
+
+        def waiting() -> None:
+            bars.update(bar, description=f"project {number}: another publisher is at work")
 
         def passed(job_of: Job, report: Report) -> None:
             documents[job_of.id] = report_as_json(job_of, client.url, number, report)
             print_report(err, job_of, report)
 
         if follow:
+            stop = stop_on_signals()
             follow_project(
-                engine,
-                client,
-                number,
-                options,
-                job_id=job,
-                stop=stop_on_signals(),
-                published_pass=passed,
-                progress=lambda n: bars.advance(bar, n),
+                engine, client, number, options, job_id=job, stop=stop, published_pass=passed, progress=progress
             )
         else:
             found, _ = read_job(engine, job or 0)
-            report = publish_job(
-                engine,
-                client,
-                found,
-                number,
-                options,
-                progress=lambda n: bars.advance(bar, n),
-                waiting=lambda: bars.update(bar, description=f"project {number}: another publisher is at work"),
-            )
-            passed(found, report)
+            passed(found, publish_job(engine, client, found, number, options, progress=progress, waiting=waiting))
     if as_json:
         print_json([*documents.values()] if job is None else documents.get(job))
     if any(document["refused"] for document in documents.values()):
@@ -183,6 +165,11 @@ def label_studio_setup(
     if set_up.missing:
         lines = "\n".join(set_up.missing)
         fail(f"the labeling config lacks these lines; add them, or run again with --update-config:\n{lines}")
+
+
+def _progress_bars() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err, disable=not err.is_terminal)
 
 
 def project_number(project: int | None) -> int:

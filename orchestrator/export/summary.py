@@ -17,7 +17,7 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[s
     """Write what became of a job as one JSON document, and return it. seconds: how long the caller took for it."""
     counts = jobs.count_job(db, job_id=job.id)
     failed = results.failed_assets(db, job_id=job.id)
-    busy = jobs.busy_share(db, job_id=job.id)
+    busy = jobs.model_busy_fraction(db, job_id=job.id)
     summary = {
         "job": job.id,
         "name": job.name,
@@ -37,7 +37,7 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[s
         "failed_by_kind": counts.failed_by_kind,
         "failed": [{"key": a.key, "error_kind": a.error_kind, "error": a.error} for a in failed],
         "seconds": round(seconds, 3),
-        "model_busy_share": None if busy is None else round(busy, 3),
+        "model_busy_fraction": None if busy is None else round(busy, 3),
     }
     with replacing(out) as file:
         json.dump(summary, file, ensure_ascii=False, indent=1)

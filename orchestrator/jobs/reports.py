@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from db import prompts
-from db.jobs import Job
+from db import jobs, prompts, published, results
+from db.jobs import Counts, Job
+from db.published import Published
+from db.results import FailedAsset
 from db.session import Connection
 from db.states import PromptMatch
 
 _NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobReport:
+    """One job as `show` tells it. failed: None where they were not asked for.
+
+    prompts, detector, phrases: what the functions below give. model_busy_fraction: of its workers' time, None before
+    the first outcome.
+    """
+
+    job: Job
+    counts: Counts
+    failed: Sequence[FailedAsset] | None
+    published: Sequence[Published]
+    prompts: dict[str, Any] | None
+    detector: dict[str, Any] | None
+    phrases: list[dict[str, Any]] | None
+    model_busy_fraction: float | None
+
+
+def read_report(db: Connection, job: Job, counts: Counts, *, with_failed: bool) -> JobReport:
+    return JobReport(
+        job=job,
+        counts=counts,
+        failed=results.failed_assets(db, job_id=job.id) if with_failed else None,
+        published=published.published(db, job_id=job.id),
+        prompts=prompts_report(db, job),
+        detector=detector_report(db, job),
+        phrases=text_report(db, job),
+        model_busy_fraction=jobs.model_busy_fraction(db, job_id=job.id),
+    )
 
 
 def prompts_report(db: Connection, job: Job) -> dict[str, Any] | None:

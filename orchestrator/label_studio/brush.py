@@ -15,7 +15,6 @@ from orchestrator.shapes.runs import (
     Edges,
     crop_edges,
     edges_from_counts,
-    edges_from_pixels,
     flat_edges,
     paint,
     run_lengths,
@@ -33,15 +32,6 @@ _MAX_VALUES = (1 << 32) - 1
 
 class BrushError(ValueError):
     """A brush stream is not one, or is not of this frame."""
-
-
-def encode_brush(pixels: BoolMask) -> list[int]:
-    """Encode (H, W) bool as Label Studio's `rle`: inside is opaque white, the rest transparent black."""
-    if pixels.ndim != 2 or pixels.dtype != np.bool_ or pixels.size == 0:
-        raise ValueError(f"mask has shape {pixels.shape} and dtype {pixels.dtype}, expected (H, W) bool")
-    if pixels.flags.c_contiguous:
-        return _encode_rows(flat_edges(pixels.ravel()), pixels.size)
-    return encode_brush_edges(edges_from_pixels(pixels), (pixels.shape[0], pixels.shape[1]))
 
 
 def encode_brush_counts(counts: str, size_hw: tuple[int, int]) -> list[int]:

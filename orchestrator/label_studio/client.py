@@ -4,7 +4,7 @@
     ├── Unavailable   no answer, a time-out, 429 or 5xx: it may pass, and nobody knows whether a write happened
     ├── TooLarge      the body is more than the server, or a proxy before it, takes
     ├── NotFound      there is no such project, task or page
-    ├── Refused       it will be refused again until a person mends what the message says
+    ├── Refused       it will be refused again until a person fixes what the message says
     └── ConfigError, PublishError, SetupError   ours, beside what raises them: the project does not fit
 
 Not label_studio_sdk: its client sends a failed import up to three times, and walks every number of a brush with
@@ -50,13 +50,7 @@ class LabelStudio:
     def __init__(self, url: str, api_key: str, *, transport: httpx.BaseTransport | None = None) -> None:
         """url: with a path where the server lives below one. api_key: legacy or personal access token."""
         self.url = server_key(url)
-        self._client = httpx.Client(
-            base_url=url.rstrip("/"),
-            auth=PersonalAccessToken(url.rstrip("/"), api_key) if is_web_token(api_key) else LegacyToken(api_key),
-            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
-            headers={"User-Agent": "maskfleet"},
-            transport=transport,
-        )
+        self._http = _Http(url, api_key, transport)
 
     def __enter__(self) -> LabelStudio:
         return self
@@ -64,32 +58,32 @@ class LabelStudio:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._client.close()
+        self._http.client.close()
 
     def check(self) -> str:
         """The server's version, once it is reached and the token is good. Raises what is wrong, with its remedy."""
-        self._read("GET", "/api/current-user/whoami", attempts=1)
-        return str(self._read("GET", "/api/version").get("release", "unknown"))
+        self._http.read("GET", "/api/current-user/whoami", attempts=1)
+        return str(self._http.read("GET", "/api/version").get("release", "unknown"))
 
     def get_project(self, project_id: int) -> Project:
         try:
-            return Project.from_json(self._read("GET", f"/api/projects/{project_id}/"))
+            return Project.from_json(self._http.read("GET", f"/api/projects/{project_id}/"))
         except NotFound as error:
             remedy = "`maskfleet label-studio setup` makes one, its number is in the address of its page"
             raise NotFound(f"{self.url} has no project {project_id} that this token may see: {remedy}") from error
 
     def find_projects(self, title: str) -> list[Project]:
         """The projects with exactly this title."""
-        found = self._pages("/api/projects/", {"title": title})
+        found = self._http.pages("/api/projects/", {"title": title})
         return [Project.from_json(project) for project in found if project["title"] == title]
 
     def create_project(self, *, title: str, label_config: str, sampling: str = "Sequential sampling") -> Project:
         body = {"title": title, "label_config": label_config, "sampling": sampling}
-        return Project.from_json(self._write("/api/projects/", body))
+        return Project.from_json(self._http.write("/api/projects/", body))
 
     def update_project(self, project_id: int, **changes: Any) -> Project:
         """Set fields of a project: label_config, model_version, sampling, …; the server checks the config."""
-        return Project.from_json(self._read("PATCH", f"/api/projects/{project_id}/", json=changes))
+        return Project.from_json(self._http.read("PATCH", f"/api/projects/{project_id}/", json=changes))
 
     def show_version(self, project_id: int, model_version: str) -> None:
         """Make this version the one that annotators see. Refused while no prediction of it exists."""
@@ -97,13 +91,13 @@ class LabelStudio:
 
     def count_versions(self, project_id: int) -> dict[str, int]:
         """How many predictions the project has of each model version."""
-        found = self._read("GET", f"/api/projects/{project_id}/model-versions/", params={"extended": "true"})
+        found = self._http.read("GET", f"/api/projects/{project_id}/model-versions/", params={"extended": "true"})
         versions = found["static"] if isinstance(found, dict) else found
         return {version["model_version"]: version["count"] for version in versions}
 
     def list_storages(self, kind: str, project_id: int) -> list[dict[str, Any]]:
         """The project's import storages of a kind, `s3` or `localfiles`, as the server describes them."""
-        found: list[dict[str, Any]] = self._read("GET", f"/api/storages/{kind}/", params={"project": project_id})
+        found: list[dict[str, Any]] = self._http.read("GET", f"/api/storages/{kind}/", params={"project": project_id})
         return found
 
     def create_storage(self, kind: str, project_id: int, **fields: Any) -> dict[str, Any]:
@@ -111,7 +105,7 @@ class LabelStudio:
         task for each image that we import."""
         body = {"project": project_id, "use_blob_urls": True, "synchronizable": False, **fields}
         try:
-            made: dict[str, Any] = self._write(f"/api/storages/{kind}", body)
+            made: dict[str, Any] = self._http.write(f"/api/storages/{kind}", body)
         except (Unavailable, Refused) as error:
             # The server tries the storage at once; what its own client meets comes through as 400 or 500.
             if error.status not in (httpx.codes.BAD_REQUEST, httpx.codes.INTERNAL_SERVER_ERROR):
@@ -121,17 +115,17 @@ class LabelStudio:
 
     def list_views(self, project_id: int) -> list[dict[str, Any]]:
         """The project's saved Data Manager tabs."""
-        found: list[dict[str, Any]] = self._read("GET", "/api/dm/views/", params={"project": project_id})
+        found: list[dict[str, Any]] = self._http.read("GET", "/api/dm/views/", params={"project": project_id})
         return found
 
     def create_view(self, project_id: int, data: Mapping[str, Any]) -> None:
         """Save a Data Manager tab. data: title, filters, ordering, … as the Data Manager stores them."""
-        self._write("/api/dm/views/", {"project": project_id, "data": dict(data)})
+        self._http.write("/api/dm/views/", {"project": project_id, "data": dict(data)})
 
     def serves(self, address: str) -> bool:
         """Whether the server hands out what a task's address names, such as /data/local-files/?d=…; none of it is
         read."""
-        with self._client.stream("GET", address, headers={"Range": "bytes=0-0"}) as response:
+        with self._http.client.stream("GET", address, headers={"Range": "bytes=0-0"}) as response:
             return response.is_success
 
     def find_tasks(
@@ -182,11 +176,11 @@ class LabelStudio:
         }
         if include and not whole:
             params["include"] = ",".join(include)
-        return self._pages("/api/tasks/", params, key="tasks")
+        return self._http.pages("/api/tasks/", params, key="tasks")
 
     def get_task(self, task_id: int) -> dict[str, Any]:
         """One task, whole, addresses as stored."""
-        found: dict[str, Any] = self._read("GET", f"/api/tasks/{task_id}/", params={"resolve_uri": "false"})
+        found: dict[str, Any] = self._http.read("GET", f"/api/tasks/{task_id}/", params={"resolve_uri": "false"})
         return found
 
     def has_draft(self, project_id: int, task_id: int) -> bool:
@@ -198,62 +192,71 @@ class LabelStudio:
         return any(True for _ in self.list_tasks(project_id, filters, include=("id",)))
 
     def delete_task(self, task_id: int) -> None:
-        self._send("DELETE", f"/api/tasks/{task_id}/", seconds=WRITE_SECONDS)
+        self._http.send("DELETE", f"/api/tasks/{task_id}/", seconds=WRITE_SECONDS)
 
     def import_tasks(self, project_id: int, body: bytes) -> Imported:
         """Import a JSON list of tasks with their predictions, once. Raises Unavailable when it may have happened."""
         params = {"return_task_ids": "true"}
-        answer = self._write(f"/api/projects/{project_id}/import", body, params=params)
+        answer = self._http.write(f"/api/projects/{project_id}/import", body, params=params)
         return Imported(task_ids=tuple(answer["task_ids"]), prediction_count=answer["prediction_count"])
 
     def import_predictions(self, project_id: int, body: bytes) -> int:
         """Import a JSON list of predictions, each with its `task`, once; returns how many the server made of it."""
-        return int(self._write(f"/api/projects/{project_id}/import/predictions", body)["created"])
-
-    def list_predictions(self, task_id: int) -> list[dict[str, Any]]:
-        """A task's predictions of every version, whole."""
-        found: list[dict[str, Any]] = self._read("GET", "/api/predictions/", params={"task": task_id})
-        return found
+        return int(self._http.write(f"/api/projects/{project_id}/import/predictions", body)["created"])
 
     def delete_prediction(self, prediction_id: int) -> None:
         """Delete a prediction. One that an annotation came from must stay: the annotation would forget it."""
-        self._send("DELETE", f"/api/predictions/{prediction_id}/", seconds=WRITE_SECONDS)
+        self._http.send("DELETE", f"/api/predictions/{prediction_id}/", seconds=WRITE_SECONDS)
 
-    def _read(self, method: str, path: str, *, attempts: int = _READ_ATTEMPTS, **arguments: Any) -> Any:
+
+class _Http:
+    """Requests to one server with one token. What may be sent again is; what may not is sent once."""
+
+    def __init__(self, url: str, api_key: str, transport: httpx.BaseTransport | None) -> None:
+        self._url = server_key(url)
+        self.client = httpx.Client(
+            base_url=url.rstrip("/"),
+            auth=PersonalAccessToken(url.rstrip("/"), api_key) if is_web_token(api_key) else LegacyToken(api_key),
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            headers={"User-Agent": "maskfleet"},
+            transport=transport,
+        )
+
+    def read(self, method: str, path: str, *, attempts: int = _READ_ATTEMPTS, **arguments: Any) -> Any:
         """Send what may safely be sent again, several times with growing pauses."""
         for attempt in range(attempts):
             try:
-                return _json(self._send(method, path, seconds=READ_SECONDS, **arguments))
+                return _json(self.send(method, path, seconds=READ_SECONDS, **arguments))
             except Unavailable as error:
                 if attempt + 1 == attempts:
                     raise
                 time.sleep(pause_seconds(attempt, error))
         raise AssertionError("unreachable")
 
-    def _write(self, path: str, body: bytes | Mapping[str, Any], **arguments: Any) -> Any:
+    def write(self, path: str, body: bytes | Mapping[str, Any], **arguments: Any) -> Any:
         """POST once."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        return _json(self._send("POST", path, seconds=WRITE_SECONDS, content=content, headers=headers, **arguments))
+        return _json(self.send("POST", path, seconds=WRITE_SECONDS, content=content, headers=headers, **arguments))
 
-    def _send(self, method: str, path: str, *, seconds: float, **arguments: Any) -> httpx.Response:
+    def send(self, method: str, path: str, *, seconds: float, **arguments: Any) -> httpx.Response:
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         try:
-            response = self._client.request(method, path, timeout=timeout, **arguments)
+            response = self.client.request(method, path, timeout=timeout, **arguments)
         except httpx.TimeoutException as error:
-            raise Unavailable(f"{self.url}{path}: no answer within {seconds:g} s ({type(error).__name__})") from error
+            raise Unavailable(f"{self._url}{path}: no answer within {seconds:g} s ({type(error).__name__})") from error
         except httpx.TransportError as error:
-            remedy = "start it, or mend MASKFLEET_LABEL_STUDIO_URL"
-            raise Unavailable(f"{self.url} does not answer: {error or type(error).__name__}; {remedy}") from error
+            remedy = "start it, or fix MASKFLEET_LABEL_STUDIO_URL"
+            raise Unavailable(f"{self._url} does not answer: {error or type(error).__name__}; {remedy}") from error
         if not response.is_success:
-            raise error_of(response, self.url, path)
+            raise error_of(response, self._url, path)
         return response
 
-    def _pages(self, path: str, params: Mapping[str, Any], key: str = "results") -> Iterator[dict[str, Any]]:
+    def pages(self, path: str, params: Mapping[str, Any], key: str = "results") -> Iterator[dict[str, Any]]:
         page, size = 1, int(params.get("page_size", _PAGE_SIZE))
         while True:
             try:
-                found = self._read("GET", path, params={**params, "page": page, "page_size": size})
+                found = self.read("GET", path, params={**params, "page": page, "page_size": size})
             except NotFound:
                 if page == 1:
                     raise

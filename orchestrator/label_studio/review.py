@@ -22,7 +22,7 @@ from typing import Any
 from db.annotations import AnnotationRow, KnownTask, known_tasks, replace_annotations, set_watermark, watermark
 from db.publishing import LsProject
 from db.session import Engine
-from db.states import Standing
+from db.states import AnnotationStatus
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.verdicts import annotator, base_prediction, choose, compare
 
@@ -71,29 +71,29 @@ def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]
     task: as Label Studio tells it, with its annotations and predictions.
     """
     annotations, predictions = task.get("annotations") or [], task.get("predictions") or []
-    standings = choose(annotations)
+    statuses = choose(annotations)
     rows = []
     for annotation in annotations:
-        standing = standings[annotation["id"]]
+        status = statuses[annotation["id"]]
         prediction = base_prediction(annotation, predictions)
         version = prediction["model_version"] if prediction is not None else None
         # A prediction that is not of our outbox, such as an ML backend's, has no masks to compare with.
         asset_id = known.asset_ids.get(version) if version is not None else None
         before = prediction["result"] if prediction is not None and asset_id is not None else []
         judged = None
-        if standing is Standing.CHOSEN:
+        if status is AnnotationStatus.CHOSEN:
             judged = compare(before, annotation.get("result") or [], asset_id=asset_id, size_hw=known.size_hw)
         rows.append(
             AnnotationRow(
                 annotation_id=annotation["id"],
                 annotator=annotator(annotation),
-                standing=standing,
+                standing=status,
                 ground_truth=bool(annotation.get("ground_truth")),
                 lead_seconds=annotation.get("lead_time"),
                 updated_at=datetime.fromisoformat(annotation["updated_at"]),
                 model_version=version if asset_id is not None else None,
                 asset_id=asset_id,
-                unread=judged.unread if judged is not None else 0,
+                unread=judged.unreadable if judged is not None else 0,
                 regions=judged.regions if judged is not None else (),
             )
         )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from db.annotations import RegionRow
-from db.states import Standing, Verdict
+from db.states import AnnotationStatus, Verdict
 from orchestrator.label_studio.drawn import RegionError, mask_from_region
 from orchestrator.label_studio.names import DEFAULT_LABEL
 from orchestrator.label_studio.regions import mask_ordinal
@@ -30,33 +30,33 @@ Region = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The masks of an annotation with their verdicts. unread: regions that are no masks, or damaged."""
+    """The masks of an annotation with their verdicts. unreadable: regions that are no masks, or damaged."""
 
     regions: tuple[RegionRow, ...]
-    unread: int
+    unreadable: int
 
 
-def choose(annotations: Iterable[Mapping[str, Any]]) -> dict[int, Standing]:
+def choose(annotations: Iterable[Mapping[str, Any]]) -> dict[int, AnnotationStatus]:
     """Say of a task's annotations, by their ids, which one counts and what the others are.
 
     Skipped ones (was_cancelled) never count. Of each annotator's others the newest by updated_at counts, the rest is
     superseded. Where several annotators remain, one marked as ground truth goes before the others, else the newest.
     The others are other people's opinions, whose time counts and whose masks do not.
     """
-    standings = {a["id"]: Standing.SKIPPED for a in annotations if a.get("was_cancelled")}
-    standing = sorted((a for a in annotations if a["id"] not in standings), key=_recency, reverse=True)
+    statuses = {a["id"]: AnnotationStatus.SKIPPED for a in annotations if a.get("was_cancelled")}
+    standing = sorted((a for a in annotations if a["id"] not in statuses), key=_recency, reverse=True)
     seen: set[int | None] = set()
     newest = []
     for annotation in standing:
         person = annotator(annotation)
-        standings[annotation["id"]] = Standing.SUPERSEDED if person in seen else Standing.OTHER
+        statuses[annotation["id"]] = AnnotationStatus.SUPERSEDED if person in seen else AnnotationStatus.OTHER
         if person not in seen:
             newest.append(annotation)
         seen.add(person)
     if newest:
         chosen = max(newest, key=lambda a: (bool(a.get("ground_truth")), *_recency(a)))
-        standings[chosen["id"]] = Standing.CHOSEN
-    return standings
+        statuses[chosen["id"]] = AnnotationStatus.CHOSEN
+    return statuses
 
 
 def annotator(annotation: Mapping[str, Any]) -> int | None:
@@ -97,22 +97,22 @@ def compare(
     returned, drawn = _sort(after, kept_ids)
     labels = _labels(after)
     rows: list[RegionRow] = []
-    unread = sum(1 for region in after if _has_place(region) and not _is_drawn(region))
+    unreadable = sum(1 for region in after if _has_place(region) and not _is_drawn(region))
 
     # Judge what was predicted, mask by mask.
     for n, parts in shown.items():
         row, damaged = _judge(n, parts, returned.get(n, []), labels, size_hw)
         rows.append(row)
-        unread += damaged
+        unreadable += damaged
 
     # Add what was drawn.
     for parts in drawn:
         pixels, damaged = _union(parts, size_hw)
-        unread += damaged
+        unreadable += damaged
         if pixels is not None and pixels.any():
             label = labels.get(str(parts[0].get("id")), DEFAULT_LABEL)
             rows.append(_drawn_row(Verdict.ADDED, None, label, pixels, None))
-    return Comparison(regions=tuple(rows), unread=unread)
+    return Comparison(regions=tuple(rows), unreadable=unreadable)
 
 
 def _judge(
@@ -129,7 +129,7 @@ def _judge(
         return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=label, iou=1.0), 0
     pixels, damaged = _union(after, size_hw)
     if pixels is None:
-        # Touched, and not readable: the model's mask stands, and the annotation's count of unread regions says so.
+        # Touched, and not readable: the model's mask stands, and the annotation's count of unreadable regions says so.
         return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=label), damaged
     if not pixels.any():
         return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=label_before), damaged

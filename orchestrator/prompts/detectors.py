@@ -8,10 +8,11 @@ from pathlib import Path
 
 import yaml
 
+from db.texts import is_storable
 from workers.detectors.detector import AskedDetector
 from workers.detectors.files import examine, require_classes
 from workers.detectors.kinds import DetectorError, DetectorKind
-from workers.prompts import Prompt, PromptError, is_storable, parse_prompt
+from workers.prompts import Prompt, PromptError, parse_prompt
 
 # A phrase's boxes score lower than a class's: Grounding DINO's and OWLv2's authors ask for 0.25 to 0.4 and 0.1 to 0.3.
 _DEFAULT_THRESHOLDS = {

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from db.states import PromptMatch
+from db.texts import is_storable
 from orchestrator.prompts import coco as coco_prompts
 from orchestrator.prompts import yolo as yolo_prompts
 from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
 from workers.errors import AssetError, ErrorKind, redact
 from workers.models.spec import ModelSpec
-from workers.prompts import Prompt, PromptError, PromptKind, is_storable, parse_prompt, takes
+from workers.prompts import Prompt, PromptError, PromptKind, parse_prompt, takes
 from workers.storage.bucket import Bucket
 from workers.storage.source import open_source
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -14,16 +14,13 @@ from rich.text import Text
 
 from db import jobs
 from db.jobs import Counts, Job
-from db.published import Published
 from db.results import FailedAsset
 from db.session import Engine
 from db.states import JobState
+from orchestrator.jobs.reports import JobReport
 from orchestrator.terminal.console import printable
 from orchestrator.terminal.publish import published_rows
 from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
-
-if TYPE_CHECKING:  # they bring OpenCV, which most commands need not wait for
-    pass
 
 OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
 _PLAIN_LINE_SECONDS = 10.0  # between lines where nobody watches a terminal
@@ -120,26 +117,40 @@ def jobs_table(jobs: Sequence[tuple[Job, Counts]]) -> Table:
     return table
 
 
-def print_job(
-    console: Console,
-    job: Job,
-    counts: Counts,
-    failed: Sequence[FailedAsset],
-    published: Sequence[Published] = (),
-    prompts: dict[str, Any] | None = None,
-    detector: dict[str, Any] | None = None,
-    phrases: list[dict[str, Any]] | None = None,
-    busy: float | None = None,
-) -> None:
-    """One job's page: how far it is, what was left out, what went wrong, and what to do about it.
+def report_as_json(report: JobReport) -> dict[str, Any]:
+    """What `show --json` prints."""
+    document = job_as_json(report.job, report.counts) | {
+        "prompts": report.prompts,
+        "detector": report.detector,
+        "text": report.phrases,
+        "published": [dataclasses.asdict(project) for project in report.published],
+        "model_busy_fraction": report.model_busy_fraction,
+    }
+    if report.failed is not None:
+        document["failed"] = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in report.failed]
+    return document
 
-    prompts: what `prompts_report` gives. detector: what `detector_report` gives. phrases: what `text_report`
-    gives. busy: what `queries.busy_share` gives.
-    """
+
+def print_job(console: Console, report: JobReport) -> None:
+    """One job's page: how far it is, what was left out, what went wrong, and what to do about it."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
-    rows = {
+    for name, value in _job_rows(report).items():
+        if value:
+            table.add_row(name, Text(printable(value)))
+    console.print(table)
+    if report.failed:
+        console.print(failed_table(report.failed))
+    for line in _what_to_do(report.job, report.counts, shown_failed=bool(report.failed)):
+        console.print(line, style="dim", highlight=False)
+
+
+def _job_rows(report: JobReport) -> dict[str, str]:
+    """The page's rows; an empty value is a row that is left out."""
+    job, counts, busy = report.job, report.counts, report.model_busy_fraction
+    without = f"{counts.without_prompts:,} of the labeled; not looked at" if counts.without_prompts else ""
+    return {
         "job": f"{job.id} {job.name}",
         "state": job.state,
         "source": job.source,
@@ -152,22 +163,12 @@ def print_job(
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
         "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),
         "error": job.error or "",
-        "without prompts": f"{counts.without_prompts:,} of the labeled; not looked at"
-        if counts.without_prompts
-        else "",
-        **(prompt_rows(prompts) if prompts else {}),
-        **(detector_rows(detector) if detector else {}),
-        **(text_rows(phrases) if phrases else {}),
-        **{f"published to {p.project_id}": published_rows(p) for p in published},
+        "without prompts": without,
+        **(prompt_rows(report.prompts) if report.prompts else {}),
+        **(detector_rows(report.detector) if report.detector else {}),
+        **(text_rows(report.phrases) if report.phrases else {}),
+        **{f"published to {p.project_id}": published_rows(p) for p in report.published},
     }
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, Text(printable(value)))
-    console.print(table)
-    if failed:
-        console.print(failed_table(failed))
-    for line in _what_to_do(job, counts, shown_failed=bool(failed)):
-        console.print(line, style="dim", highlight=False)
 
 
 def failed_table(failed: Sequence[FailedAsset]) -> Table:

@@ -25,7 +25,9 @@ def print_review(console: Console, review: Review) -> None:
         f"{assets.skipped:,} skipped + {assets.waiting:,} waiting",
         "untouched": f"{assets.untouched / judged:.1%} of the judged assets" if judged else "",
         "several annotators": f"{assets.several_annotators:,} assets" if assets.several_annotators else "",
-        "unread": f"{assets.unread_regions:,} regions that are no masks, or damaged" if assets.unread_regions else "",
+        "unreadable": f"{assets.unreadable_regions:,} regions that are no masks, or damaged"
+        if assets.unreadable_regions
+        else "",
         "time a task": f"{review.seconds_mean:.1f} s on average, {review.seconds_median:.1f} s median"
         if review.seconds_mean is not None and review.seconds_median is not None
         else "",

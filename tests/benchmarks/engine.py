@@ -405,14 +405,14 @@ def section_decoder(repeat: int) -> list[Row]:
 
 def section_nano(repeat: int) -> list[Row]:
     """sam_nano on the plain photos, against the reference generator with the same weights."""
-    from workers.models.nano import AUTOMATIC_DEFAULTS, load_sam_nano
+    from workers.models.nano import load_sam_nano
 
     try:
         sam = load_sam_nano("cpu")
     except (OSError, ValueError) as error:
         return [Row(name="sam_nano on photos_plain", value=float("nan"), note=f"not run: {error}")]
-    params = AutomaticParams(**AUTOMATIC_DEFAULTS)
-    generator = SamAutomaticMaskGenerator(sam, **AUTOMATIC_DEFAULTS, output_mode="coco_rle")
+    params = AutomaticParams(**MODELS["sam_nano"].defaults)
+    generator = SamAutomaticMaskGenerator(sam, **MODELS["sam_nano"].defaults, output_mode="coco_rle")
     seconds, same, masks, images = [0.0, 0.0], 0, 0, 0
     for path in sorted(PHOTOS.glob("*.jpg")):
         image = np.asarray(Image.open(path).convert("RGB"))

@@ -21,7 +21,7 @@ import numpy as np
 from sqlalchemy import Engine, text
 
 from db.session import migrate, open_engine
-from db.states import Standing, Verdict
+from db.states import AnnotationStatus, Verdict
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job
 from workers.masks import encode_counts
@@ -71,7 +71,7 @@ def fill(engine: Engine, count: int) -> int:
         "area": int(pixels.sum()),
         "version": job.model_version,
         "project": count,
-        "chosen": Standing.CHOSEN,
+        "chosen": AnnotationStatus.CHOSEN,
         "kept": Verdict.KEPT,
     }
     with engine.begin() as db:

@@ -20,6 +20,7 @@ from segment_anything.modeling import Sam
 
 from workers.engine.automatic import automatic_masks
 from workers.models import nano
+from workers.models.registry import MODELS
 from workers.params import AutomaticParams
 from workers.training.scenes import Scene, draw_scene
 
@@ -124,7 +125,7 @@ def measure_automatic(model: Sam, scene: Scene, figures: Figures) -> None:
 
 def find_all(model: Sam, image: np.ndarray) -> list[dict[str, object]]:
     """Automatic masks of the shipped defaults as COCO run lengths."""
-    masks = automatic_masks(model, image, AutomaticParams(**nano.AUTOMATIC_DEFAULTS))
+    masks = automatic_masks(model, image, AutomaticParams(**MODELS["sam_nano"].defaults))
     return [{"size": list(mask.size_hw), "counts": mask.counts} for mask in masks]
 
 

@@ -22,7 +22,8 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from orchestrator.prompts.files import read_prompts
-from workers.masks import Mask, decode_counts
+from tests.pixels import decode_counts
+from workers.masks import Mask
 from workers.models import nano
 from workers.models.registry import find_model
 from workers.models.sam import SamModel

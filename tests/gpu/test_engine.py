@@ -15,12 +15,14 @@ from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import Sam
 
 from tests.benchmarks.engine import photo, tiny_sam
+from tests.pixels import decode_counts
 from workers.engine import decoder
 from workers.engine.automatic import automatic_masks, embed
 from workers.engine.prompted import prompted_masks
-from workers.masks import Mask, decode_counts
+from workers.masks import Mask
 from workers.models.fused_attention import fuse_attention
-from workers.models.nano import AUTOMATIC_DEFAULTS, load_sam_nano
+from workers.models.nano import load_sam_nano
+from workers.models.registry import MODELS
 from workers.params import AutomaticParams, PromptParams
 from workers.prompts import Prompt
 from workers.training.scenes import draw_scene
@@ -88,8 +90,8 @@ def test_fast_agrees_with_exact_on_what_sam_nano_was_trained_for() -> None:
     agreement = []
     for seed in range(8):
         scene = draw_scene(seed)
-        exact = automatic_masks(sam, scene.image, AutomaticParams(**AUTOMATIC_DEFAULTS))
-        params = AutomaticParams(**AUTOMATIC_DEFAULTS, precision="fast")
+        exact = automatic_masks(sam, scene.image, AutomaticParams(**MODELS["sam_nano"].defaults))
+        params = AutomaticParams(**MODELS["sam_nano"].defaults, precision="fast")
         fast = automatic_masks(sam, scene.image, params, embedding=embed(sam, [scene.image], fast=True)[0])
         agreement.append(mean_iou(fast, rles(exact)))
 

@@ -20,8 +20,8 @@ from orchestrator.jobs.dispatch import tick
 from orchestrator.jobs.request import Request, submit_job
 from tests.e2e.test_run import run
 from tests.integration.test_prompted_jobs import box_of, draw, iou
+from tests.pixels import decode_counts
 from workers.detectors import detector as detectors
-from workers.masks import decode_counts
 from workers.models.files import is_present
 from workers.models.loading import load_model
 from workers.models.registry import find_model

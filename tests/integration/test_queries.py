@@ -197,9 +197,9 @@ def test_the_share_of_time_with_the_model_at_work_is_counted_worker_by_worker_fr
                 {"id": asset_id, "worker": worker, "second": second, "ms": ms},
             )
 
-        assert jobs.busy_share(db, job_id=job.id) == pytest.approx((0.9 + 0.7 + 2.0) / (2 + 4))
+        assert jobs.model_busy_fraction(db, job_id=job.id) == pytest.approx((0.9 + 0.7 + 2.0) / (2 + 4))
         db.execute(text("DELETE FROM outcome WHERE worker <> 'c'"))
-        assert jobs.busy_share(db, job_id=job.id) is None
+        assert jobs.model_busy_fraction(db, job_id=job.id) is None
 
 
 def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine: Engine) -> None:

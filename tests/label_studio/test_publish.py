@@ -231,7 +231,7 @@ def test_a_number_that_the_server_gave_to_another_task_is_not_written_to(
     report = publish_job(engine, client, second, project.id, Options())
 
     assert (report.attached, report.created) == (2, 1)
-    versions = Counter(p["model_version"] for p in client.list_predictions(last["id"]))
+    versions = Counter(p["model_version"] for p in client.get_task(last["id"])["predictions"])
     assert versions == {VERSION: 1}
 
 

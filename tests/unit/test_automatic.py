@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops.boxes import batched_nms
 
+from tests.pixels import decode_counts
 from workers.engine import upsampling
 from workers.engine.automatic import ModelOutputError, automatic_masks, embed, prompt_logits
 from workers.engine.boxed_runs import draw_runs, encode_runs, take_runs
@@ -27,8 +28,9 @@ from workers.engine.folded_decoder import folds
 from workers.engine.interpolation import kernel_is_known
 from workers.engine.small_regions import remove_small_regions
 from workers.engine.suppression import Suppression
-from workers.masks import decode_counts, encode_counts
-from workers.models.nano import AUTOMATIC_DEFAULTS, WEIGHTS_PATH, load_sam_nano
+from workers.masks import encode_counts
+from workers.models.nano import WEIGHTS_PATH, load_sam_nano
+from workers.models.registry import MODELS
 from workers.params import AutomaticParams
 
 TESTDATA = Path(__file__).parents[3] / "shared" / "testdata"
@@ -390,6 +392,6 @@ def test_sam_nano_finds_the_references_masks_on_photos(photo):
         pytest.skip(f"{WEIGHTS_PATH.name} is not in this checkout yet")
     sam = load_sam_nano("cpu")
     image = np.asarray(Image.open(path).convert("RGB"))
-    params = AutomaticParams(**{**AUTOMATIC_DEFAULTS, "points_per_side": 6})
+    params = AutomaticParams(**{**MODELS["sam_nano"].defaults, "points_per_side": 6})
 
     assert our_masks(sam, image, params) == reference_masks(sam, image, params)

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.pixels import decode_counts
 from tests.unit.test_automatic import CPU_BOUND, make_image, make_sam, parameters, reference_masks, sizes
 from workers.engine import decoder, device_runs, device_search
 from workers.engine.automatic import CropSearch, ModelOutputError, automatic_masks, masks_by
@@ -32,7 +33,7 @@ from workers.engine.device_search import DeviceSearch
 from workers.engine.prompted import _draw_here, _draw_there
 from workers.engine.sam import promptable
 from workers.engine.upsampling import Upsampling
-from workers.masks import Mask, decode_counts
+from workers.masks import Mask
 from workers.models.fused_attention import fuse_attention
 from workers.models.sam2 import Hiera, Sam2
 from workers.models.sam_hq import build_sam_hq

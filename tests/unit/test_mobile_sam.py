@@ -16,7 +16,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from tests.official_shapes import Shapes, official_shapes
-from workers.masks import decode_counts
+from tests.pixels import decode_counts
 from workers.models.files import weights_path
 from workers.models.loading import load_model
 from workers.models.mobile_sam import build_mobile_sam

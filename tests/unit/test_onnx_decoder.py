@@ -17,11 +17,12 @@ from PIL import Image
 from segment_anything.modeling import Sam
 
 from db.settings import settings
+from tests.pixels import decode_counts
 from workers.engine.decoder import prompt_logits
 from workers.engine.sam import input_hw
 from workers.images.decode import decode
 from workers.images.pixels import RgbImage
-from workers.masks import Mask, decode_counts
+from workers.masks import Mask
 from workers.models.loading import load_model
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.onnx_decoder import with_onnx_decoder

@@ -10,11 +10,11 @@ import torch
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 
+from tests.pixels import decode_counts
 from tests.unit.test_automatic import make_image, make_sam
 from workers.engine.decoder import prompt_logits
 from workers.engine.prompted import prompted_masks
 from workers.engine.sam import input_hw
-from workers.masks import decode_counts
 from workers.models.sam import SamModel
 from workers.params import PromptParams
 from workers.prompts import Prompt, asks_one_point

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from db.annotations import KnownTask
-from db.states import Standing, Verdict
+from db.states import AnnotationStatus, Verdict
 from orchestrator.label_studio.drawn import mask_from_region
 from orchestrator.label_studio.regions import regions_for
 from orchestrator.label_studio.review import judge_task
 from orchestrator.label_studio.review_numbers import accepted_above
 from orchestrator.label_studio.verdicts import Comparison, base_prediction, choose, compare
 from orchestrator.label_studio.wake import SECRET_HEADER, wake_on_webhook
-from workers.masks import BoolMask, decode_counts, mask_from_pixels
+from tests.pixels import decode_counts
+from workers.masks import BoolMask, mask_from_pixels
 
 SIZE_HW = (100, 140)
 ROWS, COLUMNS = np.mgrid[: SIZE_HW[0], : SIZE_HW[1]]
@@ -158,7 +159,7 @@ def test_a_damaged_region_leaves_the_stored_mask_and_is_counted() -> None:
 
     found = judge(regions, damaged)
 
-    assert found.unread == 1
+    assert found.unreadable == 1
     assert [(row.verdict, row.counts, row.iou) for row in found.regions] == [(Verdict.EDITED, None, None)]
 
 
@@ -167,7 +168,7 @@ def test_key_points_are_counted_as_unread_and_choices_are_not() -> None:
     point = {"id": "p", "type": "keypointlabels", "value": {"x": 1, "y": 1}, **frame}
     choice = {"id": "c", "type": "choices", "value": {"choices": ["blurred"]}}
     found = judge([], [point, choice])
-    assert (found.regions, found.unread) == ((), 1)
+    assert (found.regions, found.unreadable) == ((), 1)
 
 
 # ------------------------------------------------------------------------------------------ several annotations
@@ -180,28 +181,28 @@ def annotation(number: int, person: int, minute: int, **fields: Any) -> dict[str
 
 def test_a_persons_newest_counts_and_of_several_people_the_newest() -> None:
     found = choose([annotation(1, 5, 10), annotation(2, 5, 11), annotation(3, 6, 9)])
-    assert found == {1: Standing.SUPERSEDED, 2: Standing.CHOSEN, 3: Standing.OTHER}
+    assert found == {1: AnnotationStatus.SUPERSEDED, 2: AnnotationStatus.CHOSEN, 3: AnnotationStatus.OTHER}
 
 
 def test_an_older_annotation_that_was_changed_last_is_the_newest() -> None:
     found = choose([annotation(1, 5, 30), annotation(2, 5, 11)])
-    assert found == {1: Standing.CHOSEN, 2: Standing.SUPERSEDED}
+    assert found == {1: AnnotationStatus.CHOSEN, 2: AnnotationStatus.SUPERSEDED}
 
 
 def test_half_a_second_later_is_later() -> None:
     half = annotation(1, 5, 10, updated_at="2026-11-20T12:10:00.500000Z")
-    assert choose([half, annotation(2, 6, 10)])[1] is Standing.CHOSEN
+    assert choose([half, annotation(2, 6, 10)])[1] is AnnotationStatus.CHOSEN
 
 
 def test_ground_truth_goes_before_the_newest() -> None:
     found = choose([annotation(1, 5, 10, ground_truth=True), annotation(2, 6, 11)])
-    assert found == {1: Standing.CHOSEN, 2: Standing.OTHER}
+    assert found == {1: AnnotationStatus.CHOSEN, 2: AnnotationStatus.OTHER}
 
 
 def test_skipped_ones_never_count() -> None:
     found = choose([annotation(1, 5, 20, was_cancelled=True), annotation(2, {"id": 6}, 11)])  # type: ignore[arg-type]
-    assert found == {1: Standing.SKIPPED, 2: Standing.CHOSEN}
-    assert choose([annotation(1, 5, 20, was_cancelled=True)]) == {1: Standing.SKIPPED}
+    assert found == {1: AnnotationStatus.SKIPPED, 2: AnnotationStatus.CHOSEN}
+    assert choose([annotation(1, 5, 20, was_cancelled=True)]) == {1: AnnotationStatus.SKIPPED}
 
 
 def test_an_annotation_began_from_the_prediction_it_names_or_the_one_it_shares_regions_with() -> None:

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, masks_to_boxes
 
+from tests.pixels import decode_counts
 from tests.unit import test_automatic
 from tests.unit.test_models import Payload, make_spec
 from workers.engine.decoder import prompt_logits
 from workers.engine.upsampling import Upsampling
 from workers.images.decode import decode
 from workers.images.pixels import RgbImage
-from workers.masks import BoolMask, Mask, decode_counts
+from workers.masks import BoolMask, Mask
 from workers.models import nano
 from workers.models.loading import load_model
 from workers.models.registry import MODELS, find_model

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from db.settings import settings  # noqa: E402
+from tests.pixels import decode_counts  # noqa: E402
 from tests.tiny_checkpoints import save_sam3  # noqa: E402
-from workers.masks import decode_counts  # noqa: E402
 from workers.models.spec import WeightsError  # noqa: E402
 from workers.models.weights import WeightsState, verify  # noqa: E402
 from workers.params import AutomaticParams, ParamError, PromptParams, parse_prompt_params  # noqa: E402

@@ -17,11 +17,11 @@ from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from tests.pixels import decode_counts
 from tests.unit.test_models import Payload, make_spec
 from tests.unit.test_sam2 import phone_picture
 from workers.engine.decoder import prompt_logits
 from workers.images.decode import decode
-from workers.masks import decode_counts
 from workers.models.registry import find_model
 from workers.models.sam import ARCHITECTURES, SamModel, load, load_sam
 from workers.models.sam_hq import build_sam_hq

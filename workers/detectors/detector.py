@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from workers.detectors.files import require_library, require_same_files
 from workers.detectors.kinds import DetectorError, DetectorKind
 from workers.images.pixels import RgbImage
-from workers.prompts import Box, Prompt, PromptError, fit
+from workers.prompts import BoxXyxy, Prompt, PromptError, fit
 
 _LOADERS = {
     DetectorKind.TRANSFORMERS: "workers.detectors.transformers_detector",
@@ -81,7 +81,7 @@ class Detection:
 
     class_name: str
     score: float
-    box_xyxy: Box
+    box_xyxy: BoxXyxy
 
 
 class Detector(Protocol):

@@ -20,7 +20,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid, generate_crop_boxes, is_box_near_crop_edge
 from torchvision.ops.boxes import batched_nms, box_area
 
-from workers.engine.boxed_runs import Box, Found, encode_runs, take_runs
+from workers.engine.boxed_runs import FoundMask, InclusiveBox, encode_runs, take_runs
 from workers.engine.decoder import Decoded, decode_points, prompt_logits
 from workers.engine.device_search import DeviceSearch
 from workers.engine.folded_decoder import FOLD_FROM_DIM
@@ -79,7 +79,7 @@ def masks_by(
     size_hw = (height, width)
     crops, layers = generate_crop_boxes(size_hw, params.crop_n_layers, params.crop_overlap_ratio)
     grids = _point_grids(params)
-    found: list[Found] = []
+    found: list[FoundMask] = []
     for (x0, y0, x1, y1), layer in zip(crops, layers, strict=True):
         if x0 >= x1 or y0 >= y1 or len(grids[layer]) == 0:
             continue  # more crops than pixels, or no point left for this layer: the reference fails here
@@ -108,14 +108,16 @@ def _point_grids(params: AutomaticParams) -> list[NDArray[np.float64]]:
 class CropSearch:
     """The search for masks in one crop of an image on a CPU; the whole image is the first crop."""
 
-    def __init__(self, model: Promptable, params: AutomaticParams, *, crop: Box, size_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, model: Promptable, params: AutomaticParams, *, crop: InclusiveBox, size_hw: tuple[int, int]
+    ) -> None:
         self.model, self.params, self.crop, self.size_hw = model, params, crop, size_hw
         self.crop_hw = (crop[3] - crop[1], crop[2] - crop[0])
         middle, offset = model.mask_threshold, params.stability_score_offset
         self.thresholds = (middle, middle + offset, middle - offset)
         self.upsampling = model.upsampling(self.crop_hw)
 
-    def masks(self, embedding: Any, grid: NDArray[np.float64]) -> list[Found]:
+    def masks(self, embedding: Any, grid: NDArray[np.float64]) -> list[FoundMask]:
         """Masks from the points of grid (n, 2), fractions of the crop, after suppression inside the crop."""
         points = grid * np.array(self.crop_hw[::-1])
         decoded = decode_points(
@@ -141,11 +143,11 @@ class CropSearch:
             x, y = points[batch.prompts[row]].tolist()
             yield Candidate(point_xy=(x, y), predicted_iou=batch.predicted_iou[row, output], patch=patch)
 
-    def _best(self, candidates: list[Candidate]) -> list[Found]:
+    def _best(self, candidates: list[Candidate]) -> list[FoundMask]:
         """Draw candidates by falling predicted IoU and keep what passes and is not suppressed."""
         scores = np.array([candidate.predicted_iou for candidate in candidates], np.float32)
         suppression = Suppression(self.params.box_nms_thresh)
-        kept: dict[int, Found] = {}
+        kept: dict[int, FoundMask] = {}
         undrawn, survivors = [], 0
         for number in np.argsort(-scores, kind="stable").tolist():
             candidate = candidates[number]
@@ -168,7 +170,7 @@ class CropSearch:
         inner, outer = self.upsampling.box_bounds(candidate.patch, self.thresholds[0])
         return inner is not None and outer is not None and suppression.would_drop(inner, outer)
 
-    def _draw(self, candidate: Candidate) -> Found | None:
+    def _draw(self, candidate: Candidate) -> FoundMask | None:
         """The mask at full resolution, in the crop's frame; None when it is unstable or cut off by the crop's edge."""
         if candidate.patch is None:
             cut = Cut(counts=np.zeros(3, np.int64), pixels=np.zeros((0, 0), np.bool_), corner=(0, 0))
@@ -181,7 +183,7 @@ class CropSearch:
         runs = take_runs(cut.pixels, cut.corner)
         if self._is_near_crop_edge(runs.box):
             return None
-        return Found(
+        return FoundMask(
             runs=runs,
             predicted_iou=float(candidate.predicted_iou),
             stability_score=float(stability),
@@ -189,7 +191,7 @@ class CropSearch:
             crop=self.crop,
         )
 
-    def _is_near_crop_edge(self, box: Box) -> bool:
+    def _is_near_crop_edge(self, box: InclusiveBox) -> bool:
         """Whether the mask may go on beyond the crop. Compared with inclusive boxes, as the reference has them."""
         if self.crop_hw == self.size_hw:
             return False
@@ -197,7 +199,7 @@ class CropSearch:
         return bool(is_box_near_crop_edge(torch.tensor([box]), list(self.crop), whole))
 
 
-def _suppress_between_crops(found: list[Found], iou_threshold: float) -> list[Found]:
+def _suppress_between_crops(found: list[FoundMask], iou_threshold: float) -> list[FoundMask]:
     """Drop duplicates between crops, preferring those from smaller crops, in torchvision's order."""
     if not found:
         return []
@@ -205,7 +207,7 @@ def _suppress_between_crops(found: list[Found], iou_threshold: float) -> list[Fo
     return [found[number] for number in _nms([one.runs.box for one in found], scores, iou_threshold)]
 
 
-def _clean(found: list[Found], size_hw: tuple[int, int], params: AutomaticParams) -> list[Found]:
+def _clean(found: list[FoundMask], size_hw: tuple[int, int], params: AutomaticParams) -> list[FoundMask]:
     """Remove small regions, then the duplicates that this made, preferring masks that did not change."""
     if not found:
         return []
@@ -216,14 +218,14 @@ def _clean(found: list[Found], size_hw: tuple[int, int], params: AutomaticParams
     return [replace(found[number], runs=cleaned[number][0]) for number in keep]
 
 
-def _nms(boxes: Sequence[Box], scores: torch.Tensor, iou_threshold: float) -> list[int]:
+def _nms(boxes: Sequence[InclusiveBox], scores: torch.Tensor, iou_threshold: float) -> list[int]:
     kept: list[int] = batched_nms(
         torch.tensor(boxes, dtype=torch.float), scores, torch.zeros(len(boxes)), iou_threshold=iou_threshold
     ).tolist()
     return kept
 
 
-def _limit(found: list[Found], size_hw: tuple[int, int], params: AutomaticParams) -> list[Found]:
+def _limit(found: list[FoundMask], size_hw: tuple[int, int], params: AutomaticParams) -> list[FoundMask]:
     """Our own three filters, in the order of params' docstring."""
     largest = params.max_area_fraction * size_hw[0] * size_hw[1]
     found = [one for one in found if params.min_area_px <= one.runs.area_px <= largest]
@@ -233,7 +235,7 @@ def _limit(found: list[Found], size_hw: tuple[int, int], params: AutomaticParams
     return found
 
 
-def _to_masks(found: list[Found], size_hw: tuple[int, int]) -> list[Mask]:
+def _to_masks(found: list[FoundMask], size_hw: tuple[int, int]) -> list[Mask]:
     """The Masks, with COCO's boxes, which include the last pixel. A mask of no pixel has no stability."""
     masks = []
     for one in found:

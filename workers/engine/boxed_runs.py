@@ -15,16 +15,20 @@ from pycocotools import mask as coco_mask
 
 from workers.masks import BoolMask
 
-Box = tuple[int, int, int, int]
+InclusiveBox = tuple[int, int, int, int]
+"""(x0, y0, x1, y1) of the first and the last pixel: a box of one pixel has x0 == x1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoxedRuns:
-    """changes: where runs start and end by turns, counted down the columns of the box, each column one background
-    pixel longer than the box is high, so that every run ends in its column. A mask of no pixel has the box (0, 0, 0, 0)
-    and no changes."""
+    """A mask inside its box.
 
-    box: Box
+    changes: int64 (2 x runs,). Sorted positions where the mask starts and stops, in turn. A position counts the box's
+    pixels column by column. Each column has one extra background pixel at its end, so no run reaches into the next
+    column. A mask without pixels has the box (0, 0, 0, 0) and no changes.
+    """
+
+    box: InclusiveBox
     changes: NDArray[np.int64]
     area_px: int
 
@@ -35,16 +39,16 @@ class BoxedRuns:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class FoundMask:
     """A mask that passed, in the frame of the whole image. crop: the crop it was found in, (x0, y0, x1, y1)."""
 
     runs: BoxedRuns
     predicted_iou: float
     stability_score: float
     point_xy: tuple[float, float]
-    crop: Box
+    crop: InclusiveBox
 
-    def in_image(self) -> Found:
+    def in_image(self) -> FoundMask:
         """The same with its runs and its point moved from the frame of the crop."""
         x0, y0 = self.crop[:2]
         x, y = self.point_xy

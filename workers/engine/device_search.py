@@ -19,7 +19,7 @@ from segment_anything.utils.amg import is_box_near_crop_edge
 from torch import Tensor
 from torchvision.ops.boxes import batched_nms
 
-from workers.engine.boxed_runs import Box, Found
+from workers.engine.boxed_runs import FoundMask, InclusiveBox
 from workers.engine.decoder import decode_evenly
 from workers.engine.device_runs import DeviceDrawing, read_runs, to_host
 from workers.engine.promptable import Decode, ModelOutputError, Promptable, half_precision, scale_xy
@@ -54,7 +54,9 @@ class Passed:
 class DeviceSearch:
     """`automatic`'s search in one crop, for a model on a GPU; any device will do."""
 
-    def __init__(self, model: Promptable, params: AutomaticParams, *, crop: Box, size_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, model: Promptable, params: AutomaticParams, *, crop: InclusiveBox, size_hw: tuple[int, int]
+    ) -> None:
         self.model, self.params, self.crop, self.size_hw = model, params, crop, size_hw
         self.crop_hw = (crop[3] - crop[1], crop[2] - crop[0])
         self.upsampling = model.upsampling(self.crop_hw)
@@ -62,7 +64,7 @@ class DeviceSearch:
         # of the predicted IoUs, and of the logits that these let pass
         self._finite = torch.ones(2, dtype=torch.bool, device=model.device)
 
-    def masks(self, embedding: Any, grid: NDArray[np.float64]) -> list[Found]:
+    def masks(self, embedding: Any, grid: NDArray[np.float64]) -> list[FoundMask]:
         """Masks from the points of grid (n, 2), fractions of the crop, after suppression inside the crop."""
         points = grid * np.array(self.crop_hw[::-1])
         rounds = list(self._rounds(embedding, points))
@@ -138,7 +140,7 @@ class DeviceSearch:
         kept: Tensor = batched_nms(passed.boxes.float(), passed.predicted_iou, categories, self.params.box_nms_thresh)
         return kept
 
-    def _bring(self, kept: Passed, points: NDArray[np.float64]) -> list[Found]:
+    def _bring(self, kept: Passed, points: NDArray[np.float64]) -> list[FoundMask]:
         """The kept masks in the frame of the image, brought here in one copy."""
         finite, numbers, ious, stabilities, changes = to_host(
             self._finite, kept.point, kept.predicted_iou, kept.stability, self.drawing.changes(kept.logits)
@@ -146,7 +148,9 @@ class DeviceSearch:
         self._require_finite(finite.tolist())
         runs = read_runs(changes.astype(np.int64), len(numbers), self.crop_hw)
         return [
-            Found(runs=one, predicted_iou=iou, stability_score=stability, point_xy=(x, y), crop=self.crop).in_image()
+            FoundMask(
+                runs=one, predicted_iou=iou, stability_score=stability, point_xy=(x, y), crop=self.crop
+            ).in_image()
             for one, iou, stability, (x, y) in zip(
                 runs, ious.tolist(), stabilities.tolist(), points[numbers.astype(np.int64)].tolist(), strict=True
             )

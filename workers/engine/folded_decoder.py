@@ -90,14 +90,14 @@ class FoldedDecoder:
             positioned = keys if number == 0 else keys + image.position.to(keys.dtype)
             shared = image if number == 0 else None
             queries = layer.norm2(
-                queries + _read(layer.cross_attn_token_to_image, queries + place, keys, positioned, shared)
+                queries + _read(layer.cross_attn_token_to_image, queries + place, keys, positioned, shared=shared)
             )
             queries = layer.norm3(queries + layer.mlp(queries))
-            keys = _write(layer.cross_attn_image_to_token, queries + place, queries, keys, positioned, shared)
+            keys = _write(layer.cross_attn_image_to_token, queries + place, queries, keys, positioned, shared=shared)
             keys = _norm(layer.norm4, keys)
         transformer = decoder.transformer
         positioned = keys + image.position.to(keys.dtype)
-        read = _read(transformer.final_attn_token_to_image, queries + place, keys, positioned, None)
+        read = _read(transformer.final_attn_token_to_image, queries + place, keys, positioned, shared=None)
         queries = transformer.norm_final_attn(queries + read)
         masks = decoder.num_mask_tokens
         # in float32 even under autocast: rounded to bfloat16 it costs up to 14 % of the masks
@@ -133,7 +133,9 @@ def _attend_to_themselves(layer: TwoWayAttentionBlock, queries: Tensor, place: T
     return attended
 
 
-def _read(attention: Attention, placed: Tensor, keys: Tensor, positioned: Tensor, shared: ImageKeys | None) -> Tensor:
+def _read(
+    attention: Attention, placed: Tensor, keys: Tensor, positioned: Tensor, *, shared: ImageKeys | None
+) -> Tensor:
     """Tokens attend to the image: (n, tokens, channels).
 
     A key's bias shifts all scores of a token alike, so softmax forgets it; a value's bias passes through unchanged.
@@ -154,7 +156,7 @@ def _read(attention: Attention, placed: Tensor, keys: Tensor, positioned: Tensor
 
 
 def _write(
-    attention: Attention, placed: Tensor, queries: Tensor, keys: Tensor, positioned: Tensor, shared: ImageKeys | None
+    attention: Attention, placed: Tensor, queries: Tensor, keys: Tensor, positioned: Tensor, *, shared: ImageKeys | None
 ) -> Tensor:
     """The image attends to the tokens: keys plus what they take up, (n, keys, channels), before their norm."""
     key = _split(attention.k_proj(placed), attention) / sqrt(attention.internal_dim // attention.num_heads)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-Box = tuple[int, int, int, int]
 
 
 class Taps(NamedTuple):

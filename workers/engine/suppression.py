@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Box = Sequence[int]
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
 # batched_nms takes another road for more boxes than this, whose order among equal scores is that of an unstable sort.
@@ -30,7 +29,7 @@ class Suppression:
         self._boxes: NDArray[np.float32] = np.zeros((64, 4), np.float32)
         self._kept = 0
 
-    def keep(self, box: Box) -> bool:
+    def keep(self, box: Sequence[int]) -> bool:
         """Keep the box unless one kept before overlaps it by more than the threshold."""
         kept, new = self._boxes[: self._kept], np.array(box, np.float32)
         shared, kept_area = _intersections(kept, new), _areas(kept)
@@ -44,7 +43,7 @@ class Suppression:
         self._kept += 1
         return True
 
-    def would_drop(self, inner: Box, outer: Box) -> bool:
+    def would_drop(self, inner: Sequence[int], outer: Sequence[int]) -> bool:
         """Whether every box that contains `inner` and lies in `outer` would be dropped by now."""
         kept = self._boxes[: self._kept]
         at_least = _intersections(kept, np.array(inner, np.float64))

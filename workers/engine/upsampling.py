@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from workers.engine.boxed_runs import InclusiveBox
 from workers.engine.interpolation import (
     Axis,
-    Box,
     Floats,
     Ints,
     bilinear,
@@ -110,7 +110,7 @@ class Upsampling:
         is_between_pixels = self.has_empty_cells and not (self.x.sizes[across].any() and self.y.sizes[down].any())
         return None if is_between_pixels else patch
 
-    def box_bounds(self, patch: Patch, threshold: float) -> tuple[Box | None, Box | None]:
+    def box_bounds(self, patch: Patch, threshold: float) -> tuple[InclusiveBox | None, InclusiveBox | None]:
         """(inner, outer): inclusive boxes that the mask's box surely contains, and surely lies in."""
         within = patch.logits > np.float32(threshold) + patch.doubt
         touched = patch.logits > np.float32(threshold) - patch.doubt
@@ -181,7 +181,7 @@ class Upsampling:
         square = torch_resize(whole, (self._mid, self._mid))
         return torch_resize(square[: self._inside_hw[0], : self._inside_hw[1]], self.frame_hw)
 
-    def _pixel_box(self, patch: Patch, cells: BoolMask) -> Box | None:
+    def _pixel_box(self, patch: Patch, cells: BoolMask) -> InclusiveBox | None:
         """The inclusive box (x0, y0, x1, y1) of the pixels of cells (x, y) that are set."""
         across, down = patch.cells(self.x, self.y)
         if self.has_empty_cells:

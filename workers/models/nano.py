@@ -31,7 +31,6 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 WEIGHTS_PATH = Path(__file__).with_name("sam_nano.safetensors")
 WEIGHTS_SHA256 = MODELS["sam_nano"].sha256
-AUTOMATIC_DEFAULTS = dict(MODELS["sam_nano"].defaults)
 
 
 def build_sam_nano() -> Sam:

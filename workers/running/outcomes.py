@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from db.leases import Asset, NewOutcome
+from db.texts import storable
 from workers.errors import AssetError, ErrorKind, redact
 from workers.images.pixels import RgbImage
 from workers.masks import Mask
@@ -57,7 +58,7 @@ def failed_outcome(asset: Asset, error: Exception, *, job_id: int) -> NewOutcome
 
 def storable_text(text: str) -> str:
     """A message without secrets, and without what Postgres refuses in text."""
-    return redact(text).replace("\x00", "\\x00").encode("utf-8", "backslashreplace").decode()[:2000]
+    return storable(redact(text))[:2000]
 
 
 def list_unused(wrong: Sequence[str], asked: int | None, what: str) -> str:

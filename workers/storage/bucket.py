@@ -17,6 +17,7 @@ import botocore.parsers
 import urllib3
 import urllib3.exceptions
 
+from db.texts import is_storable
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError, redact
 from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_size
 
@@ -95,7 +96,7 @@ class Bucket:
         skipped: Counter[SkipReason] = Counter()
         for entry in contents:
             key = entry["Key"].removeprefix(self._prefix)
-            if not _is_storable(key):
+            if not is_storable(key):
                 skipped[SkipReason.UNSTORABLE_NAME] += 1
                 continue  # it cannot be the cursor either: that is stored too
             cursor = key
@@ -224,11 +225,6 @@ def _client(endpoint: str | None, attempts: int) -> Any:
 def _status_and_code(error: Any) -> tuple[int, str]:
     """HTTP status and S3's code word of a botocore ClientError."""
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"]), str(error.response["Error"].get("Code", ""))
-
-
-def _is_storable(key: str) -> bool:
-    """True if Postgres can keep the key: no NUL, and no lone surrogate, which UTF-8 cannot say."""
-    return "\0" not in key and not any("\ud800" <= character <= "\udfff" for character in key)
 
 
 def has_credentials() -> bool:

@@ -54,7 +54,7 @@ def draw_scene(seed: int, size_hw: tuple[int, int] = (512, 512), *, unit_px: flo
     wanted = max(1, min(250, round(style.objects_per_unit2 * size_hw[0] * size_hw[1] / unit**2)))
     for _ in range(wanted * 3):
         if len(full_areas) <= wanted:
-            _place_object(rng, canvas, owner, full_areas, unit, style)
+            _place_object(rng, canvas, owner, full_areas, unit=unit, style=style)
     return Scene(image=_develop(rng, canvas, unit, style), owner=owner, object_count=len(full_areas) - 1)
 
 
@@ -103,7 +103,7 @@ def _draw_background(rng: np.random.Generator, size_hw: tuple[int, int], unit: f
 
 
 def _place_object(
-    rng: np.random.Generator, canvas: Canvas, owner: Owner, full_areas: list[int], unit: float, style: _Style
+    rng: np.random.Generator, canvas: Canvas, owner: Owner, full_areas: list[int], *, unit: float, style: _Style
 ) -> None:
     """Draw one more object over the others; none where it would hide one of them or hardly show itself."""
     h, w = owner.shape
@@ -121,7 +121,8 @@ def _place_object(
     least_area = MIN_VISIBLE_UNITS2 * unit**2
     # Cells lie side by side, and so do two thirds of the other objects.
     least_share = MIN_VISIBLE_SHARE if style.uniform is None and rng.random() < 0.35 else 1.0
-    if area < least_area or _hides_another(owner, part, inside, full_areas, least_share, least_area):
+    hides = _hides_another(owner, part, inside, full_areas, least_share=least_share, least_area=least_area)
+    if area < least_area or hides:
         return
     if style.shadow:
         _cast_shadow(canvas, alpha, part, unit, style)
@@ -155,6 +156,7 @@ def _hides_another(
     part: tuple[slice, slice],
     inside: npt.NDArray[np.bool_],
     full_areas: list[int],
+    *,
     least_share: float,
     least_area: float,
 ) -> bool:
