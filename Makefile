@@ -24,7 +24,7 @@ ifneq ($(CA_BUNDLE),)
 CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
 endif
 
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint picture bench
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
@@ -57,6 +57,9 @@ lint: .venv/.complete  ## Check style, types and who imports whom
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+picture: .venv/.complete  ## Draw docs/rooms.svg, the rooms of the code, again
+	@.venv/bin/python infra/draw_rooms.py
 
 bench: .venv/.complete  ## Time what is timed: every script of tests/benchmarks (JSON=1 for documents)
 	@failed=0; for script in tests/benchmarks/[a-z]*.py; do \
