@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,11 +28,9 @@ from workers.engine.interpolation import kernel_is_known
 from workers.engine.small_regions import remove_small_regions
 from workers.engine.suppression import Suppression
 from workers.masks import encode_counts
-from workers.models.nano import WEIGHTS_PATH, load_sam_nano
+from workers.models.nano import load_sam_nano
 from workers.models.registry import MODELS
 from workers.params import AutomaticParams
-
-TESTDATA = Path(__file__).parents[3] / "shared" / "testdata"
 
 # Not shrunk: it would take minutes, and the examples are small.
 CPU_BOUND = settings(
@@ -382,14 +379,10 @@ def test_suppression_keeps_what_torchvision_keeps_and_bounds_never_drop_more(off
 
 
 @pytest.mark.parametrize("photo", ["photos_plain/sam_dog.jpg", "photos_masks/pennfudan"])
-def test_sam_nano_finds_the_references_masks_on_photos(photo):
-    path = TESTDATA / photo
+def test_sam_nano_finds_the_references_masks_on_photos(testdata, photo):
+    path = testdata / photo
     if path.is_dir():
         path = min(path.rglob("*.jpg"), default=min(path.rglob("*.png"), default=path / "none"))
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
-    if not WEIGHTS_PATH.is_file():
-        pytest.skip(f"{WEIGHTS_PATH.name} is not in this checkout yet")
     sam = load_sam_nano("cpu")
     image = np.asarray(Image.open(path).convert("RGB"))
     params = AutomaticParams(**{**MODELS["sam_nano"].defaults, "points_per_side": 6})
