@@ -21,6 +21,11 @@ from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment
 from tests.needs import TESTDATA, miss
 from tests.redis_server import redis_program, serve_redis
+from tests.watchdog import guard
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.add_cleanup(guard())
 
 
 @pytest.fixture(scope="session")
