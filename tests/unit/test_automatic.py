@@ -168,6 +168,7 @@ def test_every_mask_is_the_references_to_the_bit_and_in_its_order(size, params, 
     assert ours == reference
 
 
+@pytest.mark.slow
 def test_twelve_megapixels_are_the_references_to_the_bit():
     sam, image = make_sam(), np.zeros((3000, 4000, 3), np.uint8)
     params = AutomaticParams(points_per_side=1, pred_iou_thresh=0.0, stability_score_thresh=0.5)
@@ -175,6 +176,7 @@ def test_twelve_megapixels_are_the_references_to_the_bit():
     assert our_masks(sam, image, params) == reference_masks(sam, image, params)
 
 
+@pytest.mark.slow
 def test_equal_scores_keep_the_references_order_beyond_a_thousand_candidates():
     sam, image = make_sam(tied=True), make_image(24, 24)
     params = AutomaticParams(
@@ -264,6 +266,7 @@ def test_a_given_embedding_is_used_and_is_what_the_predictor_computes():
     assert automatic_masks(sam, image, params, embedding=embed(sam, [image])[0]) == automatic_masks(sam, image, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("dim", [32, 256])
 @pytest.mark.parametrize("kind", ["points", "box", "both"])
@@ -298,6 +301,7 @@ def test_many_prompts_decode_as_a_predictor_decodes_each(multimask, dim, kind):
         assert np.allclose(iou[number], their_iou, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_folded_decoder_gives_the_same_masks_up_to_single_pixels():
     sam, image = make_sam(planted=False, dim=256, seed=3), make_image(90, 128)
     params = AutomaticParams(points_per_side=4, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.9)
@@ -378,6 +382,7 @@ def test_suppression_keeps_what_torchvision_keeps_and_bounds_never_drop_more(off
         assert not (dropped and is_kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photo", ["photos_plain/sam_dog.jpg", "photos_masks/pennfudan"])
 def test_sam_nano_finds_the_references_masks_on_photos(testdata, photo):
     path = testdata / photo
