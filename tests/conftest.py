@@ -24,8 +24,8 @@ from tests.redis_server import redis_program, serve_redis
 from tests.watchdog import guard
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.add_cleanup(guard())
+def pytest_configure() -> None:
+    guard()
 
 
 @pytest.fixture(scope="session")

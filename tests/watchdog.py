@@ -1,4 +1,4 @@
-"""Ends what a test process leaves running when it is killed: servers, workers and all that they started.
+"""Ends what a test process or a benchmark leaves running when it is killed: servers, workers, what those started.
 
 A process that gets SIGKILL runs no fixture's end. So each test process (pytest itself, and each of pytest-xdist's
 workers) starts a watchdog: a process in a session of its own that reads a pipe. The kernel closes the pipe when the
@@ -11,6 +11,7 @@ clean environment, which our PostgreSQL has all together, do not change them.
 
 from __future__ import annotations
 
+import atexit
 import os
 import resource
 import secrets
@@ -18,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,13 +27,13 @@ _LIMIT = "Max msgqueue size"
 _PATIENCE_SECONDS = 3  # after each signal
 
 
-def guard() -> Callable[[], None]:
-    """End what this process starts from now on, when this process ends. Returns a function that does it at once.
+def guard() -> None:
+    """From now on, what this process starts ends with it.
 
     Does nothing where the kernel shows no such limit, which is everywhere but on Linux.
     """
     if not (PROC / "self" / "limits").exists():
-        return lambda: None
+        return
     mark = _free_mark()
     _, most = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
     # A worker of pytest-xdist carries the mark of pytest. Its watchdog must not, or pytest's would end it.
@@ -41,11 +41,10 @@ def guard() -> Callable[[], None]:
     watchdog = subprocess.Popen([sys.executable, __file__, str(mark)], stdin=subprocess.PIPE, start_new_session=True)
     resource.setrlimit(resource.RLIMIT_MSGQUEUE, (mark, most))
 
-    def stop() -> None:
-        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (most, most))
+    @atexit.register
+    def end() -> None:
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (most, most))  # this process is to end by itself
         watchdog.communicate()
-
-    return stop
 
 
 def watch(mark: int) -> None:
