@@ -17,6 +17,9 @@ endif
 export UV_PYTHON_DOWNLOADS := never
 export UV_PROJECT_ENVIRONMENT := .venv
 
+# Containers often forbid bytecode, to stay small. Then each of the tests' many processes compiles its libraries anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # pip and uv bring certificates of their own, which do not know a company's authority: the system's bundle does.
 CA_BUNDLE := $(firstword $(wildcard $(SSL_CERT_FILE) /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
 	/etc/ssl/ca-bundle.pem /etc/ssl/cert.pem))
@@ -24,7 +27,7 @@ ifneq ($(CA_BUNDLE),)
 CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
 endif
 
-.PHONY: help setup demo test lint picture bench
+.PHONY: help setup demo check test coverage lint picture bench
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
@@ -49,8 +52,16 @@ demo: .venv/.complete  ## Label the sample scenes and write a gallery (OUT=folde
 	@test -s "$(OUT)/index.html"
 	@echo "Gallery: $$(cd "$(OUT)" && pwd)/index.html"
 
+check: lint  ## What one runs between edits: the linters, and the unit tests that are not slow
+	.venv/bin/pytest -q -m "not gpu and not slow" -n 2 --dist worksteal tests/unit
+
 test: .venv/.complete  ## Run every test that needs no GPU (PYTEST_ARGS="-x tests/unit" and the like)
 	.venv/bin/pytest -m "not gpu" $(PYTEST_ARGS)
+
+coverage: .venv/.complete  ## Run every test, and show how many of the product's lines and branches ran
+	@rm -f .coverage .coverage.*
+	@failed=0; .venv/bin/coverage run -m pytest -m "not gpu" $(PYTEST_ARGS) || failed=1; \
+		.venv/bin/coverage combine --quiet && .venv/bin/python -m tests.coverage_figure || failed=1; exit $$failed
 
 lint: .venv/.complete  ## Check style, types and who imports whom
 	.venv/bin/ruff check .

@@ -19,9 +19,13 @@ from sqlalchemy import Engine, create_engine, text
 from db.session import migrate, open_engine, psycopg2_url
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment
+from tests.needs import TESTDATA, miss
 from tests.redis_server import redis_program, serve_redis
+from tests.watchdog import guard
 
-TESTDATA = Path(__file__).parents[2] / "shared" / "testdata"
+
+def pytest_configure() -> None:
+    guard()
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +77,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Itera
         return
     program = redis_program()
     if program is None:
-        what = "no Redis: set MASKFLEET_TEST_REDIS_URL, or put redis-server or valkey-server on PATH"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+        miss("no Redis: set MASKFLEET_TEST_REDIS_URL, or put redis-server or valkey-server on PATH")
     with serve_redis(program, tmp_path_factory.mktemp("redis")) as url:
         yield f"{url}/{database}"
 
@@ -103,7 +106,7 @@ def deployment(
 def testdata() -> Path:
     """The shared test photos, which are not part of the project."""
     if not TESTDATA.is_dir():
-        pytest.skip("the shared test data are not beside this checkout (../shared/testdata)")
+        miss(f"no shared test data in {TESTDATA}; MASKFLEET_TESTDATA names another folder")
     return TESTDATA
 
 

@@ -24,6 +24,7 @@ from db.session import migrate, open_engine
 from db.states import AnnotationStatus, Verdict
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job
+from tests.watchdog import guard
 from workers.masks import encode_counts
 
 SIZE_HW = (480, 640)
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     parser.add_argument("--assets", type=int, default=100_000)
     args = parser.parse_args()
+    guard()
     rows = []
     with tempfile.TemporaryDirectory() as folder, EmbeddedPostgres(Path(folder) / "data") as postgres:
         migrate(postgres.url)

@@ -37,6 +37,7 @@ from orchestrator.label_studio.publish import publish_job
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from tests.label_studio.server import Server, serve
+from tests.watchdog import guard
 from workers.masks import encode_counts
 from workers.training.scenes import draw_scene
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--as", dest="as_", default="auto", choices=["auto", "polygon", "brush", "rectangle"])
     parser.add_argument("--rounds", type=int, default=2, help="parts that the tasks are published in, taking turns")
     args = parser.parse_args()
+    guard()
     with (
         tempfile.TemporaryDirectory() as folder,
         EmbeddedPostgres(Path(folder) / "data") as postgres,

@@ -37,6 +37,7 @@ from db.settings import Settings, settings
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment, draw_pictures
 from tests.redis_server import redis_program, serve_redis
+from tests.watchdog import guard
 from workers.engine.boxed_runs import encode_runs, take_runs
 from workers.images.pixels import RgbImage
 from workers.masks import BoolMask, Mask
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--deployed-keys", type=int, default=100_000, help="listed by a deployment with Redis")
     parser.add_argument("--images", type=int, default=48)
     args = parser.parse_args()
+    guard()
     os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_EC2_METADATA_DISABLED": "true"}
     with tempfile.TemporaryDirectory() as folder, EmbeddedPostgres(Path(folder) / "data") as server:
         migrate(server.url)

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import boto3
 import pytest
@@ -16,6 +14,7 @@ from moto.server import ThreadedMotoServer
 
 from orchestrator.prompts.entries import PromptFileError
 from orchestrator.prompts.files import read_prompts
+from tests.needs import TESTDATA
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
 from workers.models.registry import find_model
 from workers.storage.asset import PAGE_SIZE, Listed, SkipReason
@@ -23,7 +22,6 @@ from workers.storage.source import open_source
 
 pytestmark = pytest.mark.integration
 
-TESTDATA = Path(os.environ.get("MASKFLEET_TESTDATA", Path(__file__).parents[3] / "shared" / "testdata"))
 NASTY = TESTDATA / "nasty"
 MEGABYTE = 2**20
 
@@ -125,7 +123,7 @@ def test_an_empty_prefix_has_no_pages(s3_server, make_bucket):
 # --- names
 
 
-@pytest.mark.skipif(not (NASTY / "keys.json").exists(), reason=f"{NASTY} is not here")
+@pytest.mark.usefixtures("testdata")
 def test_every_hostile_key_is_listed_and_read_with_its_own_bytes(s3_server, make_bucket):
     entries = json.loads((NASTY / "keys.json").read_text())["keys"]
     wanted = {entry["key"]: (NASTY / "keys" / entry["file"]).read_bytes() for entry in entries}

@@ -15,6 +15,7 @@ from db.session import psycopg2_url
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.label_studio.server import NotInstallable, Server, install, serve
+from tests.needs import miss
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,7 @@ def installed_label_studio() -> None:
     try:
         install()
     except NotInstallable as error:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Label Studio: {error}")
+        miss(f"no Label Studio: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,7 @@ def postgres_with_trigrams(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         return
     programs = _postgres_programs()
     if programs is None:
-        pytest.skip("no PostgreSQL with pg_trgm for Label Studio: on Debian, apt-get install postgresql")
+        miss("no PostgreSQL with pg_trgm for Label Studio: on Debian, apt-get install postgresql")
     server = EmbeddedPostgres(tmp_path_factory.mktemp("postgres-of-label-studio") / "data", durable=False)
     server._bin = programs
     with server:

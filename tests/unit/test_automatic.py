@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,11 +28,9 @@ from workers.engine.interpolation import kernel_is_known
 from workers.engine.small_regions import remove_small_regions
 from workers.engine.suppression import Suppression
 from workers.masks import encode_counts
-from workers.models.nano import WEIGHTS_PATH, load_sam_nano
+from workers.models.nano import load_sam_nano
 from workers.models.registry import MODELS
 from workers.params import AutomaticParams
-
-TESTDATA = Path(__file__).parents[3] / "shared" / "testdata"
 
 # Not shrunk: it would take minutes, and the examples are small.
 CPU_BOUND = settings(
@@ -171,6 +168,7 @@ def test_every_mask_is_the_references_to_the_bit_and_in_its_order(size, params, 
     assert ours == reference
 
 
+@pytest.mark.slow
 def test_twelve_megapixels_are_the_references_to_the_bit():
     sam, image = make_sam(), np.zeros((3000, 4000, 3), np.uint8)
     params = AutomaticParams(points_per_side=1, pred_iou_thresh=0.0, stability_score_thresh=0.5)
@@ -178,6 +176,7 @@ def test_twelve_megapixels_are_the_references_to_the_bit():
     assert our_masks(sam, image, params) == reference_masks(sam, image, params)
 
 
+@pytest.mark.slow
 def test_equal_scores_keep_the_references_order_beyond_a_thousand_candidates():
     sam, image = make_sam(tied=True), make_image(24, 24)
     params = AutomaticParams(
@@ -267,6 +266,7 @@ def test_a_given_embedding_is_used_and_is_what_the_predictor_computes():
     assert automatic_masks(sam, image, params, embedding=embed(sam, [image])[0]) == automatic_masks(sam, image, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("dim", [32, 256])
 @pytest.mark.parametrize("kind", ["points", "box", "both"])
@@ -301,6 +301,7 @@ def test_many_prompts_decode_as_a_predictor_decodes_each(multimask, dim, kind):
         assert np.allclose(iou[number], their_iou, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_folded_decoder_gives_the_same_masks_up_to_single_pixels():
     sam, image = make_sam(planted=False, dim=256, seed=3), make_image(90, 128)
     params = AutomaticParams(points_per_side=4, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.9)
@@ -381,15 +382,12 @@ def test_suppression_keeps_what_torchvision_keeps_and_bounds_never_drop_more(off
         assert not (dropped and is_kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photo", ["photos_plain/sam_dog.jpg", "photos_masks/pennfudan"])
-def test_sam_nano_finds_the_references_masks_on_photos(photo):
-    path = TESTDATA / photo
+def test_sam_nano_finds_the_references_masks_on_photos(testdata, photo):
+    path = testdata / photo
     if path.is_dir():
         path = min(path.rglob("*.jpg"), default=min(path.rglob("*.png"), default=path / "none"))
-    if not path.is_file():
-        pytest.skip(f"{path} is not on this machine")
-    if not WEIGHTS_PATH.is_file():
-        pytest.skip(f"{WEIGHTS_PATH.name} is not in this checkout yet")
     sam = load_sam_nano("cpu")
     image = np.asarray(Image.open(path).convert("RGB"))
     params = AutomaticParams(**{**MODELS["sam_nano"].defaults, "points_per_side": 6})

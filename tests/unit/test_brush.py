@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import tracemalloc
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,11 +21,12 @@ from orchestrator.label_studio.brush import (
     unpack_runs,
 )
 from orchestrator.shapes.runs import edges_from_pixels
+from tests.needs import TESTDATA
 from tests.pixels import decode_counts
 from workers.masks import encode_counts
 
-VECTORS = Path(__file__).parents[3] / "shared/testdata/ls_vectors"
-needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason=f"{VECTORS} is not here")
+VECTORS = TESTDATA / "ls_vectors"
+needs_vectors = pytest.mark.usefixtures("testdata")
 
 
 @st.composite

@@ -85,6 +85,7 @@ def test_rounds_and_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert by_device(sam, image, params) == expected
 
 
+@pytest.mark.slow
 def test_equal_scores_keep_the_references_order_beyond_a_thousand_candidates() -> None:
     sam, image = make_sam(tied=True), make_image(24, 24)
     params = AutomaticParams(
@@ -187,6 +188,7 @@ class Copies(TorchDispatchMode):
         return given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", FAMILIES)
 def test_decoding_and_scoring_on_a_gpu_wait_for_nothing(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,8 @@ from workers.engine import sam as engine_sam
 from workers.engine.folded_decoder import FoldedDecoder, folds
 from workers.params import AutomaticParams
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def _decoder_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

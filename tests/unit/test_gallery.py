@@ -256,6 +256,7 @@ def test_masks_that_make_no_sense_are_left_out_and_counted(tmp_path: Path) -> No
     assert "the smallest 1 not drawn" in page
 
 
+@pytest.mark.slow
 def test_a_page_of_noisy_photos_with_ragged_masks_stays_small(tmp_path: Path) -> None:
     size_hw = (240, 320)
     rng = np.random.default_rng(0)

@@ -2,12 +2,10 @@
 
 import io
 import json
-import os
 import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from tests.needs import TESTDATA
 from workers.errors import AssetError, ErrorKind
 from workers.images.decode import MAX_BYTES, decode, thumbnail_jpeg
 
-TESTDATA = Path(os.environ.get("MASKFLEET_TESTDATA", Path(__file__).parents[3] / "shared" / "testdata"))
 NASTY = TESTDATA / "nasty"
 ENTRIES = json.loads((NASTY / "nasty.json").read_text())["files"] if (NASTY / "nasty.json").exists() else []
-NEEDS_NASTY = pytest.mark.skipif(not ENTRIES, reason=f"{NASTY} is not here; MASKFLEET_TESTDATA names its parent")
+NEEDS_NASTY = pytest.mark.usefixtures("testdata")
 
 # workers.images silences Pillow's warnings for its process; pytest makes them errors again for each test.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\..*")
@@ -122,6 +120,7 @@ def test_pictures_with_the_eight_orientations_are_the_same_upright():
 DECODE_AND_MEASURE = """
 import resource, sys
 from pathlib import Path
+from tests.needs import TESTDATA
 from workers.errors import AssetError
 from workers.images.decode import decode
 files = {path: Path(path).read_bytes() for path in sys.argv[1:]}

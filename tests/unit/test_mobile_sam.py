@@ -97,6 +97,7 @@ def test_architecture_accounts_for_every_byte_of_the_official_file() -> None:
     assert find_model("mobile_sam").parameter_count == sum(parameter.numel() for parameter in sam.parameters())
 
 
+@pytest.mark.slow
 def test_encoder_computes_what_the_authors_code_does() -> None:
     encoder = build_mobile_sam().image_encoder.eval()
     encoder.load_state_dict(make_state(official_encoder()))
@@ -116,6 +117,7 @@ def test_encoder_computes_what_the_authors_code_does() -> None:
 # The file through the loader
 
 
+@pytest.mark.slow
 def test_official_file_gives_the_model_with_its_weights() -> None:
     torch.manual_seed(0)
     source = build_mobile_sam().eval()
@@ -175,6 +177,7 @@ def test_missing_timm_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPa
 # The model
 
 
+@pytest.mark.slow
 def test_prompts_are_answered_as_by_segment_anythings_predictor() -> None:
     torch.manual_seed(0)
     sam = build_mobile_sam().eval().requires_grad_(False)

@@ -34,6 +34,7 @@ def test_other_bytes_under_the_shipped_name_are_refused(tmp_path, monkeypatch):
         nano.load_sam_nano("cpu", damaged)
 
 
+@pytest.mark.slow
 def test_a_click_and_a_box_give_the_drawn_object():
     model = nano.load_sam_nano("cpu")
     clicked, boxed = [], []
@@ -92,6 +93,7 @@ def test_training_goes_on_from_its_checkpoint(tmp_path):
     assert (tmp_path / "sam_nano.safetensors").stat().st_size <= 8_000_000
 
 
+@pytest.mark.slow
 def test_the_last_fit_changes_the_head_that_predicts_ious_and_nothing_else(tmp_path):
     start = nano.WEIGHTS_PATH
     plan = Plan(out=tmp_path, seconds=0, seed=3, device="cpu", peak_rate=1e-3, start=start, head_batches=1)

@@ -50,6 +50,7 @@ def test_a_phrase_that_says_nothing_or_comes_twice_is_refused(words: list[str]) 
         read_phrases(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_phrase_is_asked_as_if_it_were_alone(checkpoints: dict[str, Path], family: str) -> None:
     asked = read_detector(str(checkpoints[family]), threshold=0)

@@ -88,6 +88,7 @@ def test_a_file_that_cannot_be_used_is_refused_at_once(tmp_path: Path, content: 
         read(tmp_path / "absent")
 
 
+@pytest.mark.slow
 def test_a_long_file_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
     line = json.dumps({"key": "%07d.jpg", "prompts": [BOX]})
     path = tmp_path / "lines.jsonl"

@@ -6,7 +6,6 @@ import math
 import time
 import tracemalloc
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,9 +22,10 @@ from orchestrator.shapes.colours import label_colour
 from orchestrator.shapes.polygons import fit_polygons
 from orchestrator.shapes.rasterise import polygon_edges, ring_px
 from orchestrator.shapes.runs import edges_from_counts, edges_from_pixels, pixels_from_edges, run_iou
+from tests.needs import TESTDATA
 from workers.masks import Mask, encode_counts, mask_from_pixels
 
-VECTORS = Path(__file__).parents[3] / "shared/testdata/ls_vectors"
+VECTORS = TESTDATA / "ls_vectors"
 
 
 @st.composite
@@ -380,7 +380,7 @@ def test_ellipses_and_parts_outside_the_frame():
     assert np.array_equal(beyond, np.broadcast_to(np.arange(200) >= 180, (100, 200)))
 
 
-@pytest.mark.skipif(not VECTORS.exists(), reason=f"{VECTORS} is not here")
+@pytest.mark.usefixtures("testdata")
 def test_regions_of_the_editor_are_read():
     annotation = json.loads((VECTORS / "lsf_image_tools_annotation.json").read_text())["annotations"][0]
     areas = {}

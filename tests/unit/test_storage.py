@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.needs import TESTDATA
 from workers.errors import AssetError, ErrorKind, SourceError, redact
 from workers.storage.asset import PAGE_SIZE, SkipReason
 from workers.storage.source import open_source
 
-TESTDATA = Path(os.environ.get("MASKFLEET_TESTDATA", Path(__file__).parents[3] / "shared" / "testdata"))
 NASTY = TESTDATA / "nasty"
 MEGABYTE = 2**20
 
@@ -148,7 +148,7 @@ def test_a_folder_nested_deeper_than_pythons_stack_is_listed(folder_1100_deep):
 # --- names
 
 
-@pytest.mark.skipif(not (NASTY / "keys.json").exists(), reason=f"{NASTY} is not here")
+@pytest.mark.usefixtures("testdata")
 def test_every_hostile_key_is_listed_and_read_with_its_own_bytes(tmp_path):
     wanted = {entry["key"]: (NASTY / "keys" / entry["file"]).read_bytes() for entry in hostile_keys()}
     for key, content in wanted.items():

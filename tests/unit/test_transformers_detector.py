@@ -30,6 +30,7 @@ def pictures() -> list[np.ndarray]:
     return [random.integers(0, 255, (*size_hw, 3), dtype=np.uint8) for size_hw in ((50, 90), (120, 33), (64, 64))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoints_boxes_are_the_models_own_in_each_images_pixels(
     checkpoints: dict[str, Path], family: str
