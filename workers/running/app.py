@@ -40,7 +40,7 @@ def make_app(broker_url: str | None) -> Celery:
         worker_send_task_events=True,
         task_send_sent_event=True,
         worker_hijack_root_logger=False,
-        # Seconds in which a child must say that it is up. Celery's 4 s killed each child of a machine at work, for ever.
+        # Seconds in which a child must say that it is up. On a busy machine Celery's 4 s killed each child, for ever.
         worker_proc_alive_timeout=120.0,
         worker_lost_wait=1.0,  # seconds from a child's death to its report; a child that died sends no result
     )
