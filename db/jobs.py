@@ -158,9 +158,14 @@ def model_busy_fraction(db: Connection, *, job_id: int) -> float | None:
 
 
 def cancel_job(db: Connection, *, job_id: int) -> bool:
-    """Stop a job; a running chunk is given back at its worker's next write. False if it was over already."""
+    """Stop a job; a running chunk is given back at its worker's next write. False if it was over already.
+
+    Its sent chunks are new again: their messages will find nothing to do, and the window is free for other jobs.
+    """
     statement = "UPDATE job SET state = 'cancelled' WHERE id = :job_id AND state IN ('listing', 'running')"
-    return db.execute(text(statement), {"job_id": job_id}).rowcount == 1
+    stopped = db.execute(text(statement), {"job_id": job_id}).rowcount == 1
+    _unsend(db, job_id=job_id)
+    return stopped
 
 
 def resume_job(db: Connection, *, job_id: int) -> bool:
@@ -170,7 +175,15 @@ def resume_job(db: Connection, *, job_id: int) -> bool:
                   error = NULL, list_failures = 0, finished_at = NULL
            WHERE id = :job_id AND state IN ('cancelled', 'failed')"""
     )
-    return db.execute(statement, {"job_id": job_id}).rowcount == 1
+    resumed = db.execute(statement, {"job_id": job_id}).rowcount == 1
+    if resumed:
+        _unsend(db, job_id=job_id)
+    return resumed
+
+
+def _unsend(db: Connection, *, job_id: int) -> None:
+    """Let a job's sent chunks be sent again: their messages were taken while the job did not run."""
+    db.execute(text("UPDATE chunk SET state = 'new' WHERE job_id = :job_id AND state = 'sent'"), {"job_id": job_id})
 
 
 def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:

@@ -6,6 +6,7 @@ A message is a wake-up. These statements alone decide what is to be done.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
@@ -78,6 +79,9 @@ def expire_all_leases(db: Connection) -> None:
 
 
 _STALE = "state = 'sent' AND sent_at < now() - make_interval(secs => :secs)"
+# A lane is first in, first out. A chunk that was claimed before (token above 0) has a lane of its own.
+_OVERTAKEN = """EXISTS (SELECT 1 FROM chunk later WHERE later.state = 'running' AND later.sent_at > chunk.sent_at
+                         AND (later.token > 1) = (chunk.token > 0))"""
 
 
 def has_stale_sent(db: Connection, *, resend_seconds: float) -> bool:
@@ -86,32 +90,59 @@ def has_stale_sent(db: Connection, *, resend_seconds: float) -> bool:
     return bool(db.execute(statement, {"secs": resend_seconds}).scalar_one())
 
 
-def resend_stale(db: Connection, *, resend_seconds: float) -> int:
-    """Let the stale chunks be sent again; returns how many."""
-    return db.execute(text(f"UPDATE chunk SET state = 'new' WHERE {_STALE}"), {"secs": resend_seconds}).rowcount
+def resend_stale(db: Connection, *, resend_seconds: float, queue_is_empty: bool) -> int:
+    """Let the stale chunks be sent again whose message was lost; returns how many.
 
-
-def take_window(db: Connection, *, window: int) -> list[int]:
-    """Mark as sent as many new chunks as the queue has room for, in turn over the jobs; returns their ids.
-
-    Publish them only after the commit: a crash in between is healed by `resend_stale`.
+    In an empty queue no message waits, so all of them. Else those that a chunk sent later has overtaken.
     """
-    room = window - int(db.execute(text("SELECT count(*) FROM chunk WHERE state = 'sent'")).scalar_one())
-    if room <= 0:
-        return []
+    lost = "" if queue_is_empty else f"AND {_OVERTAKEN}"
+    statement = text(f"UPDATE chunk SET state = 'new' WHERE {_STALE} {lost}")
+    return db.execute(statement, {"secs": resend_seconds}).rowcount
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Chunks that were marked as sent. returned: those that a worker had before, which go first."""
+
+    new: list[int]
+    returned: list[int]
+
+    @property
+    def all(self) -> list[int]:
+        return [*self.returned, *self.new]
+
+
+def take_window(db: Connection, *, window: int) -> Window:
+    """Mark as sent as many new chunks as the queue has room for, in turn over the jobs.
+
+    Returned chunks have a window of their own, so that they never wait behind a full queue. Publish only after the
+    commit: a crash in between is healed by `resend_stale`.
+    """
+    sent, sent_again = db.execute(
+        text(
+            """SELECT count(*), count(*) FILTER (WHERE token > 0) FROM chunk JOIN job ON job.id = chunk.job_id
+               WHERE chunk.state = 'sent' AND job.state IN ('listing', 'running')"""
+        )
+    ).one()
+    rooms = {"room": max(window - sent, 0), "returned_room": max(window - sent_again, 0), "window": window}
     statement = text(
         """WITH candidate AS (
-               SELECT c.id, row_number() OVER (PARTITION BY j.id ORDER BY c.id) AS turn
+               SELECT c.id, c.token > 0 AS returned,
+                      row_number() OVER (PARTITION BY j.id, c.token > 0 ORDER BY c.id) AS turn
                FROM job j CROSS JOIN LATERAL (
-                   SELECT id FROM chunk WHERE job_id = j.id AND state = 'new' AND (ready_at IS NULL OR ready_at < now())
-                   ORDER BY id LIMIT :room) c
+                   SELECT id, token FROM chunk
+                   WHERE job_id = j.id AND state = 'new' AND (ready_at IS NULL OR ready_at < now())
+                   ORDER BY id LIMIT :window) c
                WHERE j.state IN ('listing', 'running')),
-           taken AS (
-               SELECT id FROM chunk WHERE id IN (SELECT id FROM candidate ORDER BY turn, id LIMIT :room)
-               AND state = 'new' FOR UPDATE SKIP LOCKED)
-           UPDATE chunk SET state = 'sent', sent_at = now() FROM taken WHERE chunk.id = taken.id RETURNING chunk.id"""
+           wanted AS (
+               (SELECT id FROM candidate WHERE returned ORDER BY turn, id LIMIT :returned_room) UNION ALL
+               (SELECT id FROM candidate WHERE NOT returned ORDER BY turn, id LIMIT :room)),
+           taken AS (SELECT id FROM chunk WHERE id IN (SELECT id FROM wanted) AND state = 'new' FOR UPDATE SKIP LOCKED)
+           UPDATE chunk SET state = 'sent', sent_at = now() FROM taken WHERE chunk.id = taken.id
+           RETURNING chunk.id, chunk.token > 0 AS returned"""
     )
-    return sorted(db.execute(statement, {"room": room}).scalars())
+    rows = sorted(db.execute(statement, rooms).all())
+    return Window(new=[row.id for row in rows if not row.returned], returned=[row.id for row in rows if row.returned])
 
 
 def unsend(db: Connection, *, chunk_ids: Sequence[int]) -> None:

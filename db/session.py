@@ -13,7 +13,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, make_url
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 __all__ = [
     "Connection",
@@ -22,6 +22,7 @@ __all__ = [
     "Engine",
     "OperationalError",
     "check_migrated",
+    "is_passing",
     "migrate",
     "migration_config",
     "open_engine",
@@ -32,7 +33,18 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class DatabaseNotReady(RuntimeError):
-    """The database has not the tables this version works with."""
+    """The database cannot be used: its tables are not those of this version, or its address is none."""
+
+
+# SQLSTATE classes of what passes: connection, transaction state (read-only, ended while idle), resources, operator.
+_PASSING_CLASSES = ("08", "25", "53", "57")
+_SCHEMES = ("postgres", "postgresql", "postgresql+psycopg2")
+
+
+def is_passing(error: DBAPIError) -> bool:
+    """Whether Postgres may do later what it refused now: it is away, restarts, is a replica, or has no room."""
+    code = getattr(error.orig, "pgcode", None) or ""
+    return isinstance(error, OperationalError) or error.connection_invalidated or code[:2] in _PASSING_CLASSES
 
 
 def open_engine(url: str, *, pool_size: int = 4, statement_timeout_seconds: float = 60) -> Engine:
@@ -51,8 +63,21 @@ def open_engine(url: str, *, pool_size: int = 4, statement_timeout_seconds: floa
 
 
 def psycopg2_url(url: str) -> URL:
-    """The same address with the driver we use; postgres:// and postgresql:// are both taken."""
-    return make_url(url.replace("postgres://", "postgresql://", 1)).set(drivername="postgresql+psycopg2")
+    """The same address with the driver we use; postgres:// and postgresql:// are both taken.
+
+    Raises DatabaseNotReady for what is no such address, without repeating it: it may hold a password.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in _SCHEMES:
+        raise DatabaseNotReady(
+            f"the database's address begins with {scheme[:20]!r}, expected postgresql://user@host/name"
+        )
+    try:
+        return make_url(url.replace("postgres://", "postgresql://", 1)).set(drivername="postgresql+psycopg2")
+    except (ArgumentError, ValueError) as error:
+        raise DatabaseNotReady(
+            "the database's address cannot be read, expected postgresql://user@host:5432/name"
+        ) from error
 
 
 def migrate(url: str) -> None:

@@ -11,10 +11,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from db.session import Engine, check_migrated, open_engine
+from db.session import DBAPIError, Engine, check_migrated, is_passing, open_engine
 from db.settings import settings
 from orchestrator.terminal.console import stderr_console
+from workers.errors import redact
 
+_LONGEST_PAUSE_SECONDS = 30.0
 USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
 
 # As people meet them: make a job, look at it, take its masks along, review, operate.
@@ -47,6 +49,7 @@ label_studio_app = typer.Typer(help="Projects of Label Studio, where people corr
 app.add_typer(label_studio_app, name="label-studio")
 
 err = stderr_console()
+log = logging.getLogger(__name__)
 JobArgument = Annotated[int, typer.Argument(help="The job's number, as `maskfleet jobs` shows it.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -62,6 +65,26 @@ def deployment_engine(*, statement_timeout_seconds: float = 60) -> Engine:
     engine = open_engine(database_url(), statement_timeout_seconds=statement_timeout_seconds)
     check_migrated(engine)
     return engine
+
+
+def engine_once_postgres_answers(stop: threading.Event) -> Engine:
+    """The deployment's database, for what runs for long: while Postgres is away it waits, with growing pauses.
+
+    Raises DatabaseNotReady for one of another version. Where `stop` is set meanwhile, the command ends.
+    """
+    engine, pause = open_engine(database_url()), 1.0
+    while not stop.is_set():
+        try:
+            check_migrated(engine)
+        except DBAPIError as error:
+            if not is_passing(error):
+                raise
+            log.warning("Postgres does not answer, next try in %g s: %s", pause, redact(str(error.orig).strip()))
+            stop.wait(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+        else:
+            return engine
+    raise typer.Exit(0)
 
 
 def database_url() -> str:

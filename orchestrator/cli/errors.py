@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydantic import ValidationError
+
 from db.session import DatabaseNotReady, OperationalError
 from orchestrator.cli.app import USAGE, err
 from orchestrator.label_studio.errors import LabelStudioError
@@ -41,6 +43,8 @@ def errors_as_messages() -> Iterator[None]:
         if type(error) is not LookupError:
             raise
         message = str(error)
+    except ValidationError as error:
+        message = "; ".join(f"MASKFLEET_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
     except OperationalError as error:
         message = f"Postgres did not answer: {error.orig}; `maskfleet doctor` says more"
     except BrokenPipeError:

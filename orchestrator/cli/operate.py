@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+from functools import partial
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from db.session import OperationalError
 from db.session import migrate as migrate_database
 from db.settings import settings
 from orchestrator.cli.app import (
@@ -17,7 +16,7 @@ from orchestrator.cli.app import (
     JsonOption,
     app,
     database_url,
-    deployment_engine,
+    engine_once_postgres_answers,
     err,
     fail,
     log_to_stderr,
@@ -27,7 +26,6 @@ from orchestrator.cli.app import (
 )
 from orchestrator.cli.options import DevicesOption
 from orchestrator.local.doctor import examine
-from workers.errors import redact
 
 
 @app.command(epilog="Example: `maskfleet worker --devices 0,1`")
@@ -37,23 +35,18 @@ def worker(
 ) -> None:
     """Run one worker process on each CUDA device (or the CPU), restarting dead ones; SIGTERM drains them."""
     from workers.running.devices import DeviceError, find_devices, serve
-    from workers.running.tasks import top_up
+    from workers.running.tasks import top_up_or_say
 
     log_to_stderr()
     require_broker()
-    engine = deployment_engine()
-
-    def keep_going() -> None:
-        try:
-            top_up(engine)
-        except OperationalError as error:
-            logging.getLogger(__name__).warning("Postgres did not answer: %s", redact(str(error)))
-
     try:
         found = find_devices(devices)
     except DeviceError as error:
         fail(str(error))
-    raise typer.Exit(serve(found, drain_seconds=settings().drain_seconds, top_up=keep_going, parent_pid=parent))
+    stop = stop_on_signals()
+    engine = engine_once_postgres_answers(stop)
+    top_up = partial(top_up_or_say, engine)
+    raise typer.Exit(serve(found, stop, drain_seconds=settings().drain_seconds, top_up=top_up, parent_pid=parent))
 
 
 @app.command(epilog="Example: `maskfleet dispatch`")
@@ -63,8 +56,8 @@ def dispatch() -> None:
 
     log_to_stderr()
     require_broker()
-    engine = deployment_engine()
-    run_dispatcher(engine, stop_on_signals())
+    stop = stop_on_signals()
+    run_dispatcher(engine_once_postgres_answers(stop), stop)
 
 
 @app.command(epilog="Example: `maskfleet migrate`")

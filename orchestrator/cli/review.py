@@ -12,14 +12,16 @@ import typer
 from rich.console import Console
 
 from db import jobs, publishing
-from db.session import Engine
+from db.session import DBAPIError, Engine, is_passing
 from db.settings import settings
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
 from orchestrator.cli.label_studio import connect_label_studio, project_number
 from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.errors import Unavailable
 from orchestrator.local.run import INTERRUPTED
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.review import print_review
+from workers.errors import redact
 
 
 @app.command(epilog="Example: `maskfleet review 12 --project 3 --html review.html`")
@@ -57,7 +59,13 @@ def review(
         try:
             while True:
                 called.clear()
-                _review_once(engine, client, found, number, html, as_json=as_json, in_a_line=follow)
+                try:
+                    _review_once(engine, client, found, number, html, as_json=as_json, in_a_line=follow)
+                except (Unavailable, DBAPIError) as error:
+                    if not follow or (isinstance(error, DBAPIError) and not is_passing(error)):
+                        raise
+                    said = redact(str(error.orig if isinstance(error, DBAPIError) else error))
+                    err.print(f"{said}; trying again", style="yellow", markup=False)
                 if not follow:
                     return
                 called.wait(every)

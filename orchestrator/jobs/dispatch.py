@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from db import jobs, listing
 from db.jobs import Job
-from db.session import Engine, OperationalError
+from db.session import DBAPIError, Engine, is_passing
 from db.settings import settings
 from db.states import JobState
 from orchestrator.jobs.listing import Selection, select
@@ -17,6 +17,7 @@ from workers.errors import AssetError, SourceError, TransientError, redact
 from workers.running.tasks import top_up
 from workers.storage.source import open_source
 
+_LONGEST_PAUSE_SECONDS = 5.0
 _LIST_SECONDS = 2.0  # then the other jobs and the queue get their turn
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,11 @@ def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0
         try:
             busy = tick(engine)
             pause = 0.05 if busy else idle_seconds
-        except OperationalError as error:
-            pause = min(max(pause, idle_seconds) * 2, 30)
-            log.warning("Postgres did not answer, next try in %g s: %s", pause, redact(str(error)))
+        except DBAPIError as error:
+            if not is_passing(error):
+                raise
+            pause = min(max(pause, idle_seconds) * 2, _LONGEST_PAUSE_SECONDS)
+            log.warning("Postgres did not answer, next try in %g s: %s", pause, redact(str(error.orig)))
         stop.wait(pause)
 
 

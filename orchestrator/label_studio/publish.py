@@ -17,7 +17,7 @@ from datetime import datetime
 from db import jobs, published, publishing, results
 from db.jobs import Job
 from db.publishing import LsProject
-from db.session import Engine
+from db.session import DBAPIError, Engine, is_passing
 from db.settings import settings
 from db.states import JobState
 from orchestrator.label_studio.addresses import PublishError, image_address
@@ -30,6 +30,7 @@ from orchestrator.label_studio.outgoing import Outgoing
 from orchestrator.label_studio.publication import POLL_SECONDS, Options, Publication
 from orchestrator.label_studio.report import Report
 from orchestrator.label_studio.sending import Sender
+from workers.errors import redact
 from workers.storage.asset import Source
 from workers.storage.source import open_source
 
@@ -98,16 +99,21 @@ def follow_project(
                 )
                 if over:
                     finished.add((job.id, job.finished_at))
-        except Unavailable as error:
-            log.warning("%s; trying again", error)
-            over = False
-        except LabelStudioError as error:
-            if job_id is not None:
+        except (LabelStudioError, DBAPIError) as error:
+            if not _is_tried_again(error, job_id):
                 raise
-            log.warning("%s; trying again", error)
+            log.warning("%s; trying again", redact(str(error.orig if isinstance(error, DBAPIError) else error)))
+            over = False
         if over and job_id is not None:
             return
         stop.wait(_FOLLOW_SECONDS)
+
+
+def _is_tried_again(error: LabelStudioError | DBAPIError, job_id: int | None) -> bool:
+    """Whether following goes on: after what passes, and with many jobs also after what one of them cannot have."""
+    if isinstance(error, DBAPIError):
+        return is_passing(error)
+    return job_id is None or isinstance(error, Unavailable)
 
 
 def _jobs_to_follow(engine: Engine, client: LabelStudio, project_id: int, job_id: int | None) -> list[Job]:

@@ -106,5 +106,5 @@ def _label_studio() -> Finding:
         return Finding(what="label studio", ok=None, found="MASKFLEET_LABEL_STUDIO_URL is not set", remedy=remedy)
     if error := health_error(url):
         remedy = "start it, or fix MASKFLEET_LABEL_STUDIO_URL"
-        return Finding(what="label studio", ok=False, found=f"{url} does not answer: {error}", remedy=remedy)
-    return Finding(what="label studio", ok=True, found=url)
+        return Finding(what="label studio", ok=False, found=redact(f"{url} does not answer: {error}"), remedy=remedy)
+    return Finding(what="label studio", ok=True, found=redact(url))

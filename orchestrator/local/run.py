@@ -31,6 +31,7 @@ from orchestrator.jobs.request import Request, submit_job
 from orchestrator.local.postgres import EmbeddedPostgres
 from orchestrator.terminal.console import Console
 from orchestrator.terminal.jobs import follow_job
+from workers.errors import redact
 from workers.storage.source import open_source
 
 INTERRUPTED = 130  # what shells say of a command ended by Ctrl-C
@@ -72,8 +73,13 @@ def run(request: Request, *, out: Path, devices: str, console: Console, notice: 
         engine = open_engine(postgres.url)
         stack.callback(engine.dispose)
         job = _begin(engine, request)
-        with _worker(devices, state_dir / "worker.log") as worker, _dispatcher(engine):
-            job = follow_job(engine, job.id, console=console, refresh_seconds=0.3, check=worker.check)
+        with _worker(devices, state_dir / "worker.log") as worker, _dispatcher(engine) as dispatcher:
+
+            def check() -> None:
+                worker.check()
+                dispatcher.check()
+
+            job = follow_job(engine, job.id, console=console, refresh_seconds=0.3, check=check)
         if job.state is JobState.FAILED:
             raise RunError(f"{request.source}: {job.error}")
         return _write_outputs(engine, job, out, seconds=time.monotonic() - started, notice=notice)
@@ -154,19 +160,36 @@ def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
             process.wait()
 
 
-@contextmanager
-def _dispatcher(engine: Engine) -> Iterator[None]:
-    # Imported late: the broker's address is fixed when these modules load.
-    from orchestrator.jobs.dispatch import dispatch
+class _Dispatcher(threading.Thread):
+    """The dispatcher of this run. What ends it before its time ends the run."""
 
-    logging.getLogger("orchestrator.jobs.dispatch").setLevel(
-        logging.CRITICAL
-    )  # the job's row says it, and we show that
+    def __init__(self, engine: Engine, stop: threading.Event) -> None:
+        super().__init__(name="dispatch", daemon=True)
+        self._engine, self._stop = engine, stop
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        # Imported late: the broker's address is fixed when these modules load.
+        from orchestrator.jobs.dispatch import dispatch
+
+        logging.getLogger("orchestrator.jobs.dispatch").setLevel(logging.CRITICAL)  # the job's row says it
+        try:
+            dispatch(self._engine, self._stop, idle_seconds=0.2)
+        except Exception as error:  # noqa: BLE001  said by `check`, in the thread that can end the run
+            self._error = error
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise RunError(f"the dispatcher ended: {redact(str(self._error))}") from self._error
+
+
+@contextmanager
+def _dispatcher(engine: Engine) -> Iterator[_Dispatcher]:
     stop = threading.Event()
-    thread = threading.Thread(target=dispatch, args=(engine, stop), kwargs={"idle_seconds": 0.2}, name="dispatch")
+    thread = _Dispatcher(engine, stop)
     thread.start()
     try:
-        yield
+        yield thread
     finally:
         stop.set()
         thread.join()

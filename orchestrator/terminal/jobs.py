@@ -15,7 +15,7 @@ from rich.text import Text
 from db import jobs
 from db.jobs import Counts, Job
 from db.results import FailedAsset
-from db.session import Engine
+from db.session import DBAPIError, Engine, is_passing
 from db.states import JobState
 from orchestrator.jobs.reports import JobReport
 from orchestrator.terminal.console import printable
@@ -23,6 +23,7 @@ from orchestrator.terminal.publish import published_rows
 from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
 
 OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
+_LONGEST_PAUSE_SECONDS = 30.0
 _PLAIN_LINE_SECONDS = 10.0  # between lines where nobody watches a terminal
 
 
@@ -49,12 +50,21 @@ def follow_job(
     )
     shown_at = time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(f"job {job_id}", total=None, note="")
+        bar, pause = progress.add_task(f"job {job_id}", total=None, note=""), refresh_seconds
         while True:
             if check is not None:
                 check()
             started = time.monotonic()
-            job, counts = read_job(engine, job_id)
+            try:
+                job, counts = read_job(engine, job_id)
+            except DBAPIError as error:
+                if not is_passing(error):
+                    raise
+                progress.update(bar, note="[yellow]Postgres does not answer[/yellow]")
+                pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+                time.sleep(pause)
+                continue
+            pause = refresh_seconds
             total = counts.listed if job.listed_at else None
             progress.update(bar, completed=counts.labeled + counts.failed, total=total, note=_note(job, counts))
             if job.state in OVER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -153,8 +154,8 @@ def test_a_worker_in_which_nothing_moves_gives_up_its_lease_and_its_process(
 
 
 def test_a_frozen_worker_is_replaced_and_its_late_write_refused(deployment: Deployment, tmp_path: Path) -> None:
-    deployment.settings["MASKFLEET_STUB_SECONDS"] = "0.2"
-    source = draw_pictures(tmp_path / "pictures", 24)
+    deployment.settings["MASKFLEET_STUB_SECONDS"] = "0.3"
+    source = draw_pictures(tmp_path / "pictures", 64)
     deployment.start("dispatch")
     frozen = deployment.start("worker", "--devices", "cpu")
     job = deployment.submit(source)
@@ -162,15 +163,26 @@ def test_a_frozen_worker_is_replaced_and_its_late_write_refused(deployment: Depl
     children = deployment.pool_children(frozen)
     for child in children:
         child.send_signal(signal.SIGSTOP)
+    with deployment.engine.begin() as db:
+        [chunk_id] = db.execute(text("SELECT id FROM chunk WHERE state = 'running'")).scalars()
 
     deployment.start("worker", "--devices", "cpu")
-    counts = deployment.wait_until_done(job)
+
+    def done_by_another() -> bool:
+        with deployment.engine.begin() as db:
+            values = {"id": chunk_id}
+            return db.execute(text("SELECT state FROM chunk WHERE id = :id"), values).scalar_one() == "done"
+
+    wait_for(done_by_another, "the frozen worker's chunk to be done by another", logs=deployment.logs)
+    assert deployment.read(job)[0].state == "running"  # so that it is the token alone that refuses the late write
     for child in children:
         child.send_signal(signal.SIGCONT)
+    refused = re.compile(rf"chunk {chunk_id}( of job {job} is no longer held with token|: the lease was lost)")
+    wait_for(lambda: refused.search(deployment.logs()), "the late write to be refused", logs=deployment.logs)
 
-    assert_nothing_lost(counts, listed=24)
+    assert_nothing_lost(deployment.wait_until_done(job), listed=64)
     assert terminate(frozen) == 0
-    assert deployment.executions() == 24
+    assert deployment.executions() == 64
 
 
 def test_sigterm_drains_a_worker_and_gives_its_chunk_back(deployment: Deployment, tmp_path: Path) -> None:

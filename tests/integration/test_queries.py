@@ -144,7 +144,7 @@ def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engi
     def take(_: int) -> list[int]:
         together.wait()
         with engine.begin() as db:
-            return queue.take_window(db, window=30)
+            return queue.take_window(db, window=30).all
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(take, range(2))
@@ -152,7 +152,7 @@ def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engi
     with engine.begin() as db:
         # Two that count at the same instant may both fill the room they see; never more than that.
         assert 30 <= db.execute(text("SELECT count(*) FROM chunk WHERE state = 'sent'")).scalar_one() <= 60
-        assert queue.take_window(db, window=30) == []
+        assert queue.take_window(db, window=30).all == []
 
 
 def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
@@ -160,7 +160,7 @@ def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
     small = make_job(engine, keys=3, chunk_size=1)
 
     with engine.begin() as db:
-        taken = queue.take_window(db, window=6)
+        taken = queue.take_window(db, window=6).all
 
     assert set(chunk_ids(engine, small)) <= set(taken)
     assert len(set(chunk_ids(engine, large)) & set(taken)) == 3
@@ -169,12 +169,12 @@ def test_the_window_is_shared_in_turn_by_all_jobs(engine: Engine) -> None:
 def test_a_chunk_whose_message_was_lost_is_sent_again(engine: Engine) -> None:
     make_job(engine, keys=1)
     with engine.begin() as db:
-        sent = queue.take_window(db, window=5)
-        assert queue.resend_stale(db, resend_seconds=300) == 0
+        sent = queue.take_window(db, window=5).all
+        assert queue.resend_stale(db, resend_seconds=300, queue_is_empty=True) == 0
         db.execute(text("UPDATE chunk SET sent_at = now() - interval '301 s'"))
         assert queue.has_stale_sent(db, resend_seconds=300)
-        assert queue.resend_stale(db, resend_seconds=300) == 1
-        assert queue.take_window(db, window=5) == sent
+        assert queue.resend_stale(db, resend_seconds=300, queue_is_empty=True) == 1
+        assert queue.take_window(db, window=5).all == sent
 
 
 def test_the_share_of_time_with_the_model_at_work_is_counted_worker_by_worker_from_the_first_stored_batch(
@@ -214,9 +214,9 @@ def test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed(engine:
         record(engine, chunk, [labeled(asset_id)])
     with engine.begin() as db:
         leases.release_chunk(db, chunk=chunk)
-        assert queue.take_window(db, window=5) == []
+        assert queue.take_window(db, window=5).all == []
         assert jobs.resume_job(db, job_id=job.id)
-        assert queue.take_window(db, window=5) == [chunk_id]
+        assert queue.take_window(db, window=5).returned == [chunk_id]
 
 
 def test_a_job_is_done_when_it_is_listed_and_no_chunk_is_open(engine: Engine) -> None:
@@ -343,3 +343,55 @@ def test_a_prompts_key_may_stand_for_a_part_of_the_assets(engine: Engine, match:
     with engine.begin() as db:
         assert prompts.prompted_assets(db, chunk=chunk, match=match) == {first.id}
         assert prompts.unmatched_prompts(db, job_id=job.id, match=match, limit=5) == (0, [])
+
+
+def test_cancelling_a_job_frees_the_window_for_others_and_a_resumed_one_is_sent_again_at_once(engine: Engine) -> None:
+    first, second = (make_job(engine, keys=4, chunk_size=1) for _ in range(2))
+    with engine.begin() as db:
+        assert len(queue.take_window(db, window=4).all) == 4
+        assert queue.take_window(db, window=4).all == []
+
+    with engine.begin() as db:
+        jobs.cancel_job(db, job_id=first.id)
+    with engine.begin() as db:
+        sent = queue.take_window(db, window=4).all
+    assert set(sent) <= set(chunk_ids(engine, second))
+    assert sent
+
+    with engine.begin() as db:
+        jobs.cancel_job(db, job_id=second.id)
+        jobs.resume_job(db, job_id=first.id)
+        assert queue.take_window(db, window=4).all == chunk_ids(engine, first)
+
+
+def test_a_returned_chunk_is_sent_before_others_and_though_the_window_is_full(engine: Engine) -> None:
+    job = make_job(engine, keys=6, chunk_size=1)
+    with engine.begin() as db:
+        [first, *_] = queue.take_window(db, window=3).new
+    assert claim(engine, first) is not None
+    with engine.begin() as db:
+        assert queue.take_window(db, window=2).all == []
+        db.execute(text("UPDATE chunk SET lease_until = now() - interval '1 second' WHERE id = :id"), {"id": first})
+        queue.reap(db)
+
+        sent = queue.take_window(db, window=2)
+
+    assert (sent.returned, sent.new) == ([first], [])
+    assert chunk_ids(engine, job)[0] == first
+
+
+def test_a_lost_message_is_noticed_though_the_queue_is_never_empty(engine: Engine) -> None:
+    make_job(engine, keys=4, chunk_size=1)
+    with engine.begin() as db:
+        lost, waiting, overtaking, _ = queue.take_window(db, window=4).new
+        age = "UPDATE chunk SET sent_at = now() - make_interval(secs => :secs) WHERE id = :id"
+        for chunk_id, secs in ((lost, 500), (overtaking, 450), (waiting, 400)):
+            db.execute(text(age), {"id": chunk_id, "secs": secs})
+    with engine.begin() as db:
+        assert queue.resend_stale(db, resend_seconds=300, queue_is_empty=False) == 0  # all may still wait
+
+    claim(engine, overtaking)
+
+    with engine.begin() as db:
+        assert queue.resend_stale(db, resend_seconds=300, queue_is_empty=False) == 1
+        assert queue.take_window(db, window=4).new == [lost]

@@ -6,6 +6,8 @@ retry by the broker, and a crash acknowledges its message: the reaper decides wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +18,8 @@ from kombu.exceptions import OperationalError
 from db.settings import settings
 
 QUEUE = "maskfleet"
+# Of chunks that a worker had before. Redis' queues are looked at in the order of their names, so it comes first.
+FIRST_QUEUE = "first.maskfleet"
 SEGMENT_CHUNK = "maskfleet.segment_chunk"
 
 
@@ -69,24 +73,26 @@ def check_broker() -> str:
         raise BrokerAway(str(error)) from error
 
 
-def publish_chunks(chunk_ids: list[int], *, broker: Celery | None = None) -> None:
+def publish_chunks(chunk_ids: Sequence[int], *, queue: str = QUEUE, broker: Celery | None = None) -> None:
     """Send one message a chunk over one connection; raises kombu's OperationalError when the broker is away."""
     sender = broker or app
     with sender.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, timeout=5)
         producer = sender.amqp.Producer(connection)
         for chunk_id in chunk_ids:
-            sender.send_task(SEGMENT_CHUNK, (chunk_id,), producer=producer, retry=False, ignore_result=True)
+            sender.send_task(
+                SEGMENT_CHUNK, (chunk_id,), queue=queue, producer=producer, retry=False, ignore_result=True
+            )
 
 
 def waiting_messages() -> int:
-    """How many messages wait in the queue; raises kombu's OperationalError when the broker is away."""
-    with app.connection_for_read() as connection:
-        connection.ensure_connection(max_retries=1, timeout=5)
-        try:
-            return int(connection.default_channel.queue_declare(QUEUE, passive=True).message_count)
-        except connection.channel_errors:  # an empty queue does not exist
-            return 0
+    """How many messages wait in both queues; raises kombu's OperationalError when the broker is away."""
+    waiting = 0
+    for queue in (FIRST_QUEUE, QUEUE):
+        with app.connection_for_read() as connection, suppress(*connection.channel_errors):  # an empty one is not there
+            connection.ensure_connection(max_retries=1, timeout=5)
+            waiting += int(connection.default_channel.queue_declare(queue, passive=True).message_count)
+    return waiting
 
 
 _REDIS: dict[str, Any] = {
@@ -95,6 +101,7 @@ _REDIS: dict[str, Any] = {
     "socket_keepalive": True,
     "health_check_interval": 25,
     "visibility_timeout": 3600,
+    "queue_order_strategy": "sorted",  # FIRST_QUEUE before QUEUE
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from db import leases, prompts
 from db.leases import Asset, ClaimedChunk, LeaseLost, NewOutcome
-from db.session import DBAPIError, OperationalError
+from db.session import DBAPIError, is_passing
 from db.states import PromptMatch
 from workers.errors import ErrorKind, TransientError, redact
 from workers.images.decode import decode
@@ -253,8 +253,8 @@ class _ChunkRun:
                         lease_seconds=self._settings.lease_seconds,
                     )
                 break
-            except OperationalError as error:
-                if time.monotonic() + pause > give_up_at:
+            except DBAPIError as error:
+                if not is_passing(error) or time.monotonic() + pause > give_up_at:
                     raise
                 log.warning("chunk %d: Postgres did not answer, trying again: %s", self._chunk.id, redact(str(error)))
                 time.sleep(pause)

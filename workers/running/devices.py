@@ -20,12 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workers.running.app import QUEUE
-from workers.running.tasks import RUN_DIR_VARIABLE
+from workers.running.app import FIRST_QUEUE, QUEUE
+from workers.running.tasks import RUN_DIR_VARIABLE, SUPERVISOR_VARIABLE
 
 _LONGEST_PAUSE_SECONDS = 60.0
 _HEALTHY_SECONDS = 60.0  # a worker that lived this long starts again without a pause
 _MOST_QUICK_DEATHS = 10  # then the device is given up: something is wrong that a restart does not mend
+_MOST_QUICK_DEATHS_WHILE_WAITED_FOR = 3
 _POLL_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
@@ -100,40 +101,49 @@ class _WorkerProcess:
 
 def serve(
     devices: Sequence[Device],
+    stop: threading.Event,
     *,
     drain_seconds: float,
     top_up: Callable[[], object],
     top_up_seconds: float = 10,
     parent_pid: int | None = None,
 ) -> int:
-    """Run a worker on each device until SIGTERM or SIGINT; returns the exit code: 1 when every device was given up.
+    """Run a worker on each device until `stop` is set; returns the exit code: 1 when every device was given up.
 
-    On a signal each worker finishes the batch in its hands and gives its chunk back; what is not done after
-    drain_seconds is killed, and the leases run out. top_up is called now and then, so that the queue fills even when
-    no dispatcher runs. With parent_pid the workers also stop when that process is gone.
+    Then each worker finishes the batch in its hands and gives its chunk back; what is not done after drain_seconds is
+    killed, and the leases run out. top_up is called now and then, so that the queue fills even when no dispatcher runs.
+    With parent_pid the workers also stop when that process is gone, and a device is given up sooner: somebody waits.
     """
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    most_quick_deaths = _MOST_QUICK_DEATHS if parent_pid is None else _MOST_QUICK_DEATHS_WHILE_WAITED_FOR
     with tempfile.TemporaryDirectory(prefix="maskfleet-worker-") as folder:
         workers = [_WorkerProcess(device=device, run_dir=Path(folder) / device.name) for device in devices]
         for worker in workers:
             worker.run_dir.mkdir()
         next_top_up = time.monotonic() + top_up_seconds
+        topping_up: threading.Thread | None = None
         while not stop.wait(_POLL_SECONDS) and not all(worker.given_up for worker in workers):
             for worker in workers:
-                _keep_alive(worker)
+                _keep_alive(worker, most_quick_deaths)
             if parent_pid is not None and os.getppid() != parent_pid:
                 log.info("the command that started these workers is gone")
                 break
             if time.monotonic() >= next_top_up:
-                top_up()
+                topping_up = _in_background(top_up, topping_up)
                 next_top_up = time.monotonic() + top_up_seconds
         _drain(workers, drain_seconds)
         return int(all(worker.given_up for worker in workers))
 
 
-def _keep_alive(worker: _WorkerProcess) -> None:
+def _in_background(action: Callable[[], object], before: threading.Thread | None) -> threading.Thread:
+    """Start the action unless it still runs: a frozen broker keeps it for half a minute, and signals must be heard."""
+    if before is not None and before.is_alive():
+        return before
+    thread = threading.Thread(target=action, name="top-up", daemon=True)
+    thread.start()
+    return thread
+
+
+def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
     """Start the worker when it is down and its pause is over."""
     now = time.monotonic()
     if worker.given_up:
@@ -147,7 +157,7 @@ def _keep_alive(worker: _WorkerProcess) -> None:
         return
     worker.process = None
     worker.quick_deaths = 0 if now - worker.started_at > _HEALTHY_SECONDS else worker.quick_deaths + 1
-    worker.given_up = worker.quick_deaths >= _MOST_QUICK_DEATHS
+    worker.given_up = worker.quick_deaths >= most_quick_deaths
     pause = min(2.0 ** (worker.quick_deaths - 1), _LONGEST_PAUSE_SECONDS) if worker.quick_deaths else 0.0
     worker.restart_at = now + pause
     what = "given up" if worker.given_up else f"starts again in {pause:g} s"
@@ -157,13 +167,15 @@ def _keep_alive(worker: _WorkerProcess) -> None:
 def _start(worker: _WorkerProcess) -> None:
     name = worker.device.name
     # -P: a folder called `db` or `workers` where the command was typed must not be imported.
-    command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker", "--queues", QUEUE]
+    command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker"]
+    command += ["--queues", f"{FIRST_QUEUE},{QUEUE}"]
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
     command += ["--without-gossip", "--without-mingle"]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": worker.device.cuda_id,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         RUN_DIR_VARIABLE: str(worker.run_dir),
+        SUPERVISOR_VARIABLE: str(os.getpid()),
     }
     # A session of its own: Ctrl-C reaches this process alone, which then drains its workers in order.
     worker.process = subprocess.Popen(command, env=environment, start_new_session=True)

@@ -5,37 +5,57 @@ Everything heavy happens in the pool's child, on first use: importing this modul
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
+import time
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 from billiard.exceptions import WorkerLostError
 from celery import Task
-from celery.signals import setup_logging, task_failure
+from celery.signals import setup_logging, task_failure, worker_init
 from kombu.exceptions import OperationalError as BrokerAway
 
 from db import jobs, queue
-from db.session import Engine, OperationalError, open_engine
+from db.session import DBAPIError, Engine, is_passing, open_engine
 from db.settings import settings
 from workers.detectors import detector as detectors
 from workers.errors import redact
 from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import Model
-from workers.running.app import SEGMENT_CHUNK, app, publish_chunks, waiting_messages
-from workers.running.chunk import run_chunk
+from workers.running.app import FIRST_QUEUE, QUEUE, SEGMENT_CHUNK, app, publish_chunks, waiting_messages
+from workers.running.chunk import ChunkReport, run_chunk
 from workers.running.outcomes import ProcessUnfit
 from workers.running.worker import Worker
 
 # Set by `maskfleet worker`, which owns the folder: the file `stop` in it means that the worker drains.
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
+SUPERVISOR_VARIABLE = "MASKFLEET_WORKER_SUPERVISOR"  # its process id
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EX_TEMPFAIL = 75  # sysexits.h: try again later
 _MOST_FAULTS = 3
+_LONGEST_PAUSE_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
+
+
+@worker_init.connect
+def _end_with_the_supervisor(**_: object) -> None:
+    """Have Linux send this (main) process SIGTERM when its supervisor is gone, however that ended.
+
+    Else it would keep its device for ever, beside the worker that a new supervisor starts there.
+    """
+    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
+    if supervisor is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(supervisor):  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @setup_logging.connect
@@ -53,16 +73,32 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
         return None
     worker = _worker(self.request.hostname or "worker")
     try:
-        report = run_chunk(worker, chunk_id)
+        report = _run_once_postgres_answers(worker, chunk_id)
         _faults_file().unlink(missing_ok=True)
-        top_up(worker.engine)
     except ProcessUnfit:
         log.exception("chunk %d: this process ends", chunk_id)
         _leave()
-    except OperationalError:
-        log.exception("chunk %d: Postgres is away; the lease will run out and the chunk go on", chunk_id)
-        return None
+    top_up_or_say(worker.engine)
     return asdict(report) if report else None
+
+
+def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | None:
+    """Run a chunk; while Postgres is away, wait with the message in hand, for its queue must not be emptied in vain.
+
+    A chunk that was claimed before Postgres went is not claimed again: its lease runs out, and it goes on elsewhere.
+    """
+    pause = 0.5
+    while True:
+        try:
+            return run_chunk(worker, chunk_id)
+        except DBAPIError as error:
+            if not is_passing(error):
+                raise
+            if worker.draining():
+                return None
+            log.warning("chunk %d: Postgres does not answer, next try in %g s: %s", chunk_id, pause, _one_line(error))
+        time.sleep(pause)
+        pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
 
 @task_failure.connect
@@ -76,38 +112,52 @@ def _expire_lease_of_dead(
     try:
         with worker.engine.begin() as db:
             queue.expire_lease(db, chunk_id=args[0], worker=worker.name)
-        top_up(worker.engine)
-    except OperationalError:
-        log.warning("chunk %d: Postgres is away, its lease will run out", args[0])
+    except DBAPIError as error:
+        if not is_passing(error):
+            raise
+        log.warning("chunk %d: Postgres is away, its lease will run out: %s", args[0], _one_line(error))
+        return
+    top_up_or_say(worker.engine)
+
+
+def top_up_or_say(engine: Engine) -> None:
+    """`top_up`, for those who do it on the way: what passes is a line in the log, and somebody tops up later."""
+    try:
+        top_up(engine)
+    except DBAPIError as error:
+        if not is_passing(error):
+            raise
+        log.warning("Postgres does not answer: %s", _one_line(error))
 
 
 def top_up(engine: Engine) -> int:
     """Reap expired leases, finish jobs, refill the queue; returns how many chunks were sent.
 
     Idempotent and safe from many processes at once. Commits before it publishes: what a crash or a flushed broker
-    swallows in between is sent again after `resend_seconds`, but not while the queue still holds messages, or a
-    deployment without workers would fill its broker with copies.
+    swallows in between is sent again after `resend_seconds`, but not while its message may still wait in the queue, or
+    a deployment without workers would fill its broker with copies.
     """
     deployment = settings()
-    chunk_ids: list[int] = []
+    sent = queue.Window([], [])
     try:
         with engine.begin() as db:
             queue.reap(db)
             jobs.finish_jobs(db)
             stale = queue.has_stale_sent(db, resend_seconds=deployment.resend_seconds)
-        lost = stale and waiting_messages() == 0
+        is_empty = stale and waiting_messages() == 0
         with engine.begin() as db:
-            if lost:
-                queue.resend_stale(db, resend_seconds=deployment.resend_seconds)
-            chunk_ids = queue.take_window(db, window=deployment.window_chunks)
-        if chunk_ids:
-            publish_chunks(chunk_ids)
+            if stale:
+                queue.resend_stale(db, resend_seconds=deployment.resend_seconds, queue_is_empty=is_empty)
+            sent = queue.take_window(db, window=deployment.window_chunks)
+        for chunk_ids, lane in ((sent.returned, FIRST_QUEUE), (sent.new, QUEUE)):
+            if chunk_ids:
+                publish_chunks(chunk_ids, queue=lane)
     except BrokerAway as error:
         with engine.begin() as db:
-            queue.unsend(db, chunk_ids=chunk_ids)
-        log.warning("the broker is away, %d chunks wait: %s", len(chunk_ids), redact(str(error)))
+            queue.unsend(db, chunk_ids=sent.all)
+        log.warning("the broker is away, %d chunks wait: %s", len(sent.all), redact(str(error)))
         return 0
-    return len(chunk_ids)
+    return len(sent.all)
 
 
 @cache
@@ -121,9 +171,30 @@ def _worker(name: str) -> Worker:
         settings=settings(),
         load_model=_load_model,
         load_detector=_load_detector,
-        draining=lambda: (_run_dir() / "stop").exists(),
+        draining=_is_draining,
         on_hang=lambda: os._exit(_EX_TEMPFAIL),
     )
+
+
+def _is_draining() -> bool:
+    """Whether the supervisor asked this child's worker to stop, or is gone itself.
+
+    The main process, which is the child's parent, is then another's child.
+    """
+    if (_run_dir() / "stop").exists():
+        return True
+    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
+    return supervisor is not None and not _is_alive(int(supervisor))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _load_model(name: str) -> Model:
@@ -147,6 +218,10 @@ def _leave() -> None:
     if seen >= _MOST_FAULTS:
         os.kill(os.getppid(), signal.SIGTERM)
     os._exit(_EX_TEMPFAIL)
+
+
+def _one_line(error: DBAPIError) -> str:
+    return redact(" ".join(str(error.orig).split()))
 
 
 def _faults_file() -> Path:
