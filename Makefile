@@ -27,7 +27,7 @@ ifneq ($(CA_BUNDLE),)
 CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
 endif
 
-.PHONY: help setup demo check test coverage lint picture bench
+.PHONY: help setup demo check unit test coverage lint picture bench
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
@@ -52,7 +52,10 @@ demo: .venv/.complete  ## Label the sample scenes and write a gallery (OUT=folde
 	@test -s "$(OUT)/index.html"
 	@echo "Gallery: $$(cd "$(OUT)" && pwd)/index.html"
 
-check: lint  ## What one runs between edits: the linters, and the unit tests that are not slow
+check: .venv/.complete  ## What one runs between edits: the linters, and beside them the unit tests that are not slow
+	@$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O) lint unit
+
+unit: .venv/.complete
 	.venv/bin/pytest -q -m "not gpu and not slow" -n 2 --dist worksteal tests/unit
 
 test: .venv/.complete  ## Run every test that needs no GPU (PYTEST_ARGS="-x tests/unit" and the like)

@@ -55,6 +55,7 @@ def test_a_click_and_a_box_give_the_drawn_object():
     assert np.mean(boxed) >= 0.85
 
 
+@pytest.mark.slow
 def test_the_trainer_computes_what_segment_anything_computes():
     torch.manual_seed(0)
     model = init_weights(nano.build_sam_nano()).eval()

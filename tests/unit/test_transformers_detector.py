@@ -60,6 +60,7 @@ def test_a_checkpoints_boxes_are_the_models_own_in_each_images_pixels(
     assert len({found[0].box_xyxy for found in together}) == 3
 
 
+@pytest.mark.slow
 def test_scores_of_nan_fail_instead_of_finding_nothing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     model = transformers.AutoModelForObjectDetection.from_pretrained(checkpoints["rt_detr_v2"])
     next(model.model.encoder_input_proj.parameters()).data.fill_(float("nan"))
