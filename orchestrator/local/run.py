@@ -165,7 +165,7 @@ class _Dispatcher(threading.Thread):
 
     def __init__(self, engine: Engine, stop: threading.Event) -> None:
         super().__init__(name="dispatch", daemon=True)
-        self._engine, self._stop = engine, stop
+        self._engine, self._stopping = engine, stop  # Thread has a _stop of its own, which join calls
         self._error: Exception | None = None
 
     def run(self) -> None:
@@ -174,7 +174,7 @@ class _Dispatcher(threading.Thread):
 
         logging.getLogger("orchestrator.jobs.dispatch").setLevel(logging.CRITICAL)  # the job's row says it
         try:
-            dispatch(self._engine, self._stop, idle_seconds=0.2)
+            dispatch(self._engine, self._stopping, idle_seconds=0.2)
         except Exception as error:  # noqa: BLE001  said by `check`, in the thread that can end the run
             self._error = error
 
