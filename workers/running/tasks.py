@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 from billiard.exceptions import WorkerLostError
 from celery import Task
-from celery.signals import setup_logging, task_failure, worker_init
+from celery.signals import setup_logging, task_failure, worker_init, worker_shutting_down
 from kombu.exceptions import OperationalError as BrokerAway
 
 from db import jobs, queue
@@ -56,6 +57,13 @@ def _end_with_the_supervisor(**_: object) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(supervisor):  # it was gone before
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@worker_shutting_down.connect
+def _drain(**_: object) -> None:
+    """Tell the pool's child that its worker ends: it finishes the batch in its hands and gives its chunk back."""
+    with suppress(OSError):  # the folder's owner may have gone and taken it along
+        (_run_dir() / "stop").touch()
 
 
 @setup_logging.connect
@@ -171,30 +179,9 @@ def _worker(name: str) -> Worker:
         settings=settings(),
         load_model=_load_model,
         load_detector=_load_detector,
-        draining=_is_draining,
+        draining=lambda: (_run_dir() / "stop").exists(),
         on_hang=lambda: os._exit(_EX_TEMPFAIL),
     )
-
-
-def _is_draining() -> bool:
-    """Whether the supervisor asked this child's worker to stop, or is gone itself.
-
-    The main process, which is the child's parent, is then another's child.
-    """
-    if (_run_dir() / "stop").exists():
-        return True
-    supervisor = os.environ.get(SUPERVISOR_VARIABLE)
-    return supervisor is not None and not _is_alive(int(supervisor))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _load_model(name: str) -> Model:
