@@ -105,7 +105,7 @@ def take_window(db: Connection, *, window: int) -> list[int]:
                FROM job j CROSS JOIN LATERAL (
                    SELECT id FROM chunk WHERE job_id = j.id AND state = 'new' AND (ready_at IS NULL OR ready_at < now())
                    ORDER BY id LIMIT :room) c
-               WHERE j.state IN ('listing', 'running')),
+               WHERE j.state IN ('listing', 'running') AND (j.asked->>'prompts' IS NULL OR j.matched IS NOT NULL)),
            taken AS (
                SELECT id FROM chunk WHERE id IN (SELECT id FROM candidate ORDER BY turn, id LIMIT :room)
                AND state = 'new' FOR UPDATE SKIP LOCKED)

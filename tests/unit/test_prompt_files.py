@@ -138,17 +138,17 @@ def test_a_coco_instances_file_is_known_by_its_content_and_gives_boxes_and_label
     assert rows[2] == ("a/b.jpg", [{"label": "5", "box_xyxy": [0.0, 0.0, 5.0, 5.0], "size_wh": [64.0, 48.0]}])
 
 
-@pytest.mark.parametrize(
-    ("image_id", "key", "match"),
-    [(42, "42", "number"), ("a/b", "a/b", "stem"), ("a/b.jpg", "a/b.jpg", "key")],
-)
-def test_a_coco_detections_file_names_its_images_by_number_or_name(
-    tmp_path: Path, image_id: object, key: str, match: str
-) -> None:
-    detection = {"image_id": image_id, "category_id": 18, "bbox": [1, 2, 3, 4], "score": 0.25}
-    found = read(write(tmp_path / "d.json", [detection, {"image_id": None, "bbox": [1, 2, 3, 4]}]))
-    assert (found.file_format, found.match, found.bad_count) == ("coco-detections", match, 1)
-    assert stored(found) == [(key, [{"label": "18", "box_xyxy": [1.0, 2.0, 4.0, 6.0], "score": 0.25}])]
+def test_a_detections_file_names_each_image_in_its_own_way(tmp_path: Path) -> None:
+    named = [42, 0, "a/b", "a/b.jpg", "lot_jpg.rf.0a1b", 7.0, 10**30]
+    detections = [{"image_id": n, "category_id": 18, "bbox": [1, 2, 3, 4], "score": 0.25} for n in named]
+    detections += [{"image_id": n, "bbox": [1, 2, 3, 4]} for n in (None, True, [1], 1.5, "")]
+    detections += [{"image_id": 3, "file_name": "c.jpg", "category_name": "no", "bbox": [1, 2, 3, 4]}, 5]
+    found = read(write(tmp_path / "d.json", detections))
+    assert (found.file_format, found.bad_count) == ("coco-detections", 6)
+    rows = stored(found)
+    assert [key for key, _ in rows] == ["42", "0", "a/b", "a/b.jpg", "lot_jpg.rf.0a1b", "7", str(10**30), "c.jpg"]
+    assert rows[0][1] == [{"label": "18", "box_xyxy": [1.0, 2.0, 4.0, 6.0], "score": 0.25}]
+    assert rows[-1][1][0]["label"] == "no"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_yolo_labels_find_their_images_wherever_the_source_begins(
     write(tmp_path / "ds" / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4", "0 0.1 0.1 0.3 0.1 0.2 0.6")
     (tmp_path / "ds" / "data.yaml").write_text("names:\n  0: cat\n  1: dog\n")
     found = read(tmp_path / prompts, source=str(tmp_path / source))
-    assert (found.file_format, found.match, found.bad_count) == ("yolo", "stem", 0)
+    assert (found.file_format, found.bad_count) == ("yolo", 0)
     rows = stored(found)
     assert [key for key, _ in rows] == [stem, stem]
     [[box], [polygon]] = (asked for _, asked in rows)
