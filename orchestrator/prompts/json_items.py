@@ -1,13 +1,14 @@
 """The items of a list in a JSON document, one at a time, of a file of any length.
 
-Reads what Python's json writes though it is no JSON (NaN, Infinity: they come as text) and whole numbers of any
-length; both cost the fast parser, so they are tried where it gives up.
+Reads what Python's json writes though it is no JSON (NaN, Infinity), numbers that no float holds (both come as text)
+and whole numbers of any length. A slower parser does that, where the fast one gives up.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
+from collections import deque
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -18,8 +19,12 @@ from orchestrator.prompts.entries import PromptFileError
 
 _BOM = codecs.BOM_UTF8
 _CHUNK_BYTES = 1 << 16
-# Strings are matched so that what they hold is left alone.
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?Infinity|NaN', re.DOTALL)
+# Strings are matched so that what they hold is left alone; the second form is one that the text cuts off. A number of
+# 1e999 is no float.
+_TOKEN = re.compile(
+    rb'"(?:[^"\\]|\\.)*"|"(?:[^"\\]|\\.)*\\?\Z|-?Infinity|NaN|-?[0-9]+(?:\.[0-9]+)?[eE]\+?[0-9]{3,}', re.DOTALL
+)
+_WORD = frozenset(b"+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
 def items(file: IO[bytes], name: str, prefix: str) -> Iterator[Any]:
@@ -50,7 +55,7 @@ def from_start(file: IO[bytes]) -> IO[bytes]:
 
 
 class _Lenient:
-    """A file whose NaN and Infinity outside of strings are put in quotes."""
+    """A file whose NaN, Infinity and too large numbers are put in quotes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -70,13 +75,12 @@ class _Lenient:
 
 
 def _safe_end(text: bytes) -> int:
-    """Up to where a text can be looked at alone: it ends in no string and in no word."""
-    end = 0
-    for token in _TOKEN.finditer(text):
-        end = token.end()
-    quote = text.find(b'"', end)  # one that does not close in this text
-    limit = quote if quote >= 0 else len(text)
-    while limit > end and (text[limit - 1 : limit].isalpha() or text[limit - 1 : limit] == b"-"):
+    """Up to where a text can be looked at alone: it ends in no string, no number and no word."""
+    for last in deque(_TOKEN.finditer(text), maxlen=1):
+        if last.group().startswith(b'"') and last.end() == len(text):
+            return last.start()
+    limit = len(text)
+    while limit and text[limit - 1] in _WORD:
         limit -= 1
     return limit
 

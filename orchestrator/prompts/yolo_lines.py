@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from orchestrator.prompts.entries import shown
 from orchestrator.prompts.yolo_names import KeyPoints
-from workers.prompts import Box, PromptError
+from workers.prompts import BoxXyxy, PromptError
 
 _EXPECTED = (
     "expected a class number and `x y width height`, `x1 y1 x2 y2 x3 y3 …` or a box with key points, in fractions of "
@@ -75,7 +75,7 @@ class Line(NamedTuple):
 class Reading(NamedTuple):
     """box_xyxy in fractions of the image; score 0..1 where the line has one."""
 
-    box_xyxy: Box
+    box_xyxy: BoxXyxy
     score: float | None
 
 
@@ -154,7 +154,7 @@ def _ends_in_track_id(line: Line) -> bool:
     return value >= 1 and value == int(value) and (value > 1 or word.isdecimal() or line.is_float_table)
 
 
-def _box(values: Sequence[float]) -> Box | None:
+def _box(values: Sequence[float]) -> BoxXyxy | None:
     if len(values) != 4:
         return None
     x, y, width, height = values
@@ -163,7 +163,7 @@ def _box(values: Sequence[float]) -> Box | None:
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
-def _polygon(values: Sequence[float]) -> Box | None:
+def _polygon(values: Sequence[float]) -> BoxXyxy | None:
     """The box around a polygon. Its corners may lie a little outside, as those of a turned box at the border do."""
     if len(values) < 2 * _CORNER_POINTS or len(values) % 2:
         return None
@@ -187,7 +187,7 @@ def _is_pose(words: Sequence[str], key_points: KeyPoints | None) -> bool:
     return len(points) == _COCO_KEY_POINTS and len(sure) >= 3 and _are_inside(sure, box)
 
 
-def _are_inside(points_xy: Sequence[tuple[float, float]], box: Box) -> bool:
+def _are_inside(points_xy: Sequence[tuple[float, float]], box: BoxXyxy) -> bool:
     """Whether the box lies in the image and the points in the box, or near it."""
     x0, y0, x1, y1 = box
     if min(x0, y0) < -_MOST_BOX or max(x1, y1) > 1 + _MOST_BOX:

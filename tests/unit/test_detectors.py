@@ -179,8 +179,8 @@ def test_unknown_classes_are_named_before_anything_runs(tmp_path: Path) -> None:
     [
         ("- a\n- b", "expected lines such as"),
         ("", "expected lines such as"),
-        ("no: person", "unless they are quoted"),
-        ("car: 7", "'car': 7, expected a class and its label"),
+        ("null: person", "None: 'person', expected a class and its label"),
+        ("car: [7]", r"'car': \['7'\], expected a class and its label"),
         ("car: [", "neither YAML nor JSON"),
     ],
 )
@@ -188,6 +188,11 @@ def test_a_label_map_that_is_none_says_where(tmp_path: Path, text: str, said: st
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(DetectorError, match=said):
         read_label_map(tmp_path / "map.yaml")
+
+
+def test_a_label_map_keeps_the_words_that_yaml_reads_as_other_things(tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_bytes("\ufeffno: yes\r\n1.10: 2024-01-01\r\noff: ~\r\n7: 08\r\n".encode())
+    assert read_label_map(tmp_path / "map.yaml") == {"no": "yes", "1.10": "2024-01-01", "off": None, "7": "08"}
 
 
 def test_a_label_map_renames_drops_and_leaves_the_others_their_names(tmp_path: Path) -> None:
