@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.prompts.entries import BadEntry, Entry, PassedOver, PromptFileError, Reader, shown
 from orchestrator.prompts.yolo_lines import Forms, alone, decide, parse_line, readings
-from orchestrator.prompts.yolo_names import NAMES_FILES, DataSet, is_label_file, read_data_set
+from orchestrator.prompts.yolo_names import (
+    NAMES_FILES,
+    DataSet,
+    data_set_of,
+    is_label_file,
+    place_of,
+    read_data_sets,
+)
 from workers.class_names import decode_text
 from workers.errors import AssetError, TransientError
 from workers.prompts import PromptError
@@ -32,15 +39,17 @@ def read(address: str, *, source: str, s3_endpoint: str | None) -> Reader:
     Raises PromptFileError where nothing below is a label file, SourceError where it cannot be listed.
     """
     folder = address if "://" in address else str(Path(address).expanduser().absolute())
-    data_set = read_data_set(folder, s3_endpoint)
     labels = open_source(folder, s3_endpoint=s3_endpoint)
-    entries = _entries(labels, folder.rstrip("/"), source.rstrip("/"), data_set)
+    data_sets = read_data_sets(folder.rstrip("/"), labels, s3_endpoint)
+    entries = _entries(labels, folder.rstrip("/"), source.rstrip("/"), data_sets)
     return Reader(file_format="yolo", entries=entries)
 
 
-def _entries(labels: Source, folder: str, source: str, data_set: DataSet) -> Iterator[Entry | BadEntry | PassedOver]:
+def _entries(
+    labels: Source, folder: str, source: str, data_sets: Mapping[str, DataSet]
+) -> Iterator[Entry | BadEntry | PassedOver]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as lines:
-        forms: Forms = Counter()
+        forms: dict[str, Forms] = {place: Counter() for place in data_sets}
         seen = 0
         for name in _text_files(labels):
             found = _read_file(labels, name)
@@ -49,7 +58,7 @@ def _entries(labels: Source, folder: str, source: str, data_set: DataSet) -> Ite
                 seen += isinstance(found, BadEntry)
                 continue
             seen += 1
-            forms += _copy_lines(name, found, lines, data_set)
+            forms[place_of(name, data_sets)] += _copy_lines(name, found, lines, data_set_of(name, data_sets))
         if not seen:
             raise PromptFileError(
                 f"{folder}: no label file below it, expected YOLO's .txt files of lines such as `0 0.5 0.5 0.2 0.4`, "
@@ -61,8 +70,9 @@ def _entries(labels: Source, folder: str, source: str, data_set: DataSet) -> Ite
             key = _key_of(name, folder, source)
             if kind == _EMPTY:
                 yield Entry(name, key, [])
-            else:
-                yield Entry(f"{name}:{number}", key, [_prompt_of(text, forms, data_set)])
+                continue
+            place = place_of(name, data_sets)
+            yield Entry(f"{name}:{number}", key, [_prompt_of(text, forms[place], data_sets[place])])
 
 
 def _text_files(labels: Source) -> Iterator[str]:

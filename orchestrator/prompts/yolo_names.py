@@ -5,7 +5,7 @@ YAML's scalars are read as the text that stands in the file: a class may be call
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -36,23 +36,59 @@ class DataSet(NamedTuple):
     key_points: KeyPoints | None
 
 
-def read_data_set(folder: str, s3_endpoint: str | None) -> DataSet:
-    """What the nearest files say, in the folder or up to two folders above.
+def read_data_sets(folder: str, labels: Source, s3_endpoint: str | None) -> dict[str, DataSet]:
+    """What is said of the labels below each folder of `labels` that has such files; "" is `folder` itself, for which
+    the two folders above count too. What a folder does not say, the nearest above it does.
 
     Raises PromptFileError for a file whose names cannot keep their numbers.
     """
+    found = {"": _read_above(folder, s3_endpoint)}
+    told = {*YAML_FILES, *NAMES_FILES}
+    keys = (listed.key.rpartition("/") for page in labels.list() for listed in page.objects)
+    for place in sorted({below for below, _, file_name in keys if below and file_name in told}):
+        own = _read_place(labels, folder, f"{place}/")
+        above = data_set_of(f"{place}/", found)
+        found[place] = DataSet(names=own.names or above.names, key_points=own.key_points or above.key_points)
+    return found
+
+
+def data_set_of(name: str, data_sets: Mapping[str, DataSet]) -> DataSet:
+    """Of a label file, by its name below the folder of `read_data_sets`."""
+    return data_sets[place_of(name, data_sets)]
+
+
+def place_of(name: str, data_sets: Mapping[str, DataSet]) -> str:
+    """The nearest folder above a label file that says something."""
+    place = name
+    while place:
+        place = place.rpartition("/")[0]
+        if place in data_sets:
+            return place
+    return ""
+
+
+def _read_above(folder: str, s3_endpoint: str | None) -> DataSet:
     names: Names | None = None
     key_points: KeyPoints | None = None
     for place in _places(folder.rstrip("/")):
-        opened = open_source(place, s3_endpoint=s3_endpoint)
-        for file_name in YAML_FILES:
-            document = _read_yaml(opened, place, file_name)
-            names = names or _yaml_names(document, f"{place}/{file_name}")
-            key_points = key_points or _yaml_key_points(document, f"{place}/{file_name}")
-        for file_name in NAMES_FILES:
-            names = names or _read_names(opened, place, file_name)
+        own = _read_place(open_source(place, s3_endpoint=s3_endpoint), place, "")
+        names, key_points = names or own.names, key_points or own.key_points
         if names:
             break
+    return DataSet(names=names, key_points=key_points)
+
+
+def _read_place(source: Source, place: str, prefix: str) -> DataSet:
+    """What the files of one folder of a source say; prefix: the folder, with its slash."""
+    names: Names | None = None
+    key_points: KeyPoints | None = None
+    for file_name in YAML_FILES:
+        document = _read_yaml(source, place, prefix + file_name)
+        where = f"{place}/{prefix}{file_name}"
+        names = names or _yaml_names(document, where)
+        key_points = key_points or _yaml_key_points(document, where)
+    for file_name in NAMES_FILES:
+        names = names or _read_names(source, place, prefix + file_name)
     return DataSet(names=names, key_points=key_points)
 
 

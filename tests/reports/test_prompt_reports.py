@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from orchestrator.jobs.listing import select
 from orchestrator.prompts.detectors import read_detector
 from orchestrator.prompts.files import PromptFile, read_prompts
 from orchestrator.prompts.key_matching import Matched, match
+from tests.deployment import MASKFLEET, Deployment
 from tests.e2e.test_run import run
 from workers.models.registry import find_model
 from workers.prompts import fit_all
@@ -200,3 +202,43 @@ def test_prompts_that_mean_no_asset_are_no_success(reports: Path, tmp_path: Path
     for more in (["--dry-run"], ["--devices", "cpu"]):
         said = " ".join(run(*words, *more, code=1).stderr.split())
         assert "none of the prompts' 1 keys means one of its 1 assets: other.png" in said
+
+
+def say(deployment: Deployment, *words: str | Path, code: int) -> str:
+    """What a command of the deployment says on stderr."""
+    command = [*MASKFLEET, *map(str, words)]
+    done = subprocess.run(command, env=deployment.environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return " ".join(done.stderr.split())
+
+
+@pytest.mark.integration
+def test_a_deployment_says_what_prompts_mean_and_that_nothing_is_no_success(
+    reports: Path, tmp_path: Path, deployment: Deployment
+) -> None:
+    case = reports / "34-same-number-in-two-folders"
+    prompts = tmp_path / "p.json"
+    prompts.write_text(
+        json.dumps([{"image_id": n, "bbox": [30, 25, 50, 50]} for n in (1, "gone", "images/left/0001.png")])
+    )
+    (tmp_path / "empty").mkdir()
+    rules = "keys matched: 1 by other folders, 1 by number"
+
+    submitted = say(deployment, "submit", case / "images", "--model", "stub", "--prompts", prompts, code=0)
+    nothing = say(deployment, "submit", tmp_path / "empty", "--model", "stub", code=1)
+    deployment.start("dispatch")
+    deployment.start("worker", "--devices", "cpu")
+    watched = say(deployment, "watch", "1", code=0)
+    watched_nothing = say(deployment, "watch", "2", code=1)
+    shown = deployment.call_json("show", "1")["prompts"]
+    page = " ".join(deployment.call("show", "1").split())
+
+    for said in (submitted, watched):
+        assert rules in said
+        assert "keys not in the job: 1: gone" in said
+        assert "keys of several assets: 1: 1 means left/0001.png, right/0001.png" in said
+    assert "no asset found" in nothing
+    assert "no asset found" in watched_nothing
+    assert (shown["by_rule"], shown["unmatched"], shown["several"]) == ({"other folders": 1, "number": 1}, 1, 1)
+    assert "1 by other folders, 1 by number" in page
+    assert "1 means left/0001.png, right/0001.png" in page

@@ -193,6 +193,24 @@ def test_names_that_cannot_keep_their_numbers_are_refused(
         read_prompts(str(tmp_path / "labels"), source="/x", spec=find_model("sam_vit_b"), s3_endpoint=None)
 
 
+def test_each_label_file_is_read_by_the_nearest_files_of_its_data_set(tmp_path: Path) -> None:
+    write(tmp_path / "classes.txt", "top")
+    write(tmp_path / "a.txt", f"0 {BOX}")
+    write(tmp_path / "pose" / "data.yaml", "kpt_shape: [2, 2]", "names: [person]")
+    write(tmp_path / "pose" / "labels" / "train" / "b.txt", f"0 {BOX} 0.1 0.1 0.9 0.9")
+    write(tmp_path / "segment" / "obj.names", "car")
+    write(tmp_path / "segment" / "obj_train_data" / "c.txt", f"0 {QUAD}")
+    found = read(tmp_path)
+    assert (found.bad_count, found.passed_over) == (0, ("classes.txt",))
+    rows = {key: (asked["label"], asked["box_xyxy"]) for key, [asked] in stored(found)}
+    assert {key: label for key, (label, _) in rows.items()} == {
+        "a": "top",
+        "pose/labels/train/b": "person",
+        "segment/obj_train_data/c": "car",
+    }
+    assert all(box == pytest.approx(BOX_XYXY) for _, box in rows.values())
+
+
 def test_a_class_without_a_name_is_refused_by_its_line(tmp_path: Path) -> None:
     write(tmp_path / "classes.txt", "a", "", "c")
     write(tmp_path / "a.txt", f"0 {BOX}", f"1 {BOX}", f"2 {BOX}")
