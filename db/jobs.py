@@ -34,6 +34,7 @@ class Job:
     list_cursor: str | None
     list_failures: int
     asset_count: int
+    matched: dict[str, Any] | None
     skipped: dict[str, int]
     error: str | None
     created_at: datetime
@@ -67,7 +68,7 @@ class Counts:
 
 
 JOB_COLUMNS = """id, name, state, source, model, model_version, asked, fresh, list_cursor, list_failures, asset_count,
-          skipped, error, created_at, listed_at, finished_at"""
+          matched, skipped, error, created_at, listed_at, finished_at"""
 
 
 def insert_job(
@@ -227,6 +228,15 @@ def jobs_to_list(db: Connection) -> list[Job]:
     return [Job.from_row(row) for row in rows]
 
 
+def jobs_to_match(db: Connection) -> list[Job]:
+    """Listed jobs with prompts of which nobody has said yet which assets they mean."""
+    statement = text(
+        f"""SELECT {JOB_COLUMNS} FROM job
+            WHERE state = 'running' AND asked->>'prompts' IS NOT NULL AND matched IS NULL ORDER BY id"""
+    )
+    return [Job.from_row(row) for row in db.execute(statement).mappings()]
+
+
 def record_list_failure(db: Connection, *, job: Job, error: str, lasting: bool) -> None:
     """Count a failed listing; a lasting error, or too many of the passing ones, fails the job."""
     db.execute(
@@ -243,6 +253,7 @@ def finish_jobs(db: Connection) -> list[int]:
     """Mark as done the listed jobs without an open chunk; returns their ids."""
     statement = text(
         """UPDATE job SET state = 'done', finished_at = now(), error = NULL WHERE state = 'running'
+           AND (asked->>'prompts' IS NULL OR matched IS NOT NULL)
            AND NOT EXISTS (SELECT 1 FROM chunk WHERE job_id = job.id AND state <> 'done') RETURNING id"""
     )
     return list(db.execute(statement).scalars())

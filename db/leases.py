@@ -68,7 +68,8 @@ class NewOutcome:
 
 
 def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: float) -> ClaimedChunk | None:
-    """Take the lease of a chunk. None when it is finished, held by a live worker, or its job does not run."""
+    """Take the lease of a chunk. None when it is finished, held by a live worker, or its job does not run, or its job's
+    prompts are not matched yet."""
     row = (
         db.execute(
             text(
@@ -76,6 +77,7 @@ def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: fl
                           lease_until = now() + make_interval(secs => :lease)
                    FROM job
                    WHERE chunk.id = :id AND job.id = chunk.job_id AND job.state IN ('listing', 'running')
+                     AND (job.asked->>'prompts' IS NULL OR job.matched IS NOT NULL)
                      AND chunk.state IN ('new', 'sent')
                    RETURNING chunk.id, chunk.token, job_id, first_asset_id, last_asset_id, transient_failures,
                              source, model, model_version, asked, fresh"""
@@ -103,6 +105,9 @@ def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
                JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL
                WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id
                  AND a.job_id = :job_id AND a.id BETWEEN :first AND :last
+                 -- The same prompt file may mean an asset in one listing and not in another.
+                 AND ARRAY(SELECT key FROM prompt_match WHERE asset_id = a.id ORDER BY key)
+                   = ARRAY(SELECT key FROM prompt_match WHERE asset_id = b.id ORDER BY key)
                ORDER BY a.id, b.id DESC
                ON CONFLICT (asset_id) DO NOTHING
                RETURNING asset_id, answered_by)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -10,13 +11,6 @@ from sqlalchemy import Connection, text
 
 from db.copying import COPY_ROWS, copy_rows
 from db.leases import ClaimedChunk
-from db.states import PromptMatch
-
-_PROMPT_KEY = {
-    PromptMatch.KEY: "a.key",
-    PromptMatch.STEM: r"regexp_replace(a.key, '\.[^./]*$', '')",
-    PromptMatch.NUMBER: r"ltrim(regexp_replace(a.key, '^.*/|\.[^./]*$', '', 'g'), '0')",
-}
 
 
 def store_prompts(db: Connection, *, job_id: int, rows: Iterable[tuple[str, str]]) -> None:
@@ -44,33 +38,62 @@ def store_prompts(db: Connection, *, job_id: int, rows: Iterable[tuple[str, str]
     )
 
 
-def prompted_assets(db: Connection, *, chunk: ClaimedChunk, match: PromptMatch) -> set[int]:
+def prompt_keys(db: Connection, *, job_id: int, after: str | None, limit: int) -> list[str]:
+    """The keys of a job's prompts behind one, in binary order."""
+    statement = text(
+        """SELECT key FROM prompt WHERE job_id = :job_id AND (CAST(:after AS text) IS NULL OR key > :after)
+           ORDER BY key LIMIT :limit"""
+    )
+    return list(db.execute(statement, {"job_id": job_id, "after": after, "limit": limit}).scalars())
+
+
+def asset_keys(db: Connection, *, job_id: int, after: str | None, limit: int) -> list[tuple[int, str]]:
+    """(id, key) of a job's assets behind a key, in binary order."""
+    statement = text(
+        """SELECT id, key FROM asset WHERE job_id = :job_id AND (CAST(:after AS text) IS NULL OR key > :after)
+           ORDER BY key LIMIT :limit"""
+    )
+    rows = db.execute(statement, {"job_id": job_id, "after": after, "limit": limit})
+    return [(row.id, row.key) for row in rows]
+
+
+def store_matches(db: Connection, *, job_id: int, pairs: Iterable[tuple[int, str]], matched: Mapping[str, Any]) -> bool:
+    """Store which assets a job's prompts mean, as (asset id, key) in any number, and what is to be said of it.
+
+    False, and nothing stored, where another dispatcher was here first.
+    """
+    statement = text("UPDATE job SET matched = CAST(:matched AS jsonb) WHERE id = :job_id AND matched IS NULL")
+    if db.execute(statement, {"job_id": job_id, "matched": json.dumps(dict(matched))}).rowcount != 1:
+        return False
+    remaining = iter(pairs)
+    while batch := list(islice(remaining, COPY_ROWS)):
+        copy_rows(db, "prompt_match (asset_id, key)", iter(batch))
+    return True
+
+
+def prompted_assets(db: Connection, *, chunk: ClaimedChunk) -> set[int]:
     """Which of a chunk's assets the job has prompts for."""
     statement = text(
-        f"""SELECT a.id FROM asset a JOIN prompt p ON p.job_id = a.job_id AND p.key = {_PROMPT_KEY[match]}
-            WHERE a.job_id = :job_id AND a.id BETWEEN :first AND :last AND p.prompts <> '[]'"""
+        """WITH asked AS (
+               SELECT id, key FROM asset WHERE job_id = :job_id AND id BETWEEN :first AND :last
+               UNION ALL SELECT asset_id, key FROM prompt_match WHERE asset_id BETWEEN :first AND :last)
+           SELECT DISTINCT asked.id FROM asked JOIN prompt p ON p.job_id = :job_id AND p.key = asked.key
+           WHERE p.prompts <> '[]'"""
     )
     values = {"job_id": chunk.job_id, "first": chunk.first_asset_id, "last": chunk.last_asset_id}
     return set(db.execute(statement, values).scalars())
 
 
-def prompts_of(db: Connection, *, asset_id: int, match: PromptMatch) -> list[Any]:
+def prompts_of(db: Connection, *, asset_id: int) -> list[Any]:
     """What an asset's job asks of it, each a prompt's JSON or {"error": why it cannot be used}."""
     statement = text(
-        f"""SELECT p.prompts FROM asset a JOIN prompt p ON p.job_id = a.job_id AND p.key = {_PROMPT_KEY[match]}
-            WHERE a.id = :asset_id"""
+        """WITH asked AS (
+               SELECT job_id, key FROM asset WHERE id = :asset_id
+               UNION SELECT a.job_id, m.key FROM prompt_match m JOIN asset a ON a.id = m.asset_id
+               WHERE m.asset_id = :asset_id)
+           SELECT p.prompts FROM asked JOIN prompt p USING (job_id, key) ORDER BY p.key"""
     )
-    found: list[Any] = db.execute(statement, {"asset_id": asset_id}).scalar_one()
-    return found
-
-
-def unmatched_prompts(db: Connection, *, job_id: int, match: PromptMatch, limit: int) -> tuple[int, list[str]]:
-    """Prompts whose key no asset of the job has: how many keys, and the first of them."""
-    unmatched = f"""FROM prompt p WHERE p.job_id = :job_id AND NOT EXISTS (
-                        SELECT 1 FROM asset a WHERE a.job_id = :job_id AND {_PROMPT_KEY[match]} = p.key)"""
-    count = int(db.execute(text(f"SELECT count(*) {unmatched}"), {"job_id": job_id}).scalar_one())
-    first = text(f"SELECT p.key {unmatched} ORDER BY p.key LIMIT :limit")
-    return count, list(db.execute(first, {"job_id": job_id, "limit": limit}).scalars()) if count else []
+    return [prompt for row in db.execute(statement, {"asset_id": asset_id}) for prompt in row.prompts]
 
 
 def assets_with_unused_prompts(db: Connection, *, job_id: int, limit: int) -> tuple[int, list[tuple[str, str]]]:

@@ -133,7 +133,7 @@ def take_window(db: Connection, *, window: int) -> Window:
                    SELECT id, token FROM chunk
                    WHERE job_id = j.id AND state = 'new' AND (ready_at IS NULL OR ready_at < now())
                    ORDER BY id LIMIT :window) c
-               WHERE j.state IN ('listing', 'running')),
+               WHERE j.state IN ('listing', 'running') AND (j.asked->>'prompts' IS NULL OR j.matched IS NOT NULL)),
            wanted AS (
                (SELECT id FROM candidate WHERE returned ORDER BY turn, id LIMIT :returned_room) UNION ALL
                (SELECT id FROM candidate WHERE NOT returned ORDER BY turn, id LIMIT :room)),

@@ -1,4 +1,4 @@
-"""The closed sets of words that columns hold: states, verdicts, and how prompts name assets."""
+"""The closed sets of words that columns hold: states and verdicts."""
 
 from __future__ import annotations
 
@@ -35,14 +35,6 @@ class Verdict(StrEnum):
     EDITED = "edited"
     DELETED = "deleted"
     ADDED = "added"
-
-
-class PromptMatch(StrEnum):
-    """What of an asset's key a prompt's key is compared with."""
-
-    KEY = "key"  # all of it
-    STEM = "stem"  # without its suffix: a label file does not say its picture's
-    NUMBER = "number"  # the file's name without suffix and leading zeros: COCO's detections say only a picture's number
 
 
 class ChunkState(StrEnum):

@@ -66,6 +66,7 @@ class Job(Base):
     list_cursor: Mapped[str | None] = mapped_column(Text(collation="C"))
     list_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     asset_count: Mapped[int] = mapped_column(server_default=text("0"))
+    matched: Mapped[dict[str, Any] | None]  # of a job with prompts: what became of their keys; chunks wait for it
     skipped: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     error: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -92,8 +93,18 @@ class PromptRow(Base):
     __tablename__ = "prompt"
 
     job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
-    key: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)  # or what `PromptMatch` makes of the key
+    key: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)  # as the prompt file has it
     prompts: Mapped[list[Any]]  # each a prompt's JSON, or {"error": why it cannot be used}
+
+
+class PromptMatch(Base):
+    """An asset that a prompt's key means though it is not the asset's own key. Written once, when the source of its
+    job is listed."""
+
+    __tablename__ = "prompt_match"
+
+    asset_id: Mapped[int] = mapped_column(ForeignKey("asset.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)  # of the job's prompt
 
 
 class Chunk(Base):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Engine, text
 
@@ -23,12 +23,13 @@ def make_job(
     source: str = "s3://bucket/photos",
     model_version: str = "stub@55555555+00000000",
     fresh: bool = False,
+    asked: Mapping[str, object] | None = None,
 ) -> Job:
     """A listed job with these keys (or so many of them)."""
     names = [f"{n:04}.jpg" for n in range(keys)] if isinstance(keys, int) else keys
     with engine.begin() as db:
         job = jobs.insert_job(
-            db, name="a job", source=source, model="stub", model_version=model_version, asked={}, fresh=fresh
+            db, name="a job", source=source, model="stub", model_version=model_version, asked=asked or {}, fresh=fresh
         )
         listed = listing.add_assets(
             db,

@@ -19,6 +19,21 @@ class ParamError(ValueError):
 
 PRECISIONS = ("auto", "exact", "fast")
 DECODERS = ("torch", "onnx")
+# What a person may ask for, though the engine computes with more: thresholds of scores, which lie in 0..1; logits,
+# which stay below 100; and no more points than an image has pixels.
+_RANGES = {
+    "pred_iou_thresh": (0, 1),
+    "stability_score_thresh": (0, 1),
+    "box_nms_thresh": (0, 1),
+    "crop_nms_thresh": (0, 1),
+    "stability_score_offset": (0, 100),
+    "points_per_side": (1, 1024),
+    "points_per_batch": (1, 1_000_000),
+    "crop_n_points_downscale_factor": (1, 1024),
+    "min_mask_region_area": (0, 10**9),
+    "min_area_px": (0, 10**9),
+    "max_masks": (0, 1_000_000),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +115,9 @@ def parse_params(texts: Mapping[str, str]) -> dict[str, Any]:
         if name not in hints:
             raise ParamError(f"unknown parameter {name!r}; known: {', '.join(PARAM_NAMES)}")
         values[name] = _parse(name, text, hints[name])
+        least, most = _RANGES.get(name, (-math.inf, math.inf))
+        if isinstance(values[name], int | float) and not least <= values[name] <= most:
+            raise ParamError(f"{name}={text}: expected {least}..{most}")
     AutomaticParams(**values)
     return values
 

@@ -59,8 +59,8 @@ class Prompt:
             raise PromptError(f"points: {len(self.points)} in one prompt, expected at most {_MOST_POINTS}")
         if self.points and not (self.box_xyxy or self.text or any(inside for _, _, inside in self.points)):
             raise PromptError("points: all are outside (0), expected one inside (1), or a box_xyxy")
-        if self.score is not None and not math.isfinite(self.score):
-            raise PromptError(f"score: {self.score}, expected 0..1")
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise PromptError(f"score: {self.score:g}, expected 0..1")
         if self.size_wh is not None and not all(math.isfinite(side) and side > 0 for side in self.size_wh):
             raise PromptError(f"size_wh: {_shown(self.size_wh)}, expected the image's width and height")
 

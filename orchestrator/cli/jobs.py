@@ -10,7 +10,9 @@ from rich.console import Console
 from db import jobs
 from db.states import JobState
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
+from orchestrator.jobs.findings import matching_rows, nothing_found
 from orchestrator.jobs.reports import read_report
+from orchestrator.terminal.console import printable
 from orchestrator.terminal.jobs import (
     follow_job,
     job_as_json,
@@ -29,7 +31,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Follow a job until it is over; exits 1 when assets failed."""
+    """Follow a job until it is over; exits 1 when assets failed, or when there was nothing to label."""
     engine = deployment_engine()
     if not once:
         follow_job(engine, job, console=err, refresh_seconds=1.0)
@@ -38,7 +40,14 @@ def watch(
         print_json(job_as_json(found, counts))
     else:
         print(one_line(found, counts))
-    if counts.failed or found.state is JobState.FAILED:
+    for what, line in matching_rows(found.matched).items():
+        if line:
+            err.print(f"{what}: {printable(line)}", style="yellow", markup=False)
+    why = nothing_found(found.source, counts.listed, found.skipped, found.matched)
+    why = why if found.state is JobState.DONE else None
+    if why:
+        err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
+    if why or counts.failed or found.state is JobState.FAILED:
         raise typer.Exit(1)
 
 

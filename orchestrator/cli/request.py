@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from db.settings import settings
 from orchestrator.cli.app import err, fail, print_json
 from orchestrator.cli.options import JobOptions
-from orchestrator.jobs.listing import select
+from orchestrator.jobs.findings import matching_rows, nothing_found
 from orchestrator.jobs.request import Request
+from orchestrator.jobs.survey import Survey, survey
 from orchestrator.prompts.detectors import read_detector, read_phrases
 from orchestrator.prompts.files import PromptFile, list_reports, read_prompts
 from orchestrator.terminal.console import printable
@@ -113,28 +116,34 @@ def _read_prompts(address: str, source: str, spec: ModelSpec, detector: AskedDet
 
 
 def print_dry_run(request: Request, as_json: bool) -> None:
-    """List with the job's filters and print how many, how many bytes, and a sample."""
-    source = open_source(request.source, s3_endpoint=settings().s3_endpoint)
-    source.check()
-    count, size_bytes, sample, skipped = 0, 0, list[str](), dict[str, int]()
+    """List with the job's filters and print how many, how many bytes, a sample, and which prompts meet an asset.
+
+    Exits 1 where there is nothing to do.
+    """
+    open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
     with err.status("listing"):
-        for page in select(source, asked=request.asked(), after=None, found=0):
-            count += len(page.assets)
-            size_bytes += sum(asset.size_bytes for asset in page.assets)
-            sample += [asset.key for asset in page.assets[: 10 - len(sample)]]
-            for reason, n in page.skipped.items():
-                skipped[reason] = skipped.get(reason, 0) + n
+        found = survey(request)
     if as_json:
-        version = request.model_version()
-        print_json(
-            {"assets": count, "bytes": size_bytes, "sample": sample, "skipped": skipped, "model_version": version}
-        )
-        return
-    print(f"{count:,} assets, {size_bytes:,} bytes; nothing was stored")
-    for reason, n in sorted(skipped.items()):
-        print(f"skipped {n:,}: {reason}")
-    for key in sample:
-        print(f"  {printable(key)}")
+        document = {"assets": found.assets, "bytes": found.size_bytes, "sample": found.sample}
+        document |= {"skipped": dict(found.skipped), "model_version": request.model_version()}
+        print_json(document | ({} if request.prompts is None else {"prompts": found.matched}))
+    else:
+        print(f"{found.assets:,} assets, {found.size_bytes:,} bytes; nothing was stored")
+        for reason, n in sorted(found.skipped.items()):
+            print(f"skipped {n:,}: {reason}")
+        for key in found.sample:
+            print(f"  {printable(key)}")
+    print_survey(request, found)
+
+
+def print_survey(request: Request, found: Survey) -> None:
+    """Say which prompts meet no asset, or several. Exits 1 where there is nothing to do."""
+    for what, line in matching_rows(found.matched).items():
+        if line:
+            err.print(f"{what}: {printable(line)}", style="yellow", markup=False)
+    if found.complete and (why := nothing_found(request.source, found.assets, found.skipped, found.matched)):
+        err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
+        raise typer.Exit(1)
 
 
 def demonstration_notice() -> str:

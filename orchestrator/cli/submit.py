@@ -10,8 +10,16 @@ import typer
 from db.settings import settings
 from orchestrator.cli.app import JsonOption, app, deployment_engine, err, fail, print_json
 from orchestrator.cli.options import DevicesOption, JobOptions, SourceArgument, takes_job_options
-from orchestrator.cli.request import demonstration_notice, job_request, print_dry_run, require_weights
+from orchestrator.cli.request import (
+    demonstration_notice,
+    job_request,
+    print_dry_run,
+    print_survey,
+    require_weights,
+)
+from orchestrator.jobs.findings import nothing_found
 from orchestrator.jobs.request import Request, submit_job
+from orchestrator.jobs.survey import survey
 from orchestrator.local.run import INTERRUPTED
 from orchestrator.local.run import run as run_embedded
 from orchestrator.terminal.console import printable
@@ -21,6 +29,8 @@ from workers.detectors.files import require_library
 from workers.models.loading import ONNX_LIBRARIES, require_libraries
 from workers.models.registry import MODELS, find_model, largest_present
 from workers.storage.source import open_source
+
+_SURVEY_SECONDS = 10.0  # what `submit` looks at its source for, to say what it found
 
 
 @app.command(epilog="Example: `maskfleet demo --out maskfleet-demo`")
@@ -62,7 +72,10 @@ def run(
     if notice and not options.model:
         err.print(notice, style="yellow")
     summary = _run_and_report(request, out, devices, as_json, notice=notice)
-    if summary["assets"]["failed"]:
+    why = nothing_found(request.source, summary["assets"]["listed"], summary["skipped"], _matched(summary))
+    if why:
+        err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
+    if why or summary["assets"]["failed"]:
         raise typer.Exit(1)
 
 
@@ -86,6 +99,11 @@ def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = Fa
     else:
         print(job.id)
         err.print(f"maskfleet watch {job.id}    follows it", style="dim")
+    with err.status("listing"):
+        found = survey(request, seconds=_SURVEY_SECONDS)
+    if not found.complete:
+        err.print(f"the source is large; maskfleet show {job.id}    says what was found when it is listed", style="dim")
+    print_survey(request, found)
 
 
 def _run_and_report(request: Request, out: Path, devices: str, as_json: bool, *, notice: str | None) -> dict[str, Any]:
@@ -111,8 +129,9 @@ def _run_and_report(request: Request, out: Path, devices: str, as_json: bool, *,
             f"{assets['failed']} failed, in {outputs.summary['seconds']:.1f} s"
         )
         print(f"gallery: {outputs.gallery}")
-    if not assets["listed"]:
-        err.print(
-            f"no images under {request.source}: skipped {outputs.summary['skipped'] or 'nothing'}", style="yellow"
-        )
     return outputs.summary
+
+
+def _matched(summary: dict[str, Any]) -> dict[str, Any] | None:
+    prompts: dict[str, Any] | None = summary["prompts"]
+    return prompts if prompts and prompts["by_rule"] is not None else None

@@ -11,9 +11,9 @@ from db.jobs import Counts, Job
 from db.published import Published
 from db.results import FailedAsset
 from db.session import Connection
-from db.states import PromptMatch
 
 _NAMED = 5
+_NOT_MATCHED: dict[str, Any] = {"by_rule": None, "unmatched": None, "unmatched_first": []}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,21 +50,17 @@ def read_report(db: Connection, job: Job, counts: Counts, *, with_failed: bool) 
 def prompts_report(db: Connection, job: Job) -> dict[str, Any] | None:
     """What became of a job's prompt file; None for a job without one.
 
-    unmatched: keys that no asset of the job has, known once its source is listed. unused: labeled assets of which some
-    prompts could not be used. Of both the first few are named.
+    by_rule: which rule found how many keys, known once the source is listed, as are unmatched: keys that mean no asset;
+    ambiguous: those of them for which something was found, but no one asset; several: keys that mean several assets.
+    unused: labeled assets of which some prompts could not be used. Of all the first few are named.
     """
     asked: dict[str, Any] | None = job.asked.get("prompts")
     if asked is None:
         return None
-    unmatched, keys = None, list[str]()
-    if job.listed_at is not None:
-        match = PromptMatch(asked["match"])
-        unmatched, keys = prompts.unmatched_prompts(db, job_id=job.id, match=match, limit=_NAMED)
     unused, assets = prompts.assets_with_unused_prompts(db, job_id=job.id, limit=_NAMED)
     return {
         **asked,
-        "unmatched": unmatched,
-        "unmatched_first": keys,
+        **(job.matched or _NOT_MATCHED),
         "unused": unused,
         "unused_first": [{"key": key, "error": error} for key, error in assets],
     }

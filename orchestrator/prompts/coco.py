@@ -1,7 +1,7 @@
 """COCO files as prompts: the boxes of an instances file, with its categories as labels, or of a detections file.
 
 Boxes are COCO's [x, y, width, height] in pixels. An instances file says the size of each image, by which boxes are
-scaled where the asset is larger or smaller.
+scaled where the asset is larger or smaller. Every entry stands alone: one that cannot be read is reported.
 """
 
 from __future__ import annotations
@@ -11,115 +11,183 @@ from typing import IO, Any, Literal, NamedTuple
 
 import ijson
 
-from db.states import PromptMatch
-from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
+from orchestrator.prompts.coco_boxes import box_of
+from orchestrator.prompts.entries import BadEntry, Entry, Reader, shown
+from orchestrator.prompts.json_items import from_start, items
+from workers.prompts import PromptError
 
 _OURS = {"key", "prompts"}
 _COCO = {"images", "annotations", "categories"}
-_BOM = b"\xef\xbb\xbf"
+
+Labels = dict[str, str | PromptError]
+"""Category number -> name, or why it has none that is right."""
+
+Kind = Literal["instances", "detections", "our-array", ""]
 
 
 class _Image(NamedTuple):
-    file_name: str
-    size_wh: list[int] | None
+    """file_name: None where several images have this id."""
+
+    file_name: str | None
+    size_wh: list[float] | None
 
 
-def kind_of(file: IO[bytes]) -> Literal["instances", "detections", ""]:
-    """Which COCO file this is, by its first names; "" for anything else. Leaves the file at its start."""
+_SEVERAL = _Image(file_name=None, size_wh=None)
+
+
+def kind_of(file: IO[bytes]) -> Kind:
+    """Which JSON document this is, by its first names; "" for anything else. Leaves the file at its start."""
+    is_array = False
     try:
-        for prefix, event, value in ijson.parse(_from_start(file), multiple_values=True):
+        for prefix, event, value in ijson.parse(from_start(file), multiple_values=True):
             if prefix == "" and event == "start_array":
+                is_array = True
+            elif is_array and event == "map_key" and prefix == "item":
+                return "our-array" if value in _OURS else "detections"
+            elif is_array and prefix == "" and event == "end_array":
                 return "detections"
-            if prefix == "" and event == "map_key" and value in _COCO:
+            elif prefix == "" and event == "map_key" and value in _COCO:
                 return "instances"
-            if prefix == "" and (event in ("end_map", "string", "number") or value in _OURS):
+            elif prefix == "" and (event in ("end_map", "string", "number") or value in _OURS):
                 return ""
     except ijson.JSONError:
-        return ""
+        return "detections" if is_array else ""
     finally:
         file.seek(0)
     return ""
 
 
 def read_instances(file: IO[bytes], name: str) -> Reader:
-    """Every annotation's box; image names are compared with whole keys."""
-    return Reader(file_format="coco-instances", match=PromptMatch.KEY, entries=_instances(file, name))
+    """Every annotation's box, for the image that its image_id names."""
+    return Reader(file_format="coco-instances", entries=_instances(file, name))
 
 
 def read_detections(file: IO[bytes], name: str) -> Reader:
-    """Every detection's box. Its image is said by `file_name`, or by `image_id`: a key, a key without suffix, or the
-    number that is the file's name."""
-    try:
-        first = next(iter(_items(file, name, "item")), {})
-    except PromptFileError:
-        first = {}
-    match = _match_of(first)
-    return Reader(file_format="coco-detections", match=match, entries=_detections(file, name, match))
+    """Every detection's box. Its image is said by `file_name`, or by `image_id`: a name, a name without suffix, or a
+    number."""
+    return Reader(file_format="coco-detections", entries=_detections(file, name))
 
 
 def _instances(file: IO[bytes], name: str) -> Iterator[Entry | BadEntry]:
-    images = {image.get("id"): _image_of(image) for image in _items(file, name, "images.item")}
-    labels = {category.get("id"): category.get("name") for category in _items(file, name, "categories.item")}
-    for number, annotation in enumerate(_items(file, name, "annotations.item"), start=1):
-        where = f"{name}, annotation {number}"
-        image = images.get(annotation.get("image_id"))
-        if image is None or not isinstance(image.file_name, str):
-            yield BadEntry(where, f"image_id {shown(annotation.get('image_id'))} has no file_name among the images")
+    images: dict[str, _Image] = {}
+    for number, image in enumerate(items(file, name, "images.item"), start=1):
+        found = _image_of(image)
+        if isinstance(found, str):
+            yield BadEntry(f"{name}, image {number}", found)
             continue
-        category = annotation.get("category_id")
-        asked = _prompt_of(annotation, labels.get(category, None if category is None else str(category)))
-        yield Entry(where, image.file_name, [{**asked, "size_wh": image.size_wh} if isinstance(asked, dict) else asked])
+        image_id = _id_of(image["id"]) or ""
+        images[image_id] = found if images.get(image_id, found) == found else _SEVERAL
+    labels: Labels = {}
+    for number, category in enumerate(items(file, name, "categories.item"), start=1):
+        category_id = _id_of(category.get("id")) if isinstance(category, dict) else None
+        if category_id is None:
+            yield BadEntry(f"{name}, category {number}", f"{shown(category)}, expected an object with id and name")
+            continue
+        label = _name_of(category_id, category.get("name"))
+        if str(labels.get(category_id, label)) != str(label):
+            label = PromptError(f"category_id {category_id} has two names among the categories, expected one")
+        labels[category_id] = label
+    for number, annotation in enumerate(items(file, name, "annotations.item"), start=1):
+        yield _annotation(f"{name}, annotation {number}", annotation, images, labels)
 
 
-def _detections(file: IO[bytes], name: str, match: PromptMatch) -> Iterator[Entry | BadEntry]:
-    for number, detection in enumerate(_items(file, name, "item"), start=1):
+def _annotation(where: str, annotation: object, images: Mapping[str, _Image], labels: Labels) -> Entry | BadEntry:
+    if not isinstance(annotation, dict):
+        return BadEntry(where, f"{shown(annotation)}, expected an object with image_id and bbox")
+    image = images.get(_id_of(annotation.get("image_id")) or "")
+    if image is None:
+        return BadEntry(where, f"image_id {shown(annotation.get('image_id'))} has no file_name among the images")
+    if image.file_name is None:
+        return BadEntry(where, f"image_id {shown(annotation.get('image_id'))} has two file names among the images")
+    try:
+        asked = _prompt_of(annotation, _label_of(annotation.get("category_id"), labels))
+    except PromptError as error:
+        return Entry(where, image.file_name, [error])
+    return Entry(where, image.file_name, [{"size_wh": image.size_wh, **asked}])
+
+
+def _detections(file: IO[bytes], name: str) -> Iterator[Entry | BadEntry]:
+    for number, detection in enumerate(items(file, name, "item"), start=1):
         where = f"{name}, detection {number}"
-        named = detection.get("file_name", detection.get("image_id"))
-        if not isinstance(named, str | int) or _match_of(detection) is not match:
-            yield BadEntry(where, f"image_id {shown(detection.get('image_id'))}, expected one such as the first's")
+        if not isinstance(detection, dict):
+            yield BadEntry(where, f"{shown(detection)}, expected an object with image_id and bbox")
             continue
-        key = str(named)
-        category = detection.get("category_id")
-        label = detection.get("category_name", None if category is None else str(category))
-        yield Entry(where, key.lstrip("0") if match is PromptMatch.NUMBER else key, [_prompt_of(detection, label)])
+        file_name = detection.get("file_name")
+        key = file_name if isinstance(file_name, str) and file_name else _id_of(detection.get("image_id"))
+        if key is None:
+            found = shown(detection.get("image_id"))
+            yield BadEntry(where, f"image_id {found}, expected the image's number, its name, or file_name")
+            continue
+        try:
+            asked: object = _prompt_of(detection, _detected_label(detection))
+        except PromptError as error:
+            asked = error
+        yield Entry(where, key, [asked])
 
 
-def _match_of(detection: Mapping[str, Any]) -> PromptMatch:
-    named = detection.get("file_name", detection.get("image_id"))
-    if isinstance(named, int):
-        return PromptMatch.NUMBER
-    is_key = "file_name" in detection or "." in str(named).rpartition("/")[2]
-    return PromptMatch.KEY if is_key else PromptMatch.STEM
+def _detected_label(detection: Mapping[str, Any]) -> str | None:
+    name = detection.get("category_name")
+    return name if isinstance(name, str) and name.strip() else _label_of(detection.get("category_id"), {})
 
 
-def _image_of(image: Mapping[str, Any]) -> _Image:
-    size = [image.get("width"), image.get("height")]
+def _label_of(category: object, labels: Labels) -> str | None:
+    """A category's name; its number where it has none, as people know it then. Raises PromptError for anything that is
+    no category's number."""
+    if category is None:
+        return None
+    category_id = _id_of(category)
+    if category_id is None:
+        raise PromptError(f"category_id {shown(category)}, expected one number")
+    label = labels.get(category_id, category_id)
+    if isinstance(label, PromptError):
+        raise label
+    return label
+
+
+def _image_of(image: object) -> _Image | str:
+    """An image's name and size, or what is wrong with it."""
+    if not isinstance(image, dict):
+        return f"{shown(image)}, expected an object with id and file_name"
+    if _id_of(image.get("id")) is None:
+        return f"id {shown(image.get('id'))}, expected one number"
+    file_name = image.get("file_name")
+    if not isinstance(file_name, str) or not file_name:
+        return f"file_name {shown(file_name)}, expected the image's name"
+    sides = [image.get("width"), image.get("height")]
     # Writers that do not know the size put 0 or 1.
-    known = all(isinstance(side, int | float) and side > 1 for side in size)
-    return _Image(file_name=image.get("file_name", ""), size_wh=size if known else None)  # type: ignore[arg-type]
+    known = [float(side) for side in sides if isinstance(side, int | float) and 1 < side < 1e9]
+    return _Image(file_name=file_name, size_wh=known if len(known) == 2 else None)
 
 
-def _prompt_of(annotation: Mapping[str, Any], label: object) -> object:
-    """What `parse_prompt` reads; it says what is wrong with the box, in the order in which the file has it."""
-    box = annotation.get("bbox")
-    if isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box):
-        x, y, width, height = box
-        box = [x, y, x + width, y + height]
-    asked = {"label": label, "box_xyxy": box if box is not None else [], "score": annotation.get("score")}
+def _name_of(category_id: str, name: object) -> str | PromptError:
+    """A category's name, its number where it has none; or why neither is right."""
+    if name is None or (isinstance(name, str) and not name.strip()):
+        return category_id
+    if isinstance(name, int) and not isinstance(name, bool):
+        return _id_of(name) or category_id
+    if isinstance(name, str):
+        return name
+    return PromptError(f"category_id {category_id} is named {shown(name)}, expected text; write it in quotes")
+
+
+def _prompt_of(annotation: Mapping[str, Any], label: str | None) -> dict[str, Any]:
+    """What `parse_prompt` reads. Raises PromptError where there is no box."""
+    found = box_of(annotation)
+    asked = {
+        "label": label,
+        "box_xyxy": list(found.box_xyxy),
+        "score": annotation.get("score"),
+        "size_wh": found.size_wh,
+    }
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _items(file: IO[bytes], name: str, prefix: str) -> Iterator[Mapping[str, Any]]:
-    """The objects of one list of the document, one at a time."""
-    try:
-        for item in ijson.items(_from_start(file), prefix, use_float=True):
-            yield item if isinstance(item, dict) else {}
-    except ijson.JSONError as error:
-        raise PromptFileError(f"{name}: damaged JSON ({error}); expected a COCO document") from error
-
-
-def _from_start(file: IO[bytes]) -> IO[bytes]:
-    file.seek(0)
-    if file.read(len(_BOM)) != _BOM:
-        file.seek(0)
-    return file
+def _id_of(value: object) -> str | None:
+    """An id as text: a number of any length, a whole float, or words; None for what cannot be one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value == value // 1 and abs(value) < 2**53 else None
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print those
+        return None
+    return str(value) or None

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from db.texts import is_storable
+from workers.class_names import decode_text
 from workers.detectors.detector import AskedDetector
 from workers.detectors.files import examine, require_classes
 from workers.detectors.kinds import DetectorError, DetectorKind
@@ -69,7 +70,7 @@ def read_label_map(path: Path) -> dict[str, str | None]:
     Raises DetectorError naming the entry that is no such thing.
     """
     try:
-        value = yaml.safe_load(path.read_bytes())
+        value = yaml.load(decode_text(path.read_bytes()), Loader=_WordsOrNull)  # noqa: S506  it makes text and null
     except OSError as error:
         raise DetectorError(f"{path}: cannot be read ({error.strerror}); expected a label map") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -78,11 +79,18 @@ def read_label_map(path: Path) -> dict[str, str | None]:
         raise DetectorError(f"{path}: expected lines such as `car: vehicle`, and `kite: null` for a class to drop")
     for name, label in value.items():
         if not _is_name(name) or not (label is None or _is_name(label)):
-            raise DetectorError(
-                f"{path}: {name!r}: {label!r}, expected a class and its label, or null to drop it; "
-                'YAML reads yes, no, on, off and numbers as other things unless they are quoted, as in "no": person'
-            )
+            raise DetectorError(f"{path}: {name!r}: {label!r}, expected a class and its label, or null to drop it")
     return value
+
+
+class _WordsOrNull(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types of its own
+    """Text as it is written (no, 1.10, 2024-01-01 are names here), and null."""
+
+
+_WordsOrNull.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag == "tag:yaml.org,2002:null"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _is_name(value: object) -> bool:

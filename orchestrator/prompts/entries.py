@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from db.states import PromptMatch
 from workers.errors import SourceError
 from workers.prompts import PromptError
 
@@ -15,8 +14,9 @@ class PromptFileError(SourceError):
 
 
 class Entry(NamedTuple):
-    """Prompts of one asset, unchecked. where: file and line, for people. prompts: each what `parse_prompt` reads,
-    or what is wrong with it."""
+    """Prompts of one asset, unchecked. where: file and line, for people. key: the asset's, or as near to it as the
+    file says: without a suffix, a number, a path of another machine. prompts: each what `parse_prompt` reads, or what
+    is wrong with it; none where the file says that there is no object."""
 
     where: str
     key: str
@@ -30,12 +30,17 @@ class BadEntry(NamedTuple):
     why: str
 
 
+class PassedOver(NamedTuple):
+    """A file beside the prompts that holds none: a list of images, class names, prose."""
+
+    name: str
+
+
 class Reader(NamedTuple):
-    """A file of a known format. match: what of an asset's key its keys stand for."""
+    """A file of a known format."""
 
     file_format: str
-    match: PromptMatch
-    entries: Iterator[Entry | BadEntry]
+    entries: Iterator[Entry | BadEntry | PassedOver]
 
 
 def shown(value: object) -> str:

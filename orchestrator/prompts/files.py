@@ -1,4 +1,5 @@
-"""Prompt files to rows for the database: JSON lines, COCO instances, COCO detections, folders of YOLO labels.
+"""Prompt files to rows for the database: JSON lines (or the same as one JSON array), COCO instances, COCO detections,
+folders of YOLO labels.
 
 Which one it is, its content says. Everything streams: a file of any length takes the memory of its longest line (and
 of the list of images, where COCO keeps that apart). What cannot be read is reported with file and line and stops
@@ -7,8 +8,10 @@ nothing else; a key whose prompts are all bad is stored with the reasons, for it
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from db.states import PromptMatch
 from db.texts import is_storable
 from orchestrator.prompts import coco as coco_prompts
 from orchestrator.prompts import yolo as yolo_prompts
-from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
+from orchestrator.prompts.entries import BadEntry, Entry, PassedOver, PromptFileError, Reader, shown
+from orchestrator.prompts.json_items import items
 from workers.errors import AssetError, ErrorKind, redact
 from workers.models.spec import ModelSpec
 from workers.prompts import Prompt, PromptError, PromptKind, parse_prompt, takes
@@ -36,17 +39,19 @@ class PromptFile:
     """A prompt file, read and checked. Its rows wait in a temporary file until a job's number is known.
 
     sha256: of what is stored, so that equal files give equal versions whatever their name. keys, prompts: how many
-    were read; bad: what could not be, with file and line, the first hundred of bad_count.
+    were read; bad: what could not be, with file and line, the first hundred of bad_count. passed_over: files in a
+    folder of labels that are none, the first of passed_over_count.
     """
 
     name: str
     file_format: str
-    match: PromptMatch
     sha256: str
     keys: int
     prompts: int
     bad_count: int
     bad: tuple[str, ...]
+    passed_over_count: int
+    passed_over: tuple[str, ...]
     stored: IO[str] = field(repr=False, compare=False)
 
     def rows(self) -> Iterator[tuple[str, str]]:
@@ -61,12 +66,13 @@ class PromptFile:
         return {
             "file": self.name,
             "format": self.file_format,
-            "match": str(self.match),
             "sha256": self.sha256,
             "lines": self.keys,
             "prompts": self.prompts,
             "bad": self.bad_count,
             "bad_first": list(self.bad),
+            "passed_over": self.passed_over_count,
+            "passed_over_first": list(self.passed_over),
         }
 
 
@@ -83,7 +89,7 @@ def read_prompts(
     with ExitStack() as on_error:
         intake = _Intake(spec=spec, source=source, taken=(*spec.prompts, *besides))
         on_error.enter_context(intake.stored)
-        with _open(address, s3_endpoint) as file:
+        with _open(address, s3_endpoint) as opened, _as_utf_8(opened, address) as file:
             reader = _reader_of(file, address, source, s3_endpoint)
             for entry in reader.entries:
                 intake.take(entry)
@@ -94,12 +100,14 @@ def read_prompts(
     return PromptFile(
         name=redact(address),
         file_format=reader.file_format,
-        match=reader.match,
-        sha256=hashlib.sha256(f"{reader.match}\n{intake.digest.hexdigest()}".encode()).hexdigest(),
+        # The word stands for nothing now: without it, JSON lines would give other versions than those stored.
+        sha256=hashlib.sha256(f"key\n{intake.digest.hexdigest()}".encode()).hexdigest(),
         keys=intake.keys,
         prompts=intake.prompts,
         bad_count=intake.bad_count,
         bad=tuple(intake.bad),
+        passed_over_count=intake.passed_over_count,
+        passed_over=tuple(intake.passed_over),
         stored=intake.stored,
     )
 
@@ -108,15 +116,20 @@ class _Intake:
     """Checks entries one by one, writes what is stored, and counts."""
 
     def __init__(self, *, spec: ModelSpec, source: str, taken: tuple[PromptKind, ...]) -> None:
-        self.keys = self.prompts = self.bad_count = 0
+        self.keys = self.prompts = self.bad_count = self.passed_over_count = 0
         self.bad: list[str] = []
+        self.passed_over: list[str] = []
         self.digest = hashlib.sha256()
         self.stored: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n")  # noqa: SIM115  PromptFile's
         self._spec = spec
         self._taken = taken
         self._prefix = source.rstrip("/") + "/"
 
-    def take(self, entry: Entry | BadEntry) -> None:
+    def take(self, entry: Entry | BadEntry | PassedOver) -> None:
+        if isinstance(entry, PassedOver):
+            self.passed_over_count += 1
+            self.passed_over += [entry.name] if len(self.passed_over) < _KEPT_REPORTS else []
+            return
         if isinstance(entry, BadEntry):
             self._report(entry.where, entry.why)
             return
@@ -174,6 +187,24 @@ def _open(address: str, s3_endpoint: str | None) -> Iterator[IO[bytes] | None]:
         yield file
 
 
+@contextmanager
+def _as_utf_8(file: IO[bytes] | None, address: str) -> Iterator[IO[bytes] | None]:
+    """The file itself, or a copy of one in UTF-16, which some editors and PowerShell write."""
+    if file is None or not file.read(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if file is not None:
+            file.seek(0)
+        yield file
+        return
+    file.seek(0)
+    with tempfile.TemporaryFile() as copy:
+        try:
+            shutil.copyfileobj(codecs.EncodedFile(file, "utf-8", "utf-16"), copy)
+        except UnicodeDecodeError as error:
+            raise PromptFileError(f"{redact(address)}: begins as UTF-16, but is none ({error})") from error
+        copy.seek(0)
+        yield copy
+
+
 def _download(address: str, into: IO[bytes], s3_endpoint: str | None) -> bool:
     """Copy an object here; False where there is none of this name, so that it may be a folder."""
     folder, _, name = address.rpartition("/")
@@ -198,13 +229,19 @@ def _reader_of(file: IO[bytes] | None, address: str, source: str, s3_endpoint: s
     readers: dict[str, Callable[[IO[bytes], str], Reader]] = {
         "instances": coco_prompts.read_instances,
         "detections": coco_prompts.read_detections,
+        "our-array": _read_array,
     }
     read = readers.get(coco_prompts.kind_of(file), _read_lines)
     return read(file, name)
 
 
 def _read_lines(file: IO[bytes], name: str) -> Reader:
-    return Reader(file_format="json-lines", match=PromptMatch.KEY, entries=_entries_of_lines(file, name))
+    return Reader(file_format="json-lines", entries=_entries_of_lines(file, name))
+
+
+def _read_array(file: IO[bytes], name: str) -> Reader:
+    entries = (_entry_of(f"{name}, entry {n}", item) for n, item in enumerate(items(file, name, "item"), start=1))
+    return Reader(file_format="json-array", entries=entries)
 
 
 def _entries_of_lines(file: IO[bytes], name: str) -> Iterator[Entry | BadEntry]:
@@ -236,6 +273,10 @@ def _entry_of_line(where: str, line: bytes) -> Entry | BadEntry:
         return BadEntry(where, f"not UTF-8 (byte {error.start})")
     except (ValueError, RecursionError) as error:
         return BadEntry(where, f"not JSON: {error}")
+    return _entry_of(where, document)
+
+
+def _entry_of(where: str, document: object) -> Entry | BadEntry:
     if not isinstance(document, dict) or not isinstance(document.get("key"), str):
         return BadEntry(where, f'{shown(document)}, expected {{"key": "name.jpg", "prompts": [{{"box_xyxy": […]}}]}}')
     prompts = document.get("prompts")

@@ -1,129 +1,165 @@
-"""A folder of YOLO labels as prompts: `a/b.txt` holds the boxes of the image `a/b` of any suffix.
+"""A folder of YOLO labels as prompts: `a/b.txt` holds the boxes of the image `a/b` of any suffix, one a line.
 
-A line is a class number and a box, `class x y width height`, fractions of the image, centre first; or a class number
-and a polygon, of which the box is taken. Class names come from data.yaml or classes.txt, in the folder or above it.
+Read twice: lines are copied to a temporary file and their forms counted, for what a line alone does not tell the
+others do (see yolo_lines). Lists of images, class names and prose lie beside labels; they are passed over by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
 
-import yaml
-
-from db.states import PromptMatch
-from orchestrator.prompts.entries import BadEntry, Entry, PromptFileError, Reader, shown
-from workers.errors import AssetError, ErrorKind, TransientError
+from orchestrator.prompts.entries import BadEntry, Entry, PassedOver, PromptFileError, Reader, shown
+from orchestrator.prompts.yolo_lines import Forms, alone, decide, parse_line, readings
+from orchestrator.prompts.yolo_names import (
+    NAMES_FILES,
+    DataSet,
+    data_set_of,
+    is_label_file,
+    place_of,
+    read_data_sets,
+)
+from workers.class_names import decode_text
+from workers.errors import AssetError, TransientError
 from workers.prompts import PromptError
 from workers.storage.asset import Source
 from workers.storage.source import open_source
 
 _FRACTIONS = [1, 1]  # a prompt's size_wh
-_NAMES_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt")
-_MOST_BYTES = 16 * 2**20
-
-Names = dict[int, str]
+_MOST_BYTES = 64 * 2**20
+_LINE, _EMPTY = "line", "empty"  # what a line of the temporary file is
 
 
 def read(address: str, *, source: str, s3_endpoint: str | None) -> Reader:
     """The labels below a folder or s3:// prefix, for images of `source`, in key order.
 
-    Raises PromptFileError where nothing below is a text file, SourceError where it cannot be listed.
+    Raises PromptFileError where nothing below is a label file, SourceError where it cannot be listed.
     """
-    folder = address if "://" in address else _absolute(address)
-    names = _class_names(folder, s3_endpoint)
-    entries = _entries(open_source(folder, s3_endpoint=s3_endpoint), folder.rstrip("/"), source.rstrip("/"), names)
-    return Reader(file_format="yolo", match=PromptMatch.STEM, entries=entries)
+    folder = address if "://" in address else str(Path(address).expanduser().absolute())
+    labels = open_source(folder, s3_endpoint=s3_endpoint)
+    data_sets = read_data_sets(folder.rstrip("/"), labels, s3_endpoint)
+    entries = _entries(labels, folder.rstrip("/"), source.rstrip("/"), data_sets)
+    return Reader(file_format="yolo", entries=entries)
 
 
-def _entries(labels: Source, folder: str, source: str, names: Names | None) -> Iterator[Entry | BadEntry]:
-    seen = 0
-    for page in labels.list():
-        for listed in page.objects:
-            if not listed.key.endswith(".txt") or listed.key.rpartition("/")[2] in _NAMES_FILES:
+def _entries(
+    labels: Source, folder: str, source: str, data_sets: Mapping[str, DataSet]
+) -> Iterator[Entry | BadEntry | PassedOver]:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as lines:
+        forms: dict[str, Forms] = {place: Counter() for place in data_sets}
+        seen = 0
+        for name in _text_files(labels):
+            found = _read_file(labels, name)
+            if isinstance(found, BadEntry | PassedOver):
+                yield found
+                seen += isinstance(found, BadEntry)
                 continue
             seen += 1
-            try:
-                content = labels.read(listed.key, _MOST_BYTES).decode("utf-8-sig")
-            except (AssetError, TransientError, UnicodeDecodeError) as error:
-                yield BadEntry(listed.key, f"cannot be read: {error}")
+            forms[place_of(name, data_sets)] += _copy_lines(name, found, lines, data_set_of(name, data_sets))
+        if not seen:
+            raise PromptFileError(
+                f"{folder}: no label file below it, expected YOLO's .txt files of lines such as `0 0.5 0.5 0.2 0.4`, "
+                "or the name of a prompt file"
+            )
+        lines.seek(0)
+        for line in lines:
+            kind, name, number, text = line.rstrip("\n").split("\t", 3)
+            key = _key_of(name, folder, source)
+            if kind == _EMPTY:
+                yield Entry(name, key, [])
                 continue
-            yield from _file_entries(listed.key, _stem_of(listed.key, folder, source), content, names)
-    if not seen:
-        raise PromptFileError(f"{folder}: no .txt file below it, expected YOLO's labels, or the name of a prompt file")
+            place = place_of(name, data_sets)
+            yield Entry(f"{name}:{number}", key, [_prompt_of(text, forms[place], data_sets[place])])
 
 
-def _file_entries(name: str, stem: str, content: str, names: Names | None) -> Iterator[Entry]:
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            yield Entry(f"{name}:{number}", stem, [_prompt_of(line, names)])
+def _text_files(labels: Source) -> Iterator[str]:
+    for page in labels.list():
+        for listed in page.objects:
+            file_name = listed.key.rpartition("/")[2]
+            # `._a.txt` is what macOS keeps beside a.txt on other systems' disks.
+            if file_name.lower().endswith(".txt") and not file_name.startswith("._"):
+                yield listed.key
 
 
-def _prompt_of(line: str, names: Names | None) -> dict[str, Any] | PromptError:
-    fields = line.split()
+def _read_file(labels: Source, name: str) -> list[str] | BadEntry | PassedOver:
+    """The lines of a label file; or why there are none."""
+    if "\t" in name or "\n" in name:
+        return BadEntry(shown(name), "a file name with a tab or a line break, expected none")
     try:
-        number, values = int(fields[0]), [float(value) for value in fields[1:]]
-    except ValueError:
-        values = []
-    if not values or (len(values) not in (4, 5) and (len(values) < 6 or len(values) % 2)):
-        return PromptError(f"{shown(line)}, expected `class x y width height` or `class x1 y1 x2 y2 x3 y3 …`")
-    if names is not None and number not in names:
-        return PromptError(f"class {number} has no name; known are {', '.join(map(str, sorted(names))) or 'none'}")
-    asked = {"label": names[number] if names else str(number), "size_wh": _FRACTIONS}
-    if len(values) > 5:
-        return {**asked, "box_xyxy": [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]}
-    x, y, width, height = values[:4]
-    box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-    return {**asked, "box_xyxy": box, **({"score": values[4]} if len(values) == 5 else {})}
+        text = decode_text(labels.read(name, _MOST_BYTES))
+    except (AssetError, TransientError, UnicodeDecodeError) as error:
+        return BadEntry(name, f"cannot be read: {error}")
+    lines = text.split("\n")
+    # Classes may be called 0, 1, 2.
+    is_names_file = name.rpartition("/")[2] in NAMES_FILES and not is_label_file(text)
+    return PassedOver(name) if is_names_file or _is_no_label_file(lines) else lines
 
 
-def _stem_of(name: str, folder: str, source: str) -> str:
+def _is_no_label_file(lines: list[str]) -> bool:
+    """Whether a file is a list, class names or prose: no line begins with a number or holds a box's four."""
+    words = [line.split() for line in lines if line.strip()]
+    return bool(words) and not any(_is_number(line[0]) or sum(map(_is_number, line)) >= 4 for line in words)
+
+
+def _copy_lines(name: str, lines: list[str], into: IO[str], data_set: DataSet) -> Forms:
+    """Copy a file's lines, and count those forms of lines that are certain."""
+    forms: Forms = Counter()
+    written = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, line in written:
+        into.write(f"{_LINE}\t{name}\t{number}\t{' '.join(line.split())}\n")
+        try:
+            form = alone(readings(parse_line(line), data_set.key_points))
+        except PromptError:
+            continue
+        if form is not None:
+            forms[form] += 1
+    if not written:
+        into.write(f"{_EMPTY}\t{name}\t0\t\n")
+    return forms
+
+
+def _prompt_of(text: str, forms: Forms, data_set: DataSet) -> dict[str, Any] | PromptError:
+    try:
+        line = parse_line(text)
+        found = decide(line, readings(line, data_set.key_points), forms, data_set.key_points)
+        label = _label(line.class_number, data_set)
+    except PromptError as error:
+        return error
+    asked = {"label": label, "size_wh": _FRACTIONS, "box_xyxy": list(found.box_xyxy)}
+    return asked if found.score is None else {**asked, "score": found.score}
+
+
+def _label(number: int, data_set: DataSet) -> str:
+    names = data_set.names
+    if names is None:
+        return str(number)
+    if number not in names:
+        known = ", ".join(map(str, sorted(names)[:20])) + (", …" if len(names) > 20 else "")
+        raise PromptError(f"class {number} has no name; known are {known}")
+    return names[number]
+
+
+def _key_of(name: str, folder: str, source: str) -> str:
     """The image's key without suffix, for a label file `name` of a folder.
 
     YOLO's layout has …/labels/a/b.txt beside …/images/a/b.jpg, and the source may be any folder of the latter. Labels
     that lie elsewhere are arranged as the images in the source are.
     """
-    path = f"{folder}/{name.removesuffix('.txt')}"
+    stem = name[: -len(".txt")]
+    path = f"{folder}/{stem}"
     before, found, after = path.rpartition("/labels/")
     for candidate in ([f"{before}/images/{after}"] if found else []) + [path]:
         if candidate.startswith(source + "/"):
             return candidate.removeprefix(source + "/")
-    return name.removesuffix(".txt").removeprefix("labels/")
+    return stem.removeprefix("labels/")
 
 
-def _class_names(folder: str, s3_endpoint: str | None) -> Names | None:
-    """The names of the nearest file that has some, up to two folders above; None where there is none."""
-    place = folder.rstrip("/")
-    for _ in range(3):
-        if place in ("", "s3:/"):
-            break
-        opened = open_source(place, s3_endpoint=s3_endpoint)
-        for file_name in _NAMES_FILES:
-            names = _read_names(opened, place, file_name)
-            if names:
-                return names
-        place = place.rpartition("/")[0]
-    return None
-
-
-def _read_names(source: Source, place: str, file_name: str) -> Names | None:
+def _is_number(word: str) -> bool:
     try:
-        content = source.read(file_name, _MOST_BYTES).decode("utf-8-sig")
-        if file_name.endswith(".txt"):
-            return {n: line.strip() for n, line in enumerate(content.splitlines()) if line.strip()}
-        document = yaml.safe_load(content)
-        names = document.get("names") if isinstance(document, dict) else None
-        pairs = names.items() if isinstance(names, dict) else enumerate(names or [])
-        return {int(number): str(name) for number, name in pairs}
-    except AssetError as error:
-        if error.kind in (ErrorKind.NOT_FOUND, ErrorKind.FORBIDDEN):
-            return None
-        raise PromptFileError(f"{place}/{file_name}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise PromptFileError(f"{place}/{file_name}: expected `names:` with the classes ({error})") from error
-
-
-def _absolute(address: str) -> str:
-    from pathlib import Path
-
-    return str(Path(address).expanduser().absolute())
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.jobs.findings import matching_rows
+
 
 def prompt_rows(report: dict[str, Any]) -> dict[str, str]:
     """The lines of a job's page about its prompts; empty where there is nothing to say."""
-    named = ", ".join(report["unmatched_first"])
-    more = ", …" if (report["unmatched"] or 0) > len(report["unmatched_first"]) else ""
     unused = "".join(f"{first['key']}: {first['error']}" for first in report["unused_first"][:1])
     return {
         "prompts": f"{report['prompts']:,} of {report['file']} ({report['format']})",
         "unreadable prompts": f"{report['bad']:,}, first {report['bad_first'][0]}" if report["bad"] else "",
-        "keys not in the job": f"{report['unmatched']:,}: {named}{more}" if report["unmatched"] else "",
+        "other text files": f"{report['passed_over']:,}, first {report['passed_over_first'][0]}; they hold no labels"
+        if report.get("passed_over")
+        else "",
+        **(matching_rows(report) if report["by_rule"] is not None else {}),
         "with unused prompts": f"{report['unused']:,}, first {unused}" if report["unused"] else "",
     }
 

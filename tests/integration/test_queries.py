@@ -9,7 +9,8 @@ from sqlalchemy import Engine, text
 from db import jobs, leases, listing, prompts, queue, results
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
-from db.states import JobState, PromptMatch
+from db.states import JobState
+from orchestrator.jobs.prepare import match_prompts
 from tests.factories import (
     chunk_ids,
     claim,
@@ -309,40 +310,42 @@ def test_deleting_a_job_takes_its_masks_along_and_no_others(engine: Engine) -> N
         assert db.execute(text("SELECT count(*) FROM mask")).scalar_one() == 2
 
 
-def test_prompts_of_one_key_are_joined_in_their_order_and_matched_as_the_job_says(engine: Engine) -> None:
-    job = make_job(engine, keys=["a/007.jpg", "b.jpg", "c.jpg"])
+def test_prompts_of_one_key_are_joined_in_their_order_and_wait_to_be_matched(engine: Engine) -> None:
+    job = make_job(engine, keys=["a/007.jpg", "b.jpg", "c.jpg"], asked={"prompts": {"format": "json-lines"}})
     rows = [
         ("a/007.jpg", '[{"n": 1}, {"n": 2}]'),
         ("c.jpg", "[]"),
         ("a/007.jpg", '[{"n": 3}]'),
+        ("./b.jpg", '[{"n": 5}]'),
+        ("7", '[{"n": 0}]'),
         ("gone\t\\.jpg", "[1]"),
     ]
     with engine.begin() as db:
         prompts.store_prompts(db, job_id=job.id, rows=rows)
-    chunk = claim(engine, chunk_ids(engine, job)[0])
+    [chunk_id] = chunk_ids(engine, job)
+    assert claim(engine, chunk_id) is None
+    with engine.begin() as db:
+        assert queue.take_window(db, window=5).all == []
+        assert jobs.finish_jobs(db) == []
+        assert [found.id for found in jobs.jobs_to_match(db)] == [job.id]
+
+    match_prompts(engine, job)
+    match_prompts(engine, job)  # a second dispatcher
+
+    chunk = claim(engine, chunk_id)
     assert chunk is not None
-
+    first, second, third = (asset.id for asset in pending(engine, chunk))
     with engine.begin() as db:
-        [asked] = prompts.prompted_assets(db, chunk=chunk, match=PromptMatch.KEY)
-        found = prompts.prompts_of(db, asset_id=asked, match=PromptMatch.KEY)
-        unmatched = prompts.unmatched_prompts(db, job_id=job.id, match=PromptMatch.KEY, limit=5)
-
-    assert [prompt["n"] for prompt in found] == [1, 2, 3]
-    assert unmatched == (1, ["gone\t\\.jpg"])
-
-
-@pytest.mark.parametrize(("match", "key"), [(PromptMatch.STEM, "a.b/007"), (PromptMatch.NUMBER, "7")])
-def test_a_prompts_key_may_stand_for_a_part_of_the_assets(engine: Engine, match: PromptMatch, key: str) -> None:
-    job = make_job(engine, keys=["a.b/007.jpg", "a.b/008"])
-    with engine.begin() as db:
-        prompts.store_prompts(db, job_id=job.id, rows=[(key, "[1]")])
-    chunk = claim(engine, chunk_ids(engine, job)[0])
-    assert chunk is not None
-    first = pending(engine, chunk)[0]
-
-    with engine.begin() as db:
-        assert prompts.prompted_assets(db, chunk=chunk, match=match) == {first.id}
-        assert prompts.unmatched_prompts(db, job_id=job.id, match=match, limit=5) == (0, [])
+        assert jobs.jobs_to_match(db) == []
+        assert prompts.prompted_assets(db, chunk=chunk) == {first, second}
+        assert [prompt["n"] for prompt in prompts.prompts_of(db, asset_id=first)] == [0, 1, 2, 3]
+        assert [prompt["n"] for prompt in prompts.prompts_of(db, asset_id=second)] == [5]
+        assert prompts.prompts_of(db, asset_id=third) == []
+        matched = jobs.get_job(db, job_id=job.id).matched  # type: ignore[union-attr]
+    assert matched is not None
+    assert matched["by_rule"] == {"key": 2, "other spelling": 1, "number": 1}
+    assert (matched["unmatched"], matched["unmatched_first"]) == (1, ["gone\t\\.jpg"])
+    assert (matched["several"], matched["assets_matched"]) == (0, 3)
 
 
 def test_cancelling_a_job_frees_the_window_for_others_and_a_resumed_one_is_sent_again_at_once(engine: Engine) -> None:
@@ -395,3 +398,23 @@ def test_a_lost_message_is_noticed_though_the_queue_is_never_empty(engine: Engin
     with engine.begin() as db:
         assert queue.resend_stale(db, resend_seconds=300, queue_is_empty=False) == 1
         assert queue.take_window(db, window=4).new == [lost]
+
+
+def test_a_job_whose_prompts_mean_other_assets_is_not_answered_from_stored(engine: Engine) -> None:
+    asked = {"prompts": {"format": "json-lines"}}
+    made = []
+    for keys in (["sub/a.jpg"], ["sub/a.jpg", "z/a.jpg"]):
+        job = make_job(engine, keys=keys, asked=asked)
+        with engine.begin() as db:
+            prompts.store_prompts(db, job_id=job.id, rows=[("old/a.jpg", '[{"n": 1}]')])
+        match_prompts(engine, job)
+        chunk = claim(engine, chunk_ids(engine, job)[0])
+        assert chunk is not None
+        made.append(chunk)
+        with engine.begin() as db:
+            assert leases.answer_from_stored(db, chunk=chunk) == 0
+            prompted = prompts.prompted_assets(db, chunk=chunk)
+        if len(made) == 1:
+            assert len(prompted) == 1
+            record(engine, chunk, [labeled(next(iter(prompted)))])
+    assert prompted == set()

@@ -68,7 +68,11 @@ def test_the_threshold_and_the_classes_choose_boxes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "names"),
     [
-        ({"classes": "a\n\nb c\n"}, ("a", "b c")),
+        ({"classes": "a\n\nb c\n\n"}, ("a", "class 1", "b c")),
+        ({"classes": "\ufeffa\r\nb\x0cc\r\n"}, ("a", "b\x0cc")),
+        ({"metadata": "{0: 'a', 2: 'c'}"}, ("a", "class 1", "c")),
+        ({"metadata": '{"1": "no", "0": null}'}, ("class 0", "no")),
+        ({"metadata": "{'10': 'k', '9': 'j'}"}, (*(f"class {n}" for n in range(9)), "j", "k")),
         ({"classes": "coco"}, COCO_CLASSES),
         ({"metadata": "{0: 'person', 1: \"driver's seat\"}"}, ("person", "driver's seat")),
         ({"metadata": '["x", "y"]'}, ("x", "y")),
@@ -89,7 +93,14 @@ def test_coco_has_eighty_classes() -> None:
     ("make", "said"),
     [
         (lambda path: write_colour_detector(path), "names no classes; write them, one a line"),
-        (lambda path: write_colour_detector(path, metadata="[1, 2]"), "expected a list of names"),
+        (lambda path: write_colour_detector(path, metadata="[1, 2]"), "class 0 is named 1, expected text"),
+        (lambda path: write_colour_detector(path, metadata="'car'"), "expected a list of names"),
+        (lambda path: write_colour_detector(path, metadata="car,dog"), "expected a list of names"),
+        (lambda path: write_colour_detector(path, metadata="{-1: 'a'}"), "'-1' as a class number"),
+        (lambda path: write_colour_detector(path, metadata="{0: 'a', 0: 'b'}"), "comes twice"),
+        (lambda path: write_colour_detector(path, metadata="{0: 'a', 2000000000: 'b'}"), "expected numbers below"),
+        (lambda path: write_colour_detector(path, metadata="{}"), "expected a list of names"),
+        (lambda path: write_colour_detector(path, classes="\n\n"), "is empty, expected class names"),
         (lambda path: path.write_bytes(b"\x80\x04pickle"), "not an ONNX file"),
         (lambda path: path.write_bytes(b"\x3a\xff\xff\xff\xff\x0f"), "not an ONNX file, or cut short"),
         (lambda path: None, "no such file or folder here, nor in"),
@@ -168,8 +179,8 @@ def test_unknown_classes_are_named_before_anything_runs(tmp_path: Path) -> None:
     [
         ("- a\n- b", "expected lines such as"),
         ("", "expected lines such as"),
-        ("no: person", "unless they are quoted"),
-        ("car: 7", "'car': 7, expected a class and its label"),
+        ("null: person", "None: 'person', expected a class and its label"),
+        ("car: [7]", r"'car': \['7'\], expected a class and its label"),
         ("car: [", "neither YAML nor JSON"),
     ],
 )
@@ -177,6 +188,11 @@ def test_a_label_map_that_is_none_says_where(tmp_path: Path, text: str, said: st
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(DetectorError, match=said):
         read_label_map(tmp_path / "map.yaml")
+
+
+def test_a_label_map_keeps_the_words_that_yaml_reads_as_other_things(tmp_path: Path) -> None:
+    (tmp_path / "map.yaml").write_bytes("\ufeffno: yes\r\n1.10: 2024-01-01\r\noff: ~\r\n7: 08\r\n".encode())
+    assert read_label_map(tmp_path / "map.yaml") == {"no": "yes", "1.10": "2024-01-01", "off": None, "7": "08"}
 
 
 def test_a_label_map_renames_drops_and_leaves_the_others_their_names(tmp_path: Path) -> None:

@@ -103,12 +103,13 @@ def test_what_is_no_file_is_skipped_and_counted(tmp_path):
     (inside / "circle.jpg").symlink_to(inside / "circle.jpg")
     (inside / "folder-link").symlink_to(inside / "sub")
     (inside / "outside.jpg").symlink_to(tmp_path / "elsewhere" / "secret.jpg")
+    (inside / "annexed.jpg").symlink_to(tmp_path / "not fetched yet")
     (inside / "within.jpg").symlink_to(inside / "sub" / "b.jpg")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(inside / "s.jpg"))
 
         assert keys_of(source) == ["a.jpg", "sub/b.jpg", "within.jpg"]
-        assert skipped_by(source) == {SkipReason.NOT_A_FILE: 6}
+        assert skipped_by(source) == {SkipReason.NOT_A_FILE: 5, SkipReason.LINK_OUT: 2}
 
 
 def test_names_that_are_not_utf8_are_counted_and_do_not_stop_the_page(tmp_path):

@@ -5,11 +5,11 @@ A small protobuf reader of our own reads the metadata: `submit` needs neither on
 
 from __future__ import annotations
 
-import ast
 import io
 from pathlib import Path
 from typing import IO
 
+from workers.class_names import ClassNamesError, decode_text, in_order, names_of_lines, names_of_literal
 from workers.detectors.kinds import DetectorError
 
 
@@ -25,8 +25,7 @@ def onnx_classes(path: Path) -> tuple[str, ...]:
     """
     sidecar = classes_file(path)
     if sidecar.is_file():
-        names = tuple(line.strip() for line in sidecar.read_text("utf-8-sig").splitlines() if line.strip())
-        return COCO_CLASSES if names == ("coco",) else names
+        return _read_sidecar(path, sidecar)
     metadata = _onnx_metadata(path)
     told = metadata.get("names") or metadata.get("classes")
     if told is None:
@@ -37,19 +36,28 @@ def onnx_classes(path: Path) -> tuple[str, ...]:
     return _parse_names(path, told)
 
 
+def _read_sidecar(path: Path, sidecar: Path) -> tuple[str, ...]:
+    try:
+        names = in_order(names_of_lines(decode_text(sidecar.read_bytes())))
+    except (ClassNamesError, UnicodeDecodeError) as error:
+        raise DetectorError(f"detector {path}: {sidecar}: {error}") from error
+    if not names:
+        raise DetectorError(f"detector {path}: {sidecar} is empty, expected class names, one a line")
+    return COCO_CLASSES if names == ("coco",) else names
+
+
 def _parse_names(path: Path, told: str) -> tuple[str, ...]:
     """Names as exporters write them: a list, or number -> name, in Python's or JSON's quotes."""
     try:
-        value = ast.literal_eval(told)
-        names = [value[number] for number in sorted(value, key=int)] if isinstance(value, dict) else list(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        names = []
-    if not names or not all(isinstance(name, str) for name in names):
+        names = in_order(names_of_literal(told))
+        if not names:
+            raise ClassNamesError(f"{told[:80]!r}, expected a list of names, or number: name")
+    except ClassNamesError as error:
         raise DetectorError(
-            f"detector {path}: its metadata names classes as {told[:80]!r}, expected a list of names; "
+            f"detector {path}: its metadata names classes: {error}; "
             f"or write them, one a line, into {classes_file(path)}"
-        )
-    return tuple(names)
+        ) from error
+    return names
 
 
 _METADATA_FIELD = 14  # ModelProto.metadata_props of onnx.proto

@@ -18,7 +18,6 @@ from typing import Any
 from db import leases, prompts
 from db.leases import Asset, ClaimedChunk, LeaseLost, NewOutcome
 from db.session import DBAPIError, is_passing
-from db.states import PromptMatch
 from workers.errors import ErrorKind, TransientError, redact
 from workers.images.decode import decode
 from workers.images.pixels import RgbImage
@@ -115,13 +114,11 @@ class _ChunkRun:
             heart.join()
 
     def _segment_all(self, assets: Sequence[Asset]) -> None:
-        asked = self._chunk.asked.get("prompts")
-        match = PromptMatch(asked["match"]) if asked else None
-        if match is not None:
-            assets = self._pass_by_unprompted(assets, match)
+        if self._chunk.asked.get("prompts"):
+            assets = self._pass_by_unprompted(assets)
         if not assets:
             return
-        encode, look = encode_and_look(self._worker, self._chunk, match, self._go_on)
+        encode, look = encode_and_look(self._worker, self._chunk, self._go_on)
         self._progress_at = time.monotonic()
         size = self._settings.batch_size
         trusted = [asset for asset in assets if asset.deaths_alone is None]
@@ -130,10 +127,10 @@ class _ChunkRun:
         self._run_batches(batches, encode, look, lookahead=_LOOKAHEAD)
         self._run_batches(suspects, encode, look, lookahead=0)
 
-    def _pass_by_unprompted(self, assets: Sequence[Asset], match: PromptMatch) -> list[Asset]:
+    def _pass_by_unprompted(self, assets: Sequence[Asset]) -> list[Asset]:
         """Label the assets that the job has no prompt for, with no masks and unread; returns the others."""
         with self._worker.engine.begin() as db:
-            prompted = prompts.prompted_assets(db, chunk=self._chunk, match=match)
+            prompted = prompts.prompted_assets(db, chunk=self._chunk)
         self._record([NewOutcome(asset_id=asset.id) for asset in assets if asset.id not in prompted], in_flight=[])
         return [asset for asset in assets if asset.id in prompted]
 

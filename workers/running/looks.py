@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from db import prompts as stored_prompts
 from db.leases import Asset, ClaimedChunk
-from db.states import PromptMatch
 from workers.detectors.detector import (
     Asked,
     AskedDetector,
@@ -41,9 +40,7 @@ AskedOf = Callable[[Asset], Sequence[Any]]
 """What is asked of an asset: prompts as they are stored."""
 
 
-def encode_and_look(
-    worker: Worker, chunk: ClaimedChunk, match: PromptMatch | None, go_on: Callable[[], None]
-) -> tuple[Encode, Look]:
+def encode_and_look(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], None]) -> tuple[Encode, Look]:
     """How this chunk's images are encoded, and looked at; loads what it takes.
 
     go_on: called between parts of long work; raises when the work is for nothing.
@@ -51,7 +48,7 @@ def encode_and_look(
     with loading(worker, chunk, chunk.model):
         require_same_weights(find_model(chunk.model), chunk.model_version)
         model = worker.load_model(chunk.model)
-    asked_of = _asked_of(worker, chunk, match)
+    asked_of = _asked_of(worker, chunk)
     detector_json = chunk.asked.get("detector")
     if detector_json is None and asked_of is None:
         is_fast = chunk.asked.get("params", {}).get("precision") == "fast"
@@ -68,15 +65,15 @@ def encode_and_look(
     return model.embed, _prompted_look(replace(asking, phrases=phrases), asked_of)
 
 
-def _asked_of(worker: Worker, chunk: ClaimedChunk, match: PromptMatch | None) -> AskedOf | None:
+def _asked_of(worker: Worker, chunk: ClaimedChunk) -> AskedOf | None:
     """Where an asset's prompts are: in the database, or the same phrases for all; None for a job without."""
     text = chunk.asked.get("text")
-    if match is None:
+    if not chunk.asked.get("prompts"):
         return (lambda asset: text) if text else None
 
     def stored(asset: Asset) -> Sequence[Any]:
         with worker.engine.begin() as db:
-            return stored_prompts.prompts_of(db, asset_id=asset.id, match=match)
+            return stored_prompts.prompts_of(db, asset_id=asset.id)
 
     return stored
 

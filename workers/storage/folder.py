@@ -120,11 +120,13 @@ def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason
         if stat.S_ISLNK(status.st_mode):
             status = os.stat(path)
             if not _is_inside(path, real_root):
-                return SkipReason.NOT_A_FILE
+                return SkipReason.LINK_OUT if stat.S_ISREG(status.st_mode) else SkipReason.NOT_A_FILE
     except UnicodeDecodeError:
         return SkipReason.UNSTORABLE_NAME
     except FileNotFoundError:
-        return SkipReason.NOT_A_FILE if os.path.lexists(path) else None
+        if not os.path.lexists(path):
+            return None
+        return SkipReason.NOT_A_FILE if _is_inside(path, real_root) else SkipReason.LINK_OUT
     except OSError:
         return SkipReason.NOT_A_FILE  # a link in a circle, or into a folder we may not enter
     if not stat.S_ISREG(status.st_mode):

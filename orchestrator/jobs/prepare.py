@@ -1,0 +1,97 @@
+"""A job's way from submitted to ready: its source is listed, then its prompts are matched with what was listed.
+
+Two dispatchers that do the same at a time do no harm: whoever is second stores nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from db import jobs, listing, prompts
+from db.jobs import Job
+from db.session import Engine
+from db.settings import settings
+from db.states import JobState
+from orchestrator.jobs.listing import Selection, select
+from orchestrator.prompts.key_matching import MatchingError, match
+from workers.errors import AssetError, SourceError, TransientError, redact
+from workers.storage.source import open_source
+
+_PAGE = 5000
+
+log = logging.getLogger(__name__)
+Key = TypeVar("Key", str, tuple[int, str])
+
+
+def list_for_a_while(engine: Engine, job: Job, *, seconds: float) -> None:
+    """Store the next pages of a job's source; the next page is fetched while one is stored."""
+    give_way_at = time.monotonic() + seconds
+    try:
+        source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
+        pages = select(source, asked=job.asked, after=job.list_cursor, found=job.asset_count)
+        current: Job | None = job
+        with ThreadPoolExecutor(1, thread_name_prefix="list") as fetching:
+            ahead = fetching.submit(next, pages)
+            while current is not None and current.state is JobState.LISTING:
+                page: Selection = ahead.result()
+                more = not page.complete and time.monotonic() < give_way_at
+                if more:
+                    ahead = fetching.submit(next, pages)
+                current = _store(engine, current, page)
+                if not more:
+                    return
+    except (SourceError, AssetError) as error:
+        _note_failure(engine, job, str(error), lasting=True)
+    except TransientError as error:
+        _note_failure(engine, job, str(error), lasting=False)
+
+
+def match_prompts(engine: Engine, job: Job) -> None:
+    """Find which assets a listed job's prompts mean, and store it; its chunks wait for that."""
+    keys = _pages(engine, job, prompts.prompt_keys)
+    assets = _pages(engine, job, prompts.asset_keys)
+    try:
+        with match(keys, assets, source=job.source) as matching, engine.begin() as db:
+            # Those whose key is the asset's own need no row.
+            pairs = ((pair.asset, pair.key) for pair in matching.pairs(exact=False))
+            prompts.store_matches(db, job_id=job.id, pairs=pairs, matched=matching.report().as_json())
+    except MatchingError as error:
+        log.error("job %d: %s", job.id, error)
+        with engine.begin() as db:
+            jobs.note_error(db, job_id=job.id, error=str(error))
+
+
+def _pages(engine: Engine, job: Job, read: Callable[..., list[Key]]) -> Iterator[Key]:
+    """All rows of a query that pages by key, a transaction a page: no snapshot is held for minutes."""
+    after: str | None = None
+    while True:
+        with engine.begin() as db:
+            page = read(db, job_id=job.id, after=after, limit=_PAGE)
+        yield from page
+        if len(page) < _PAGE:
+            return
+        last: Any = page[-1]
+        after = last if isinstance(last, str) else last[1]
+
+
+def _store(engine: Engine, job: Job, page: Selection) -> Job | None:
+    with engine.begin() as db:
+        return listing.add_assets(
+            db,
+            job=job,
+            assets=page.assets,
+            cursor=page.cursor,
+            skipped=page.skipped,
+            complete=page.complete,
+            chunk_size=settings().chunk_size,
+        )
+
+
+def _note_failure(engine: Engine, job: Job, error: str, *, lasting: bool) -> None:
+    log.error("job %d: %s could not be listed: %s", job.id, job.source, redact(error))
+    with engine.begin() as db:
+        jobs.record_list_failure(db, job=job, error=redact(error), lasting=lasting)

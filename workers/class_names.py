@@ -1,0 +1,113 @@
+"""Class names from files of people and exporters: number -> name. A name keeps its number, or the file is refused.
+
+A number without a name (an empty line, a gap) has none here; nothing moves up into its place.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import json
+from collections.abc import Mapping
+
+MOST_CLASSES = 100_000  # a larger number in a file is a mistake, and would make us a list of that length
+
+_REPEATED = "a class number comes twice, expected one name for each number"
+
+Names = dict[int, str]
+
+
+class ClassNamesError(ValueError):
+    """Class names cannot be read as what they are. The message says what was found and what is expected."""
+
+
+def decode_text(content: bytes) -> str:
+    """Text of a file that may begin with the mark of UTF-8 or UTF-16, lines ending in \\n, \\r\\n or \\r.
+
+    Raises UnicodeDecodeError for anything else than UTF-8 without a mark.
+    """
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf_16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def names_of_lines(text: str) -> Names:
+    """Names one a line, from number 0; an empty line is a number without a name."""
+    # Not splitlines(): it also splits at form feeds and the like, which would move every later name.
+    lines = (line.strip() for line in text.split("\n"))
+    return checked({number: name for number, name in enumerate(lines) if name})
+
+
+def names_of_literal(text: str) -> Names:
+    """Names as exporters write them into a model's metadata: a list, or number -> name, in Python's or JSON's words.
+
+    Raises ClassNamesError for a bare string, for a number that is none, and for a name that is no text.
+    """
+    value = _literal(text)
+    if isinstance(value, list | tuple):
+        return names_of_pairs(list(enumerate(value)))
+    if isinstance(value, dict):
+        return names_of_pairs(list(value.items()))
+    raise ClassNamesError(f"{text[:80]!r}, expected a list of names, or number: name")
+
+
+def names_of_pairs(pairs: list[tuple[object, object]]) -> Names:
+    """Names by numbers, which may be written as text. None and "" are numbers without a name.
+
+    Raises ClassNamesError for any other number or name, and for a number that comes twice.
+    """
+    names: dict[int, str] = {}
+    seen: set[int] = set()
+    for written, name in pairs:
+        number = _number(written)
+        if number in seen:
+            raise ClassNamesError(f"class {number} comes twice, expected one name for each number")
+        seen.add(number)
+        if name is not None and not isinstance(name, str):
+            raise ClassNamesError(f"class {number} is named {name!r}, expected text; write it in quotes")
+        if name is not None and name.strip():
+            names[number] = name.strip()
+    return checked(names)
+
+
+def checked(names: Names) -> Names:
+    """Raises ClassNamesError where a number is larger than any list of classes is long, or a name cannot be shown."""
+    for number, name in names.items():
+        if number >= MOST_CLASSES:
+            raise ClassNamesError(f"class {number}, expected numbers below {MOST_CLASSES:,}")
+        if "\0" in name or "\ufffd" in name:
+            raise ClassNamesError(f"class {number} is named {name[:80]!r}, expected text in UTF-8")
+    return names
+
+
+def in_order(names: Mapping[int, str]) -> tuple[str, ...]:
+    """Every number's name up to the last that has one; `class 7` stands for a 7 without a name."""
+    return tuple(names.get(number, f"class {number}") for number in range(max(names, default=-1) + 1))
+
+
+def _number(written: object) -> int:
+    if isinstance(written, str) and written.strip().isascii() and written.strip().isdigit() and len(written) < 20:
+        return int(written)
+    if isinstance(written, int) and not isinstance(written, bool) and written >= 0:
+        return written
+    raise ClassNamesError(f"{str(written)[:80]!r} as a class number, expected 0, 1, 2, …")
+
+
+def _literal(text: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except (json.JSONDecodeError, RecursionError):
+        pass  # most exporters write Python's quotes, which are no JSON
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        value: object = ast.literal_eval(tree)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    if isinstance(tree, ast.Dict) and isinstance(value, dict) and len(value) < len(tree.keys):
+        raise ClassNamesError(_REPEATED)
+    return value
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ClassNamesError(_REPEATED)
+    return dict(pairs)
