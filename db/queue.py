@@ -1,6 +1,6 @@
 """Which chunks go into the queue next, and which are taken back from workers that died.
 
-A message is a wake-up. These statements alone decide what is to be done.
+A message only wakes a worker up. These statements alone decide what is done.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-MAX_DEATHS_ALONE = 3  # an asset that kills its process this often while alone is failed with crashed_worker
+MAX_DEATHS_ALONE = 3  # an asset that kills its process this often while it runs alone fails with crashed_worker
 
 
 def reap(db: Connection) -> int:
-    """Take back the chunks whose lease expired, and judge what was in flight in them. Returns how many chunks.
+    """Take back the chunks whose lease expired, and judge the assets in flight in them. Returns how many chunks.
 
-    An asset that was in flight with others becomes a suspect and will run alone; one that dies alone for the third
-    time is failed with crashed_worker. Safe to run twice at once: each chunk is locked by one reaper.
+    An asset that was in flight with others becomes a suspect and will run alone. When the process dies for the third
+    time on an asset that runs alone, that asset fails with crashed_worker. Two reapers may run at once: each chunk is
+    locked by one of them.
     """
     expired = db.execute(
         text(
@@ -62,7 +63,7 @@ def _count_deaths(db: Connection, *, in_flight: Sequence[int]) -> None:
 
 
 def expire_lease(db: Connection, *, chunk_id: int, worker: str) -> None:
-    """Let the lease of a worker that is known to be dead end now, for the reaper to judge."""
+    """End the lease of a worker that is known to be dead now, so that the reaper judges its chunk."""
     db.execute(
         text(
             """UPDATE chunk SET lease_until = now() - interval '1 second'
@@ -73,7 +74,7 @@ def expire_lease(db: Connection, *, chunk_id: int, worker: str) -> None:
 
 
 def expire_all_leases(db: Connection) -> None:
-    """Let every lease end now. For the embedded run, which knows that no other worker is alive."""
+    """End every lease now. For the embedded run, which knows that no other worker is alive."""
     db.execute(text("UPDATE chunk SET lease_until = now() - interval '1 second' WHERE state = 'running'"))
     db.execute(text("UPDATE chunk SET state = 'new' WHERE state = 'sent'"))
 
@@ -85,7 +86,7 @@ _OVERTAKEN = """EXISTS (SELECT 1 FROM chunk later WHERE later.state = 'running' 
 
 
 def has_stale_sent(db: Connection, *, resend_seconds: float) -> bool:
-    """Whether a chunk was sent longer ago than this and never claimed: its message waits, or was lost."""
+    """Whether a chunk was sent longer ago than this and never claimed. Its message waits, or was lost."""
     statement = text(f"SELECT EXISTS (SELECT 1 FROM chunk WHERE {_STALE})")
     return bool(db.execute(statement, {"secs": resend_seconds}).scalar_one())
 
@@ -146,5 +147,5 @@ def take_window(db: Connection, *, window: int) -> Window:
 
 
 def unsend(db: Connection, *, chunk_ids: Sequence[int]) -> None:
-    """Take chunks back whose messages could not be published."""
+    """Take back chunks when their messages could not be published."""
     db.execute(text("UPDATE chunk SET state = 'new' WHERE id = ANY(:ids) AND state = 'sent'"), {"ids": list(chunk_ids)})

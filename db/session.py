@@ -1,6 +1,6 @@
 """Connections to Postgres, and the migrations that build its tables.
 
-The one door to SQLAlchemy for the rooms above: they name its connections and errors through this module.
+Code outside db imports SQLAlchemy's connections and errors only from this module.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def is_passing(error: DBAPIError) -> bool:
 
 
 def open_engine(url: str, *, pool_size: int = 4, statement_timeout_seconds: float = 60) -> Engine:
-    """An engine whose connections check themselves, give up on a hung server, and never sit in a transaction.
+    """An engine. Its connections are checked before use, give up on a hung server, and never idle in a transaction.
 
-    statement_timeout_seconds: 0 for work without a bound, such as migrations and exports.
+    statement_timeout_seconds: 0 means no limit, for long work such as migrations and exports.
     """
     milliseconds = int(statement_timeout_seconds * 1000)
     options = f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={milliseconds} -c jit=off"
@@ -81,7 +81,7 @@ def psycopg2_url(url: str) -> URL:
 
 
 def migrate(url: str) -> None:
-    """Bring the tables to this version; safe to run twice at once (an advisory lock lets one through)."""
+    """Bring the tables to this version. Two may run at once: an advisory lock lets one through at a time."""
     command.upgrade(migration_config(url), "head")
 
 
