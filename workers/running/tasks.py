@@ -1,6 +1,6 @@
-"""The Celery side of a worker: one task, and what a process sets up once and keeps.
+"""The Celery side of a worker: one task, and the parts that a process sets up once and keeps.
 
-Everything heavy happens in the pool's child, on first use: importing this module loads neither torch nor a model.
+Heavy work happens only in the pool's child, at first use. The import of this module loads no torch and no model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from workers.running.chunk import ChunkReport, run_chunk
 from workers.running.outcomes import ProcessUnfit
 from workers.running.worker import Worker
 
-# Set by `maskfleet worker`, which owns the folder: the file `stop` in it means that the worker drains.
+# Set by `maskfleet worker`, which owns the folder. A file `stop` in it means that the worker drains.
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 SUPERVISOR_VARIABLE = "MASKFLEET_WORKER_SUPERVISOR"  # its process id
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -67,7 +67,7 @@ def _log_plainly(**_: object) -> None:
 
 @app.task(name=SEGMENT_CHUNK, bind=True)
 def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
-    """Label one chunk. A late, doubled or foreign message finds nothing to claim and does nothing."""
+    """Label one chunk. A message that is late, foreign or comes twice finds nothing to claim and does nothing."""
     if type(chunk_id) is not int:
         log.error("message with chunk id %r: expected a whole number; ignored", chunk_id)
         return None
@@ -105,7 +105,7 @@ def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | N
 def _expire_lease_of_dead(
     sender: Task | None = None, exception: Exception | None = None, args: tuple[int, ...] = (), **_: object
 ) -> None:
-    """The pool's child died: its lease need not run out in time, this (main) process knows that nobody holds it."""
+    """The pool's child died: end its lease now. This (main) process knows that nobody else holds it."""
     if not isinstance(exception, WorkerLostError) or sender is None:
         return
     worker = _worker(sender.request.hostname or "worker")
@@ -131,7 +131,7 @@ def top_up_or_say(engine: Engine) -> None:
 
 
 def top_up(engine: Engine) -> int:
-    """Reap expired leases, finish jobs, refill the queue; returns how many chunks were sent.
+    """Reap expired leases, finish jobs, refill the queue. Returns how many chunks were sent.
 
     Idempotent and safe from many processes at once. Commits before it publishes: what a crash or a flushed broker
     swallows in between is sent again after `resend_seconds`, but not while its message may still wait in the queue, or
@@ -164,7 +164,7 @@ def top_up(engine: Engine) -> int:
 def _worker(name: str) -> Worker:
     url = settings().database_url
     if url is None:
-        raise RuntimeError("MASKFLEET_DATABASE_URL is not set: a worker stores what it finds in Postgres")
+        raise RuntimeError("MASKFLEET_DATABASE_URL is not set: a worker stores its results in Postgres")
     return Worker(
         name=name,
         engine=open_engine(url.get_secret_value()),
@@ -210,7 +210,7 @@ def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detec
 
 
 def _leave() -> None:
-    """End this child without a verdict; after several in a row stop the worker, for it would only eat chunks."""
+    """End this child without a verdict. After _MOST_FAULTS of these in a row, stop the worker: it can label nothing."""
     faults = _faults_file()
     seen = len(faults.read_text()) + 1 if faults.exists() else 1
     if faults.parent.is_dir():
