@@ -29,7 +29,7 @@ class StoredMask:
 
     @classmethod
     def from_row(cls, row: Any, *, asset_id: int, n: int, **also: Any) -> Self:
-        """Read the columns, which have the same names in every statement about masks. also: the fields of a subclass."""
+        """Read the columns. They have the same names in every statement about masks. also: the fields of a subclass."""
         return cls(
             asset_id=asset_id,
             n=n,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, resize
 
-from workers.engine.promptable import Decode, Draw, Hw, Points, half_precision
+from workers.engine.promptable import Decode, Hw, MaskLogits, Points, half_precision
 from workers.engine.upsampling import Upsampling
 from workers.images.pixels import RgbImage
 from workers.models.sam import ARCHITECTURES, Architecture, SamModel, load_sam
@@ -144,7 +144,7 @@ class Sam2(nn.Module):
             position = self.model.get_image_wide_positional_embeddings()
         dense = self.model.prompt_encoder.no_mask_embed.weight[..., None, None].expand_as(embedding[-1])
 
-        def decode(sparse: Tensor, outputs: slice) -> Iterator[tuple[int, Tensor, Draw]]:
+        def decode(sparse: Tensor, outputs: slice) -> Iterator[tuple[int, Tensor, MaskLogits]]:
             step = len(sparse) if sparse.is_cuda else AT_ONCE_ON_CPU
             for first in range(0, len(sparse), step):
                 logits, iou, _, _ = self.model.mask_decoder(
@@ -163,8 +163,8 @@ class Sam2(nn.Module):
 def _pick(logits: Tensor, wanted: Tensor | None, used_hw: Hw) -> tuple[Tensor, Tensor]:
     if wanted is None:
         return torch.arange(len(logits)), logits[..., : used_hw[0], : used_hw[1]]
-    drawn = wanted.nonzero()[:, 0]
-    return drawn, logits[drawn.to(logits.device), :, : used_hw[0], : used_hw[1]]
+    numbers = wanted.nonzero()[:, 0]
+    return numbers, logits[numbers.to(logits.device), :, : used_hw[0], : used_hw[1]]
 
 
 def _build(hiera: Hiera) -> Any:
