@@ -1,4 +1,4 @@
-"""Jobs with a detector through the real `maskfleet run`: masks where its boxes are, its classes as labels, counts."""
+"""Jobs with a detector through the real `maskfleet run`: masks in its boxes, its classes as labels, and counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SQUARES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 
 
 def draw(folder: Path) -> Path:
-    """Coloured rectangles on images of 320 x 240; one lies on its side with the EXIF mark that turns it upright."""
+    """Coloured rectangles on images of 320 x 240. One image is stored rotated; its EXIF tag makes it upright."""
     folder.mkdir(parents=True)
     for name, squares in SQUARES.items():
         pixels = np.zeros((240, 320, 3), np.uint8)
@@ -55,7 +55,7 @@ def draw(folder: Path) -> Path:
 
 
 def masks_of(out: Path) -> dict[tuple[str, str], tuple[dict[str, Any], np.ndarray]]:
-    """(key, detector's class) -> annotation and pixels."""
+    """From (key, detector's class) to annotation and pixels."""
     coco = COCO(out / "coco.json")
     found = {}
     for annotation in coco.anns.values():
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_the_hub_is_pinned_to_its_commit_and_run_from_the_cache(
         (["--detector", "d.onnx", "--classes", "red,bus"], "has no class 'bus'; it has blue, green, red"),
         (["--detector", "d.onnx", "--label-map", "none.yaml"], "none.yaml: cannot be read"),
         (["--detector", "d.onnx", "--param", "points_per_side=3"], "known: multimask"),
-        (["--detector", "./gone.onnx"], "no such file or folder here"),
+        (["--detector", "./gone.onnx"], "no such file or folder, here or in"),
     ],
 )
 def test_wrong_usage_of_a_detector_is_said_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:

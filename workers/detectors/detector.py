@@ -135,7 +135,7 @@ def boxes_of_phrases(
     """Replace each text prompt of an image by the boxes that the detector finds for it: any number.
 
     Also returns a reason for each box that cannot be used. A prompt with a box or points keeps them; its text becomes
-    its label. The row of a found box has the prompt's number and text, the box and its score. Raises the errors of find.
+    its label. The row of a found box has the prompt's number and text, the box and its score. Raises errors of `find`.
     """
     phrases = list(dict.fromkeys(prompt.text for prompt, _ in prompts if prompt.text and _is_text_alone(prompt)))
     boxes = dict(zip(phrases, detector.find(image, phrases, threshold=threshold) if phrases else [], strict=True))
