@@ -53,7 +53,7 @@ demo: .venv/.complete  ## Label the sample scenes and write a gallery (OUT=folde
 	@test -s "$(OUT)/index.html"
 	@echo "Gallery: $$(cd "$(OUT)" && pwd)/index.html"
 
-check: .venv/.complete  ## What one runs between edits: the linters, and beside them the unit tests that are not slow
+check: .venv/.complete  ## Quick check between edits: the linters and, in parallel, the unit tests that are not slow
 	@$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O) lint unit
 
 unit: .venv/.complete

@@ -163,9 +163,9 @@ def model_busy_fraction(db: Connection, *, job_id: int) -> float | None:
 
 
 def cancel_job(db: Connection, *, job_id: int) -> bool:
-    """Stop a job; a running chunk is given back at its worker's next write. False if it was over already.
+    """Stop a job. A worker releases its running chunk at its next write. False if the job was already over.
 
-    Its sent chunks are new again: their messages will find nothing to do, and the window is free for other jobs.
+    Its sent chunks become new again: their messages will find nothing to do, and the window is free for other jobs.
     """
     statement = "UPDATE job SET state = 'cancelled' WHERE id = :job_id AND state IN ('listing', 'running')"
     stopped = db.execute(text(statement), {"job_id": job_id}).rowcount == 1
@@ -187,7 +187,7 @@ def resume_job(db: Connection, *, job_id: int) -> bool:
 
 
 def _unsend(db: Connection, *, job_id: int) -> None:
-    """Let a job's sent chunks be sent again: their messages were taken while the job did not run."""
+    """Let a job's sent chunks be sent again. Their messages may have been used up while the job did not run."""
     db.execute(text("UPDATE chunk SET state = 'new' WHERE job_id = :job_id AND state = 'sent'"), {"job_id": job_id})
 
 

@@ -80,7 +80,7 @@ def expire_all_leases(db: Connection) -> None:
 
 
 _STALE = "state = 'sent' AND sent_at < now() - make_interval(secs => :secs)"
-# A lane is first in, first out. A chunk that was claimed before (token above 0) has a lane of its own.
+# A queue is first in, first out. Chunks that were claimed before (token above 0) have their own queue.
 _OVERTAKEN = """EXISTS (SELECT 1 FROM chunk later WHERE later.state = 'running' AND later.sent_at > chunk.sent_at
                          AND (later.token > 1) = (chunk.token > 0))"""
 
@@ -92,9 +92,10 @@ def has_stale_sent(db: Connection, *, resend_seconds: float) -> bool:
 
 
 def resend_stale(db: Connection, *, resend_seconds: float, queue_is_empty: bool) -> int:
-    """Let the stale chunks be sent again whose message was lost; returns how many.
+    """Let the stale chunks with a lost message be sent again. Returns how many.
 
-    In an empty queue no message waits, so all of them. Else those that a chunk sent later has overtaken.
+    When the queue is empty, no message waits, so these are all stale chunks. Otherwise they are the stale chunks that a
+    chunk sent later has overtaken.
     """
     lost = "" if queue_is_empty else f"AND {_OVERTAKEN}"
     statement = text(f"UPDATE chunk SET state = 'new' WHERE {_STALE} {lost}")
@@ -103,7 +104,7 @@ def resend_stale(db: Connection, *, resend_seconds: float, queue_is_empty: bool)
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Chunks that were marked as sent. returned: those that a worker had before, which go first."""
+    """Chunks that were marked as sent. returned: those that a worker had before; they go first."""
 
     new: list[int]
     returned: list[int]
@@ -114,10 +115,10 @@ class Window:
 
 
 def take_window(db: Connection, *, window: int) -> Window:
-    """Mark as sent as many new chunks as the queue has room for, in turn over the jobs.
+    """Mark new chunks as sent, as many as the queue has room for, and take turns between the jobs.
 
-    Returned chunks have a window of their own, so that they never wait behind a full queue. Publish only after the
-    commit: a crash in between is healed by `resend_stale`.
+    Returned chunks have their own window, so they never wait behind a full queue. Publish only after the commit. After
+    a crash in between, `resend_stale` sends the chunks again.
     """
     sent, sent_again = db.execute(
         text(

@@ -162,21 +162,21 @@ def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
 
 
 class _Dispatcher(threading.Thread):
-    """The dispatcher of this run. What ends it before its time ends the run."""
+    """The dispatcher of this run. An error that ends it also ends the run."""
 
     def __init__(self, engine: Engine, stop: threading.Event) -> None:
         super().__init__(name="dispatch", daemon=True)
-        self._engine, self._stopping = engine, stop  # Thread has a _stop of its own, which join calls
+        self._engine, self._stopping = engine, stop  # Thread has its own _stop, which join calls
         self._error: Exception | None = None
 
     def run(self) -> None:
-        # Imported late: the broker's address is fixed when these modules load.
+        # Imported here, because these modules read the broker's address when they load.
         from orchestrator.jobs.dispatch import dispatch
 
-        logging.getLogger("orchestrator.jobs.dispatch").setLevel(logging.CRITICAL)  # the job's row says it
+        logging.getLogger("orchestrator.jobs.dispatch").setLevel(logging.CRITICAL)  # the job's row has the error
         try:
             dispatch(self._engine, self._stopping, idle_seconds=0.2)
-        except Exception as error:  # noqa: BLE001  said by `check`, in the thread that can end the run
+        except Exception as error:  # noqa: BLE001  `check` raises it, in the thread that can end the run
             self._error = error
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ from kombu.exceptions import OperationalError
 from db.settings import settings
 
 QUEUE = "maskfleet"
-# Of chunks that a worker had before. Redis' queues are looked at in the order of their names, so it comes first.
+# The queue of chunks that a worker had before. Redis reads the queues in the order of their names, so it comes first.
 FIRST_QUEUE = "first.maskfleet"
 SEGMENT_CHUNK = "maskfleet.segment_chunk"
 
@@ -75,7 +75,7 @@ def check_broker() -> str:
 
 
 def publish_chunks(chunk_ids: Sequence[int], *, queue: str = QUEUE, broker: Celery | None = None) -> None:
-    """Send one message a chunk over one connection; raises kombu's OperationalError when the broker is away."""
+    """Send one message for each chunk over one connection. Raises kombu's OperationalError when the broker is away."""
     sender = broker or app
     with sender.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, timeout=5)
@@ -87,10 +87,10 @@ def publish_chunks(chunk_ids: Sequence[int], *, queue: str = QUEUE, broker: Cele
 
 
 def waiting_messages() -> int:
-    """How many messages wait in both queues; raises kombu's OperationalError when the broker is away."""
+    """How many messages wait in both queues. Raises kombu's OperationalError when the broker is away."""
     waiting = 0
     for queue in (FIRST_QUEUE, QUEUE):
-        with app.connection_for_read() as connection, suppress(*connection.channel_errors):  # an empty one is not there
+        with app.connection_for_read() as connection, suppress(*connection.channel_errors):  # if empty, it is absent
             connection.ensure_connection(max_retries=1, timeout=5)
             waiting += int(connection.default_channel.queue_declare(queue, passive=True).message_count)
     return waiting

@@ -25,7 +25,7 @@ from workers.running.tasks import RUN_DIR_VARIABLE, SUPERVISOR_VARIABLE
 
 _LONGEST_PAUSE_SECONDS = 60.0
 _HEALTHY_SECONDS = 60.0  # a worker that lived this long starts again without a pause
-_MOST_QUICK_DEATHS = 10  # then the device is given up: something is wrong that a restart does not mend
+_MOST_QUICK_DEATHS = 10  # then the device is given up: a restart does not fix what is wrong
 _MOST_QUICK_DEATHS_WHILE_WAITED_FOR = 3
 _POLL_SECONDS = 0.5
 
@@ -108,11 +108,12 @@ def serve(
     top_up_seconds: float = 10,
     parent_pid: int | None = None,
 ) -> int:
-    """Run a worker on each device until `stop` is set; returns the exit code: 1 when every device was given up.
+    """Run a worker on each device until `stop` is set. Returns the exit code: 1 when every device was given up.
 
-    Then each worker finishes the batch in its hands and gives its chunk back; what is not done after drain_seconds is
-    killed, and the leases run out. top_up is called now and then, so that the queue fills even when no dispatcher runs.
-    With parent_pid the workers also stop when that process is gone, and a device is given up sooner: somebody waits.
+    Then each worker finishes its current batch and releases its chunk. A worker that needs longer than drain_seconds is
+    killed, and its lease expires. top_up is called every top_up_seconds, so that the queue fills even when no
+    dispatcher runs. With parent_pid the workers also stop when that process has ended, and a device is given up sooner,
+    because a person waits.
     """
     most_quick_deaths = _MOST_QUICK_DEATHS if parent_pid is None else _MOST_QUICK_DEATHS_WHILE_WAITED_FOR
     with tempfile.TemporaryDirectory(prefix="maskfleet-worker-") as folder:
@@ -135,7 +136,8 @@ def serve(
 
 
 def _in_background(action: Callable[[], object], before: threading.Thread | None) -> threading.Thread:
-    """Start the action unless it still runs: a frozen broker keeps it for half a minute, and signals must be heard."""
+    """Start the action in a thread, unless it still runs. A frozen broker blocks it for half a minute, and meanwhile
+    signals must still be handled."""
     if before is not None and before.is_alive():
         return before
     thread = threading.Thread(target=action, name="top-up", daemon=True)
@@ -144,7 +146,7 @@ def _in_background(action: Callable[[], object], before: threading.Thread | None
 
 
 def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
-    """Start the worker when it is down and its pause is over."""
+    """Start the worker when it does not run and its pause is over."""
     now = time.monotonic()
     if worker.given_up:
         return
@@ -166,7 +168,7 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
 
 def _start(worker: _WorkerProcess) -> None:
     name = worker.device.name
-    # -P: a folder called `db` or `workers` where the command was typed must not be imported.
+    # -P: a folder named `db` or `workers` in the current folder must not be imported.
     command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker"]
     command += ["--queues", f"{FIRST_QUEUE},{QUEUE}"]
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]

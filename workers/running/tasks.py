@@ -46,15 +46,15 @@ log = logging.getLogger(__name__)
 
 @worker_init.connect
 def _end_with_the_supervisor(**_: object) -> None:
-    """Have Linux send this (main) process SIGTERM when its supervisor is gone, however that ended.
+    """Make Linux send SIGTERM to this (main) process when its supervisor ends, in any way.
 
-    Else it would keep its device for ever, beside the worker that a new supervisor starts there.
+    Otherwise it would keep its device, beside the worker that a new supervisor starts there.
     """
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     if supervisor is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(supervisor):  # it was gone before
+    if os.getppid() != int(supervisor):  # it had ended before
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -83,9 +83,9 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
 
 
 def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | None:
-    """Run a chunk; while Postgres is away, wait with the message in hand, for its queue must not be emptied in vain.
+    """Run a chunk. While Postgres is away, keep the message and wait. Otherwise the queue would be emptied for nothing.
 
-    A chunk that was claimed before Postgres went is not claimed again: its lease runs out, and it goes on elsewhere.
+    A chunk that was claimed before the outage is not claimed again. Its lease expires, and another worker continues it.
     """
     pause = 0.5
     while True:
@@ -115,13 +115,13 @@ def _expire_lease_of_dead(
     except DBAPIError as error:
         if not is_passing(error):
             raise
-        log.warning("chunk %d: Postgres is away, its lease will run out: %s", args[0], _one_line(error))
+        log.warning("chunk %d: Postgres is away; it continues after its lease expires: %s", args[0], _one_line(error))
         return
     top_up_or_say(worker.engine)
 
 
 def top_up_or_say(engine: Engine) -> None:
-    """`top_up`, for those who do it on the way: what passes is a line in the log, and somebody tops up later."""
+    """`top_up`, but a temporary error is only logged, because another process tops up later."""
     try:
         top_up(engine)
     except DBAPIError as error:
@@ -133,9 +133,9 @@ def top_up_or_say(engine: Engine) -> None:
 def top_up(engine: Engine) -> int:
     """Reap expired leases, finish jobs, refill the queue. Returns how many chunks were sent.
 
-    Idempotent and safe from many processes at once. Commits before it publishes: what a crash or a flushed broker
-    swallows in between is sent again after `resend_seconds`, but not while its message may still wait in the queue, or
-    a deployment without workers would fill its broker with copies.
+    Idempotent, and safe from many processes at once. It commits before it publishes. A chunk whose message is lost in
+    between, in a crash or a flushed broker, is sent again after `resend_seconds`. But not while its message may still
+    wait in the queue: otherwise a deployment without workers would fill its broker with copies.
     """
     deployment = settings()
     sent = queue.Window([], [])
@@ -177,9 +177,9 @@ def _worker(name: str) -> Worker:
 
 
 def _is_draining() -> bool:
-    """Whether the supervisor asked this child's worker to stop, or is gone itself.
+    """Whether the supervisor asked this child's worker to stop, or has ended itself.
 
-    The main process, which is the child's parent, is then another's child.
+    The main process is the child's parent. So the child checks the supervisor by its process id.
     """
     if (_run_dir() / "stop").exists():
         return True
