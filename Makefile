@@ -1,15 +1,15 @@
-# Every command of this repository. A machine needs Python 3.11 or newer with venv, make, and a way to PyPI.
-# Whatever is installed stays in this folder: deleting it leaves nothing behind.
+# Every command of this repository. A machine needs Python 3.11 or newer with venv, make, and access to PyPI.
+# Everything is installed in this folder. Delete the folder and nothing is left.
 
 OUT ?= maskfleet-demo
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-# 3.12 and 3.11 come first because the wheel with the test suite's Redis ends at 3.12. Each candidate is run, for a
-# name on PATH may be a version manager's shim with nothing behind it.
+# 3.12 and 3.11 come first, because the wheel with the test suite's Redis supports at most 3.12. Each candidate is run,
+# because a name on PATH may be a version manager's shim without a Python.
 PYTHON = $(shell for python in python3.12 python3.11 python3.13 python3; do \
 	"$$python" -c 'import sys, ensurepip, venv; assert sys.version_info >= (3, 11); print(sys.executable)' 2>/dev/null && break; done)
 
-# The project's own uv, when there is none on PATH. Its cache is in this folder then (hard links, so it takes no room).
+# The project's own uv, when there is none on PATH. Its cache is then in this folder (hard links take no extra space).
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 ifeq ($(UV),.uv/bin/uv)
 export UV_CACHE_DIR ?= $(CURDIR)/.uv/cache
@@ -17,10 +17,11 @@ endif
 export UV_PYTHON_DOWNLOADS := never
 export UV_PROJECT_ENVIRONMENT := .venv
 
-# Containers often forbid bytecode, to stay small. Then each of the tests' many processes compiles its libraries anew.
+# Containers often forbid bytecode, to stay small. Then each of the tests' many processes would compile its libraries
+# again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# pip and uv bring certificates of their own, which do not know a company's authority: the system's bundle does.
+# pip and uv have their own certificates, without a company's authority. The system's bundle has it.
 CA_BUNDLE := $(firstword $(wildcard $(SSL_CERT_FILE) /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
 	/etc/ssl/ca-bundle.pem /etc/ssl/cert.pem))
 ifneq ($(CA_BUNDLE),)
@@ -33,7 +34,7 @@ help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
 		| while read -r name what; do printf '  make %-9s %s\n' "$$name" "$$what"; done
 
-setup: $(UV)  ## Make .venv with everything for development, or bring it up to date
+setup: $(UV)  ## Make .venv with everything for development, or update it
 	@test -n "$(PYTHON)" || { echo "make setup: no Python 3.11 or newer with venv on PATH (on Debian: python3-venv)" >&2; exit 2; }
 	$(CERTIFICATES) UV_PYTHON="$(PYTHON)" $(UV) sync --frozen --all-extras
 	@touch .venv/.complete
@@ -46,13 +47,13 @@ setup: $(UV)  ## Make .venv with everything for development, or bring it up to d
 .venv/.complete: pyproject.toml uv.lock
 	@$(MAKE) --no-print-directory setup
 
-# Exit status 1 says that some assets failed, and the demo holds a few that must.
+# Exit status 1 means that some assets failed. The demo has a few that must fail.
 demo: .venv/.complete  ## Label the sample scenes and write a gallery (OUT=folder, maskfleet-demo by default)
 	@.venv/bin/maskfleet demo --out "$(OUT)" || [ $$? -eq 1 ]
 	@test -s "$(OUT)/index.html"
 	@echo "Gallery: $$(cd "$(OUT)" && pwd)/index.html"
 
-check: .venv/.complete  ## What one runs between edits: the linters, and beside them the unit tests that are not slow
+check: .venv/.complete  ## Quick check between edits: the linters and, in parallel, the unit tests that are not slow
 	@$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O) lint unit
 
 unit: .venv/.complete
@@ -72,10 +73,10 @@ lint: .venv/.complete  ## Check style, types and who imports whom
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-picture: .venv/.complete  ## Draw docs/rooms.svg, the rooms of the code, again
+picture: .venv/.complete  ## Draw docs/rooms.svg, the picture of the code's folders, again
 	@.venv/bin/python infra/draw_rooms.py
 
-bench: .venv/.complete  ## Time what is timed: every script of tests/benchmarks (JSON=1 for documents)
+bench: .venv/.complete  ## Run every script of tests/benchmarks (JSON=1 for JSON documents)
 	@failed=0; for script in tests/benchmarks/[a-z]*.py; do \
 		echo "# $$script" >&2; .venv/bin/python "$$script" $(if $(JSON),--json) || failed=1; done; exit $$failed
 

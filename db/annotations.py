@@ -1,7 +1,7 @@
-"""SQL of what people made of the predictions: annotations as last read from Label Studio, counted and exported.
+"""SQL of the annotations that people made from the predictions, as last read from Label Studio.
 
-An asset of a job meets its task through the job's model version: where an earlier job over the same source published
-the same version, the task and the masks are that job's, and the counts are the same for both.
+The job's model version links an asset of the job to its task. An earlier job over the same source may have published
+the same version. Then the task and the masks are that job's, and the counts are the same for both jobs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from db.states import AnnotationStatus, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownTask:
-    """A task of ours as the outbox knows it. asset_ids: whose masks the prediction of each model version shows."""
+    """A task of ours as the outbox knows it.
+
+    asset_ids: by model version, the asset that owns the masks of that prediction.
+    """
 
     ls_task_id: int
     task_id: int | None
@@ -28,8 +31,11 @@ class KnownTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegionRow:
-    """One mask of a chosen annotation. iou: of an edited one, with what was shown. counts, bbox, area: of what a person
-    drew, None where the stored mask stands."""
+    """One mask of a chosen annotation.
+
+    iou: only for an edited mask: its IoU 0..1 with the mask that was shown. counts, bbox_xywh, area_px: the mask that
+    a person drew; None where the stored mask is unchanged.
+    """
 
     verdict: Verdict
     mask_n: int | None
@@ -42,7 +48,7 @@ class RegionRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnnotationRow:
-    """One annotation as read, with its regions where it is the chosen one of its task."""
+    """One annotation as read. regions: filled only when it is the chosen annotation of its task."""
 
     annotation_id: int
     annotator: int | None
@@ -57,13 +63,13 @@ class AnnotationRow:
 
 
 def watermark(db: Connection, *, ls_project: LsProject) -> datetime | None:
-    """Up to when the project's annotations have been read, on its server's clock; None before the first time."""
+    """The time up to which the project's annotations were read, on its server's clock. None before the first read."""
     statement = text("SELECT watermark FROM ls_pull WHERE server = :server AND project_id = :project_id")
     return db.execute(statement, ls_project.values()).scalar_one_or_none()
 
 
 def set_watermark(db: Connection, *, ls_project: LsProject, watermark: datetime) -> None:
-    """Remember up to when the project's annotations have been read."""
+    """Store the time up to which the project's annotations were read."""
     db.execute(
         text(
             """INSERT INTO ls_pull (server, project_id, watermark) VALUES (:server, :project_id, :watermark)
@@ -74,7 +80,7 @@ def set_watermark(db: Connection, *, ls_project: LsProject, watermark: datetime)
 
 
 def known_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequence[str]) -> dict[str, KnownTask]:
-    """The tasks of these assets in a project, by asset_uid, with every prediction that the server has."""
+    """The tasks of these assets in a project, by asset_uid. Each has all its predictions that the server holds."""
     rows = db.execute(
         text(
             """SELECT t.id, t.task_id, t.asset_uid, max(o.width) AS width, max(o.height) AS height,
@@ -95,9 +101,9 @@ def known_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequence[s
 
 
 def replace_annotations(db: Connection, *, annotations: Mapping[int, Sequence[AnnotationRow]]) -> None:
-    """Make these the annotations of their tasks, by ls_task id; a task without any has lost those it had.
+    """Replace the annotations of these tasks (by ls_task id). An empty list removes all annotations of a task.
 
-    Lock the tasks first, so that two readers leave the one's or the other's.
+    The tasks are locked first. When two readers write at once, the result is all from one of them, never a mixture.
     """
     ids = sorted(annotations)
     db.execute(text("SELECT 1 FROM ls_task WHERE id = ANY(:ids) ORDER BY id FOR UPDATE"), {"ids": ids})

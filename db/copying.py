@@ -12,7 +12,7 @@ COPY_ROWS = 5000
 
 
 def copy_rows(db: Connection, into: str, rows: Iterator[tuple[Any, ...]]) -> None:
-    """COPY rows into a table: 6 times as fast as inserting them, measured with mask rows."""
+    """COPY rows into a table. Measured with mask rows, this is 6 times as fast as INSERT."""
     buffer = io.StringIO()
     for row in rows:
         buffer.write("\t".join([_copy_field(value) for value in row]))
@@ -25,7 +25,7 @@ def copy_rows(db: Connection, into: str, rows: Iterator[tuple[Any, ...]]) -> Non
 
 
 def _copy_field(value: Any) -> str:
-    """One field of COPY's text format. COCO counts may hold a backslash, keys anything but NUL."""
+    """One field in COPY's text format. COCO counts may hold a backslash. Keys may hold anything except NUL."""
     if value is None:
         return "\\N"
     if isinstance(value, str):

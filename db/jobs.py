@@ -1,7 +1,8 @@
-"""Every SQL statement. Each function takes an open connection, never commits, and returns frozen values or counts.
+"""SQL of jobs: stored, counted, cancelled, resumed, finished.
 
-What holds under concurrency is said where it matters: claims, leases and records are single conditional UPDATEs, so a
-message that comes twice, a second dispatcher or a worker that woke too late changes nothing.
+In every module of this folder a function takes an open connection, never commits, and returns frozen values or counts.
+Claims, leases and records are single conditional UPDATEs. So a message that comes twice, a second dispatcher, or a
+worker that wakes up too late changes nothing.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """How far a job is. Always true: listed = labeled + failed + pending, and running assets are among the pending.
+    """How far a job is. Always true: listed = labeled + failed + pending. Running assets count as pending too.
 
-    without_prompts: labeled without a look, in a job with prompts.
+    without_prompts: assets of a job with prompts that no prompt names. They are labeled with no masks, and their image
+    is not read.
     """
 
     listed: int
@@ -74,7 +76,7 @@ JOB_COLUMNS = """id, name, state, source, model, model_version, asked, fresh, li
 def insert_job(
     db: Connection, *, name: str, source: str, model: str, model_version: str, asked: Mapping[str, Any], fresh: bool
 ) -> Job:
-    """Store a new job; its listing begins when a dispatcher sees it."""
+    """Store a new job. Its listing begins when a dispatcher sees it."""
     statement = text(
         f"""INSERT INTO job (name, source, model, model_version, asked, fresh)
             VALUES (:name, :source, :model, :model_version, CAST(:asked AS jsonb), :fresh) RETURNING {JOB_COLUMNS}"""
@@ -101,7 +103,7 @@ def list_jobs(db: Connection, *, limit: int) -> list[Job]:
 def find_unfinished_job(
     db: Connection, *, source: str, model_version: str, asked: Mapping[str, Any], fresh: bool
 ) -> Job | None:
-    """The newest job that was asked exactly this and is not done."""
+    """The newest job with exactly this request that is not done."""
     statement = text(
         f"""SELECT {JOB_COLUMNS} FROM job WHERE source = :source AND model_version = :model_version AND fresh = :fresh
             AND asked = CAST(:asked AS jsonb) AND state <> 'done' ORDER BY id DESC LIMIT 1"""
@@ -143,8 +145,11 @@ def count_job(db: Connection, *, job_id: int) -> Counts:
 
 
 def model_busy_fraction(db: Connection, *, job_id: int) -> float | None:
-    """The part 0..1 of their time in which a job's workers had the model at work, from each one's first stored batch to
-    its last; None where none stored two. Pauses between two runs of a job count as idle."""
+    """The part 0..1 of the workers' time in which the model was at work.
+
+    A worker's time counts from its first stored batch to its last. Pauses between two runs of a job count as idle.
+    None when no worker stored two batches.
+    """
     statement = text(
         """SELECT sum(busy) / nullif(sum(wall), 0) FROM (
                SELECT (sum(segment_ms) - sum(segment_ms) FILTER (WHERE created_at = first)) / 1000.0 AS busy,
@@ -159,9 +164,9 @@ def model_busy_fraction(db: Connection, *, job_id: int) -> float | None:
 
 
 def cancel_job(db: Connection, *, job_id: int) -> bool:
-    """Stop a job; a running chunk is given back at its worker's next write. False if it was over already.
+    """Stop a job. A worker releases its running chunk at its next write. False if the job was already over.
 
-    Its sent chunks are new again: their messages will find nothing to do, and the window is free for other jobs.
+    Its sent chunks become new again: their messages will find nothing to do, and the window is free for other jobs.
     """
     statement = "UPDATE job SET state = 'cancelled' WHERE id = :job_id AND state IN ('listing', 'running')"
     stopped = db.execute(text(statement), {"job_id": job_id}).rowcount == 1
@@ -170,7 +175,7 @@ def cancel_job(db: Connection, *, job_id: int) -> bool:
 
 
 def resume_job(db: Connection, *, job_id: int) -> bool:
-    """Let a cancelled or failed job go on where it stopped. False if it was neither."""
+    """Let a cancelled or failed job continue where it stopped. False if it was neither."""
     statement = text(
         """UPDATE job SET state = CASE WHEN listed_at IS NULL THEN 'listing' ELSE 'running' END,
                   error = NULL, list_failures = 0, finished_at = NULL
@@ -183,12 +188,12 @@ def resume_job(db: Connection, *, job_id: int) -> bool:
 
 
 def _unsend(db: Connection, *, job_id: int) -> None:
-    """Let a job's sent chunks be sent again: their messages were taken while the job did not run."""
+    """Let a job's sent chunks be sent again. Their messages may have been used up while the job did not run."""
     db.execute(text("UPDATE chunk SET state = 'new' WHERE job_id = :job_id AND state = 'sent'"), {"job_id": job_id})
 
 
 def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
-    """Forget the failed outcomes of a job (of one kind, or all), so that those assets run again. Returns how many."""
+    """Delete the failed outcomes of a job (of one kind, or all), so that those assets run again. Returns how many."""
     values = {"job_id": job_id, "kind": error_kind}
     forgotten = db.execute(
         text(
@@ -201,7 +206,7 @@ def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
     if not ids:
         return 0
     db.execute(text("DELETE FROM suspect WHERE asset_id = ANY(:ids)"), {"ids": ids})
-    # A chunk that a worker holds is fenced off by the new token: it would not look at these assets again.
+    # A worker that holds a chunk would not read these assets again. The new token makes it lose the chunk.
     db.execute(
         text(
             """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
@@ -238,7 +243,7 @@ def jobs_to_match(db: Connection) -> list[Job]:
 
 
 def record_list_failure(db: Connection, *, job: Job, error: str, lasting: bool) -> None:
-    """Count a failed listing; a lasting error, or too many of the passing ones, fails the job."""
+    """Count a failed listing. The job fails at once on a lasting error, and after MAX_LIST_FAILURES temporary ones."""
     db.execute(
         text(
             """UPDATE job SET list_failures = list_failures + 1, error = :error,
@@ -250,7 +255,7 @@ def record_list_failure(db: Connection, *, job: Job, error: str, lasting: bool) 
 
 
 def finish_jobs(db: Connection) -> list[int]:
-    """Mark as done the listed jobs without an open chunk; returns their ids."""
+    """Mark the fully listed jobs that have no open chunk as done. Returns their ids."""
     statement = text(
         """UPDATE job SET state = 'done', finished_at = now(), error = NULL WHERE state = 'running'
            AND (asked->>'prompts' IS NULL OR matched IS NOT NULL)
@@ -265,7 +270,7 @@ def is_idle(db: Connection) -> bool:
 
 
 def note_error(db: Connection, *, job_id: int, error: str) -> None:
-    """Let `show` say what keeps a job from going on; forgotten when it is done."""
+    """Store the reason why a job cannot continue, for `show`. It is deleted when the job is done."""
     db.execute(
         text("UPDATE job SET error = :error WHERE id = :id AND state IN ('listing', 'running')"),
         {"id": job_id, "error": error},

@@ -15,11 +15,11 @@ from sqlalchemy import Connection, text
 from db.copying import copy_rows
 from db.results import StoredMask
 
-MAX_TRANSIENT_FAILURES = 6  # with the back-off below a store may be away for about ten minutes
+MAX_TRANSIENT_FAILURES = 6  # with the growing pause below, a store may be away for about ten minutes
 
 
 class LeaseLost(RuntimeError):
-    """The chunk is no longer this worker's: its lease expired, or its job was cancelled. Nothing was written."""
+    """This worker no longer holds the chunk: its lease expired, or its job was cancelled. Nothing was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Asset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimedChunk:
-    """A chunk whose lease a worker holds, with what its job asked. `token` fences every write."""
+    """A chunk that a worker holds by a lease, with its job's request. Every write must carry `token`."""
 
     id: int
     token: int
@@ -52,10 +52,10 @@ class ClaimedChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewOutcome:
-    """What a worker found for one asset, with its masks when it is labeled (error_kind None).
+    """What a worker found for one asset. A labeled asset has error_kind None, and its masks.
 
-    Labeled without a size: not looked at, for its job has no prompt for it. Labeled with an error: some of its prompts
-    could not be used.
+    Labeled without a size: its job has no prompt for it, so its image was not read. Labeled with an error: some of its
+    prompts could not be used.
     """
 
     asset_id: int
@@ -93,7 +93,7 @@ def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: fl
 def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
     """Copy the masks of assets that an earlier job labeled: same source, key, etag and model_version.
 
-    Returns how many assets were answered so. Call it under the lease that `claim_chunk` gave, in its transaction.
+    Returns how many assets were answered this way. Call it in the transaction of `claim_chunk`, under its lease.
     """
     statement = text(
         """WITH answered AS (
@@ -122,7 +122,7 @@ def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
     }
     answered = db.execute(statement, values).all()
     if answered:
-        # A statement of its own: the rows of `outcome` that a mask refers to must be visible.
+        # This is a separate statement: a mask refers to a row of `outcome`, which must be visible first.
         db.execute(
             text(
                 """INSERT INTO mask SELECT p.new_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou,
@@ -157,9 +157,9 @@ def record(
     worker: str,
     lease_seconds: float,
 ) -> None:
-    """Store outcomes with their masks, say what is in flight next, and extend the lease: all or nothing.
+    """Store outcomes with their masks, mark the assets in flight next, and extend the lease: all or nothing.
 
-    Raises LeaseLost when the lease is another's by now. An outcome that exists already is kept.
+    Raises LeaseLost when this worker no longer holds the lease. An outcome that already exists is kept.
     """
     _hold(
         db, chunk=chunk, set_="in_flight = CAST(:in_flight AS bigint[])", in_flight=list(in_flight), lease=lease_seconds
@@ -196,17 +196,17 @@ def record(
 
 
 def extend_lease(db: Connection, *, chunk: ClaimedChunk, lease_seconds: float) -> None:
-    """Heartbeat. Raises LeaseLost when the chunk is no longer ours or its job was cancelled."""
+    """Heartbeat. Raises LeaseLost when this worker no longer holds the chunk, or the job was cancelled."""
     _hold(db, chunk=chunk, set_="", lease=lease_seconds)
 
 
 def finish_chunk(db: Connection, *, chunk: ClaimedChunk) -> None:
-    """Mark the chunk done. Raises LeaseLost when it is no longer ours."""
+    """Mark the chunk done. Raises LeaseLost when this worker no longer holds it."""
     _hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
 
 
 def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False) -> None:
-    """Give the chunk back with what is left of it; after a transient error not before a growing pause."""
+    """Release the chunk. After a transient error it becomes ready again after 10 s, 20 s, 40 s ... (at most 640 s)."""
     db.execute(
         text(
             """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
@@ -220,7 +220,7 @@ def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool 
 
 
 def _hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **values: Any) -> None:
-    """Write to a chunk only while this worker holds it and its job runs; the row stays locked to the commit."""
+    """Write to a chunk only while this worker holds it and its job runs. The row stays locked until the commit."""
     changes = f", {set_}" if set_ else ""
     held = db.execute(
         text(

@@ -1,4 +1,4 @@
-"""Assets of a listing: a page's rows and the listing's cursor go into one transaction."""
+"""SQL of a listing: a page of assets and the listing's cursor are stored in one transaction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from db.jobs import JOB_COLUMNS, Job
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewAsset:
-    """What the listing knows of an object; key relative to the job's source."""
+    """An object as the listing returns it. key: relative to the job's source."""
 
     key: str
     size_bytes: int
@@ -31,10 +31,10 @@ def add_assets(
     complete: bool,
     chunk_size: int,
 ) -> Job | None:
-    """Store what was listed after `job.list_cursor`, with the new cursor, in one transaction.
+    """Store the assets listed after `job.list_cursor`, and the new cursor, in one transaction.
 
-    The cursor is compared before it is set: if another lister was here first, or the job was cancelled, nothing is
-    stored and None is returned. Otherwise the job as it is now.
+    The cursor is compared before it is set. If another lister was faster, or the job was cancelled, nothing is stored
+    and the result is None. Otherwise the result is the job as it is now.
     """
     row = (
         db.execute(

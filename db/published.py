@@ -1,4 +1,4 @@
-"""What is in Label Studio of a job: counts, refused assets, projects. Only reads."""
+"""What Label Studio has of a job: counts, refused assets, projects. Only reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from db.publishing import LsProject
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What of a job one project has. Masks that are shown, and how well regions show them (IoU 0..1)."""
+    """What one project has of a job.
+
+    masks_shown: masks that regions show. masks_left_out: masks that no region shows. iou_mean, iou_worst: IoU 0..1 of
+    the shown masks with their regions.
+    """
 
     server: str
     project_id: int
@@ -65,8 +69,10 @@ def refused_of(db: Connection, *, job_id: int, ls_project: LsProject) -> list[tu
 
 
 def published(db: Connection, *, job_id: int) -> list[Published]:
-    """What each project of each server has of a job. Assets that an earlier job published under the same model version
-    count for that job."""
+    """What each project of each server has of a job.
+
+    Assets that an earlier job published under the same model version count for the earlier job.
+    """
     rows = db.execute(
         text(
             """SELECT server, project_id, count(*) FILTER (WHERE state = 'done') AS assets,

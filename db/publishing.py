@@ -1,8 +1,8 @@
-"""SQL of what was published to Label Studio: the outbox that says what was sent, and what the server said it has.
+"""SQL of the outbox for Label Studio: what was sent, and what the server confirmed.
 
-Every write happens under `project_lock`, so there is one writer a project. A prediction is written as `sending` before
-the request that carries it leaves, and as `done` after the answer: what is found as `sending` under the lock belongs
-to nobody alive, and only the server can say whether it arrived.
+Every write happens under `project_lock`, so each project has one writer. A prediction is stored as `sending` before
+its request is sent, and as `done` after the answer. A row that is found as `sending` under the lock comes from a
+publisher that has stopped. Only the server can say whether that prediction arrived.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _VERSION_PAGE = 100
 
 @dataclass(frozen=True, slots=True)
 class LsProject:
-    """A project of a server, whose address is spelled as `label_studio.server_key` does."""
+    """A project of a server. server: the address in the form that `label_studio.server_key` gives."""
 
     server: str
     project_id: int
 
     def values(self) -> dict[str, Any]:
-        """For binding to a statement."""
+        """The values to bind to a statement."""
         return {"server": self.server, "project_id": self.project_id}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A labeled asset without a prediction in a project, from its own job at least."""
+    """A labeled asset that has no prediction of its own job in a project."""
 
     asset_id: int
     key: str
@@ -49,12 +49,12 @@ class Row:
     task_id: int | None
     state: LsState | None
     asset_id: int | None = None
-    age_seconds: float = 0.0  # since it was last sent, on the database's clock
+    age_seconds: float = 0.0  # seconds since it was last sent, on the database's clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Intent:
-    """A prediction that is about to be sent, or refused when `error` says why."""
+    """A prediction that is about to be sent. With `error` it is refused, and `error` is the reason."""
 
     asset_uid: str
     uri: str
@@ -68,10 +68,10 @@ class Intent:
 
 @contextmanager
 def project_lock(engine: Engine, *, ls_project: LsProject, wait: Callable[[], None]) -> Iterator[Connection]:
-    """Be the one publisher of a project; yields the connection that holds the lock, outside a transaction.
+    """Be the one publisher of a project. Yields the connection that holds the lock, outside a transaction.
 
-    Do all writes on it: when it breaks, the lock is gone and so is the write. `wait` is called, and should sleep,
-    each time another publisher is found to hold the lock; what it raises ends the waiting.
+    Do all writes on this connection. When it breaks, the lock is lost and the write fails too. `wait` is called each
+    time another publisher holds the lock. It should sleep. An exception that it raises ends the waiting.
     """
     key = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
     name = {"name": f"maskfleet publish {ls_project.server} {ls_project.project_id}"}
@@ -85,14 +85,14 @@ def project_lock(engine: Engine, *, ls_project: LsProject, wait: Callable[[], No
         try:
             yield db
         finally:
-            # The pool keeps the connection, and with it would keep the lock.
+            # Without this the pool would keep the connection, and so the lock.
             db.invalidate()
 
 
 def unpublished(
     db: Connection, *, job_id: int, ls_project: LsProject, after_asset_id: int, page: int
 ) -> list[Candidate]:
-    """The next labeled assets of a job, by asset id, of which the project has nothing: neither sent nor refused."""
+    """The next labeled assets of a job, by asset id, that have no prediction in any state in the project."""
     rows = db.execute(
         text(
             """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
@@ -112,7 +112,7 @@ _ROW = """t.id AS ls_task_id, t.asset_uid, t.task_id, p.state, p.asset_id,
 
 
 def rows_of(db: Connection, *, ls_project: LsProject, model_version: str, asset_uids: Sequence[str]) -> dict[str, Row]:
-    """What is remembered of these assets in a project, by asset_uid; assets never seen there are not in it."""
+    """The stored rows of these assets in a project, by asset_uid. Assets without a row are left out."""
     statement = text(
         f"""SELECT {_ROW} FROM ls_task t
             LEFT JOIN ls_prediction p ON p.ls_task_id = t.id AND p.model_version = :version
@@ -123,7 +123,7 @@ def rows_of(db: Connection, *, ls_project: LsProject, model_version: str, asset_
 
 
 def versions_in_doubt(db: Connection, *, ls_project: LsProject) -> list[str]:
-    """The model versions with predictions that were about to be sent when their publisher stopped."""
+    """The model versions of predictions that were being sent when their publisher stopped."""
     statement = text(
         """SELECT DISTINCT p.model_version FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
            WHERE t.server = :server AND t.project_id = :project_id AND p.state = 'sending' ORDER BY 1"""
@@ -139,7 +139,7 @@ def version_rows(
     state: LsState,
     after_ls_task_id: int = 0,
 ) -> list[Row]:
-    """The next predictions of a version in a state, by ls_task id, whichever job they are of."""
+    """The next predictions of a version in a state, by ls_task id, from any job."""
     statement = text(
         f"""SELECT {_ROW} FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
             WHERE t.server = :server AND t.project_id = :project_id AND p.model_version = :version
@@ -158,7 +158,7 @@ def version_rows(
 def write_intents(
     db: Connection, *, ls_project: LsProject, job_id: int, model_version: str, intents: Sequence[Intent]
 ) -> dict[str, int]:
-    """Remember what is about to be sent, or was refused; returns the ls_task id of each asset_uid."""
+    """Store what is about to be sent, or was refused. Returns the ls_task id of each asset_uid."""
     values = {
         **ls_project.values(),
         "job_id": job_id,
@@ -199,17 +199,17 @@ def write_intents(
 
 
 def mark_done(db: Connection, *, ls_project: LsProject, model_version: str, task_ids: dict[int, int]) -> None:
-    """Remember that the server has these predictions. task_ids: Label Studio's task of each ls_task id."""
+    """Store that the server has these predictions. task_ids: Label Studio's task id of each ls_task id."""
     set_task_ids(db, ls_project=ls_project, task_ids=task_ids)
     statement = "UPDATE ls_prediction SET state = 'done' WHERE model_version = :version AND ls_task_id = ANY(:ids)"
     db.execute(text(statement), {"version": model_version, "ids": list(task_ids)})
 
 
 def set_task_ids(db: Connection, *, ls_project: LsProject, task_ids: dict[int, int]) -> None:
-    """Remember Label Studio's task of each ls_task id.
+    """Store Label Studio's task id of each ls_task id.
 
-    Label Studio on SQLite gives the numbers of deleted tasks to new ones: what is remembered under such a number of
-    another asset is forgotten, for its task is gone.
+    Label Studio on SQLite gives the ids of deleted tasks to new tasks. When another asset has such an id stored, its
+    task no longer exists, so its row is deleted.
     """
     values = {**ls_project.values(), "ids": list(task_ids), "task_ids": list(task_ids.values())}
     db.execute(
@@ -219,7 +219,7 @@ def set_task_ids(db: Connection, *, ls_project: LsProject, task_ids: dict[int, i
         ),
         values,
     )
-    # In two steps: numbers may be exchanged among these rows.
+    # In two steps, because two of these rows may exchange their ids.
     db.execute(text("UPDATE ls_task SET task_id = NULL WHERE id = ANY(:ids)"), values)
     db.execute(
         text(
@@ -232,7 +232,7 @@ def set_task_ids(db: Connection, *, ls_project: LsProject, task_ids: dict[int, i
 
 
 def mark_refused(db: Connection, *, model_version: str, errors: dict[int, str]) -> None:
-    """Remember why the predictions of these ls_task ids were not taken."""
+    """Store why the server refused the predictions of these ls_task ids."""
     db.execute(
         text(
             """UPDATE ls_prediction SET state = 'refused', error = r.error
@@ -244,18 +244,18 @@ def mark_refused(db: Connection, *, model_version: str, errors: dict[int, str]) 
 
 
 def forget_predictions(db: Connection, *, model_version: str, ls_task_ids: Sequence[int]) -> None:
-    """Forget predictions that the server has not, so that they are sent again."""
+    """Delete the rows of predictions that the server does not have, so that they are sent again."""
     statement = "DELETE FROM ls_prediction WHERE model_version = :version AND ls_task_id = ANY(:ids)"
     db.execute(text(statement), {"version": model_version, "ids": list(ls_task_ids)})
 
 
 def forget_tasks(db: Connection, *, ls_task_ids: Sequence[int]) -> None:
-    """Forget tasks that the server has not, with their predictions of every version."""
+    """Delete the rows of tasks that the server does not have, with their predictions of every version."""
     db.execute(text("DELETE FROM ls_task WHERE id = ANY(:ids)"), {"ids": list(ls_task_ids)})
 
 
 def forget_refused(db: Connection, *, ls_project: LsProject, job_id: int) -> int:
-    """Let what the project refused be tried again; returns how many assets."""
+    """Let the assets that the project refused be tried again. Returns how many."""
     statement = text(
         """DELETE FROM ls_prediction p USING ls_task t
            WHERE t.id = p.ls_task_id AND t.server = :server AND t.project_id = :project_id

@@ -1,6 +1,6 @@
 """Which chunks go into the queue next, and which are taken back from workers that died.
 
-A message is a wake-up. These statements alone decide what is to be done.
+A message only wakes a worker up. These statements alone decide what is done.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-MAX_DEATHS_ALONE = 3  # an asset that kills its process this often while alone is failed with crashed_worker
+MAX_DEATHS_ALONE = 3  # an asset that kills its process this often while it runs alone fails with crashed_worker
 
 
 def reap(db: Connection) -> int:
-    """Take back the chunks whose lease expired, and judge what was in flight in them. Returns how many chunks.
+    """Take back the chunks whose lease expired, and judge the assets in flight in them. Returns how many chunks.
 
-    An asset that was in flight with others becomes a suspect and will run alone; one that dies alone for the third
-    time is failed with crashed_worker. Safe to run twice at once: each chunk is locked by one reaper.
+    An asset that was in flight with others becomes a suspect and will run alone. When the process dies for the third
+    time on an asset that runs alone, that asset fails with crashed_worker. Two reapers may run at once: each chunk is
+    locked by one of them.
     """
     expired = db.execute(
         text(
@@ -62,7 +63,7 @@ def _count_deaths(db: Connection, *, in_flight: Sequence[int]) -> None:
 
 
 def expire_lease(db: Connection, *, chunk_id: int, worker: str) -> None:
-    """Let the lease of a worker that is known to be dead end now, for the reaper to judge."""
+    """End the lease of a worker that is known to be dead now, so that the reaper judges its chunk."""
     db.execute(
         text(
             """UPDATE chunk SET lease_until = now() - interval '1 second'
@@ -73,27 +74,28 @@ def expire_lease(db: Connection, *, chunk_id: int, worker: str) -> None:
 
 
 def expire_all_leases(db: Connection) -> None:
-    """Let every lease end now. For the embedded run, which knows that no other worker is alive."""
+    """End every lease now. For the embedded run, which knows that no other worker is alive."""
     db.execute(text("UPDATE chunk SET lease_until = now() - interval '1 second' WHERE state = 'running'"))
     db.execute(text("UPDATE chunk SET state = 'new' WHERE state = 'sent'"))
 
 
 _STALE = "state = 'sent' AND sent_at < now() - make_interval(secs => :secs)"
-# A lane is first in, first out. A chunk that was claimed before (token above 0) has a lane of its own.
+# A queue is first in, first out. Chunks that were claimed before (token above 0) have their own queue.
 _OVERTAKEN = """EXISTS (SELECT 1 FROM chunk later WHERE later.state = 'running' AND later.sent_at > chunk.sent_at
                          AND (later.token > 1) = (chunk.token > 0))"""
 
 
 def has_stale_sent(db: Connection, *, resend_seconds: float) -> bool:
-    """Whether a chunk was sent longer ago than this and never claimed: its message waits, or was lost."""
+    """Whether a chunk was sent longer ago than this and never claimed. Its message waits, or was lost."""
     statement = text(f"SELECT EXISTS (SELECT 1 FROM chunk WHERE {_STALE})")
     return bool(db.execute(statement, {"secs": resend_seconds}).scalar_one())
 
 
 def resend_stale(db: Connection, *, resend_seconds: float, queue_is_empty: bool) -> int:
-    """Let the stale chunks be sent again whose message was lost; returns how many.
+    """Let the stale chunks with a lost message be sent again. Returns how many.
 
-    In an empty queue no message waits, so all of them. Else those that a chunk sent later has overtaken.
+    When the queue is empty, no message waits, so these are all stale chunks. Otherwise they are the stale chunks that a
+    chunk sent later has overtaken.
     """
     lost = "" if queue_is_empty else f"AND {_OVERTAKEN}"
     statement = text(f"UPDATE chunk SET state = 'new' WHERE {_STALE} {lost}")
@@ -102,7 +104,7 @@ def resend_stale(db: Connection, *, resend_seconds: float, queue_is_empty: bool)
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Chunks that were marked as sent. returned: those that a worker had before, which go first."""
+    """Chunks that were marked as sent. returned: those that a worker had before; they go first."""
 
     new: list[int]
     returned: list[int]
@@ -113,10 +115,10 @@ class Window:
 
 
 def take_window(db: Connection, *, window: int) -> Window:
-    """Mark as sent as many new chunks as the queue has room for, in turn over the jobs.
+    """Mark new chunks as sent, as many as the queue has room for, and take turns between the jobs.
 
-    Returned chunks have a window of their own, so that they never wait behind a full queue. Publish only after the
-    commit: a crash in between is healed by `resend_stale`.
+    Returned chunks have their own window, so they never wait behind a full queue. Publish only after the commit. After
+    a crash in between, `resend_stale` sends the chunks again.
     """
     sent, sent_again = db.execute(
         text(
@@ -146,5 +148,5 @@ def take_window(db: Connection, *, window: int) -> Window:
 
 
 def unsend(db: Connection, *, chunk_ids: Sequence[int]) -> None:
-    """Take chunks back whose messages could not be published."""
+    """Take back chunks when their messages could not be published."""
     db.execute(text("UPDATE chunk SET state = 'new' WHERE id = ANY(:ids) AND state = 'sent'"), {"ids": list(chunk_ids)})

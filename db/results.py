@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from sqlalchemy import Connection, text
 
-_SAMPLE_PAGE = 10  # assets of which masks are held at once
+_SAMPLE_PAGE = 10  # the masks of this many assets are in memory at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class StoredMask:
 
     @classmethod
     def from_row(cls, row: Any, *, asset_id: int, n: int, **also: Any) -> Self:
-        """Read the columns that every statement about masks names alike; `also` is what a subclass adds."""
+        """Read the columns. They have the same names in every statement about masks. also: the fields of a subclass."""
         return cls(
             asset_id=asset_id,
             n=n,
@@ -51,7 +51,7 @@ class LabeledAsset:
     asset_id: int
     key: str
     size_hw: tuple[int, int]
-    segment_ms: int | None = None  # none where an earlier job's masks answered
+    segment_ms: int | None = None  # None where an earlier job's masks were copied
     masks: list[StoredMask] = field(default_factory=list)
 
 
@@ -64,10 +64,10 @@ class FailedAsset:
 
 
 def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[LabeledAsset]:
-    """Stream a job's labeled assets in key order with their masks, in bounded memory; not those without a prompt in a
-    job with prompts, which were not looked at.
+    """Stream a job's labeled assets in key order with their masks, in bounded memory.
 
-    Pages by key, so that it holds no cursor and no long snapshot: an outcome recorded meanwhile may appear.
+    In a job with prompts, assets without a prompt are left out: their image was not read. The statement pages by key,
+    so it holds no cursor and no long snapshot. An outcome that is recorded meanwhile may appear.
     """
     after = ""
     while True:
@@ -90,7 +90,7 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
 
 
 def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[LabeledAsset]:
-    """Stream at most `limit` of a job's labeled assets, spread evenly over them, in the order they were listed."""
+    """Stream at most `limit` of a job's labeled assets, evenly spread, in the order of the listing."""
     rows = db.execute(
         text(
             """WITH labeled AS (
@@ -116,7 +116,7 @@ def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[Label
 
 
 def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:
-    """How many labeled assets have each number of masks, by rising number."""
+    """How many labeled assets have each number of masks, in rising order of that number."""
     statement = text(
         """SELECT mask_count, count(*) FROM outcome
            WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL
@@ -126,7 +126,7 @@ def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:
 
 
 def predicted_iou_percents(db: Connection, *, job_id: int) -> dict[int, int]:
-    """How many masks have each predicted IoU in whole percents, cut off and kept within 0..99, by rising percent."""
+    """How many masks have each predicted IoU in whole percent: rounded down, clamped to 0..99, in rising order."""
     statement = text(
         """SELECT greatest(0, least(99, floor(predicted_iou * 100)))::int AS percent, count(*)
            FROM mask JOIN outcome USING (asset_id)
@@ -146,7 +146,7 @@ def failed_assets(db: Connection, *, job_id: int, limit: int | None = None) -> l
 
 
 def labels_of(db: Connection, *, job_id: int) -> list[str]:
-    """The distinct labels of a job's masks, in alphabetical order; masks without one are not counted."""
+    """The distinct labels of a job's masks, in alphabetical order. Masks without a label are ignored."""
     statement = text(
         """SELECT DISTINCT label FROM mask JOIN outcome USING (asset_id)
            WHERE job_id = :job_id AND label IS NOT NULL ORDER BY label"""
@@ -155,7 +155,7 @@ def labels_of(db: Connection, *, job_id: int) -> list[str]:
 
 
 def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[StoredMask]]:
-    """The masks of these assets in the model's order; assets without any are not in it."""
+    """The masks of these assets in the model's order. Assets without masks are left out."""
     rows = db.execute(
         text(
             """SELECT asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score,

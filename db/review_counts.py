@@ -12,10 +12,10 @@ from db.states import Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """How many masks of one model version, label and score band met one verdict.
+    """How many masks of one model version, label and score band got one verdict.
 
-    band: the score's twentieth, 0..19, None for added masks. relabelled: edited ones with another label. measured,
-    iou_sum: of the edited ones whose correction could be read.
+    band: 0..19, each a twentieth of the score range 0..1; None for added masks. relabelled: edited masks with another
+    label. measured, iou_sum: over the edited masks whose correction could be read.
     """
 
     model_version: str | None
@@ -32,8 +32,8 @@ class Tally:
 class AssetCounts:
     """What became of the assets that a project has of a job.
 
-    published = untouched + corrected + elsewhere + skipped + waiting. elsewhere: annotated, but not from the job's own
-    prediction; skipped: passed over by everyone who opened it.
+    published = untouched + corrected + elsewhere + skipped + waiting. elsewhere: annotated, but the annotation did not
+    start from the job's own prediction. skipped: everyone who opened it skipped it.
     """
 
     published: int
@@ -48,7 +48,10 @@ class AssetCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annotator:
-    """What one person did. seconds_*: of a submitted annotation, as Label Studio's page measured it."""
+    """What one person did. Label Studio's page measured the seconds.
+
+    seconds_total: over all annotations, skipped ones too. seconds_median: over the submitted ones.
+    """
 
     annotator: int | None
     submitted: int
@@ -59,7 +62,10 @@ class Annotator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reviewed:
-    """The chosen annotation of an asset. agreement 0..1: of kept masks 1, of edited ones their IoU, of others 0."""
+    """The chosen annotation of an asset.
+
+    agreement: mean over its masks, 0..1. A kept mask counts 1, an edited one its IoU, any other 0.
+    """
 
     asset_id: int
     key: str
@@ -72,7 +78,7 @@ class Reviewed:
     added: int
 
 
-# The assets of a job that a project has, with the task and whose masks it shows.
+# The assets of a job that a project has, each with its task, and with the asset that owns the shown masks.
 _MINE = """mine AS (
     SELECT my.id, my.key, t.id AS ls_task_id, t.task_id, p.asset_id, p.model_version
     FROM asset my JOIN job wanted ON wanted.id = my.job_id
@@ -82,12 +88,12 @@ _MINE = """mine AS (
     JOIN ls_task t ON t.id = p.ls_task_id
     WHERE my.job_id = :job_id AND t.server = :server AND t.project_id = :project_id)"""
 
-# What was shown in Label Studio: SAM's estimate may exceed 1, and a model may give none that is a number.
+# The score that Label Studio showed. SAM's estimate may exceed 1, and some models give NaN.
 _SCORE = "CASE WHEN m.predicted_iou = 'NaN' THEN 0 ELSE round(greatest(0, least(1, m.predicted_iou))::numeric, 4) END"
 
 
 def tallies(db: Connection, *, job_id: int, ls_project: LsProject) -> list[Tally]:
-    """The chosen annotations of a job's assets, whichever version they began from, mask by mask.
+    """Count the masks of the chosen annotations of a job's assets, from any model version.
 
     An added mask counts under the person's label, the others under the model's.
     """
@@ -112,7 +118,7 @@ def tallies(db: Connection, *, job_id: int, ls_project: LsProject) -> list[Tally
 
 
 def kept_by_score(db: Connection, *, job_id: int, ls_project: LsProject) -> list[tuple[float, int, int]]:
-    """(score, predictions kept untouched, predictions) of each score of a job's judged predictions, highest first."""
+    """Rows (score, masks kept unchanged, masks) over a job's judged predictions: one row a score, highest first."""
     rows = db.execute(
         text(
             f"""WITH {_MINE}
@@ -164,7 +170,7 @@ def asset_counts(db: Connection, *, job_id: int, ls_project: LsProject) -> Asset
 
 
 def annotators(db: Connection, *, job_id: int, ls_project: LsProject) -> list[Annotator]:
-    """Who did what on a job's assets; resubmitted annotations count as one each, for each took its time."""
+    """Who did what on a job's assets. A resubmitted annotation counts again, because it took time again."""
     rows = db.execute(
         text(
             f"""WITH {_MINE}
@@ -184,8 +190,10 @@ def annotators(db: Connection, *, job_id: int, ls_project: LsProject) -> list[An
 def lead_seconds(
     db: Connection, *, job_id: int, ls_project: LsProject
 ) -> tuple[int, float, float | None, float | None]:
-    """Of the tasks that somebody submitted and whose time is known: how many, the sum of their times, the mean and the
-    median of a task. A task's time is what everyone took for it together, resubmissions too."""
+    """(count, sum, mean, median) of the tasks' times in seconds, over the submitted tasks whose time is known.
+
+    A task's time is the sum over all people, resubmissions too.
+    """
     row = db.execute(
         text(
             f"""WITH {_MINE}, took AS (

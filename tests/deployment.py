@@ -26,7 +26,7 @@ MASKFLEET = [sys.executable, "-P", "-m", "orchestrator.cli"]
 
 @dataclass
 class Deployment:
-    """Starts the commands of the product with the environment of an operator; kills what is left at the end."""
+    """Starts the commands of the product with an operator's environment. Kills all remaining processes at the end."""
 
     database_url: str
     broker_url: str
@@ -102,11 +102,11 @@ class Deployment:
         ]
 
     def celery_mains(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """Celery's main processes below a supervisor, one a device."""
+        """Celery's main processes below a supervisor, one for each device."""
         return [p for p in psutil.Process(worker.pid).children() if "celery" in command_line(p)]
 
     def kill_tree(self, process: subprocess.Popen[bytes]) -> None:
-        """SIGKILL a command with all its descendants, as a power cut would."""
+        """SIGKILL a command and all its descendants, like a power cut."""
         parts = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for part in parts:
             part.kill()
@@ -122,14 +122,14 @@ class Deployment:
 
 
 def command_line(process: psutil.Process) -> str:
-    """Its words, or nothing when it has just ended."""
+    """The words of its command line, or none when it has just ended."""
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
 
 
 def draw_pictures(folder: Path, count: int, *, special: dict[str, tuple[int, int, int]] | None = None) -> Path:
-    """A folder of small PNG files; `special` names files of one colour, which the stub model obeys."""
+    """A folder of small PNG files. special: files of one colour, which tell the stub model what to do."""
     folder.mkdir(parents=True, exist_ok=True)
     for n in range(count):
         Image.new("RGB", (32, 24), (n % 200, 50, 50)).save(folder / f"{n:04}.png")

@@ -1,4 +1,4 @@
-"""Rows for tests, made through the queries that the product uses."""
+"""Rows for tests, made through the product's own queries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_job(
     fresh: bool = False,
     asked: Mapping[str, object] | None = None,
 ) -> Job:
-    """A listed job with these keys (or so many of them)."""
+    """A listed job with these keys (or with this number of keys)."""
     names = [f"{n:04}.jpg" for n in range(keys)] if isinstance(keys, int) else keys
     with engine.begin() as db:
         job = jobs.insert_job(
@@ -75,7 +75,7 @@ def finish(engine: Engine, chunk: ClaimedChunk) -> None:
 
 
 def labeled(asset_id: int, masks: int = 1) -> NewOutcome:
-    """A labeled outcome with that many small masks; counts and label hold what COPY must escape."""
+    """A labeled outcome with that many small masks. counts and label have characters that COPY must escape."""
     stored = [
         StoredMask(
             asset_id=asset_id,

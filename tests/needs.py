@@ -1,4 +1,4 @@
-"""What tests need and a machine may not have."""
+"""Things that tests need and that a machine may not have."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ TESTDATA = Path(os.environ.get("MASKFLEET_TESTDATA", Path(__file__).parents[2] /
 
 
 def miss(what: str) -> NoReturn:
-    """Skip the test for want of something; with CI set, where everything has to be there, fail it."""
+    """Skip the test because something is missing. With CI set, fail it: there everything must be present."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(what)

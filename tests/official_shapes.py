@@ -1,19 +1,19 @@
-"""Names and shapes of the weights in the files that models' authors publish, written down from their repositories.
+"""Names and shapes of the weights in the files of models' authors, written down from their repositories.
 
 github.com/facebookresearch/segment-anything at dca509f for vit_b, vit_l and vit_h; github.com/ChaoningZhang/MobileSAM
-at 34bbbfd for mobile_sam. Independent of the module trees that the loader builds, which tests compare with it.
+at 34bbbfd for mobile_sam. They do not depend on the modules that the loader builds. Tests compare the two.
 """
 
 from __future__ import annotations
 
 Shapes = dict[str, tuple[int, ...]]
 
-# width, heads, blocks, of which every so many attends to the whole image, the last of them included
+# width, heads, blocks, step: every step-th block, also the last one, attends to the whole image
 _VITS = {"sam_vit_b": (768, 12, 12, 3), "sam_vit_l": (1024, 16, 24, 6), "sam_vit_h": (1280, 16, 32, 8)}
 
 
 def official_shapes(name: str) -> Shapes:
-    """Of sam_vit_b, sam_vit_l, sam_vit_h and mobile_sam: every name in the file."""
+    """Every name in the file, for sam_vit_b, sam_vit_l, sam_vit_h and mobile_sam."""
     encoder = _tiny_vit() if name == "mobile_sam" else _vit(*_VITS[name])
     return {f"image_encoder.{name}": shape for name, shape in encoder.items()} | _prompt_encoder() | _mask_decoder()
 
@@ -90,7 +90,7 @@ def _mask_decoder() -> Shapes:
         for norm in range(1, 5):
             shapes |= _norm(f"{name}.norm{norm}", 256)
     shapes |= _attention("transformer.final_attn_token_to_image", 128) | _norm("transformer.norm_final_attn", 256)
-    # Transposed convolutions: what is read comes first.
+    # Transposed convolutions: input channels come first.
     shapes |= {"output_upscaling.0.weight": (256, 64, 2, 2), "output_upscaling.0.bias": (64,)}
     shapes |= {"output_upscaling.3.weight": (64, 32, 2, 2), "output_upscaling.3.bias": (32,)}
     shapes |= _norm("output_upscaling.1", 64)

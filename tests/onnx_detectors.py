@@ -1,4 +1,4 @@
-"""An ONNX detector whose answers are known: it boxes what is pure blue, green and red in an image."""
+"""An ONNX detector with known answers: it finds the boxes of pure blue, green and red in an image."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def write_colour_detector(
 ) -> Path:
     """Write a graph with mmdeploy's outputs: for each colour x0, y0, x1, y1 in the input's pixels and a score.
 
-    What enters is normalised as RTMDet wants it, BGR: above 2 a channel is full, below -1 it is empty. constant: boxes
-    (x0, y0, x1, y1, score, class number) that it gives besides, whatever the image. batch: images at once, any number
-    where it is a name; None for one, in outputs (k, 5) and (k,).
+    The input is normalised for RTMDet, BGR: above 2 a channel is full, below -1 it is empty. constant: more boxes (x0,
+    y0, x1, y1, score, class number), which it gives for every image. batch: the number of images at once; a name means
+    any number; None means one image, with outputs (k, 5) and (k,).
     """
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []

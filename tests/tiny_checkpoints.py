@@ -1,4 +1,4 @@
-"""Checkpoints of the families at toy size: from their own configurations, with random weights, in their own format."""
+"""Tiny checkpoints of the model families: with their own configurations and format, and random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def save_detector(family: str, folder: Path) -> Path:
 
 
 def save(model: Any, folder: Path, noise: float = 0.1) -> None:
-    """Save a model whose weights are random everywhere: some heads begin as zeros, and answer alike to all images."""
+    """Save a model with random weights everywhere. Some heads are zero at first and answer the same to all images."""
     generator = torch.Generator().manual_seed(5)
     for weights in model.parameters():
         weights.data += noise * torch.randn(weights.shape, generator=generator)
@@ -112,7 +112,7 @@ WORDS = ("red", "blue", "bus", "car", "a", "square", "person", ".")
 
 
 def save_phrase_detector(family: str, folder: Path) -> Path:
-    """A transformers checkpoint that boxes what phrases say, with its processor: grounding_dino or owlv2."""
+    """A transformers checkpoint that finds boxes for phrases, with its processor: grounding_dino or owlv2."""
     torch.manual_seed(5)
     model, processor = {"grounding_dino": _grounding_dino, "owlv2": _owlv2}[family](folder / "words")
     save(model, folder, noise=0.02)
@@ -129,7 +129,7 @@ def _bert_tokenizer(folder: Path) -> Any:
 
 
 def clip_tokenizer(folder: Path, most: int) -> Any:
-    """A CLIP tokenizer whose vocabulary is letters, so that every phrase has tokens of its own."""
+    """A CLIP tokenizer with letters as its vocabulary, so every phrase has its own tokens."""
     import json
 
     from transformers import CLIPTokenizerFast
@@ -206,7 +206,7 @@ def _owlv2(folder: Path) -> tuple[Any, Any]:
     )
     model = Owlv2ForObjectDetection(config)
     for weights in (model.box_head.dense2.weight, model.class_head.dense0.weight):
-        weights.data *= 0.01  # else every answer is at an end of its sigmoid
+        weights.data *= 0.01  # otherwise every answer is at an end of its sigmoid
     pictures = Owlv2ImageProcessor(size={"height": 64, "width": 64})
     return model, Owlv2Processor(pictures, tokenizer)
 

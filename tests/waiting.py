@@ -1,4 +1,4 @@
-"""Waiting for conditions of other processes."""
+"""Waits for conditions in other processes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = 300, *, logs: Callable[[], str] = str) -> T:
-    """Ask until the condition is truthy and return it; fail, naming `what` and showing logs, when it takes too long.
+    """Check the condition until it is truthy, and return it. After `seconds` fail with `what` and the logs.
 
-    The default is long because two busy cores may be all there is; a condition that holds is seen at once.
+    The default is long, because there may be only two busy cores. A condition that holds is seen at once.
     """
     give_up_at = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < give_up_at, f"waited {seconds:g} s in vain for {what}\n{logs()}"
+        assert time.monotonic() < give_up_at, f"after {seconds:g} s still waiting for {what}\n{logs()}"
         time.sleep(0.05)
     return found

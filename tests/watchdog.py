@@ -1,12 +1,12 @@
-"""Ends what a test process or a benchmark leaves running when it is killed: servers, workers, what those started.
+"""Ends the processes that a killed test process or benchmark leaves running: servers, workers and their children.
 
-A process that gets SIGKILL runs no fixture's end. So each test process (pytest itself, and each of pytest-xdist's
-workers) starts a watchdog: a process in a session of its own that reads a pipe. The kernel closes the pipe when the
-test process ends, however it ends. The watchdog then ends every process that carries the test process's mark.
+After SIGKILL no fixture can clean up. So each test process (pytest itself, and each of pytest-xdist's workers) starts a
+watchdog: a process in its own session that reads a pipe. The kernel closes the pipe when the test process ends, in any
+way. The watchdog then ends every process that has the test process's mark.
 
-The mark is a limit that nothing here uses, the bytes of POSIX message queues, set to a number of this test process's
-own. The kernel gives a process's limits to all its descendants. A new session, another user, another parent and a
-clean environment, which our PostgreSQL has all together, do not change them.
+The mark is a limit that nothing here uses: the bytes of POSIX message queues. Each test process sets it to its own
+number. All descendants of a process inherit its limits. A new session, another user, another parent and a clean
+environment do not change them. Our PostgreSQL has all of these.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _PATIENCE_SECONDS = 3  # after each signal
 
 
 def guard() -> None:
-    """From now on, what this process starts ends with it.
+    """From now on, all processes that this process starts end with it.
 
-    Does nothing where the kernel shows no such limit, which is everywhere but on Linux.
+    Does nothing where the kernel shows no such limit: only Linux does.
     """
     if not (PROC / "self" / "limits").exists():
         return
     mark = _free_mark()
     _, most = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
-    # A worker of pytest-xdist carries the mark of pytest. Its watchdog must not, or pytest's would end it.
+    # A worker of pytest-xdist has pytest's mark. Its watchdog must not have it, or pytest's watchdog would end it.
     resource.setrlimit(resource.RLIMIT_MSGQUEUE, (most, most))
     watchdog = subprocess.Popen([sys.executable, __file__, str(mark)], stdin=subprocess.PIPE, start_new_session=True)
     resource.setrlimit(resource.RLIMIT_MSGQUEUE, (mark, most))
 
     @atexit.register
     def end() -> None:
-        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (most, most))  # this process is to end by itself
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (most, most))  # this process must end by itself
         watchdog.communicate()
 
 
 def watch(mark: int) -> None:
-    """Wait for the end of stdin, then end whatever carries the mark."""
+    """Wait for the end of stdin, then end all processes with the mark."""
     sys.stdin.read()
-    # SIGINT first: PostgreSQL, when it stops in order, removes its shared memory.
+    # SIGINT first: PostgreSQL then stops normally and removes its shared memory.
     for number in (signal.SIGINT, signal.SIGKILL):
         for pid in carriers(mark):
             with suppress(ProcessLookupError):
@@ -66,9 +66,9 @@ def carriers(mark: int) -> list[int]:
 
 
 def _mark_of(folder: Path) -> int | None:
-    """The mark of the process of a folder of /proc, if it has one and lives."""
+    """The mark of the process of a folder in /proc. None if it has no mark or has ended."""
     with suppress(OSError):
-        if not (folder / "cmdline").read_bytes():  # it has ended, and its parent has not asked how
+        if not (folder / "cmdline").read_bytes():  # it has ended, but its parent has not read its exit status
             return None
         for line in (folder / "limits").read_text().splitlines():
             if line.startswith(_LIMIT):

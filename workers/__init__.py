@@ -1,5 +1,5 @@
-"""Turns one asset into masks. Nothing here knows how many assets there are, or that people exist.
+"""Turns one asset into masks. Nothing here knows how many assets there are, or about the people who review masks.
 
-May import `db`; is imported by `orchestrator`. torch is loaded only by `workers.models.*` modules and
-`workers.engine.automatic`, which are imported inside the worker's child process and nowhere else.
+May import `db`, and `orchestrator` imports it. Only `workers.engine`, `workers.models`, `workers.detectors` and
+`workers.training` load torch. In a job that happens only inside the worker's child process.
 """

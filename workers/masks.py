@@ -1,7 +1,7 @@
 """Mask geometry: the `Mask` value that every model returns, and its run-length codec.
 
-The frame is always the upright image (EXIF applied). Run lengths are COCO's compressed string: column-major,
-starting with background, as pycocotools reads and writes them.
+The frame is always the upright image (EXIF applied). Run lengths are COCO's compressed string, as in pycocotools:
+column-major, starting with background.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BoolMask = NDArray[np.bool_]
 class Mask:
     """One object's pixels with its scores, in the upright image's frame.
 
-    counts: COCO compressed run lengths. size_hw: the frame in pixels. bbox_xywh: pixels, COCO's convention
-    (x, y of the first pixel, then widths that include the last one). predicted_iou: the model's own estimate, about
-    0..1 (SAM may exceed 1). stability_score: 0..1, None where the mask came from a prompt. prompt: what led to this
-    mask as stored in the database, e.g. {"points": [[x, y, 1]]} in upright pixels.
+    counts: COCO compressed run lengths. size_hw: the frame in pixels. bbox_xywh: pixels, COCO's convention (x, y of the
+    first pixel; width and height include the last one). predicted_iou: the model's own estimate, about 0..1 (SAM may
+    exceed 1). stability_score: 0..1, None for a mask from a prompt. prompt: the prompt of this mask as stored in the
+    database, e.g. {"points": [[x, y, 1]]} in upright pixels.
     """
 
     counts: str
@@ -50,7 +50,7 @@ def encode_counts(mask: BoolMask) -> str:
 def mask_from_pixels(
     pixels: BoolMask, *, predicted_iou: float, stability_score: float | None = None, label: str | None = None
 ) -> Mask:
-    """Make a Mask from (H, W) bool pixels; area and box are computed from them."""
+    """Make a Mask from (H, W) bool pixels. The area and the box are computed from them."""
     height, width = pixels.shape
     counts = encode_counts(pixels)
     rle = {"size": [height, width], "counts": counts.encode("ascii")}

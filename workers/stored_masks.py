@@ -1,4 +1,4 @@
-"""A mask as the database keeps it, and back."""
+"""Converts a mask to its database form, and back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from workers.masks import Mask
 
 
 def mask_of_row(mask: StoredMask, size_hw: tuple[int, int]) -> Mask:
-    """A stored mask in the frame of its asset, which its row does not repeat."""
+    """A stored mask as a Mask. size_hw: the frame of its asset, which is not in the mask's row."""
     return Mask(
         counts=mask.counts,
         size_hw=size_hw,

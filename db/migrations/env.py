@@ -1,4 +1,4 @@
-"""Runs the migrations: one transaction each, bounded waits for locks, one runner at a time."""
+"""Runs the migrations: each in its own transaction, with a limit on waiting for locks, one runner at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A job's results as files: COCO, Label Studio tasks, the summary. PNG files are `png`'s, the page is `gallery`'s.
+"""A job's masks as a COCO file.
 
-Everything streams, so that a hundred thousand assets take no more memory than a page of them, and appears under its
-name only when it is whole.
+The export streams: a hundred thousand assets take no more memory than a page of them. The file gets its name only when
+it is complete.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from workers.storage.asset import Source
 
 
 def export_coco(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None) -> None:
-    """Write a job's masks as COCO instances, exact, as compressed RLE.
+    """Write a job's masks as COCO instances: exact, as compressed RLE.
 
-    `images` are the labeled assets, those without a mask too; failed ones are in the summary. Ids are Postgres's asset
-    ids, so two exports of a job agree; file_name is the key, coco_url the asset's address. Masks without a label are of
-    the category "object". assets: instead of the job's labeled ones; what people reviewed says so.
+    `images` are the labeled assets, also those without a mask. Failed ones are in the summary. Ids are Postgres's asset
+    ids, so two exports of a job agree. file_name is the key, coco_url the asset's address. Masks without a label have
+    the category "object". assets: written instead of the job's labeled ones; reviewed masks carry their verdict.
     """
     labels = results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
     category_ids = {label: category_id for category_id, label in enumerate(labels, start=1)}
@@ -38,12 +38,12 @@ def export_coco(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAss
         file.write(f'{{"info":{json_text(_info(job))},\n"licenses":[],\n"annotations":[')
         annotation_id = 0
         for n, asset in enumerate(results.labeled_assets(db, job_id=job.id) if assets is None else assets):
-            # One pass over the database: annotations straight away, the much shorter images aside.
+            # One pass over the database: annotations go into the file at once, the much shorter images aside.
             images.write(f"{',' if n else ''}\n{json_text(_image(asset, source))}")
             for mask in asset.masks:
                 file.write(",\n" if annotation_id else "\n")
                 annotation_id += 1
-                # A label may come up that was not there a moment ago, while the job still runs.
+                # While the job still runs, a new label may appear.
                 label = mask.label if mask.label is not None else DEFAULT_LABEL
                 category_id = category_ids.setdefault(label, len(category_ids) + 1)
                 file.write(json_text(_annotation(asset, mask, annotation_id, category_id)))
@@ -86,15 +86,15 @@ def _annotation(asset: LabeledAsset, mask: StoredMask, annotation_id: int, categ
         "segmentation": {"size": list(asset.size_hw), "counts": mask.counts},
         "area": mask.area_px,
         "bbox": list(mask.bbox_xywh),
-        # Not what says "this is RLE": readers see that by the dict (pycocotools, supervision 0.31 with either value).
-        # 1 would make it a crowd, which evaluation ignores and training code drops.
+        # 1 would make it a crowd, which evaluation ignores and training code drops. It does not mean "this is RLE":
+        # readers see that from the dict (pycocotools, and supervision 0.31 with both values).
         "iscrowd": 0,
-        # SAM's estimate may exceed 1, which is no score.
+        # SAM's estimate may exceed 1, but a score may not.
         "score": min(1.0, max(0.0, round_score(mask.predicted_iou) or 0.0)),
         "predicted_iou": round_score(mask.predicted_iou),
         "stability_score": round_score(mask.stability_score),
     }
     if isinstance(mask, ReviewedMask):
-        # A person vouches for it; predicted_iou is still what the model said of a mask of its own.
+        # A person confirmed it, so its score is 1. predicted_iou is still the model's value.
         annotation |= {"score": 1.0, "verdict": str(mask.verdict)}
     return annotation if mask.prompt is None else {**annotation, "prompt": mask.prompt}

@@ -1,4 +1,4 @@
-"""Output files that appear whole or not at all, and the small words that all exports share."""
+"""Output files that appear complete or not at all, and small functions that all exports share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from workers.storage.source import open_source
 
 @contextmanager
 def replacing(out: Path) -> Iterator[IO[str]]:
-    """Open a text file beside `out` that takes its place when the block ends well, and disappears when it does not.
+    """Open a text file beside `out`. It replaces `out` when the block succeeds, and is removed when the block fails.
 
-    A reader sees the old file or the whole new one. Raises FileExistsError where `out` is a folder or a device.
+    A reader sees the old file or the complete new one. Raises FileExistsError when `out` is a folder or a device.
     """
     target = out.resolve()
     if target.exists() and not target.is_file():
@@ -37,12 +37,12 @@ def replacing(out: Path) -> Iterator[IO[str]]:
 
 
 def source_of(job: Job) -> Source:
-    """For addresses alone: nothing is read."""
+    """The job's source, only to make addresses. Nothing is read."""
     return open_source(job.source, s3_endpoint=settings().s3_endpoint)
 
 
 def round_score(value: float | None) -> float | None:
-    """JSON has no NaN, and what a model says may be one."""
+    """The rounded score. None for NaN, which a model may give and JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -52,7 +52,7 @@ def json_text(value: Any) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Make a folder beside `out` that takes its place when the block ends well, and is removed when it does not."""
+    """Make a folder beside `out`. It replaces `out` when the block succeeds, and is removed when the block fails."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out}: expected a new or empty folder")
     target = out.resolve()

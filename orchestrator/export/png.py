@@ -1,10 +1,10 @@
-"""A job's masks as PNG files named by ids: keys are no file names.
+"""A job's masks as PNG files. They are named by ids, because keys are not valid file names.
 
-    OUT/index.json            one line an asset: its id, key, size, and its masks with their values and scores
-    OUT/<asset_id>.png        label map: 0 is background, n + 1 is mask n; where masks overlap the smaller one is seen
-    OUT/<asset_id>/<n>.png    mask n alone and whole, one bit a pixel
+    OUT/index.json            one line for each asset: its id, key, size, and its masks with their values and scores
+    OUT/<asset_id>.png        label map: 0 is background, n + 1 is mask n; where masks overlap, the smaller is on top
+    OUT/<asset_id>/<n>.png    mask n alone and complete, one bit for each pixel
 
-The files are written here rather than by Pillow, whose door is elsewhere, and OpenCV, which knows no palettes.
+The files are encoded here. OpenCV cannot write palettes, and only workers.images may import Pillow.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from orchestrator.export.files import new_folder
 from orchestrator.export.png_file import VOC_PALETTE, encode_png
 from orchestrator.shapes.runs import Crop, crop_edges, edges_from_counts
 
-# Writing 100 masks of 12 MP takes a second or two; see open_engine for why pages are short.
+# Writing 100 masks of 12 MP takes a second or two. Pages are short because of the timeouts in `open_engine`.
 _PAGE = 10
 
 
 def export_png(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None) -> None:
-    """Write a job's masks as PNG files into a new folder, which appears when all of them are there.
+    """Write a job's masks as PNG files into a new folder. It appears when all files are complete.
 
-    assets: instead of the job's labeled ones.
-    A label map has 8 bits a pixel and the palette of PASCAL VOC, and 16 bits of grey where there are more than 255
-    masks. Raises FileExistsError where `out` is a file or a folder with something in it.
+    assets: written instead of the job's labeled ones. A label map has 8 bits a pixel and the palette of PASCAL VOC.
+    With more than 255 masks it has 16 bits of grey. Raises FileExistsError when `out` is a file or a non-empty folder.
     """
     with new_folder(out) as folder, (folder / "index.json").open("w", encoding="utf-8") as index:
         index.write("[")
@@ -57,7 +56,7 @@ def _write_asset(asset: LabeledAsset, folder: Path) -> None:
     palette = VOC_PALETTE if values is np.uint8 else None
     (folder / f"{asset.asset_id}.png").write_bytes(encode_png(label_map, palette))
 
-    # Write each mask whole.
+    # Write each mask completely.
     if crops:
         (folder / str(asset.asset_id)).mkdir()
     for n, crop in crops.items():
@@ -67,7 +66,7 @@ def _write_asset(asset: LabeledAsset, folder: Path) -> None:
 
 
 def _crop(mask: StoredMask, size_hw: tuple[int, int]) -> Crop | None:
-    """The mask's pixels in its box; None for an empty mask, which has no box."""
+    """The mask's pixels in its box. None for an empty mask, which has no box."""
     edges = edges_from_counts(mask.counts, size_hw)
     return crop_edges(edges, size_hw) if edges.size else None
 

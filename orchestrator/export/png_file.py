@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# zlib's level 1: masks are long runs, where higher levels gain little and take several times as long.
+# zlib's level 1. Masks are long runs: higher levels save little and take several times as long.
 _LEVEL = 1
 
 
 def encode_png(pixels: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> bytes:
-    """Encode (H, W) bool as one bit a pixel, uint8 or uint16 as grey; uint8 with a (256, 3) RGB palette as colours.
+    """Encode (H, W) pixels: bool as one bit, uint8 or uint16 as grey, uint8 with a (256, 3) RGB palette as colours.
 
     Source: PNG (third edition), https://www.w3.org/TR/png-3/.
     """
@@ -23,7 +23,7 @@ def encode_png(pixels: NDArray[Any], palette: NDArray[np.uint8] | None = None) -
         depth, rows = 1, np.packbits(pixels, axis=1)
     else:
         depth, rows = 8 * pixels.itemsize, pixels.astype(f">u{pixels.itemsize}", copy=False)
-    # Each row begins with its filter, of which 0 is none: filters are for photographs.
+    # Each row begins with its filter; 0 means none. Filters only help for photographs.
     filtered = np.zeros((height, 1 + rows.shape[1] * rows.itemsize), np.uint8)
     filtered[:, 1:] = np.ascontiguousarray(rows).view(np.uint8)
     colour_type = 0 if palette is None else 3
@@ -38,7 +38,7 @@ def encode_png(pixels: NDArray[Any], palette: NDArray[np.uint8] | None = None) -
 
 
 def _voc_palette() -> NDArray[np.uint8]:
-    """PASCAL VOC's 256 colours: bits 0, 3, 6 of the value are red's highest, 1, 4, 7 green's, 2, 5 blue's.
+    """PASCAL VOC's 256 colours. Bits 0, 3, 6 of the value are red's highest bits, 1, 4, 7 green's, 2, 5 blue's.
 
     Source: VOCdevkit, VOClabelcolormap.m.
     """

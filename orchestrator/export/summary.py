@@ -14,7 +14,7 @@ from orchestrator.jobs.reports import detector_report, prompts_report, text_repo
 
 
 def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[str, Any]:
-    """Write what became of a job as one JSON document, and return it. seconds: how long the caller took for it."""
+    """Write the results of a job as one JSON document, and return it. seconds: the caller's time for the job."""
     counts = jobs.count_job(db, job_id=job.id)
     failed = results.failed_assets(db, job_id=job.id)
     busy = jobs.model_busy_fraction(db, job_id=job.id)

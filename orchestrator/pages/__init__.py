@@ -1,1 +1,1 @@
-"""Pages to look at that need no server: the gallery, the review."""
+"""HTML pages that need no server: the gallery and the review."""

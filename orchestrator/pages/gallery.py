@@ -1,8 +1,8 @@
-"""One HTML file that shows what a job found: photos under their masks, numbers, and what failed and why.
+"""One HTML file that shows what a job found: photos with their masks, numbers, and what failed and why.
 
-It holds everything it needs, asks nobody for anything (its own policy forbids it), and stays under about 40 MB whatever
-the job's size. Masks are outlines in SVG: crisp on every screen, and smaller than pictures of them. Everything that
-comes from a source is text from strangers and goes through `safe_text`.
+It contains everything it needs and loads nothing (its own policy forbids it). It stays under about 40 MB for a job of
+any size. Masks are SVG outlines: sharp on every screen, and smaller than images of the masks. All text from a source is
+untrusted and goes through `safe_text`.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from workers.storage.source import open_source
 MAX_CARDS = 200
 MAX_FAILED = 500
 
-_ALL_PHOTOS_BYTES = 22_000_000  # a third more as base64
+_ALL_PHOTOS_BYTES = 22_000_000  # base64 adds a third
 _PHOTO_BYTES = 300_000
-_THREADS = 4  # decoding and outlines run outside the interpreter's lock; fetching waits
-_PIXELS_AT_ONCE = 50_000_000  # decoding takes 7 bytes each
+_THREADS = 4  # decoding and outlines release the interpreter's lock; fetching waits for the store
+_PIXELS_AT_ONCE = 50_000_000  # decoding takes 7 bytes for each pixel
 
 log = logging.getLogger(__name__)
 
 _WHAT_HAPPENED: dict[str, str] = {
     ErrorKind.NOT_FOUND: "listed, but gone when it was read",
-    ErrorKind.FORBIDDEN: "the store, or the file's permissions, refuse to hand it out",
+    ErrorKind.FORBIDDEN: "the store or the file's permissions do not allow reading it",
     ErrorKind.TOO_LARGE: "more bytes or pixels than this deployment accepts",
-    ErrorKind.NOT_IMAGE: "bytes that are no picture",
-    ErrorKind.TRUNCATED: "a picture whose bytes end too early or are damaged",
-    ErrorKind.UNSUPPORTED: "a kind of picture that is not decoded",
-    ErrorKind.DECODE_TIMEOUT: "a picture that takes minutes to decode",
-    ErrorKind.GPU_OOM: "does not fit into the device's memory, even alone",
-    ErrorKind.CRASHED_WORKER: "ended its worker process three times while alone",
-    ErrorKind.BAD_PROMPT: "its prompt does not fit it",
-    ErrorKind.INTERNAL: "a mistake of ours: please report it",
+    ErrorKind.NOT_IMAGE: "not an image",
+    ErrorKind.TRUNCATED: "an image that is cut off or damaged",
+    ErrorKind.UNSUPPORTED: "an image format that maskfleet does not decode",
+    ErrorKind.DECODE_TIMEOUT: "an image that takes minutes to decode",
+    ErrorKind.GPU_OOM: "does not fit in device memory, even alone",
+    ErrorKind.CRASHED_WORKER: "crashed its worker process three times while it ran alone",
+    ErrorKind.BAD_PROMPT: "its prompt does not fit the image",
+    ErrorKind.INTERNAL: "an error in maskfleet: please report it",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
-    """What the page tells. read: the photo of a key; failed: the first MAX_FAILED; the rest of the names say it."""
+    """The content of the page. read: returns the photo of a key. failed: the first MAX_FAILED failed assets."""
 
     job: Job
     counts: Counts
@@ -75,8 +75,8 @@ class Gallery:
 def write_gallery(db: Connection, job: Job, out: Path, *, seconds: float, notice: str | None = None) -> None:
     """Write the page of a job: at most MAX_CARDS labeled assets, evenly chosen, and MAX_FAILED failed ones.
 
-    seconds: how long the caller took. notice: shown above all else, `such` words as code; for demonstration models.
-    Photos are read from the job's source again; one that is gone since is shown as its outlines alone.
+    seconds: the caller's time for the job. notice: shown at the top, with words in backticks as code.
+    Photos are read from the job's source again. Where a photo is gone, only its outlines are shown.
     """
     source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
 
@@ -100,7 +100,7 @@ def write_gallery(db: Connection, job: Job, out: Path, *, seconds: float, notice
 
 
 def write_page(gallery: Gallery, out: Path) -> None:
-    """Fill the template, a card at a time."""
+    """Fill the template, one card at a time."""
     parts: dict[str, Iterable[str]] = {
         "name": [safe_text(gallery.job.name)],
         "facts": _facts(gallery.job),
@@ -128,7 +128,7 @@ def _cards(gallery: Gallery) -> Iterator[str]:
 
 
 def _batches(assets: Iterable[LabeledAsset]) -> Iterator[list[LabeledAsset]]:
-    """A few assets at a time; the larger their photos, the fewer."""
+    """A few assets at a time; fewer when their photos are large."""
     batch: list[LabeledAsset] = []
     for asset in assets:
         pixels = sum(height * width for height, width in (a.size_hw for a in (*batch, asset)))
@@ -153,7 +153,7 @@ def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
     key = safe_text(asset.key)
     folder, slash, name = key.rpartition("/")
     photo = _photo(asset, gallery.read, photo_bytes)
-    # One colour for all would tell nothing, and hide where one instance ends.
+    # With one label, colours are by instance: one colour for all would hide where an instance ends.
     masks, left_out = mask_outlines(asset, by_label=len(gallery.labels) > 1)
     note = f" · the smallest {left_out} not drawn" if left_out else ""
     return (
@@ -169,12 +169,12 @@ def _photo(asset: LabeledAsset, read: Callable[[str], RgbImage], photo_bytes: in
     try:
         image = read(asset.key)
         if image.shape[:2] != asset.size_hw:
-            return '<span class="gone">The picture has changed since.</span>'
+            return '<span class="gone">The image has changed since then.</span>'
         jpeg = small_jpeg(image, photo_bytes)
     except (AssetError, TransientError, SourceError) as error:
         log.warning("the gallery has no photo of asset %d: %s", asset.asset_id, error)
         kind = error.kind if isinstance(error, AssetError) else "the store does not answer"
-        return f'<span class="gone">The picture cannot be read any more: {safe_text(str(kind))}.</span>'
+        return f'<span class="gone">The image cannot be read any more: {safe_text(str(kind))}.</span>'
     data = base64.b64encode(jpeg).decode("ascii")
     return f'<img src="data:image/jpeg;base64,{data}" alt="{safe_text(asset.key)}">'
 
@@ -215,13 +215,13 @@ def _share(counts: Counts) -> Iterator[str]:
 
 
 def _charts(gallery: Gallery) -> Iterator[str]:
-    yield chart("Masks an asset", gallery.masks_per_asset, "asset", "{:,}", step=1)
+    yield chart("Masks per asset", gallery.masks_per_asset, "asset", "{:,}", step=1)
     yield chart("Predicted IoU of the masks", gallery.iou_percents, "mask", "{:.2f}", step=0.01)
 
 
 def _shown(labeled: int) -> str:
     if labeled > MAX_CARDS:
-        return f"{MAX_CARDS:,} of {labeled:,} assets shown, spread evenly over them"
+        return f"{MAX_CARDS:,} of {labeled:,} assets shown, evenly spread"
     return counted(labeled, "asset")
 
 
@@ -242,7 +242,7 @@ def _failed(gallery: Gallery) -> Iterator[str]:
     yield f"<section><h2>Failed</h2><p>{counted(counts.failed, 'asset')} without masks, and why."
     if counts.failed > len(gallery.failed):
         command = f"<code>maskfleet show {gallery.job.id} --failed</code>"
-        yield f" The first {len(gallery.failed):,} are shown; {command} has all."
+        yield f" The first {len(gallery.failed):,} are shown; {command} lists all."
     yield "</p>\n"
     for kind, failed in groupby(sorted(gallery.failed, key=lambda asset: asset.error_kind), lambda a: a.error_kind):
         meaning = _WHAT_HAPPENED.get(kind, "")
@@ -258,7 +258,7 @@ def _failed(gallery: Gallery) -> Iterator[str]:
 
 def _skipped(skipped: Mapping[str, int]) -> Iterator[str]:
     if any(skipped.values()):
-        yield "<section><h2>Skipped</h2><p>Not taken as assets when the source was listed.</p>"
+        yield "<section><h2>Skipped</h2><p>Found when the source was listed, but not used as assets.</p>"
         yield '<ul class="skipped">'
         for reason, number in sorted(skipped.items()):
             yield f"<li><b>{number:,}</b> {safe_text(reason.replace('_', ' '))}</li>"

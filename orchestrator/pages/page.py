@@ -16,11 +16,11 @@ _BARS = 24
 
 
 def fill_template(template: str, parts: Mapping[str, Iterable[str]], out: Path) -> None:
-    """Write the template to `out` with each {{name}} filled; {{script_hash}} is found here, from the script in it."""
+    """Write the template to `out` with each {{name}} filled. {{script_hash}} is computed from the template's script."""
     script = template.partition("<script>")[2].partition("</script>")[0]
     script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     with replacing(out) as file:
-        # What fills one gap is never looked at for another, whatever it says.
+        # The text that fills one gap is never searched for other gaps.
         for n, piece in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
             file.writelines([piece] if n % 2 == 0 else [script_hash] if piece == "script_hash" else parts[piece])
 
@@ -30,7 +30,7 @@ def tile(name: str, number: str, css_class: str = "") -> str:
 
 
 def chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step: float) -> str:
-    """A histogram of at most _BARS bars over the values that occur."""
+    """A histogram with at most _BARS bars, from the smallest value to the largest."""
     if not numbers:
         return f"<figure><figcaption>{title}</figcaption><p class='quiet'>none</p></figure>"
     low = min(numbers)
@@ -38,7 +38,7 @@ def chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step:
     bars = [0] * ((max(numbers) - low) // width + 1)
     for value, number in numbers.items():
         bars[(value - low) // width] += number
-    # Few values are few bars on the left, not slabs.
+    # With few values the bars keep their width and stand on the left.
     columns = max(len(bars), 6)
     drawn = [
         f'<rect x="{i + 0.08:g}" y="{100 - height:.1f}" width="0.84" height="{height:.1f}">'
@@ -68,16 +68,16 @@ def duration(seconds: float) -> str:
     return f"{minutes}<small> min</small> {rest}<small> s</small>"
 
 
-# Characters that turn the text around them, or break the line, without being seen.
+# Invisible characters that change the direction of the text or break the line.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 def safe_text(text: str) -> str:
-    """Escape for HTML text and quoted attributes; what cannot be seen is shown as its code."""
+    """Escape for HTML text and quoted attributes. An invisible character is shown as its code."""
     return html.escape(_UNSEEN.sub(_visible, text), quote=True)
 
 
 def _visible(found: re.Match[str]) -> str:
     code = ord(found[0])
-    # The control pictures: ␊ and its like.
+    # Unicode's control pictures, such as ␊.
     return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"

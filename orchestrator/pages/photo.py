@@ -18,17 +18,17 @@ from workers.images.pixels import RgbImage
 log = logging.getLogger(__name__)
 _PHOTO_SIDE_PX = 1280
 _PHOTO_QUALITY = 82
-_MASKS_CHARS = 40_000  # of all outlines of an asset; those of 100 masks of a busy scene
+_MASKS_CHARS = 40_000  # for all outlines of an asset: enough for 100 masks of a busy scene
 
 
 def instance_colour(n: int) -> str:
-    """The nth colour, #rrggbb: hues a golden ratio of the circle apart, so that any few neighbours differ."""
+    """The nth colour, #rrggbb. Hues are a golden ratio of the circle apart, so colours of near numbers differ."""
     rgb = colorsys.hls_to_rgb((0.47 + n * 0.618033988749895) % 1, (0.55, 0.62, 0.48)[n % 3], 0.85)
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb)
 
 
 def small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
-    """Shrink until it fits; a few tries, since a JPEG's bytes go about with its pixels."""
+    """Shrink the image until its JPEG has at most most_bytes. A few tries are enough: bytes grow about with pixels."""
     height, width = image.shape[:2]
     side = min(_PHOTO_SIDE_PX, max(height, width))
     if max(height, width) > side:
@@ -44,7 +44,7 @@ def small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
 
 
 def mask_outlines(asset: LabeledAsset, *, by_label: bool) -> tuple[str, int]:
-    """The masks as SVG, large ones below small ones, and how many there was no room for."""
+    """The masks as SVG, large ones below small ones, and the number of masks that did not fit."""
     height, width = asset.size_hw
     unit = GRID / max(height, width)
     paths: list[str] = []
@@ -63,7 +63,7 @@ def _mask_path(mask: StoredMask, size_hw: tuple[int, int], *, by_label: bool) ->
     try:
         d = outline(mask, size_hw)
     except ValueError as error:
-        log.warning("mask %d of asset %d is not drawn: %s", mask.n, mask.asset_id, error)
+        log.warning("cannot draw mask %d of asset %d: %s", mask.n, mask.asset_id, error)
         return ""
     colour = label_colour(mask.label) if by_label and mask.label is not None else instance_colour(mask.n)
     scores = f' data-area="{mask.area_px}" data-iou="{mask.predicted_iou:.2f}"'

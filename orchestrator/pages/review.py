@@ -1,6 +1,6 @@
-"""One HTML file that shows what people made of a job: numbers, plots, and the assets that were corrected most.
+"""One HTML file that shows how people corrected a job: numbers, plots, and the assets that were corrected most.
 
-It looks like the gallery, whose style it takes, holds everything it needs and runs no script.
+It uses the gallery's style, contains everything it needs and runs no script.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from workers.errors import AssetError, SourceError, TransientError
 from workers.images.decode import decode
 from workers.storage.source import open_source
 
-_PHOTO_BYTES = 250_000  # each is there twice, of ten assets
+_PHOTO_BYTES = 250_000  # the page has each photo twice, for ten assets
 _COLUMNS = ("predicted", "kept", "edited", "relabelled", "deleted", "added", "mean IoU of edited")
 
 log = logging.getLogger(__name__)
 
 
 def write_review(engine: Engine, review: Review, out: Path) -> None:
-    """Write the page. Photos are read from the job's source again; one that is gone is shown as outlines alone."""
+    """Write the page. Photos are read from the job's source again. Where one is gone, only its outlines are shown."""
     with engine.connect() as db:
         parts = {
             "name": [safe_text(review.job.name)],
@@ -60,9 +60,9 @@ def _facts(review: Review) -> Iterator[str]:
 def _tiles(review: Review) -> Iterator[str]:
     assets, masks = review.assets, review.masks
     yield tile("assets published", f"{assets.published:,}")
-    yield tile("accepted untouched", f"{assets.untouched:,}")
+    yield tile("accepted unchanged", f"{assets.untouched:,}")
     yield tile("corrected", f"{assets.corrected:,}")
-    for name, number in (("skipped", assets.skipped), ("not begun from this version", assets.elsewhere)):
+    for name, number in (("skipped", assets.skipped), ("not started from this version", assets.elsewhere)):
         if number:
             yield tile(name, f"{number:,}")
     yield tile("waiting", f"{assets.waiting:,}")
@@ -87,7 +87,7 @@ def _charts(review: Review) -> Iterator[str]:
 
 
 def _stacks(bands: Mapping[int, Numbers]) -> str:
-    """Predictions by score: kept below edited below deleted."""
+    """Predictions by score, stacked: kept at the bottom, then edited, then deleted."""
     title = "Predictions by score: kept, edited, deleted"
     if not bands:
         return f"<figure><figcaption>{title}</figcaption><p class='quiet'>none</p></figure>"
@@ -113,8 +113,8 @@ def _stacks(bands: Mapping[int, Numbers]) -> str:
 
 
 def _curve(review: Review) -> str:
-    """Which share of the predictions with a score and more were kept, by that score."""
-    title = "Kept of all with this score or more"
+    """For each score: the share of kept masks among the predictions with at least that score."""
+    title = "Share kept of all with this score or more"
     kept = predictions = 0
     points = []
     for score, kept_here, here in review.by_score:
@@ -124,7 +124,7 @@ def _curve(review: Review) -> str:
     if not points:
         return f"<figure><figcaption>{title}</figcaption><p class='quiet'>none</p></figure>"
     low = min(x for x, _ in points) - 1
-    # Ten thousand scores at most: four decimals; a screen shows some hundreds.
+    # Scores have four decimals, so there are at most ten thousand. A screen shows some hundreds.
     shown = points[:: max(1, len(points) // 500)]
     line = "L".join(f"{x:.2f} {y:.2f}" for x, y in sorted({*shown, points[-1]}))
     return (
@@ -143,7 +143,7 @@ def _tables(review: Review) -> Iterator[str]:
     }
     yield from _table("By label", "label", review.by_label)
     yield from _table("By score", "score", bands)
-    yield from _table("By model version that an annotation began from", "version", versions)
+    yield from _table("By the model version from which the annotation started", "version", versions)
 
 
 def _table(title: str, first: str, rows: Mapping[str, Numbers]) -> Iterator[str]:
@@ -162,7 +162,7 @@ def _table(title: str, first: str, rows: Mapping[str, Numbers]) -> Iterator[str]
 def _worst(db: Connection, review: Review) -> Iterator[str]:
     if not review.worst:
         return
-    yield "<section><h2>Corrected most</h2><p>Left what was predicted, right what people made of it.</p>\n"
+    yield "<section><h2>Corrected most</h2><p>Left: the prediction. Right: the correction.</p>\n"
     for asset in review.worst:
         yield _pair(db, review, asset)
     yield "</section>\n"
@@ -198,11 +198,11 @@ def _photo(review: Review, key: str) -> str:
         jpeg = small_jpeg(image, _PHOTO_BYTES)
     except (AssetError, TransientError, SourceError) as error:
         log.warning("the review has no photo of %s: %s", key, error)
-        return '<span class="gone">The picture cannot be read.</span>'
+        return '<span class="gone">The image cannot be read.</span>'
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode("ascii")}" alt="{safe_text(key)}">'
 
 
 def _footer(review: Review) -> Iterator[str]:
     yield f"<span>maskfleet {version('maskfleet')}, job {review.job.id}</span>"
     yield f"<span>written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</span>"
-    yield "<span>Agreement: of kept masks 1, of edited ones their IoU, of deleted and added ones 0.</span>"
+    yield "<span>Agreement: a kept mask counts 1, an edited one its IoU, a deleted or added one 0.</span>"

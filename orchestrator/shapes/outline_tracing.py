@@ -14,11 +14,12 @@ from orchestrator.shapes.runs import Crop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlines:
-    """Every border of a mask, exact: through the midpoints of the sides between its pixels and the others.
+    """Every border of a mask, exact: it passes through the midpoints of the sides between its pixels and the others.
 
-    lines: a border each, (n, 1, 2) float32 x, y in pixels from (left, top), outer borders and holes running opposite
-    ways; the largest first, so a hole comes after the border it is in. areas: pixels inside each. parents: the outer
-    border of each hole, -1 for an outer border. perimeter: sides of pixels in all. left, top: pixels in the frame.
+    lines: one for each border, (n, 1, 2) float32, x, y in pixels from (left, top). Outer borders and holes run in
+    opposite directions. The largest comes first, so a hole comes after its outer border. areas: pixels inside each
+    border. parents: the outer border of each hole, -1 for an outer border. perimeter: the total number of pixel sides.
+    left, top: pixels in the frame.
     """
 
     lines: list[NDArray[np.float32]]
@@ -32,8 +33,9 @@ class Outlines:
 def trace_outlines(crops: list[Crop]) -> list[Outlines]:
     """Turn OpenCV's borders, which run through pixel centres, into borders between the pixels.
 
-    A border visits pixels; at each, the sides that face out lie between the way it came and the way it leaves, in the
-    order of Suzuki and Abe's border following (1985), which OpenCV implements. Pixels touching at a corner are joined.
+    A border visits pixels. At each pixel, the sides that face out lie between the direction from which the border came
+    and the direction in which it leaves. Their order is that of Suzuki and Abe's border following (1985), which OpenCV
+    implements. Pixels that touch at a corner are joined.
     """
     found = [cv2.findContours(crop.columns, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE) for crop in crops]
     contours = [contour for borders, _ in found for contour in borders]
@@ -50,7 +52,7 @@ def trace_outlines(crops: list[Crop]) -> list[Outlines]:
     sides = _SIDES.take(turn)
     stops = sides.cumsum()
     index = np.arange(int(stops[-1])) + (4 * turn - stops + sides).repeat(sides)
-    # The crops lie on their side: OpenCV's x is the image's y, as the table knows.
+    # The crops are transposed: OpenCV's x is the image's y. The table takes that into account.
     points = pixels[:, ::-1].astype(np.float32).repeat(sides, axis=0) + _MIDPOINTS.take(index, axis=0)
 
     ends = stops[ends - 1]
@@ -65,7 +67,7 @@ def trace_outlines(crops: list[Crop]) -> list[Outlines]:
 def _gather(
     crop: Crop, points: NDArray[np.float32], borders: list[tuple[int, int, float]], parents: list[int]
 ) -> Outlines:
-    """One mask's outlines: its borders as (start, end, area) in the points, and the outer border of each hole."""
+    """One mask's outlines. borders: (start, end, area) in the points. parents: the outer border of each hole."""
     order = sorted(range(len(borders)), key=lambda border: -borders[border][2])
     place = {border: n for n, border in enumerate(order)}
     return Outlines(
@@ -79,7 +81,7 @@ def _gather(
 
 
 def _areas(points: NDArray[np.float32], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Areas of closed lines, whatever way they run. Shoelace formula."""
+    """Areas of closed lines in either direction. Shoelace formula."""
     x, y = points[:, 0].astype(np.float64), points[:, 1].astype(np.float64)
     following = successors(ends)
     areas: NDArray[np.float64] = np.abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
@@ -87,7 +89,7 @@ def _areas(points: NDArray[np.float32], starts: NDArray[np.int64], ends: NDArray
 
 
 def successors(ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For closed lines one after another that end before `ends`: the index of the point after each, (points,)."""
+    """The index of the next point after each point, (points,). Closed lines follow each other and end before `ends`."""
     following = np.arange(1, int(ends[-1]) + 1)
     following[ends[0] - 1] = 0
     following[ends[1:] - 1] = ends[:-1]
@@ -95,11 +97,12 @@ def successors(ends: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _border_tables() -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """Tables by compass direction, 0 to 7 in 45-degree turns from OpenCV's +x to its +y; 8 is a border of one pixel.
+    """Four tables by compass direction: 0 to 7 in 45-degree turns from OpenCV's +x to its +y; 8: a border of one pixel.
 
-    Step (3 * dy + dx + 4) to direction; direction to its opposite; (9 * where it came from + where it leaves to) to the
-    number of sides facing out; four times that plus their count to the midpoint of each in the image, x and y from the
-    corner of the pixel.
+    1. From a step (3 * dy + dx + 4) to its direction.
+    2. From a direction to its opposite.
+    3. From a turn (9 * direction it came from + direction it leaves to) to the number of sides that face out.
+    4. From 4 * turn + the side's number to the side's midpoint in the image, x and y from the corner of the pixel.
     """
     compass = np.array([(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)])
     of_step = np.full(9, 8)
@@ -108,7 +111,7 @@ def _border_tables() -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.int
     sides = np.zeros((9, 9), np.intp)
     midpoints = np.zeros((9, 9, 4, 2), np.float32)
     for came, leaves in itertools.product(range(9), repeat=2):
-        # From where it came round to where it leaves; a whole turn at the end of a line and for a single pixel.
+        # Turn from where it came to where it leaves. At the end of a line, and for a single pixel, it is a whole turn.
         turns = range(1, (came - leaves) % 8 or 8) if came < 8 else range(8)
         facing = [(came - turn) % 8 for turn in turns if (came - turn) % 2 == 0]
         sides[came, leaves] = len(facing)

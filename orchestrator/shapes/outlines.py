@@ -1,4 +1,4 @@
-"""Masks as the outlines of an SVG: crisp at any zoom, a few hundred characters each."""
+"""Masks as SVG outlines: sharp at any zoom, a few hundred characters each."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from db.results import StoredMask
 from orchestrator.shapes.runs import crop_edges, edges_from_counts
 
 GRID = 1280
-"""The longer side of the frame, in the outlines' units."""
+"""The length of the frame's longer side, in the outlines' units."""
 
 _MOST_CHARS = 10_000  # of one outline; most take 100 to 500
 _MOST_RINGS = 500
 
 
 def outline(mask: StoredMask, size_hw: tuple[int, int]) -> str:
-    """The mask's borders, holes too, as the `d` of an SVG path, in units of which the frame's longer side has GRID.
+    """The mask's borders, holes too, as the `d` of an SVG path. The frame's longer side has GRID units.
 
-    Good to half a pixel of a 640 px picture; to be filled by the even-odd rule. Empty for an empty mask.
+    The error is at most half a pixel of a 640 px image. Fill it by the even-odd rule. Empty for an empty mask.
     """
     edges = edges_from_counts(mask.counts, size_hw)
     if edges.size == 0:
         return ""
     crop = crop_edges(edges, size_hw)
-    # To about as many pixels as are drawn: small pictures get their steps rounded off, large ones cost less.
+    # Resample to about the number of pixels on the page. This smooths the steps of small images, and saves time for
+    # large ones.
     zoom = max(1, -(-GRID // max(size_hw)))
     step = max(1, max(size_hw) // GRID)
     borders, _ = cv2.findContours(_resample(crop.columns, zoom, step), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     unit = GRID / max(size_hw)
-    # The crop lies on its side: OpenCV's x is the image's y.
+    # The crop is transposed: OpenCV's x is the image's y.
     corner = np.array([crop.top, crop.left]) - step
     longest = sorted(borders, key=len, reverse=True)[:_MOST_RINGS]
     lines = [(((border + 0.5) * step / zoom + corner) * unit).astype(np.float32) for border in longest]
 
-    # A ragged mask takes coarser lines, as many as it needs to fit.
+    # A ragged mask gets coarser lines, until it fits.
     d = ""
     for tolerance in (1, 2, 4, 8, 16, 32):
         d = "".join(_path(cv2.approxPolyDP(line, tolerance, True)[:, 0, ::-1]) for line in lines)
@@ -45,7 +46,7 @@ def outline(mask: StoredMask, size_hw: tuple[int, int]) -> str:
 
 
 def _resample(pixels: NDArray[np.uint8], zoom: int, step: int) -> NDArray[np.uint8]:
-    """Enlarge (h, w) of 0 and 1 `zoom` times, or shrink it `step` times, with a border of `step` zeros around it."""
+    """Enlarge (h, w) of 0 and 1 `zoom` times, or shrink it `step` times. It first gets a border of `step` zeros."""
     ends = [(step, step + -side % step) for side in pixels.shape]
     padded = np.pad(pixels, ends)
     if zoom == step:
@@ -56,7 +57,7 @@ def _resample(pixels: NDArray[np.uint8], zoom: int, step: int) -> NDArray[np.uin
 
 
 def _path(points: NDArray[np.float32]) -> str:
-    """(n, 2) x, y of a closed line as SVG commands, whole units from point to point."""
+    """A closed line (n, 2), x, y, as SVG commands in whole units from point to point."""
     if len(points) < 3:
         return ""
     whole = np.rint(points).astype(np.int64)
@@ -67,6 +68,6 @@ def _path(points: NDArray[np.float32]) -> str:
 
 
 def _dot(mask: StoredMask, unit: float) -> str:
-    """For a mask too small to have an outline."""
+    """A small box for a mask that is too small for an outline."""
     x, y, w, h = (round(side * unit) for side in mask.bbox_xywh)
     return f"M{x} {y}h{max(1, w)}v{max(1, h)}h-{max(1, w)}z"

@@ -17,20 +17,23 @@ from orchestrator.shapes.outline_tracing import Outlines, trace_outlines
 from orchestrator.shapes.rasterise import Ring, rasterise, ring_percent, ring_px
 from orchestrator.shapes.runs import Edges, area_px, crops_of_masks, run_ious
 
-# Tolerances tried, coarse to fine. The outline moves in half pixels: under 0.35 only 0, the outline itself, is left.
+# Tolerances to try, from coarse to fine. The outline's points are half pixels apart, so below 0.35 only the outline
+# itself (0) is left.
 _TOLERANCES_PX = (64.0, 45.0, 32.0, 23.0, 16.0, 11.0, 8.0, 5.7, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.0)
-# Tolerance t loses about 0.14 * t * perimeter / area of IoU (median of 300 ground-truth masks of testdata/photos_masks,
-# quartiles 0.115 and 0.17); starting from the optimistic quartile saves trials and rarely skips a rung that would do.
+# A tolerance t loses about 0.14 * t * perimeter / area of IoU (median of 300 ground-truth masks of
+# testdata/photos_masks, quartiles 0.115 and 0.17). The lower quartile saves trials, and rarely skips a tolerance that
+# would be good enough.
 _LOSS = 0.115
-# Noise: no 400 vertices come near it, and its outline alone takes 45 s at 12 megapixels (measured 2026-11-20, 2 cores).
+# More runs are noise: 400 vertices cannot describe it, and its outline alone takes 45 s at 12 megapixels (measured
+# 2026-11-20, 2 cores).
 _MAX_RUNS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Polygons:
-    """A mask as polygons: one ring a part, largest first, holes cut in by keyholes.
+    """A mask as polygons: one ring for each part, largest first. Keyholes connect the holes to the ring.
 
-    rings: percent of the frame's width and height. iou: of the pixels inside the rings with the mask, 0..1.
+    rings: percent of the frame's width and height. iou: IoU of the pixels inside the rings with the mask, 0..1.
     """
 
     rings: tuple[Ring, ...]
@@ -39,7 +42,7 @@ class Polygons:
 
 @dataclass(slots=True, kw_only=True)
 class _Search:
-    """Where the search for one mask's polygons stands: the tolerance to try, and the best so far."""
+    """The state of the search for one mask's polygons: the tolerance to try, and the best polygons so far."""
 
     outlines: Outlines
     rung: int
@@ -56,13 +59,14 @@ def fit_polygons(
     max_vertices: int = 400,
     max_parts: int = 16,
 ) -> list[Polygons | None]:
-    """Find for each mask the coarsest polygons that reach min_iou within a budget of vertices and parts a mask.
+    """Find for each mask the coarsest polygons that reach min_iou, with at most max_vertices and max_parts a mask.
 
-    The tolerance starts at 1/1000 of the frame's longer side (about a pixel of a reviewer's screen; at least one of the
-    image) and shrinks until the IoU holds, at the latest with the exact outline, whose IoU is 1. Parts and holes
-    smaller than the tolerance squared are dropped, which the IoU counts. Where the budget ends first the best that fits
-    is returned, its IoU below min_iou; None where nothing fits, or the mask is empty or mere noise.
-    Fifty small masks at once take half the time of one by one, where numpy's calls outweigh the work.
+    The tolerance starts at 1/1000 of the frame's longer side: about a pixel of a reviewer's screen, and at least one
+    pixel of the image. It shrinks until the IoU is high enough. The last tolerance is the exact outline, with IoU 1.
+    Parts and holes smaller than the tolerance squared are dropped; the IoU takes that into account. When the polygons
+    exceed the budget first, the best ones that fit are returned, with an IoU below min_iou. The result is None when
+    nothing fits, or when the mask is empty or noise. Fifty small masks at once take half the time of one by one,
+    because numpy's calls cost more than the work.
     """
     traced = [n for n, edges in enumerate(masks) if 0 < edges.size // 2 <= _MAX_RUNS]
     outlines = trace_outlines(crops_of_masks([masks[n] for n in traced], size_hw)) if traced else []
@@ -71,7 +75,7 @@ def fit_polygons(
         for n, outline in zip(traced, outlines, strict=True)
     }
 
-    # Try one tolerance of every mask that is still searching, then look at them together.
+    # Try one tolerance for every mask that is still searching, then measure all of them together.
     pending = traced
     while pending:
         tried = {n: parts for n in pending if (parts := _next_parts(searches[n], max_vertices, max_parts))}
@@ -81,13 +85,13 @@ def fit_polygons(
 
 
 def _first_rung(outlines: Outlines, area: int, size_hw: tuple[int, int], min_iou: float) -> int:
-    """Index of the coarsest tolerance that is small enough to look at and may reach min_iou."""
+    """Index of the coarsest tolerance that is small enough for a reviewer's eye and may reach min_iou."""
     limit = min(max(1.0, max(size_hw) / 1000), (1 - min_iou) * area / (_LOSS * outlines.perimeter))
     return next(i for i, tolerance in enumerate(_TOLERANCES_PX) if tolerance <= limit)
 
 
 def _next_parts(search: _Search, max_vertices: int, max_parts: int) -> list[list[NDArray[np.float32]]] | None:
-    """Simplify at the search's tolerance, or at the next coarser one within the budget while nothing has fitted yet."""
+    """Simplify at the search's tolerance. While nothing has fitted yet, try coarser ones until the budget is kept."""
     while 0 <= search.rung < len(_TOLERANCES_PX):
         parts = _simplify(search.outlines, _TOLERANCES_PX[search.rung], max_vertices, max_parts)
         if parts or (parts is None and search.parts):
@@ -107,14 +111,14 @@ def _measure(
     """The IoU of each mask with its parts, and the parts as rings in percent."""
     if not tried:
         return {}
-    # All rings of all masks, rounded as they will be sent.
+    # All rings of all masks, rounded as for sending.
     lines = [line for _, parts in tried.values() for part in parts for line in part]
     sizes = np.array([len(line) for line in lines])
     points_of = [sum(len(line) for part in parts for line in part) for _, parts in tried.values()]
     corners = np.array([(outlines.left, outlines.top) for outlines, _ in tried.values()])
     points = ring_percent(np.concatenate(lines) + corners.repeat(points_of, axis=0), size_hw)
 
-    # Each mask gets a frame of its own, one position longer, so that runs of two never touch.
+    # Each mask gets its own frame, one position longer, so that runs of two masks never touch.
     stride = size_hw[0] * size_hw[1] + 1
     rings_of = [sum(len(part) for part in parts) for _, parts in tried.values()]
     offsets = (np.arange(len(tried)) * stride).repeat(rings_of)
@@ -130,7 +134,7 @@ def _measure(
 
 
 def _is_done(search: _Search, iou: float, parts: list[list[Ring]], min_iou: float) -> bool:
-    """Keep what was found if it is the best, and go on to the next finer tolerance where that can help."""
+    """Keep these parts if they are the best so far, and go to the next finer tolerance. True when the search ends."""
     if iou > search.iou:
         search.iou, search.parts = iou, parts
     search.rung += 1
@@ -147,9 +151,9 @@ def _result(search: _Search | None) -> Polygons | None:
 def _simplify(
     outlines: Outlines, tolerance: float, max_vertices: int, max_parts: int
 ) -> list[list[NDArray[np.float32]]] | None:
-    """The parts, largest first, each an outer border and its holes, (n, 2); None where they exceed the budget.
+    """The parts, largest first, each an outer border and its holes, (n, 2). None when they exceed the budget.
 
-    Douglas-Peucker, a border at a time.
+    Douglas-Peucker, one border at a time.
     """
     parts: dict[int, list[NDArray[np.float32]]] = {}
     vertices = 0
@@ -160,7 +164,7 @@ def _simplify(
         if len(simple) < 3 or (parent >= 0 and parent not in parts):
             continue
         parts.setdefault(border if parent < 0 else parent, []).append(simple[:, 0, :].astype(np.float32, copy=False))
-        # A keyhole repeats one point on either side.
+        # A keyhole repeats one point on each side.
         vertices += len(simple) if parent < 0 else len(simple) + 2
         if vertices > max_vertices or len(parts) > max_parts:
             return None
@@ -168,7 +172,7 @@ def _simplify(
 
 
 def _cut_keyholes(outer: Ring, holes: list[Ring]) -> Ring:
-    """Join each hole into the ring by a bridge there and back between the two nearest points."""
+    """Join each hole to the ring by a bridge between the two nearest points, which is passed in both directions."""
     ring = outer
     for hole in holes:
         gaps = (ring[:, :1] - hole[:, 0]) ** 2 + (ring[:, 1:] - hole[:, 1]) ** 2

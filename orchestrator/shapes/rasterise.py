@@ -1,4 +1,4 @@
-"""Polygons to pixels: a pixel belongs to a polygon when its centre lies inside."""
+"""From polygons to pixels. A pixel belongs to a polygon when its centre lies inside."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from orchestrator.shapes.outline_tracing import successors
 from orchestrator.shapes.runs import Edges, without_empty_runs
 
 Ring = NDArray[np.float64]
-"""(n, 2) x, y of a closed line whose last point joins the first: pixels of the frame, or percent where it says so."""
-# 0.00005 % is 0.004 px of 8,192, and the JSON is half of what full doubles take.
+"""A closed line (n, 2), x, y: the last point joins the first. In pixels of the frame, or in percent where named so."""
+# An error of 0.00005 % is 0.004 px of 8,192, and the JSON is half as large as with full doubles.
 _DECIMALS = 4
 
-# A ring from outside may zigzag: 400 vertices across 4,000 columns cross 1.6 million of them at the very worst.
+# A ring from outside may zigzag. In the worst case 400 vertices across 4,000 columns make 1.6 million crossings.
 _MAX_CROSSINGS = 4_000_000
 
 
@@ -24,28 +24,28 @@ class PolygonError(ValueError):
 
 
 def polygon_edges(rings: Sequence[Ring], size_hw: tuple[int, int]) -> Edges:
-    """Rasterise rings in pixels, together, as one mask's edges: pixels whose centre is inside by nonzero winding.
+    """Rasterise rings in pixels together, as one mask's edges: the pixels with their centre inside by nonzero winding.
 
-    What lies outside the frame is cut off. Raises PolygonError where they cross more columns than a mask could need.
+    Parts outside the frame are cut off. Raises PolygonError when the rings cross more columns than a mask could need.
     """
     sizes = np.array([len(ring) for ring in rings])
     return rasterise(np.concatenate(rings), sizes, np.zeros(len(rings), np.int64), size_hw)
 
 
 def ring_px(ring: Ring, size_hw: tuple[int, int]) -> Ring:
-    """Percent of width and height to pixels of the frame."""
+    """From percent of width and height to pixels of the frame."""
     return ring * (size_hw[1] / 100, size_hw[0] / 100)
 
 
 def ring_percent(ring: Ring, size_hw: tuple[int, int]) -> Ring:
-    """Pixels of the frame to percent of width and height, rounded."""
+    """From pixels of the frame to percent of width and height, rounded."""
     return np.round(ring * (100 / size_hw[1], 100 / size_hw[0]), _DECIMALS)
 
 
 def rasterise(points: Ring, sizes: NDArray[np.int64], offsets: NDArray[np.int64], size_hw: tuple[int, int]) -> Edges:
-    """polygon_edges of rings one after another, (rings,) sizes; offsets are added to the edges of each ring."""
+    """polygon_edges for rings one after another. sizes: (rings,). offsets: (rings,), added to each ring's edges."""
     height, width = size_hw
-    # Every side, and the columns whose pixel centres it passes.
+    # For every side: the columns with a pixel centre that the side passes.
     x, y = points.T
     following = successors(sizes.cumsum())
     column_of = np.minimum(np.maximum(np.ceil(x - 0.5), 0), width).astype(np.int64)
@@ -57,7 +57,8 @@ def rasterise(points: Ring, sizes: NDArray[np.int64], offsets: NDArray[np.int64]
             f"a polygon of {len(points)} points crosses {crossings.sum()} columns of pixels: too tangled"
         )
 
-    # Where it crosses each of them, from the left. Both ways along one line give the same floats: keyholes cancel out.
+    # Where a side crosses each of these columns, computed from the left. So both directions along a line give the same
+    # floats, and keyholes cancel out.
     rightwards = columns[side] > 0
     left = np.where(rightwards, side, following[side])
     right = np.where(rightwards, following[side], side)
@@ -68,7 +69,7 @@ def rasterise(points: Ring, sizes: NDArray[np.int64], offsets: NDArray[np.int64]
     row = np.minimum(np.maximum(np.ceil(y_there - 0.5), 0), height).astype(np.int64)
     position = column * height + row + offsets.repeat(sizes)[side].repeat(crossings)
 
-    # Wind down the columns: every one starts and ends at zero.
+    # Sum up the winding down each column. Every column starts and ends at zero.
     order = position.argsort(kind="stable")
     inside = np.where(rightwards, 1, -1).repeat(crossings)[order].cumsum() != 0
     changes = inside.copy()

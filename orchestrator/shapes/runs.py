@@ -1,7 +1,7 @@
 """Masks as run edges: sorted flat positions where a mask begins and ends, in COCO's column-major order.
 
-Everything here costs by the number of runs or the size of the mask's box, not by the size of the frame: a mask of a
-12-megapixel photo usually fills a few per cent of it.
+The time of most functions here grows with the number of runs or the size of the mask's box, not with the size of the
+frame. A mask usually fills only a few per cent of a 12-megapixel photo.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.masks import BoolMask
 Edges = NDArray[np.int64]
 """(2n,) strictly increasing: start, end (exclusive), start, end, … of the runs; position = column * height + row."""
 
-# 5 bits a character; a count of a frame below 2**31 pixels needs 7 with its sign.
+# A character holds 5 bits. A count in a frame of less than 2**31 pixels needs 7 characters with its sign.
 _MAX_CHARS_A_COUNT = 7
 
 
@@ -34,14 +34,14 @@ class Crop:
 
 
 def edges_from_counts(counts: str, size_hw: tuple[int, int]) -> Edges:
-    """Read COCO compressed run lengths into edges. Raises what `edges_of_masks` raises."""
+    """Read COCO compressed run lengths into edges. Raises the errors of `edges_of_masks`."""
     return edges_of_masks([counts], size_hw)[0]
 
 
 def edges_of_masks(counts: Sequence[str], size_hw: tuple[int, int]) -> list[Edges]:
     """Read COCO compressed run lengths of many masks of one frame. Source: cocoapi maskApi.c, rleFrString.
 
-    Raises ValueError where a text is not such a string or does not add up to the frame.
+    Raises ValueError when a text is not such a string, or when its counts do not add up to the frame.
     """
     if not counts:
         return []
@@ -54,7 +54,7 @@ def edges_of_masks(counts: Sequence[str], size_hw: tuple[int, int]) -> list[Edge
         bad = next(text for text, i, j in ranges if wrong[i:j].any() or int(lengths[i:j].sum()) != pixels)
         raise ValueError(f"counts {bad[:20]!r}…: do not add up to {size_hw[0]} x {size_hw[1]} pixels")
     positions = lengths.cumsum()
-    # Counts alternate from background on, so after an odd number of them the frame ends in background.
+    # Counts alternate and start with background. So after an odd number of counts the frame ends with background.
     bounds = zip(starts.tolist(), (ends - (ends - starts) % 2).tolist(), strict=True)
     return [without_empty_runs(positions[i:j] - n * pixels) for n, (i, j) in enumerate(bounds)]
 
@@ -96,7 +96,7 @@ def crops_of_masks(masks: Sequence[Edges], size_hw: tuple[int, int]) -> list[Cro
     last[1::2] -= 1
     column = last // height
     row = last - column * height
-    # A run that goes on into the next column touches the frame's bottom and top.
+    # A run that continues into the next column touches the frame's bottom and top.
     tall = np.add.reduceat(column[1::2] - column[0::2], starts // 2) > 0
     top = np.where(tall, 0, np.minimum.reduceat(row, starts))
     box_height = np.where(tall, height, np.maximum.reduceat(row, starts) + 1) - top
@@ -119,7 +119,7 @@ def area_px(edges: Edges) -> int:
 
 
 def run_iou(a: Edges, b: Edges) -> float:
-    """Intersection over union of two masks of one frame, 0..1; two empty masks agree, 1."""
+    """Intersection over union of two masks of one frame, 0..1. Two empty masks give 1."""
     stride = int(max(a[-1:].sum(), b[-1:].sum())) + 1
     return float(run_ious(a, b, stride=stride, count=1)[0])
 
@@ -127,14 +127,14 @@ def run_iou(a: Edges, b: Edges) -> float:
 def run_ious(a: Edges, b: Edges, *, stride: int, count: int) -> NDArray[np.float64]:
     """Intersection over union of `count` pairs of masks at once, (count,) 0..1.
 
-    The edges of pair n are laid off by n * stride, which is larger than the frame, so that no runs of two masks touch.
+    The edges of pair n are shifted by n * stride. stride is larger than the frame, so runs of two pairs never touch.
     """
     lengths = a[1::2] - a[0::2]
     area_a = np.bincount(a[0::2] // stride, weights=lengths, minlength=count)
     area_b = np.bincount(b[0::2] // stride, weights=b[1::2] - b[0::2], minlength=count)
     both: NDArray[np.float64] = np.zeros(count)
     if a.size and b.size:
-        # The number of a's pixels before a position is linear between a's edges, so b's edges only read it off.
+        # The number of a's pixels before a position is linear between a's edges. So it is interpolated at b's edges.
         counted = np.empty(a.size, np.int64)
         counted[1::2] = lengths.cumsum()
         counted[0::2] = counted[1::2] - lengths
@@ -145,21 +145,21 @@ def run_ious(a: Edges, b: Edges, *, stride: int, count: int) -> NDArray[np.float
 
 
 def paint(edges: Edges, size: int) -> NDArray[np.uint8]:
-    """(size,) uint8: 1 inside the runs. Edges may repeat, where one run ends and the next begins."""
+    """(size,) uint8: 1 inside the runs. An edge may come twice, where one run ends and the next begins."""
     values = np.zeros(edges.size + 1, np.uint8)
     values[1::2] = 1
     return values.repeat(run_lengths(edges, size))
 
 
 def run_lengths(edges: Edges, size: int) -> NDArray[np.int64]:
-    """(2n + 1,) lengths outside, inside, …, outside; 0 where a run touches an end of the frame of `size` pixels."""
+    """(2n + 1,) lengths: outside, inside, …, outside. 0 where a run touches an end of the frame of `size` pixels."""
     bounds = np.empty(edges.size + 2, np.int64)
     bounds[0], bounds[1:-1], bounds[-1] = 0, edges, size
     return bounds[1:] - bounds[:-1]
 
 
 def _parse_counts(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The run lengths of all texts one after another, and where those of each end."""
+    """The run lengths of all texts, one after another, and the end of each text's lengths."""
     chars = np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
     text_ends = np.cumsum([len(text) for text in texts])
     is_end = (chars & 32) == 0
@@ -174,13 +174,13 @@ def _parse_counts(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.i
         text = texts[int(np.searchsorted(counts_ends, widths.argmax(), side="right"))]
         raise ValueError(f"counts {text[:20]!r}…: one count takes {widths.max()} characters, more than a frame needs")
 
-    # Assemble each count from its 5-bit groups, the low ones first, and extend its sign.
+    # Put each count together from its 5-bit groups, the low ones first, and extend its sign.
     starts = ends - widths + 1
     shifts = 5 * (np.arange(chars.size) - starts.repeat(widths))
     lengths: NDArray[np.int64] = np.add.reduceat((chars & 31) << shifts, starts)
     lengths -= ((chars[ends] & 16) >> 4) << (5 * widths)
 
-    # From the fourth on, a count is stored as the difference with the one two places before.
+    # From the fourth on, a count is stored as the difference to the count two places before.
     first = 0
     for end in counts_ends.tolist():
         lengths[first + 1 : end : 2].cumsum(out=lengths[first + 1 : end : 2])
@@ -190,7 +190,7 @@ def _parse_counts(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.i
 
 
 def without_empty_runs(edges: Edges) -> Edges:
-    """Cancel sorted edges that fall on one place: a run of length 0, or one that begins where the last ended."""
+    """Remove pairs of sorted edges at one place: a run of length 0, or a run that begins where the last one ended."""
     changes = edges[1:] != edges[:-1]
     if changes.all():
         return edges

@@ -1,4 +1,4 @@
-"""The deployment as an operator runs it: commands, an S3 API, Redis, Postgres, worker processes."""
+"""The deployment as an operator runs it: commands, an S3 API, Redis, Postgres and worker processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def bucket(deployment: Deployment) -> Iterator[str]:
-    """An S3 API on loopback that the deployment's commands are told of; the name of an empty bucket."""
+    """An S3 API on loopback, configured for the deployment's commands. Gives the name of an empty bucket."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -32,7 +32,7 @@ def bucket(deployment: Deployment) -> Iterator[str]:
         "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    httpx.post(f"http://{host}:{port}/moto-api/reset").raise_for_status()  # the process holds earlier tests' buckets
+    httpx.post(f"http://{host}:{port}/moto-api/reset").raise_for_status()  # the server still has old buckets
     store(deployment).create_bucket(Bucket="photos")
     yield "photos"
     server.stop()
@@ -120,7 +120,7 @@ def test_every_legal_key_of_a_bucket_is_labeled_as_itself(
         content = (testdata / "nasty" / "keys" / entry["file"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == entry["sha256"]
         if "\n" in entry["key"]:
-            continue  # moto's HTTP server cannot hold it; tests of the wire cover it
+            continue  # moto's HTTP server cannot store it; the tests with a scripted socket cover it
         store(deployment).put_object(Bucket=bucket, Key=f"k/{entry['key']}", Body=content)
         if entry["expect"] == "process":
             expected[entry["key"]] = entry["display_size"]

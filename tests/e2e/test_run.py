@@ -1,4 +1,4 @@
-"""`maskfleet run` as a person types it: one command, real servers inside, files that other tools read."""
+"""`maskfleet run` as a person uses it: one command, real servers inside, files that other tools can read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may die, dies here; what must hold is asserted each time: listed = labeled + failed, one outcome an asset."""
+"""Kills every process that may die, and checks each time: listed = labeled + failed, one outcome for each asset."""
 
 from __future__ import annotations
 

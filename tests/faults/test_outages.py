@@ -1,4 +1,4 @@
-"""What passes is waited out: nothing dies of it, and nothing stands still when it is over."""
+"""Temporary outages: processes wait until they are over, nothing dies, and the work then continues."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AWAY = "Postgres does not answer"
 
 @contextmanager
 def postgres_refuses_everybody(database_url: str) -> Iterator[None]:
-    """Let nobody into the database, and end all connections to it."""
+    """Refuse new connections to the database, and end all existing ones."""
     alter(database_url, "WITH ALLOW_CONNECTIONS false")
     try:
         yield
@@ -33,7 +33,7 @@ def postgres_refuses_everybody(database_url: str) -> Iterator[None]:
 
 
 def alter(database_url: str, change: str) -> None:
-    """Change the database, and end all connections to it, so that the next ones meet the change."""
+    """Change the database, and end all connections to it, so that the change applies to new ones."""
     url = make_url(database_url).set(drivername="postgresql+psycopg2")
     admin = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
     end_all = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
@@ -58,7 +58,7 @@ def test_an_outage_of_postgres_leaves_the_messages_in_the_queue(deployment: Depl
             wait_for(lambda who=who: said(deployment, who), f"{who} to say that Postgres is away", logs=deployment.logs)
         left = broker.llen(QUEUE)
 
-    # With messages that are only sent again after an hour, a queue that was emptied would leave the job for ever.
+    # Messages are sent again only after an hour. So if the queue had been emptied, the job would not continue.
     assert left >= 15
     assert_nothing_lost(deployment.wait_until_done(job), listed=160)
     assert worker.poll() is dispatcher.poll() is None

@@ -15,7 +15,7 @@ from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
-# Real fixtures hold what most tests hold, a supervisor with its workers included. Then the test never ends.
+# Real fixtures start the same processes as most tests, also a supervisor with its workers. Then the test never ends.
 HOLDING = """
 import os, threading
 from pathlib import Path

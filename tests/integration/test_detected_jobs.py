@@ -1,4 +1,4 @@
-"""Jobs with a detector through the real `maskfleet run`: masks where its boxes are, its classes as labels, counts."""
+"""Jobs with a detector through the real `maskfleet run`: masks in its boxes, its classes as labels, and counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SQUARES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 
 
 def draw(folder: Path) -> Path:
-    """Coloured rectangles on images of 320 x 240; one lies on its side with the EXIF mark that turns it upright."""
+    """Coloured rectangles on images of 320 x 240. One image is stored rotated; its EXIF tag makes it upright."""
     folder.mkdir(parents=True)
     for name, squares in SQUARES.items():
         pixels = np.zeros((240, 320, 3), np.uint8)
@@ -55,7 +55,7 @@ def draw(folder: Path) -> Path:
 
 
 def masks_of(out: Path) -> dict[tuple[str, str], tuple[dict[str, Any], np.ndarray]]:
-    """(key, detector's class) -> annotation and pixels."""
+    """From (key, detector's class) to annotation and pixels."""
     coco = COCO(out / "coco.json")
     found = {}
     for annotation in coco.anns.values():
@@ -139,13 +139,13 @@ def test_a_worker_with_other_detector_files_gives_the_chunk_back_and_names_both(
     )
     [chunk_id] = chunk_ids(engine, job)
 
-    with pytest.raises(ProcessUnfit, match=rf"is sha256:\w+, the job was given {asked.identity}; put the same files"):
+    with pytest.raises(ProcessUnfit, match=rf"is sha256:\w+, but the job was submitted with {asked.identity}; put"):
         run_chunk(worker, chunk_id)
 
     with engine.begin() as db:
         found = jobs.get_job(db, job_id=job.id)
         assert found is not None
-        assert f"the job was given {asked.identity}" in (found.error or "")
+        assert f"but the job was submitted with {asked.identity}" in (found.error or "")
         assert jobs.count_job(db, job_id=job.id).pending == 3
     assert claim(engine, chunk_id) is not None
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_of_the_hub_is_pinned_to_its_commit_and_run_from_the_cache(
     assert sum(summary["detector"]["found"].values()) == summary["masks"] > 0
     assert summary["assets"]["labeled"] == 3
     gone = run(*words, "--detector", "team/another", code=2, **offline)
-    assert "the hub did not give it" in gone.stderr
+    assert "and not on the hub" in gone.stderr
 
 
 @pytest.mark.parametrize(
@@ -178,10 +178,10 @@ def test_a_checkpoint_of_the_hub_is_pinned_to_its_commit_and_run_from_the_cache(
         (["--classes", "red"], "go with --detector"),
         (["--detector", "d.onnx", "--prompts", "p.jsonl"], "give one of them"),
         (["--detector", "d.onnx", "--label", "thing"], "--label cannot be used here"),
-        (["--detector", "d.onnx", "--classes", "red,bus"], "has no class 'bus'; it knows blue, green, red"),
+        (["--detector", "d.onnx", "--classes", "red,bus"], "has no class 'bus'; it has blue, green, red"),
         (["--detector", "d.onnx", "--label-map", "none.yaml"], "none.yaml: cannot be read"),
         (["--detector", "d.onnx", "--param", "points_per_side=3"], "known: multimask"),
-        (["--detector", "./gone.onnx"], "no such file or folder here"),
+        (["--detector", "./gone.onnx"], "no such file or folder, here or in"),
     ],
 )
 def test_wrong_usage_of_a_detector_is_said_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:

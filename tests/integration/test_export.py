@@ -73,7 +73,7 @@ def finished_job(
     failed: Sequence[str] = (),
     source: str = "s3://bucket/photos",
 ) -> tuple[Job, dict[str, list[BoolMask]]]:
-    """A job whose assets are labeled with blobs (none for a key with "none" in it) or failed; the masks by key."""
+    """A job with assets that are labeled with blobs or failed, and its masks by key. A key with "none" has no masks."""
     job = make_job(engine, keys=sorted([*keys, *failed], key=str.encode), source=source)
     drawn: dict[str, list[BoolMask]] = {}
     for chunk_id in chunk_ids(engine, job):

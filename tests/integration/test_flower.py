@@ -29,7 +29,7 @@ LOGIN = ("flower", "a-password-of-this-test")
 
 @pytest.fixture(scope="module")
 def flower(redis_url, tmp_path_factory):
-    """Anonymous access to a Flower that watches one worker."""
+    """Access without a password to a Flower that watches one worker."""
     with Redis.from_url(redis_url) as client:
         client.flushdb()  # no messages that other tests left
     folder = tmp_path_factory.mktemp("flower")
@@ -97,7 +97,7 @@ def test_flower_watches_and_gives_no_orders(flower, order):
 
 @contextmanager
 def _celery(arguments: list[str], environment: dict[str, str], log_path: Path):
-    """A Celery command in a process group of its own, stopped at the end."""
+    """A Celery command in its own process group. It is stopped at the end."""
     command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", *arguments]
     with (
         log_path.open("wb") as log,
@@ -120,7 +120,7 @@ def _workers(client: httpx.Client) -> dict[str, dict]:
 
 
 def _answers(ask: Callable[[], object]) -> object:
-    """What it returns; nothing while the connection is refused."""
+    """The result of `ask`. None while the connection is refused."""
     with suppress(httpx.TransportError):
         return ask()
     return None

@@ -1,4 +1,4 @@
-"""A whole `maskfleet run` with MobileSAM: its official file by name and shape, with random weights, stands pinned."""
+"""A whole `maskfleet run` with MobileSAM. The pinned file has the official names and shapes, with random weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workers.training.scenes import draw_scene
 pytest.importorskip("timm")
 pytestmark = pytest.mark.integration
 
-# Read by Python at its start where PYTHONPATH names its folder: the real commands pin another file.
+# Python reads it at its start, because PYTHONPATH names its folder. So the real commands use another pinned file.
 SITE = """
 from dataclasses import replace
 from workers import models

@@ -108,7 +108,7 @@ def test_a_decoder_that_cannot_be_had_is_said_before_any_asset_is_touched(
     [("timm", ["--model", "mobile_sam"]), ("onnxruntime", ["--model", "sam_nano", "--decoder", "onnx"])],
 )
 def test_a_missing_library_is_named_before_any_asset_is_touched(tmp_path: Path, library: str, words: list[str]) -> None:
-    # Read by Python at its start: the command finds no such library.
+    # Python reads it at its start, so the command does not find this library.
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{library!r}] = None\n")
     done = run(".", *words, "--out", tmp_path / "o", code=2, PYTHONPATH=str(tmp_path))
     assert f'needs {library}, not installed here: run `pip install "maskfleet[models]"`' in " ".join(
@@ -148,7 +148,7 @@ def test_a_worker_without_onnxruntime_hands_the_chunk_back_without_a_verdict(
         settings=Settings(),
         load_model=lambda name: load_model(
             find_model(name), "cpu"
-        ),  # not one kept by an earlier test, its decoder open
+        ),  # not a model kept from an earlier test with its decoder already loaded
         load_detector=lambda asked: detectors.load(asked, "cpu"),
         draining=lambda: False,
         on_hang=lambda: None,

@@ -1,4 +1,4 @@
-"""Jobs with prompts through the real `maskfleet run`, with sam_nano: the masks, their places, what is reported."""
+"""Jobs with prompts through the real `maskfleet run`, with sam_nano: the masks, their places, and the reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def box_of(mask: np.ndarray) -> list[int]:
 
 
 def draw(folder: Path) -> dict[str, Scene]:
-    """Three scenes that are not square; one is stored on its side with the EXIF mark that turns it upright."""
+    """Three scenes that are not square. One is stored rotated; its EXIF tag makes it upright."""
     folder.mkdir(parents=True)
     scenes = {
         name: draw_scene(77_000_000_000_000 + n, (240, 320)) for n, name in enumerate(("a.png", "b.jpg", "c.png"))
@@ -87,7 +87,7 @@ def test_a_prompt_files_masks_lie_where_it_says_and_all_else_is_reported(tmp_pat
     assert len(ious) == sum(len(scenes[name].masks) for name in ("a.png", "b.jpg"))
     assert np.mean(ious) > 0.85
 
-    # Our own export asks for the boxes of its masks, which sam_nano answers with nearly the same masks.
+    # Our own export as a prompt file gives the boxes of its masks. For them sam_nano finds nearly the same masks.
     again = json.loads(
         run(*words[:2], tmp_path / "again", *words[3:], "--prompts", tmp_path / "out" / "coco.json").stdout
     )

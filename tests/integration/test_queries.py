@@ -151,7 +151,7 @@ def test_two_dispatchers_at_once_send_no_chunk_twice_and_keep_to_the_window(engi
         first, second = pool.map(take, range(2))
     assert not set(first) & set(second)
     with engine.begin() as db:
-        # Two that count at the same instant may both fill the room they see; never more than that.
+        # Two that count at the same time may both fill the room that they see. It is never more than that.
         assert 30 <= db.execute(text("SELECT count(*) FROM chunk WHERE state = 'sent'")).scalar_one() <= 60
         assert queue.take_window(db, window=30).all == []
 
@@ -184,7 +184,7 @@ def test_the_share_of_time_with_the_model_at_work_is_counted_worker_by_worker_fr
     job = make_job(engine, keys=6)
     chunk = claim(engine, chunk_ids(engine, job)[0])
     record(engine, chunk, [labeled(asset.id) for asset in pending(engine, chunk)])
-    # When each worker stored its batches, in seconds, and how long the model was at work on them.
+    # (worker, second at which it stored a batch, milliseconds of the model's work on it)
     stored = [("a", 0, 9000), ("a", 1, 900), ("a", 2, 700), ("b", 10, 9000), ("b", 14, 2000), ("c", 3, 50)]
     with engine.begin() as db:
         ids = list(db.execute(text("SELECT asset_id FROM outcome ORDER BY asset_id")).scalars())

@@ -1,4 +1,4 @@
-"""A whole `maskfleet run` with SAM 2.1 and with SAM-HQ: tiny models in the official files' layout stand pinned."""
+"""A whole `maskfleet run` with SAM 2.1 and with SAM-HQ. The pinned files are tiny models in the official layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workers.prompts import Prompt
 
 pytestmark = pytest.mark.integration
 
-# Read by Python at its start where PYTHONPATH names its folder: the real commands pin another file of a smaller model.
+# Python reads it at its start, because PYTHONPATH names its folder. So the real commands pin a file of a smaller model.
 SITE = """
 from dataclasses import replace
 from workers import models
@@ -44,7 +44,7 @@ PROMPTS = [Prompt(box_xyxy=(10, 30, 60, 120)), Prompt(points=((70, 20, 1), (20, 
 
 
 def label(folder: Path, spec: ModelSpec, sizes: dict[str, Any]) -> dict[str, Any]:
-    """Run a job with PROMPTS over one phone's picture; its summary."""
+    """Run a job with PROMPTS over one phone photo. Returns its summary."""
     (folder / "site").mkdir()
     values = {"sha256": spec.sha256, "size_bytes": spec.size_bytes, "file": spec.weights_file}
     (folder / "site" / "sitecustomize.py").write_text(SITE.format(name=spec.name, sizes=sizes, **values))

@@ -25,7 +25,7 @@ COMMIT = "cd" * 20
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Hands its files to who shows the token `good`, as huggingface.co does of a gated repository."""
+    """Gives its files only to requests with the token `good`, like a gated repository on huggingface.co."""
 
     files: ClassVar[dict[str, bytes]] = {}
 

@@ -1,4 +1,4 @@
-"""Buckets against a real S3 API (moto's server) and, for what no S3 server does on demand, a socket that misbehaves."""
+"""Buckets against a real S3 API (moto's server). A scripted socket gives faults that no S3 server gives on demand."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def make_bucket(s3_server):
-    """Put {key: bytes} into a new bucket through the API, and give its name."""
+    """Put {key: bytes} into a new bucket through the API, and return its name."""
 
     def make(objects):
         name = f"bucket-{next(_numbers)}"
@@ -71,7 +71,7 @@ def keys_of(source, after=""):
 def test_pages_past_a_thousand_resume_behind_each_cursor(s3_server, make_bucket):
     wanted = [f"photos/{number % 3}/{number:05}.jpg" for number in range(2 * PAGE_SIZE + 1)]
     bucket = make_bucket({})
-    for key in wanted:  # straight into the server's memory: two thousand requests take a minute
+    for key in wanted:  # directly into the server's memory, because two thousand requests take a minute
         get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"].put_object(bucket, key, b"x")
     source = open_source(f"s3://{bucket}/photos", s3_endpoint=s3_server)
 
@@ -147,7 +147,7 @@ def test_a_key_is_a_name_and_never_a_path(s3_server, make_bucket, prefix):
 
     assert keys_of(source) == sorted(keys, key=str.encode)
     assert all(source.read(key, MEGABYTE) == key.encode() for key in keys)
-    for after in set(keys) - {"\x01.jpg"}:  # moto, unlike S3, sends StartAfter back unencoded, which is then no XML
+    for after in set(keys) - {"\x01.jpg"}:  # moto, unlike S3, sends StartAfter back unencoded: that is not valid XML
         assert keys_of(source, after) == [key for key in sorted(keys, key=str.encode) if key.encode() > after.encode()]
 
 
@@ -184,7 +184,7 @@ def test_many_threads_read_at_once(s3_server, make_bucket):
 
 @pytest.fixture
 def wire():
-    """Serve scripted answers (status, headers, body) in turn, the last for ever; give endpoint, script, requests."""
+    """Serve scripted answers (status, headers, body), then repeat the last. Yields endpoint, script, requests."""
     script, requests = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -217,7 +217,7 @@ def answer(status, code="", body=None, **headers):
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    """Back-off without waiting: the pauses are botocore's and ours, their number stays."""
+    """Back-off without waiting. botocore's pauses and ours take no time, but their number stays."""
     monkeypatch.setattr("time.sleep", lambda _: None)
 
 

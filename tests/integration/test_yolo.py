@@ -1,4 +1,4 @@
-"""YOLO datasets: what is drawn again from them is what was stored."""
+"""YOLO datasets: masks drawn from them again equal the stored masks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lines(path: Path) -> list[tuple[int, np.ndarray]]:
 
 
 def filled(numbers: np.ndarray) -> BoolMask:
-    """Pixels whose centre is inside, at eight times the size: fillPoly draws its border too."""
+    """The pixels with their centre inside, computed at eight times the size, because fillPoly draws the border too."""
     height, width = SIZE_HW
     canvas = np.zeros((height * 8, width * 8), np.uint8)
     points = np.rint(numbers.reshape(-1, 2) * (width * 8, height * 8)).astype(np.int32)

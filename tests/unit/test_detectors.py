@@ -103,7 +103,7 @@ def test_coco_has_eighty_classes() -> None:
         (lambda path: write_colour_detector(path, classes="\n\n"), "is empty, expected class names"),
         (lambda path: path.write_bytes(b"\x80\x04pickle"), "not an ONNX file"),
         (lambda path: path.write_bytes(b"\x3a\xff\xff\xff\xff\x0f"), "not an ONNX file, or cut short"),
-        (lambda path: None, "no such file or folder here, nor in"),
+        (lambda path: None, "no such file or folder, here or in"),
     ],
 )
 def test_an_unusable_onnx_file_says_what_to_do(tmp_path: Path, make: object, said: str) -> None:
@@ -126,8 +126,8 @@ def test_another_onnx_graph_is_refused_with_what_it_gives(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("{", "no configuration of transformers"),
-        ("[]", "no configuration of transformers"),
+        ("{", "not a transformers configuration"),
+        ("[]", "not a transformers configuration"),
         ('{"architectures": ["BertModel"]}', "its architecture is BertModel, expected one"),
         (None, "no config.json"),
     ],
@@ -163,14 +163,14 @@ def test_a_name_in_the_weights_folder_means_the_same_files_on_every_machine(
     with pytest.raises(DetectorError, match=r"nothing at .*there/d\.onnx on this machine"):
         require_same_files(asked.name, asked.identity)
     other = write_colour_detector(tmp_path / "there" / "d.onnx", classes="a\nb\nc")
-    with pytest.raises(DetectorError, match=rf"{other} is sha256:.*, the job was given {asked.identity}"):
+    with pytest.raises(DetectorError, match=rf"{other} is sha256:.*, but the job was submitted with {asked.identity}"):
         detectors.load(asked, "cpu")
     settings.cache_clear()
 
 
 def test_unknown_classes_are_named_before_anything_runs(tmp_path: Path) -> None:
     path = write_colour_detector(tmp_path / "d.onnx", classes=NAMES)
-    with pytest.raises(DetectorError, match="has no class 'bus'; it knows blue, green, red"):
+    with pytest.raises(DetectorError, match="has no class 'bus'; it has blue, green, red"):
         read_detector(str(path), classes="red,bus")
 
 

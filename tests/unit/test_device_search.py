@@ -28,9 +28,9 @@ from workers.engine import decoder, device_runs, device_search
 from workers.engine.automatic import CropSearch, ModelOutputError, automatic_masks, masks_by
 from workers.engine.boxed_runs import take_runs
 from workers.engine.decoder import BYTES_A_LOGIT, prompt_logits, prompts_that_fit
-from workers.engine.device_runs import DeviceDrawing, read_runs
+from workers.engine.device_runs import DeviceMasks, read_runs
 from workers.engine.device_search import DeviceSearch
-from workers.engine.prompted import _draw_here, _draw_there
+from workers.engine.prompted import _masks_on_cpu, _masks_on_device
 from workers.engine.sam import promptable
 from workers.engine.upsampling import Upsampling
 from workers.masks import Mask
@@ -209,7 +209,7 @@ def test_decoding_and_scoring_on_a_gpu_wait_for_nothing(
         decode = search.model.decoder(embedding)
         with Copies() as copies:
             ious, logits = search._decode(decode, torch.empty(16, 2, width, device="cuda"))
-            scores = search.drawing.score(logits.flatten(0, 1), 1.0)
+            scores = search.device_masks.score(logits.flatten(0, 1), 1.0)
 
     # a value asked of the device, or a size that depends on one, would have been an error
     assert {one.device.type for one in (ious, logits, scores.boxes, scores.stability)} == {"cuda"}
@@ -304,7 +304,7 @@ def test_prompts_that_fit_follow_free_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("size_hw", [(60, 90), (1, 40), (200, 31)])
-def test_prompts_are_drawn_on_a_device_as_they_are_one_by_one(size_hw: tuple[int, int]) -> None:
+def test_masks_of_prompts_on_a_device_equal_those_made_one_by_one(size_hw: tuple[int, int]) -> None:
     sam = make_sam()
     model = promptable(sam)
     [embedding] = model.embed([make_image(*size_hw)], fast=False)
@@ -313,8 +313,8 @@ def test_prompts_are_drawn_on_a_device_as_they_are_one_by_one(size_hw: tuple[int
     masks = (logits - 6).flatten(0, 1)  # some without a pixel
 
     here, there = (
-        draw(model.upsampling(size_hw), model.mask_threshold, masks, ious.flatten())
-        for draw in (_draw_here, _draw_there)
+        masks_of(model.upsampling(size_hw), model.mask_threshold, masks, ious.flatten())
+        for masks_of in (_masks_on_cpu, _masks_on_device)
     )
 
     assert [asdict(runs) for runs in there[0]] == [asdict(runs) for runs in here[0]]
@@ -329,9 +329,9 @@ def test_runs_of_many_masks_are_those_that_each_gives_alone() -> None:
     random = np.random.default_rng(0)
     pixels = random.random((9, 17, 17)) < np.linspace(0, 1, 9)[:, None, None]
     as_they_are = Upsampling(low_hw=(17, 17), mid=17, inside_hw=(13, 17), frame_hw=(13, 17))
-    drawing = DeviceDrawing(upsampling=as_they_are, threshold=0.0)
+    device_masks = DeviceMasks(upsampling=as_they_are, threshold=0.0)
 
-    found = read_runs(drawing.changes(torch.from_numpy(pixels).float()).numpy(), 9, (13, 17))
+    found = read_runs(device_masks.changes(torch.from_numpy(pixels).float()).numpy(), 9, (13, 17))
 
     alone = [take_runs(np.ascontiguousarray(one[:13].T), (0, 0)) for one in pixels]
     assert [asdict(runs) for runs in found] == [asdict(runs) for runs in alone]

@@ -129,7 +129,7 @@ def test_its_version_is_its_folders_content_and_other_files_are_not_taken_for_it
     (weights_folder / "config.json").write_text(config + "\n")
 
     assert model_version(SPEC, {}) != version
-    with pytest.raises(WeightsError, match=r"sam3 is \w{8}, the job was given \w{8}; put the same files there"):
+    with pytest.raises(WeightsError, match=r"sam3 is \w{8}, but the job was submitted with \w{8}; put the same files"):
         require_same_weights(SPEC, version)
 
 

@@ -1,1 +1,1 @@
-"""Models whose boxes become prompts: what a job asks of one, its files, and how each kind is loaded."""
+"""Detectors: models that find boxes, which become prompts. A job's request to one, its files, and its loading."""

@@ -1,6 +1,6 @@
-"""Detectors: models whose boxes become a job's prompts. What a job asks of one, and what its boxes say.
+"""Detectors: models that find boxes, which become a job's prompts. A job's request to one, and its answers.
 
-Torch-free; `load` alone brings the vendor's library, in the worker's child process.
+Without torch. Only `load` imports the vendor's library, in the worker's child process.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _LOADERS = {
 }
 
 Asked = tuple[Prompt, dict[str, Any]]
-"""A prompt fitted to its image, and what its masks' rows say of it."""
+"""A prompt fitted to its image, and the JSON that its masks' rows store about it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedDetector:
-    """What a job asks of a detector. threshold: 0..1, boxes above it count. classes: those kept, all when empty.
+    """A job's request to a detector. threshold: 0..1, boxes above it count. classes: the kept classes; empty: all.
 
-    label_map: class -> the team's label, None drops the class; a class that is not in it keeps its own name.
+    label_map: class -> the team's label; None drops the class. A class that is not in it keeps its own name.
     """
 
     name: str
@@ -45,11 +45,11 @@ class AskedDetector:
             raise DetectorError(f"detector threshold {self.threshold}: expected 0..1")
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-safe; `asked_of_json` reads it back."""
+        """The request as JSON-safe values. `asked_of_json` reads it back."""
         return {**asdict(self), "kind": str(self.kind), "classes": list(self.classes)}
 
     def what_is_computed(self) -> dict[str, Any]:
-        """What of it changes masks or labels: not where its files are, nor the order in which classes were named."""
+        """The parts of the request that change masks or labels. The files' place and the order of classes do not."""
         return {
             "identity": self.identity,
             "threshold": self.threshold,
@@ -58,18 +58,18 @@ class AskedDetector:
         }
 
     def keeps(self, class_name: str) -> bool:
-        """Whether a box of this class is asked of the model."""
+        """Whether boxes of this class become prompts."""
         if self.classes and class_name not in self.classes:
             return False
         return (self.label_map or {}).get(class_name, class_name) is not None
 
     def label_of(self, class_name: str) -> str:
-        """The label of a class that is kept."""
+        """The label of a kept class."""
         return (self.label_map or {}).get(class_name) or class_name
 
 
 def asked_of_json(stored: Mapping[str, Any]) -> AskedDetector:
-    """What `AskedDetector.as_json` wrote on a job's row."""
+    """Read back what `AskedDetector.as_json` stored on a job's row."""
     return AskedDetector(
         **{**stored, "kind": DetectorKind(stored["kind"]), "classes": tuple(stored["classes"])},
     )
@@ -77,7 +77,7 @@ def asked_of_json(stored: Mapping[str, Any]) -> AskedDetector:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detection:
-    """One box of a detector, unchecked: pixels of the upright image, perhaps NaN, inverted or outside."""
+    """One box of a detector, in pixels of the upright image. It is not checked: it may be NaN, inverted or outside."""
 
     class_name: str
     score: float
@@ -85,24 +85,25 @@ class Detection:
 
 
 class Detector(Protocol):
-    """A loaded detector with classes of its own. Stateless; threads may share it."""
+    """A loaded detector with its own classes. Stateless; threads may share it."""
 
     def detect(self, images: Sequence[RgbImage], *, threshold: float) -> list[list[Detection]]:
-        """The boxes above the threshold of each image, (H, W, 3) uint8 RGB of any sizes, in their order.
+        """The boxes above the threshold for each image, in the order of the images: (H, W, 3) uint8 RGB of any sizes.
 
-        May raise torch.cuda.OutOfMemoryError; fewer images need less. Raises ModelOutputError where scores are NaN.
+        May raise torch.cuda.OutOfMemoryError; fewer images need less memory. Raises ModelOutputError when scores are
+        NaN.
         """
         ...
 
 
 class PhraseDetector(Protocol):
-    """A loaded detector of what phrases say. Stateless; threads may share it."""
+    """A loaded detector that finds boxes for phrases. Stateless; threads may share it."""
 
     def find(self, image: RgbImage, phrases: Sequence[str], *, threshold: float) -> list[list[Detection]]:
-        """The boxes above the threshold for each phrase, in their order, each asked as if it were alone.
+        """The boxes above the threshold for each phrase, in the order of the phrases. Phrases do not affect each other.
 
         A detection's class_name is its phrase. May raise torch.cuda.OutOfMemoryError. Raises PromptError for a phrase
-        that is too long, ModelOutputError where scores are NaN.
+        that is too long, ModelOutputError when scores are NaN.
         """
         ...
 
@@ -110,8 +111,11 @@ class PhraseDetector(Protocol):
 def prompts_of(
     detections: Sequence[Detection], asked: AskedDetector, size_wh: tuple[int, int]
 ) -> tuple[list[Asked], list[str]]:
-    """Boxes as prompts fitted to an image of this size, each with what its masks' rows say; and what is wrong with the
-    others. A row's `index` counts the detector's boxes, its `class` is the detector's own name of it."""
+    """Boxes as prompts fitted to an image of this size, and a reason for each box that cannot be used.
+
+    Each prompt comes with the JSON for its masks' rows. `index` counts the detector's boxes. `class` is the detector's
+    own name of the class.
+    """
     usable: list[Asked] = []
     wrong: list[str] = []
     for index, found in enumerate(detections):
@@ -128,10 +132,10 @@ def prompts_of(
 def boxes_of_phrases(
     detector: PhraseDetector, image: RgbImage, prompts: Sequence[Asked], threshold: float
 ) -> tuple[list[Asked], list[str]]:
-    """The prompts of an image with each that is by text alone replaced by the boxes that the detector finds for it, any
-    number; and what is wrong with other boxes. A prompt that says where keeps its box or points, its text as its label.
+    """Replace each text prompt of an image by the boxes that the detector finds for it: any number.
 
-    The row of such a box has its prompt's number and text, the box and its score. Raises what `find` raises.
+    Also returns a reason for each box that cannot be used. A prompt with a box or points keeps them; its text becomes
+    its label. The row of a found box has the prompt's number and text, the box and its score. Raises errors of `find`.
     """
     phrases = list(dict.fromkeys(prompt.text for prompt, _ in prompts if prompt.text and _is_text_alone(prompt)))
     boxes = dict(zip(phrases, detector.find(image, phrases, threshold=threshold) if phrases else [], strict=True))
@@ -165,9 +169,9 @@ _loading = threading.Lock()
 
 
 def load(asked: AskedDetector, device: str) -> Detector | PhraseDetector:
-    """The detector of a job on this device ("cpu", "cuda:0"), loaded on the first call and kept.
+    """The detector of a job on this device ("cpu", "cuda:0"), loaded at the first call and kept.
 
-    Raises DetectorError where its library or files are missing, or the files are not those that the job was given.
+    Raises DetectorError when its library or files are missing, or when the job was submitted with other files.
     """
     key = (asked.name, asked.identity, device)
     with _loading:

@@ -1,6 +1,6 @@
-"""A detector's files: found by path or name, told apart, identified by content, and asked for its class names.
+"""A detector's files: how to find them by path or name, their kind, their identity by content, and their class names.
 
-Torch-free, and without the libraries that run detectors: the command line looks here before any worker sees a job.
+Without torch and the libraries that run detectors. The command line checks the files here before any worker gets a job.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from workers.models.loading import require_libraries
 
 _NAMED = 12  # class names in a message
 
-# What config.json calls the checkpoints that AutoModelForZeroShotObjectDetection loads.
+# The model types, in config.json, of the checkpoints that AutoModelForZeroShotObjectDetection loads.
 _OPEN_VOCABULARY = frozenset({"grounding-dino", "mm-grounding-dino", "owlvit", "owlv2"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectorFiles:
-    """What is known of a detector without loading it.
+    """The description of a detector before it is loaded.
 
-    name: as a job remembers it: an absolute path, a name in the weights folder, or a hub name. identity: "sha256:" of
-    its files, or "commit:" of the hub. classes: its names in its order; empty where its files do not say, and where
-    it takes phrases.
+    name: as stored with a job: an absolute path, a name in the weights folder, or a hub name. identity: "sha256:" of
+    its files, or "commit:" of the hub. classes: its class names in its order; empty when its files do not name them, or
+    when it takes phrases.
     """
 
     name: str
@@ -38,9 +38,9 @@ class DetectorFiles:
 
 
 def examine(name: str) -> DetectorFiles:
-    """Find a detector by a path, a name in the weights folder or a hub name, and say what it is without loading it.
+    """Find a detector by a path, a name in the weights folder or a hub name, and describe it without loading it.
 
-    Local files are read whole, for their identity. Raises DetectorError naming what was found and what to do.
+    Local files are read completely, for their identity. Raises DetectorError, which says what was found and what to do.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -49,26 +49,26 @@ def examine(name: str) -> DetectorFiles:
     if kept.exists():
         return _examine_local(name, kept)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".onnx"):
-        raise DetectorError(f"detector {name}: no such file or folder here, nor in {weights_dir()}")
+        raise DetectorError(f"detector {name}: no such file or folder, here or in {weights_dir()}")
     return _examine_on_hub(name)
 
 
 def require_classes(files: DetectorFiles, wanted: Collection[str]) -> None:
-    """Raises DetectorError for a class that the detector does not know, where its files name its classes."""
+    """Raise DetectorError for a class that the detector does not have. Only checked when its files name its classes."""
     unknown = [name for name in wanted if name not in files.classes] if files.classes else []
     if unknown:
-        raise DetectorError(f"detector {files.name} has no class {unknown[0]!r}; it knows {_listed(files.classes)}")
+        raise DetectorError(f"detector {files.name} has no class {unknown[0]!r}; it has {_listed(files.classes)}")
 
 
 def require_library(kind: DetectorKind) -> None:
-    """Raises MissingLibraryError where the library that runs such detectors is not installed."""
+    """Raise MissingLibraryError when the library that runs such detectors is not installed."""
     require_libraries(f"a detector ({kind})", ("onnxruntime" if kind is DetectorKind.ONNX else "transformers",))
 
 
 def require_same_files(name: str, asked: str) -> Path | None:
-    """Where the files of a job's detector are on this machine; None for the hub's, which its commit identifies.
+    """The path of a job's detector on this machine. None for a detector of the hub, which its commit identifies.
 
-    Raises DetectorError where they are absent, or not those that the job was given.
+    Raises DetectorError when the files are absent, or when the job was submitted with other files.
     """
     if asked.startswith("commit:"):
         return None
@@ -78,8 +78,8 @@ def require_same_files(name: str, asked: str) -> Path | None:
     found = _examine_local(name, path)
     if found.identity != asked:
         raise DetectorError(
-            f"detector {name}: {path} is {found.identity}, the job was given {asked}; put the same files there, or "
-            "submit again"
+            f"detector {name}: {path} is {found.identity}, but the job was submitted with {asked}; put the same files "
+            "there, or submit again"
         )
     return path
 
@@ -102,35 +102,35 @@ def _examine_folder(name: str, folder: Path) -> DetectorFiles:
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:_NAMED])
         raise DetectorError(
             f"detector {name}: no .safetensors file among {found}; pickled weights could run code and are not loaded: "
-            "bring the checkpoint as safetensors, as transformers' save_pretrained writes it"
+            "give the checkpoint as safetensors, as transformers' save_pretrained writes it"
         )
     kind, classes = _read_config(name, (folder / "config.json").read_bytes())
     return DetectorFiles(name=name, kind=kind, identity=_named(checkpoint_files(folder)), classes=classes)
 
 
 def _examine_on_hub(name: str) -> DetectorFiles:
-    absent = f"detector {name}: no such file or folder here, nor in {weights_dir()}"
+    absent = f"detector {name}: no such file or folder, here or in {weights_dir()}"
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise DetectorError(f"{absent}; to ask the hub for it, pip install 'maskfleet[models]'") from error
+        raise DetectorError(f"{absent}; to look for it on the hub, pip install 'maskfleet[models]'") from error
     try:
-        # Answered from the local cache when the hub is out of reach: its folder is named by the commit either way.
+        # From the local cache when the hub is not reachable. In both cases the folder's name is the commit.
         config = Path(hf_hub_download(name, "config.json"))
     except (OSError, ValueError) as error:
-        raise DetectorError(f"{absent}, and the hub did not give it: {error}") from error
+        raise DetectorError(f"{absent}, and not on the hub: {error}") from error
     kind, classes = _read_config(name, config.read_bytes())
     return DetectorFiles(name=name, kind=kind, identity=f"commit:{config.parent.name}", classes=classes)
 
 
 def _read_config(name: str, content: bytes) -> tuple[DetectorKind, tuple[str, ...]]:
-    """What kind of checkpoint a config.json describes, and its class names in the order of their numbers."""
+    """The kind of checkpoint that a config.json describes, and its class names in the order of their numbers."""
     try:
         config = json.loads(content)
         architecture = str((config.get("architectures") or ["none"])[0])
         numbered = {int(number): str(label) for number, label in (config.get("id2label") or {}).items()}
     except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
-        raise DetectorError(f"detector {name}: config.json is no configuration of transformers ({error})") from error
+        raise DetectorError(f"detector {name}: config.json is not a transformers configuration ({error})") from error
     if not architecture.endswith("ForObjectDetection"):
         raise DetectorError(f"detector {name}: its architecture is {architecture}, expected one …ForObjectDetection")
     if config.get("model_type") in _OPEN_VOCABULARY:

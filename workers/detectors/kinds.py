@@ -8,10 +8,10 @@ from workers.models.spec import ModelError
 
 
 class DetectorError(ModelError):
-    """A detector cannot be used as asked. The message says which, what was found and what to do."""
+    """A detector cannot be used as requested. The message says which one, what was found and what to do."""
 
 
 class DetectorKind(StrEnum):
-    TRANSFORMERS = "transformers"  # an object-detection checkpoint with classes of its own
-    OPEN_VOCABULARY = "open-vocabulary"  # a checkpoint that boxes what phrases say
+    TRANSFORMERS = "transformers"  # an object-detection checkpoint with its own classes
+    OPEN_VOCABULARY = "open-vocabulary"  # a checkpoint that finds boxes for phrases
     ONNX = "onnx"  # a graph with the outputs of mmdeploy's RTMDet

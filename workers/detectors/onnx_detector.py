@@ -1,7 +1,7 @@
 """Detectors as ONNX graphs with the outputs of mmdeploy's RTMDet export, through onnxruntime.
 
-Input: (n, 3, h, w) float32. Outputs: `dets` (n, k, 5) or (k, 5), each x0, y0, x1, y1 in the input's pixels and a score;
-`labels` (n, k) or (k,), class numbers.
+Input: (n, 3, h, w) float32. Outputs: `dets` (n, k, 5) or (k, 5), each with x0, y0, x1, y1 in the input's pixels and a
+score; `labels` (n, k) or (k,), class numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from workers.detectors.onnx_names import onnx_classes
 from workers.images.pixels import RgbImage
 from workers.models.onnx_session import open_session
 
-# What RTMDet is trained with (mmdet's rtmdet_l_8xb32-300e_coco.py): 640 x 640, grey padding, BGR.
+# The input in RTMDet's training (mmdet's rtmdet_l_8xb32-300e_coco.py): 640 x 640, grey padding, BGR.
 _SIDE = 640
 _PADDING = 114
 _MEAN_BGR = np.array((103.53, 116.28, 123.675), np.float32)
@@ -36,13 +36,15 @@ class OnnxDetector:
         [given] = session.get_inputs()
         self._input: str = given.name
         batch, _, height, width = given.shape
-        # A name or None stands for any number.
+        # A name or None means any number.
         self._input_hw = (height if isinstance(height, int) else _SIDE, width if isinstance(width, int) else _SIDE)
         self._at_once: int | None = batch if isinstance(batch, int) else None
 
     def detect(self, images: Sequence[RgbImage], *, threshold: float) -> list[list[Detection]]:
-        """The boxes scored above the threshold of each image, in the graph's order; a score of NaN is kept for the
-        caller to refuse."""
+        """The boxes with a score above the threshold for each image, in the graph's order.
+
+        Boxes with a score of NaN are kept; the caller refuses them.
+        """
         inputs = [_prepare(image, self._input_hw) for image in images]
         step = self._at_once or max(1, len(inputs))
         found: list[list[Detection]] = []
@@ -69,7 +71,7 @@ class OnnxDetector:
     def _detections(
         self, boxes: NDArray[np.float64], numbers: NDArray[np.int64], scale_xy: tuple[float, float], threshold: float
     ) -> list[Detection]:
-        # TensorRT exports fill up with boxes of score 0 and number -1, which no threshold lets pass.
+        # TensorRT exports fill up with boxes of score 0 and class number -1. No threshold lets them pass.
         kept = ~(boxes[:, 4] <= threshold)
         scale = np.array([*scale_xy, *scale_xy])
         return [
@@ -84,7 +86,7 @@ class OnnxDetector:
 
 
 def load(asked: AskedDetector, path: Path | None, device: str) -> Detector:
-    """The graph in this file, on a CUDA device where onnxruntime has one. Raises DetectorError for another graph."""
+    """The graph in this file, on a CUDA device if onnxruntime has one. Raises DetectorError for another graph."""
     if path is None:
         raise DetectorError(f"detector {asked.name}: expected an .onnx file on this machine")
     try:
@@ -107,9 +109,9 @@ def _require_layout(session: Any, path: Path) -> None:
 
 
 def _prepare(image: RgbImage, input_hw: tuple[int, int]) -> tuple[NDArray[np.float32], tuple[float, float]]:
-    """An image as (3, h, w) float32, resized in its proportions into the upper left corner; and by how much, (x, y).
+    """An image as (3, h, w) float32, and its scale factors (x, y).
 
-    Sizes are rounded as mmcv's rescale_size rounds them.
+    It is resized with its proportions into the upper left corner. Sizes are rounded like mmcv's rescale_size.
     """
     height, width = image.shape[:2]
     ratio = min(input_hw[0] / height, input_hw[1] / width)

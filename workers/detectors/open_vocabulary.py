@@ -1,4 +1,4 @@
-"""Detectors of phrases through transformers: Grounding DINO and OWL-ViT v1 and v2. Each phrase is asked apart."""
+"""Detectors for phrases through transformers: Grounding DINO and OWL-ViT v1 and v2. Each phrase is asked alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from workers.detectors.checkpoint import whence
+from workers.detectors.checkpoint import where_to_load
 from workers.detectors.detector import AskedDetector, Detection, PhraseDetector
 from workers.detectors.kinds import DetectorError
 from workers.images.pixels import RgbImage
 from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers
 from workers.prompts import PromptError
 
-_PHRASES_AT_ONCE = 4  # Grounding DINO sees the image anew with each, so this is its batch
+_PHRASES_AT_ONCE = 4  # Grounding DINO processes the image again for each phrase, so this is its batch size
 
 
 class GroundingDino:
-    """A loaded Grounding DINO with its processor. Its text and image attend to each other, so that phrases of one
-    caption would share words: each gets a caption, and a row of the batch, of its own."""
+    """A loaded Grounding DINO with its processor.
+
+    Its text and image attend to each other, so phrases in one caption would affect each other. So each phrase gets its
+    own caption and its own row of the batch.
+    """
 
     def __init__(self, model: Any, processor: Any, device: str) -> None:
         self._model = model
@@ -40,7 +43,7 @@ class GroundingDino:
         return found
 
     def _find(self, image: RgbImage, pixels: Any, phrases: Sequence[str], threshold: float) -> list[list[Detection]]:
-        # Lower case and a full stop at the end are how its captions were written in training.
+        # In training its captions had lower case and a full stop at the end.
         captions = [f"{phrase.strip().lower().rstrip('.')}." for phrase in phrases]
         tokens = self._processor.tokenizer(
             captions, padding=True, return_tensors="pt", return_token_type_ids=True, return_attention_mask=True
@@ -59,7 +62,7 @@ class GroundingDino:
 
 
 class Owl:
-    """A loaded OWL-ViT or OWLv2 with its processor. It scores each phrase apart from the others in one pass."""
+    """A loaded OWL-ViT or OWLv2 with its processor. In one pass it scores each phrase independently of the others."""
 
     def __init__(self, model: Any, processor: Any, device: str) -> None:
         self._model = model
@@ -77,7 +80,7 @@ class Owl:
         require_numbers(outputs.logits)
         found = []
         for number, phrase in enumerate(phrases):
-            # Of several phrases the library would keep each box's best alone.
+            # With several phrases the library would keep only the best phrase of each box.
             one = type(outputs)(logits=outputs.logits[..., number : number + 1], pred_boxes=outputs.pred_boxes)
             [boxes] = self._processor.image_processor.post_process_object_detection(
                 one, threshold=threshold, target_sizes=[image.shape[:2]]
@@ -95,8 +98,8 @@ _FAMILIES: dict[str, Callable[[Any, Any, str], PhraseDetector]] = {
 
 
 def load(asked: AskedDetector, path: Path | None, device: str) -> PhraseDetector:
-    """As `transformers_detector.load`, of a checkpoint that takes phrases."""
-    where, how = whence(asked, path)
+    """Like `transformers_detector.load`, for a checkpoint that takes phrases."""
+    where, how = where_to_load(asked, path)
     try:
         processor = AutoProcessor.from_pretrained(where, trust_remote_code=False, **how)
         model = load_whole(AutoModelForZeroShotObjectDetection, where, how)

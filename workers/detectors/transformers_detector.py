@@ -1,4 +1,4 @@
-"""Detectors through transformers: whatever AutoModelForObjectDetection loads (RT-DETR v2, D-FINE, RF-DETR, DETR)."""
+"""Detectors through transformers: all that AutoModelForObjectDetection loads (RT-DETR v2, D-FINE, RF-DETR, DETR)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from workers.detectors.checkpoint import whence
+from workers.detectors.checkpoint import where_to_load
 from workers.detectors.detector import AskedDetector, Detection, Detector
 from workers.detectors.kinds import DetectorError
 from workers.images.pixels import RgbImage
@@ -25,9 +25,9 @@ class TransformersDetector:
         self._device = device
 
     def detect(self, images: Sequence[RgbImage], *, threshold: float) -> list[list[Detection]]:
-        """The boxes scored above the threshold of each image, in one pass, the checkpoint's best first.
+        """The boxes with a score above the threshold for each image, in one pass, the best first.
 
-        May raise torch.cuda.OutOfMemoryError. Raises ModelOutputError where scores are NaN.
+        May raise torch.cuda.OutOfMemoryError. Raises ModelOutputError when scores are NaN.
         """
         inputs = self._processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
         with torch.inference_mode():
@@ -49,12 +49,12 @@ class TransformersDetector:
 
 
 def load(asked: AskedDetector, path: Path | None, device: str) -> Detector:
-    """The checkpoint in this folder, or, where that is None, the job's commit of it on the hub: float32, frozen.
+    """The checkpoint in this folder, or, when path is None, the job's commit of it on the hub: float32, frozen.
 
-    Only safetensors are read, and no code that comes with a checkpoint is run. Raises DetectorError where it cannot be
-    loaded; torch.cuda.OutOfMemoryError where the device has no room.
+    Only safetensors are read, and no code from a checkpoint is run. Raises DetectorError when it cannot be loaded, and
+    torch.cuda.OutOfMemoryError when it does not fit on the device.
     """
-    where, how = whence(asked, path)
+    where, how = where_to_load(asked, path)
     try:
         processor = AutoImageProcessor.from_pretrained(where, trust_remote_code=False, **how)
         model = load_whole(AutoModelForObjectDetection, where, how)
@@ -62,5 +62,5 @@ def load(asked: AskedDetector, path: Path | None, device: str) -> Detector:
         raise DetectorError(f"detector {where}: transformers cannot load it: {error}") from error
     unknown = [name for name in asked.classes if name not in model.config.id2label.values()]
     if unknown:
-        raise DetectorError(f"detector {where} has no class {unknown[0]!r}; it knows {model.config.id2label}")
+        raise DetectorError(f"detector {where} has no class {unknown[0]!r}; it has {model.config.id2label}")
     return TransformersDetector(model.to(device).eval().requires_grad_(False), processor, device)

@@ -1,1 +1,1 @@
-"""The mask engine: embeddings and prompts to masks, exact and fast. May load torch."""
+"""The mask engine: from embeddings and prompts to masks, exact and fast. May load torch."""

@@ -1,9 +1,10 @@
 """Every object of an image without prompts: SamAutomaticMaskGenerator's masks, many times faster.
 
-The parameters, the masks kept and their order are the reference's (segment_anything/automatic_mask_generator.py). What
-differs is what is left out: candidates are scored before they are drawn, and drawn one at a time inside the box that
-their low-resolution logits bound, best first, and not at all where a better one is sure to suppress them; only what is
-kept gets run lengths. On a GPU all of it happens there (`device_search`).
+The parameters, the kept masks and their order are the reference's (segment_anything/automatic_mask_generator.py). This
+code is faster because it skips work. It scores candidates before it upsamples and thresholds them. It upsamples them
+one at a time, best first, and only inside a box found from the low-resolution logits. It skips a candidate that a
+better one will surely suppress. Only kept masks get run lengths. For a model on a GPU, the whole search runs there
+(`device_search`).
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ __all__ = ["ModelOutputError", "automatic_masks", "embed", "prompt_logits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One output of the decoder that passed by predicted IoU. patch: None where no pixel of the crop reaches even the
-    lowest threshold."""
+    """One output of the decoder that passed by predicted IoU. patch: None if no pixel reaches the lowest threshold."""
 
     point_xy: tuple[float, float]
     predicted_iou: np.float32
@@ -48,7 +48,7 @@ class Candidate:
 
 @torch.no_grad()
 def embed(sam: Sam | Promptable, images: Sequence[RgbImage], *, fast: bool = False) -> list[Any]:
-    """Encode images (H, W, 3) uint8 RGB of any sizes in one batch; one embedding an image. fast: in bfloat16."""
+    """Encode images (H, W, 3) uint8 RGB of any sizes in one batch: one embedding for each. fast: in bfloat16."""
     return promptable(sam).embed(images, fast=fast) if images else []
 
 
@@ -57,10 +57,10 @@ def automatic_masks(
 ) -> list[Mask]:
     """Every mask of image (H, W, 3) uint8 RGB that passes `params`, in the reference's order.
 
-    embedding: what `embed` gave for this image, encoded here when absent; crops are always encoded here. Raises
-    ModelOutputError where the model gives NaN or infinity.
+    embedding: the result of `embed` for this image. Without it the image is encoded here. Crops are always encoded
+    here. Raises ModelOutputError where the model gives NaN or infinity.
     """
-    # fast needs not be the reference to the last pixel, and folded the predicted IoUs stay in float32
+    # fast may differ from the reference in a few pixels; the folded decoder keeps the predicted IoUs in float32
     model = promptable(sam, fold_from_dim=0 if params.precision == "fast" else FOLD_FROM_DIM)
     search = DeviceSearch if model.device.type == "cuda" else CropSearch
     return masks_by(search, model, image, params, embedding)
@@ -74,7 +74,7 @@ def masks_by(
     params: AutomaticParams,
     embedding: Any = None,
 ) -> list[Mask]:
-    """`automatic_masks` by a search of the caller's choice: either works on any device and finds the same."""
+    """`automatic_masks` with the search that the caller chooses. Both work on any device and find the same masks."""
     height, width = image.shape[:2]
     size_hw = (height, width)
     crops, layers = generate_crop_boxes(size_hw, params.crop_n_layers, params.crop_overlap_ratio)
@@ -82,7 +82,7 @@ def masks_by(
     found: list[FoundMask] = []
     for (x0, y0, x1, y1), layer in zip(crops, layers, strict=True):
         if x0 >= x1 or y0 >= y1 or len(grids[layer]) == 0:
-            continue  # more crops than pixels, or no point left for this layer: the reference fails here
+            continue  # more crops than pixels, or no point for this layer: the reference fails here
         given = embedding if layer == 0 else None
         crop_embedding = (
             model.embed([image[y0:y1, x0:x1]], fast=params.precision == "fast")[0] if given is None else given
@@ -97,7 +97,7 @@ def masks_by(
 
 
 def _point_grids(params: AutomaticParams) -> list[NDArray[np.float64]]:
-    """The points of each crop layer, (n, 2) x and y as fractions of the crop."""
+    """The points of each crop layer: (n, 2), x and y as fractions of the crop."""
     if params.point_grids is not None:
         return [np.asarray(grid, np.float64).reshape(-1, 2) for grid in params.point_grids]
     factor = params.crop_n_points_downscale_factor
@@ -106,7 +106,7 @@ def _point_grids(params: AutomaticParams) -> list[NDArray[np.float64]]:
 
 
 class CropSearch:
-    """The search for masks in one crop of an image on a CPU; the whole image is the first crop."""
+    """The search for masks in one crop of an image on a CPU. The whole image is the first crop."""
 
     def __init__(
         self, model: Promptable, params: AutomaticParams, *, crop: InclusiveBox, size_hw: tuple[int, int]
@@ -118,7 +118,7 @@ class CropSearch:
         self.upsampling = model.upsampling(self.crop_hw)
 
     def masks(self, embedding: Any, grid: NDArray[np.float64]) -> list[FoundMask]:
-        """Masks from the points of grid (n, 2), fractions of the crop, after suppression inside the crop."""
+        """Masks from the points of grid (n, 2), in fractions of the crop, after suppression inside the crop."""
         points = grid * np.array(self.crop_hw[::-1])
         decoded = decode_points(
             self.model,
@@ -144,23 +144,23 @@ class CropSearch:
             yield Candidate(point_xy=(x, y), predicted_iou=batch.predicted_iou[row, output], patch=patch)
 
     def _best(self, candidates: list[Candidate]) -> list[FoundMask]:
-        """Draw candidates by falling predicted IoU and keep what passes and is not suppressed."""
+        """Take the candidates by falling predicted IoU. Keep those that pass and are not suppressed."""
         scores = np.array([candidate.predicted_iou for candidate in candidates], np.float32)
         suppression = Suppression(self.params.box_nms_thresh)
         kept: dict[int, FoundMask] = {}
-        undrawn, survivors = [], 0
+        skipped, survivors = [], 0
         for number in np.argsort(-scores, kind="stable").tolist():
             candidate = candidates[number]
             if self._is_surely_suppressed(candidate, suppression):
-                undrawn.append(number)
+                skipped.append(number)
                 continue
-            found = self._draw(candidate)
+            found = self._upsample_and_threshold(candidate)
             survivors += found is not None
             if found is not None and suppression.keep(found.runs.box):
                 kept[number] = found
         has_ties = len(np.unique(scores[list(kept)])) < len(kept)
-        if has_ties and survivors <= STABLE_UP_TO < survivors + len(undrawn):
-            survivors += sum(self._draw(candidates[number]) is not None for number in undrawn)
+        if has_ties and survivors <= STABLE_UP_TO < survivors + len(skipped):
+            survivors += sum(self._upsample_and_threshold(candidates[number]) is not None for number in skipped)
         order = order_of_kept(list(kept), scores, survivors) if has_ties else list(kept)
         return [kept[number].in_image() for number in order]
 
@@ -170,8 +170,8 @@ class CropSearch:
         inner, outer = self.upsampling.box_bounds(candidate.patch, self.thresholds[0])
         return inner is not None and outer is not None and suppression.would_drop(inner, outer)
 
-    def _draw(self, candidate: Candidate) -> FoundMask | None:
-        """The mask at full resolution, in the crop's frame; None when it is unstable or cut off by the crop's edge."""
+    def _upsample_and_threshold(self, candidate: Candidate) -> FoundMask | None:
+        """The mask at full resolution, in the crop's frame. None when it is unstable, or the crop's edge cuts it."""
         if candidate.patch is None:
             cut = Cut(counts=np.zeros(3, np.int64), pixels=np.zeros((0, 0), np.bool_), corner=(0, 0))
         else:
@@ -192,7 +192,7 @@ class CropSearch:
         )
 
     def _is_near_crop_edge(self, box: InclusiveBox) -> bool:
-        """Whether the mask may go on beyond the crop. Compared with inclusive boxes, as the reference has them."""
+        """Whether the mask may continue outside the crop. Inclusive boxes are compared, as in the reference."""
         if self.crop_hw == self.size_hw:
             return False
         whole = [0, 0, self.size_hw[1], self.size_hw[0]]
@@ -200,7 +200,7 @@ class CropSearch:
 
 
 def _suppress_between_crops(found: list[FoundMask], iou_threshold: float) -> list[FoundMask]:
-    """Drop duplicates between crops, preferring those from smaller crops, in torchvision's order."""
+    """Drop duplicates between crops. Masks from smaller crops win. The order is torchvision's."""
     if not found:
         return []
     scores = 1 / box_area(torch.tensor([one.crop for one in found]))
@@ -208,7 +208,7 @@ def _suppress_between_crops(found: list[FoundMask], iou_threshold: float) -> lis
 
 
 def _clean(found: list[FoundMask], size_hw: tuple[int, int], params: AutomaticParams) -> list[FoundMask]:
-    """Remove small regions, then the duplicates that this made, preferring masks that did not change."""
+    """Remove small regions, then the duplicates that this made. Masks that did not change win."""
     if not found:
         return []
     cleaned = [remove_small_regions(one.runs, size_hw, params.min_mask_region_area) for one in found]
@@ -236,7 +236,7 @@ def _limit(found: list[FoundMask], size_hw: tuple[int, int], params: AutomaticPa
 
 
 def _to_masks(found: list[FoundMask], size_hw: tuple[int, int]) -> list[Mask]:
-    """The Masks, with COCO's boxes, which include the last pixel. A mask of no pixel has no stability."""
+    """The Masks with COCO's boxes: width and height include the last pixel. A mask without pixels has no stability."""
     masks = []
     for one in found:
         x0, y0, x1, y1 = one.runs.box
@@ -257,8 +257,8 @@ def _to_masks(found: list[FoundMask], size_hw: tuple[int, int]) -> list[Mask]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch's small operations on one thread: on a busy machine two make them up to nine times slower (EPYC Zen5,
-    2 cores, load 4, November 2026)."""
+    """Keep torch's small operations on one thread. On a busy machine two threads make them up to nine times slower
+    (EPYC Zen5, 2 cores, load 4, November 2026)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

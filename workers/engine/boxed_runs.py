@@ -1,7 +1,7 @@
-"""A mask as the run lengths of its own box: small to keep, quick to draw, and COCO's string when it is wanted.
+"""A mask as the run lengths inside its own box: small in memory, quick to turn into pixels or COCO's string.
 
-Pixels are (x, y), column by column, as COCO's runs go. Boxes are inclusive, (x0, y0, x1, y1) of the first and the last
-pixel, as the reference's are.
+Pixels are (x, y), column by column, in the order of COCO's runs. Boxes are inclusive as in the reference: (x0, y0, x1,
+y1) of the first and the last pixel.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class BoxedRuns:
     area_px: int
 
     def moved(self, x: int, y: int) -> BoxedRuns:
-        """The same mask with its box moved; the empty one's box moves too, as the reference's does."""
+        """The same mask with its box moved. The box of an empty mask moves too, as in the reference."""
         x0, y0, x1, y1 = self.box
         return replace(self, box=(x0 + x, y0 + y, x1 + x, y1 + y))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundMask:
-    """A mask that passed, in the frame of the whole image. crop: the crop it was found in, (x0, y0, x1, y1)."""
+    """A mask that passed. crop: the crop in which it was found, (x0, y0, x1, y1), in the frame of the whole image."""
 
     runs: BoxedRuns
     predicted_iou: float
@@ -49,14 +49,14 @@ class FoundMask:
     crop: InclusiveBox
 
     def in_image(self) -> FoundMask:
-        """The same with its runs and its point moved from the frame of the crop."""
+        """The same, with its runs and its point moved from the crop's frame to the image's frame."""
         x0, y0 = self.crop[:2]
         x, y = self.point_xy
         return replace(self, runs=self.runs.moved(x0, y0), point_xy=(x + x0, y + y0))
 
 
 def take_runs(pixels: BoolMask, corner: tuple[int, int]) -> BoxedRuns:
-    """Read the runs of pixels (x, y) bool whose first pixel is `corner` (x, y) in the frame."""
+    """Read the runs of pixels (x, y) bool. corner: (x, y) of the first pixel in the frame."""
     y, x, height, width = cv2.boundingRect(pixels.view(np.uint8)) if pixels.size else (0, 0, 0, 0)
     if width == 0:
         return BoxedRuns(box=(0, 0, 0, 0), changes=np.zeros(0, np.int64), area_px=0)
@@ -84,7 +84,7 @@ def encode_runs(runs: BoxedRuns, size_hw: tuple[int, int]) -> str:
     column, row = np.divmod(runs.changes, y1 - y0 + 2)
     changes = (x0 + column) * height + y0 + row
     if y1 - y0 + 1 == height:
-        # a run that ends at the foot of one column goes on at the head of the next
+        # a run that ends at the bottom of one column continues at the top of the next
         joined = np.flatnonzero(changes[1:-1:2] == changes[2::2]) * 2 + 1
         changes = np.delete(changes, np.concatenate([joined, joined + 1]))
     lengths = np.diff(changes, prepend=0, append=height * width)

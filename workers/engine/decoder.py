@@ -1,8 +1,8 @@
-"""Prompts of one image to low-resolution logits and predicted IoUs, through one shared decoder, in bounded batches.
+"""From prompts of one image to low-resolution logits and predicted IoUs, in batches of limited size.
 
-A decoder of SAM's own architecture and width is folded (`folded_decoder`): the same sums, associated otherwise. Any
-other module with MaskDecoder's signature is called as it is, in the reference's own batches: the same bits. What is
-not built like SAM at all says for itself how it encodes and decodes (`Promptable`).
+A decoder with SAM's own architecture and width is folded (`folded_decoder`): it groups the same sums differently. Any
+other module with MaskDecoder's signature is called unchanged, in the reference's own batches, and gives the same bits.
+A model that is not built like SAM brings its own encoding and decoding (`Promptable`).
 """
 
 from __future__ import annotations
@@ -24,20 +24,23 @@ from workers.engine.sam import promptable
 
 log = logging.getLogger(__name__)
 
-# Prompts decoded in one go when the caller names no number: low enough for any GPU, high enough to fill it.
+# Prompts decoded at once when the caller gives no number: low enough for any GPU, high enough to fill it.
 PROMPTS_AT_ONCE = 64
 
-# On a GPU the prompts decoded in one go may take this part of its free memory, each this much for a logit of one
-# output. By the shapes of their results in float32, SAM's decoder takes 450 (folded 390), SAM 2's 640 and SAM-HQ's
-# 1,160; not measured on a device.
+# On a GPU the prompts decoded at once may take this part of its free memory. Each prompt counts BYTES_A_LOGIT for every
+# logit of one output. By the shapes of their results in float32, SAM's decoder takes 450 bytes (folded 390), SAM 2's
+# 640 and SAM-HQ's 1,160. These are not measured on a device.
 PART_OF_FREE_MEMORY = 0.5
 BYTES_A_LOGIT = 1280
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """Some prompts. prompts: (m,) their numbers, rising. predicted_iou: (m, outputs) float32; wanted: the same shape,
-    bool; logits: (m, outputs, rows, columns) float32."""
+    """The result for m prompts.
+
+    prompts: (m,), their numbers, rising. predicted_iou: (m, outputs) float32. wanted: (m, outputs) bool. logits: (m,
+    outputs, rows, columns) float32.
+    """
 
     prompts: NDArray[np.int64]
     predicted_iou: Floats
@@ -55,29 +58,29 @@ def decode_points(
     least_iou: float,
     used_hw: tuple[int, int],
 ) -> Iterator[Decoded]:
-    """Decode each point (n, 2), x and y in pixels of the image, as a prompt of its own with several outputs.
+    """Decode each point (n, 2), x and y in pixels of the image, as its own prompt with several outputs.
 
-    Wanted are the outputs of a predicted IoU greater than least_iou, all when that is 0 or less. used_hw: how many rows
-    and columns of the logits the image reaches; the rest may be left out. Raises ModelOutputError where a predicted IoU
-    is not finite.
+    An output is wanted when its predicted IoU is greater than least_iou; all are wanted when least_iou is 0 or less.
+    used_hw: the rows and columns of the logits that the image covers; the rest may be left out. Raises ModelOutputError
+    where a predicted IoU is not finite.
     """
-    # float64 up to the positional encoding, as the reference's generator has them
+    # float64 up to the positional encoding, as in the reference's generator
     coords = torch.as_tensor(points * scale_xy(model, size_hw), device=model.device)[:, None]
     labels = torch.ones(coords.shape[:2], dtype=torch.int, device=model.device)
     decode = model.decoder(embedding)
     for start in range(0, len(coords), at_once):
         prompts = (coords[start : start + at_once], labels[start : start + at_once])
         sparse = model.encode_prompts(prompts, None)
-        for first, iou, draw in decode(sparse, slice(1, None)):
+        for first, iou, mask_logits in decode(sparse, slice(1, None)):
             predicted_iou = _finite(iou, "predicted IoUs").float().cpu()
             wanted = predicted_iou > least_iou if least_iou > 0 else torch.ones_like(predicted_iou, dtype=torch.bool)
             if not wanted.any():
                 continue
-            drawn, logits = draw(wanted.any(dim=1), used_hw)
+            numbers, logits = mask_logits(wanted.any(dim=1), used_hw)
             yield Decoded(
-                prompts=drawn.numpy() + (start + first),
-                predicted_iou=predicted_iou[drawn].numpy(),
-                wanted=wanted[drawn].numpy(),
+                prompts=numbers.numpy() + (start + first),
+                predicted_iou=predicted_iou[numbers].numpy(),
+                wanted=wanted[numbers].numpy(),
                 logits=logits.float().cpu().numpy(),
             )
 
@@ -85,11 +88,11 @@ def decode_points(
 def decode_evenly(
     model: Promptable, decode: Decode, sparse: torch.Tensor, outputs: slice, *, at_once: int, used_hw: Hw
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Decode prompts in batches of one shape, the last filled up with repeats, and wait for nothing on the way.
+    """Decode prompts in batches of one shape, without waiting for the device. Repeats fill up the last batch.
 
-    Yields (first prompt, predicted IoUs (n, outputs), logits (n, outputs, rows, columns)) of parts of them, unchecked.
-    at_once: the most in a batch; fewer where the device has less room, and halved where it runs out of it after all.
-    Raises the device's own error where not even one fits.
+    Yields parts of the prompts: (first prompt, predicted IoUs (n, outputs), logits (n, outputs, rows, columns)). They
+    may hold NaN or infinity. at_once: the most prompts in a batch. A batch is smaller where the device has less free
+    memory, and is halved when the device runs out of memory. Raises the device's own error if not one prompt fits.
     """
     step = _even_step(len(sparse), prompts_that_fit(model, at_once))
     start = 0
@@ -98,7 +101,7 @@ def decode_evenly(
         if len(batch) < step:
             batch = torch.cat([batch, batch[-1:].expand(step - len(batch), -1, -1)])
         try:
-            parts = [(start + first, iou, draw(None, used_hw)[1]) for first, iou, draw in decode(batch, outputs)]
+            parts = [(start + i, iou, mask_logits(None, used_hw)[1]) for i, iou, mask_logits in decode(batch, outputs)]
         except (RuntimeError, MemoryError) as error:
             if device_fault(error) is not DeviceFault.OUT_OF_MEMORY or step == 1:
                 raise
@@ -113,16 +116,17 @@ def decode_evenly(
 
 
 def _even_step(count: int, at_once: int) -> int:
-    """The size of batches that leaves the least to fill up."""
+    """The batch size, at most at_once, that needs the fewest repeats."""
     return -(-count // -(-count // at_once)) if count else 1
 
 
-# What a device was found to hold, once it ran out of memory: later images start there, and nobody is told twice.
+# The number of prompts that fits on a device, known after it ran out of memory. Later images start with this number,
+# so the warning appears once.
 _found_to_fit: dict[torch.device, int] = {}
 
 
 def prompts_that_fit(model: Promptable, most: int) -> int:
-    """How many prompts, at least one and at most `most`, this model decodes in one go on its device."""
+    """How many prompts this model decodes at once on its device: at least one, at most `most`."""
     most = min(most, _found_to_fit.get(model.device, most))
     free = free_bytes(model.device)
     if free is None:
@@ -150,10 +154,10 @@ def prompt_logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode n prompts of one image: (logits (n, outputs, h, w), predicted IoUs (n, outputs)), float32.
 
-    point_coords: (n, p, 2) pixels of the image, every prompt with the same number of points; point_labels: (n, p), 1
-    inside, 0 outside. boxes_xyxy: (n, 4). Either or both. size_hw: the image's. outputs: 3 if multimask else 1. Equal
-    to SamPredictor.predict's low_res_masks of each prompt alone, where folded but for rounding. fold_from_dim: the
-    narrowest decoder that is folded. Raises ModelOutputError where an output is not finite.
+    Give points, boxes or both. point_coords: (n, p, 2), pixels of the image; every prompt has the same number of
+    points. point_labels: (n, p), 1 inside, 0 outside. boxes_xyxy: (n, 4). size_hw: the image's. outputs: 3 if multimask
+    else 1. fold_from_dim: the narrowest decoder that is folded. The logits equal SamPredictor.predict's low_res_masks
+    of each prompt alone; a folded decoder differs by rounding. Raises ModelOutputError where an output is not finite.
     """
     model = promptable(sam, fold_from_dim)
     scale = scale_xy(model, size_hw)

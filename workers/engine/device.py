@@ -1,4 +1,4 @@
-"""How full a device is, which errors of torch mean that it is full, and which that this process has lost it."""
+"""How full a device is. Which errors of torch mean that it is full, and which mean that this process has lost it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 class DeviceFault(StrEnum):
     OUT_OF_MEMORY = "out of memory"  # smaller work may fit
-    LOST = "lost"  # a failed kernel poisons the CUDA context for the life of the process
+    LOST = "lost"  # after a failed kernel the CUDA context is unusable for the rest of the process
 
 
 def device_fault(error: BaseException) -> DeviceFault | None:
-    """Classify an error raised by a model; frees cached device memory when it was full."""
+    """Classify an error that a model raised. Frees the cached device memory when it was full."""
     full = ("can't allocate memory", "_ALLOC_FAILED", "CUDA out of memory", "Failed to allocate memory")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in full):
         if torch.cuda.is_available():
@@ -27,7 +27,7 @@ def device_fault(error: BaseException) -> DeviceFault | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What this process may still allocate on a CUDA device, torch's own cache included; None on a CPU."""
+    """The bytes that this process may still allocate on a CUDA device, torch's own cache included. None on a CPU."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -35,5 +35,5 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def default_device() -> str:
-    """The CUDA device this process was pinned to, or the CPU."""
+    """The CUDA device that this process may use, or the CPU."""
     return "cuda:0" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,7 @@
-"""Many masks drawn where their logits are, whole frames in groups of one shape; only their runs leave the device.
+"""Many masks at once on the device of their logits: whole frames, in groups of one shape. Only runs leave the device.
 
-On a CPU it pays to draw masks one at a time inside the box that their logits bound (`upsampling`). That needs an answer
-for every mask, which a GPU would have to be waited for; here it is asked twice for any number of masks.
+On a CPU it is faster to upsample one mask at a time, only inside a box found from its logits (`upsampling`). On a GPU
+that would mean one wait for each mask. Here there are two waits for any number of masks.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ from torch import Tensor
 from workers.engine.boxed_runs import BoxedRuns
 from workers.engine.upsampling import Upsampling
 
-# What the buffers of one group of masks may take.
+# The most bytes for the buffers of one group of masks.
 GROUP_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Of n masks. boxes: (n, 4) int64, inclusive x0, y0, x1, y1 of the frame, zeros for a mask of no pixel.
-    stability: (n,) float32, NaN where no pixel reaches even the lower threshold."""
+    """The scores of n masks.
+
+    boxes: (n, 4) int64, inclusive x0, y0, x1, y1 in the frame; zeros for a mask without pixels.
+    stability: (n,) float32; NaN where no pixel reaches the lower threshold.
+    """
 
     boxes: Tensor
     stability: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceDrawing:
-    """How logits (n, h, w) on any device become masks of one frame; pixels above the threshold are the mask's."""
+class DeviceMasks:
+    """Upsamples and thresholds logits (n, h, w) on any device. A mask is the frame's pixels above the threshold."""
 
     upsampling: Upsampling
     threshold: float
 
     def score(self, logits: Tensor, stability_offset: float) -> Scores:
-        """Score at least one mask at full resolution. Waits for nothing."""
+        """Score one or more masks at full resolution, without waiting for the device."""
         boxes, stability = [], []
         for _, frames in self._groups(logits):
             inner = (frames > self.threshold + stability_offset).sum((1, 2))
@@ -49,8 +52,11 @@ class DeviceDrawing:
         return Scores(boxes=torch.cat(boxes)[: len(logits)], stability=torch.cat(stability)[: len(logits)])
 
     def changes(self, logits: Tensor) -> Tensor:
-        """Where the masks' runs start and end by turns, (r,) int64: counted down the columns of one mask after the
-        other, each column one background pixel longer than the frame is high. Waits once a group."""
+        """Sorted positions where the masks' runs start and stop, in turn: (r,) int64.
+
+        A position counts the pixels column by column, one mask after the other. Each column has one extra background
+        pixel at its end. Waits for the device once for each group.
+        """
         height, width = self.upsampling.frame_hw
         found = [torch.zeros(0, dtype=torch.int64, device=logits.device)]
         for first, frames in self._groups(logits):
@@ -61,9 +67,9 @@ class DeviceDrawing:
         return torch.cat(found)
 
     def _groups(self, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first, pixels (m, H, W)) of equally many masks at a time, the last repeated to fill up."""
+        """Groups of equal size: (number of the first mask, pixels (m, H, W)). Repeats fill up the last group."""
         height, width = self.upsampling.frame_hw
-        # beside the float32 buffers, some boolean ones and the padded columns
+        # 4 bytes a pixel beside the float32 buffers: some boolean buffers and the padded columns
         most = max(2, GROUP_BYTES // (self.upsampling.frame_bytes() + 4 * height * width))
         count = -(-len(logits) // most)
         size = max(2, -(-len(logits) // count)) if count else 0
@@ -75,13 +81,14 @@ class DeviceDrawing:
 
 
 def to_host(*parts: Tensor) -> list[NDArray[np.float64]]:
-    """Bring tensors of one device here in one copy, each flat and in float64, which float32 and places fit into."""
+    """Copy tensors of one device to the CPU in one copy, each flat and in float64. That holds float32 and positions
+    exactly."""
     everything = torch.cat([part.flatten().double() for part in parts]).cpu().numpy()
     return np.split(everything, np.cumsum([part.numel() for part in parts])[:-1])
 
 
 def read_runs(changes: NDArray[np.int64], count: int, frame_hw: tuple[int, int]) -> list[BoxedRuns]:
-    """The runs of `count` masks from what `DeviceDrawing.changes` gave."""
+    """The runs of `count` masks from the result of `DeviceMasks.changes`."""
     height, width = frame_hw
     number, place = np.divmod(changes, width * (height + 1))
     ends = np.searchsorted(number, np.arange(1, count))

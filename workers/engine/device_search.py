@@ -1,9 +1,9 @@
-"""The search for masks in one crop without leaving the device: the road that a GPU takes.
+"""The search for masks in one crop that stays on the device. A GPU uses it.
 
-What passes, in which order, is what `automatic`'s own search finds, by the reference's road: everything is scored at
-full resolution, in groups of one shape. The device decodes all points unasked; it is waited for where the number of
-those that passed must be known (by predicted IoU, by stability, by suppression, of runs), and one copy brings the
-masks here.
+It finds the same masks in the same order as `automatic`'s own search, in the reference's way: every candidate is scored
+at full resolution, in groups of one shape. The device decodes all points. The CPU waits only where it needs a number:
+how many passed by predicted IoU, by stability and by suppression, and how many runs there are. One copy brings the
+masks to the CPU.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ from torchvision.ops.boxes import batched_nms
 
 from workers.engine.boxed_runs import FoundMask, InclusiveBox
 from workers.engine.decoder import decode_evenly
-from workers.engine.device_runs import DeviceDrawing, read_runs, to_host
+from workers.engine.device_runs import DeviceMasks, read_runs, to_host
 from workers.engine.promptable import Decode, ModelOutputError, Promptable, half_precision, scale_xy
 from workers.params import AutomaticParams
 
-# Points whose logits are held at once: with three outputs 805 MB in float32. A finer grid goes round by round.
+# The logits of this many points are in memory at once: with three outputs 805 MB in float32. A finer grid takes several
+# rounds.
 POINTS_HELD = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passed:
-    """Outputs that passed by predicted IoU and stability, on the device. point: (n,) numbers in the grid;
-    predicted_iou, stability: (n,) float32; boxes: (n, 4) in the crop; logits: (n, h, w)."""
+    """Outputs that passed by predicted IoU and stability, on the device.
+
+    point: (n,), numbers of the points in the grid. predicted_iou, stability: (n,) float32. boxes: (n, 4) in the crop.
+    logits: (n, h, w).
+    """
 
     point: Tensor
     predicted_iou: Tensor
@@ -41,7 +45,7 @@ class Passed:
     logits: Tensor
 
     def only(self, numbers: Tensor) -> Passed:
-        """Those of these numbers, in their order."""
+        """Only the outputs with these numbers, in this order."""
         return Passed(
             point=self.point[numbers],
             predicted_iou=self.predicted_iou[numbers],
@@ -52,7 +56,7 @@ class Passed:
 
 
 class DeviceSearch:
-    """`automatic`'s search in one crop, for a model on a GPU; any device will do."""
+    """The search in one crop for a model on a GPU. It works on any device."""
 
     def __init__(
         self, model: Promptable, params: AutomaticParams, *, crop: InclusiveBox, size_hw: tuple[int, int]
@@ -60,12 +64,12 @@ class DeviceSearch:
         self.model, self.params, self.crop, self.size_hw = model, params, crop, size_hw
         self.crop_hw = (crop[3] - crop[1], crop[2] - crop[0])
         self.upsampling = model.upsampling(self.crop_hw)
-        self.drawing = DeviceDrawing(upsampling=self.upsampling, threshold=model.mask_threshold)
-        # of the predicted IoUs, and of the logits that these let pass
+        self.device_masks = DeviceMasks(upsampling=self.upsampling, threshold=model.mask_threshold)
+        # for the predicted IoUs, and for the logits of the outputs that pass by them
         self._finite = torch.ones(2, dtype=torch.bool, device=model.device)
 
     def masks(self, embedding: Any, grid: NDArray[np.float64]) -> list[FoundMask]:
-        """Masks from the points of grid (n, 2), fractions of the crop, after suppression inside the crop."""
+        """Masks from the points of grid (n, 2), in fractions of the crop, after suppression inside the crop."""
         points = grid * np.array(self.crop_hw[::-1])
         rounds = list(self._rounds(embedding, points))
         if rounds:
@@ -75,10 +79,10 @@ class DeviceSearch:
         return []
 
     def _rounds(self, embedding: Any, points: NDArray[np.float64]) -> Iterator[Passed]:
-        # float64 up to the positional encoding, as the reference's generator has them
+        # float64 up to the positional encoding, as in the reference's generator
         coords = torch.as_tensor(points * scale_xy(self.model, self.crop_hw), device=self.model.device)[:, None]
         labels = torch.ones(coords.shape[:2], dtype=torch.int, device=self.model.device)
-        # all together, because SAM's prompt encoder waits for the device several times a call
+        # all points together, because SAM's prompt encoder waits for the device several times in each call
         sparse = self.model.encode_prompts((coords, labels), None)
         with half_precision(self.model.device, is_wanted=self.params.precision == "fast"):
             decode = self.model.decoder(embedding)
@@ -109,7 +113,7 @@ class DeviceSearch:
         return torch.cat(ious), held
 
     def _pass(self, first: int, ious: Tensor, logits: Tensor) -> Passed | None:
-        """Filter by predicted IoU, then by stability and the crop's edge; waits once for each. None where none pass."""
+        """Filter by predicted IoU, then by stability and the crop's edge. Waits once for each. None if none passes."""
         params, outputs = self.params, ious.shape[1]
         self._finite[0] &= ious.isfinite().all()
         above = ious > params.pred_iou_thresh if params.pred_iou_thresh > 0 else torch.ones_like(ious, dtype=torch.bool)
@@ -118,7 +122,7 @@ class DeviceSearch:
             return None
         chosen_logits = logits.flatten(0, 1)[chosen]
         self._finite[1] &= chosen_logits.isfinite().all()
-        scores = self.drawing.score(chosen_logits, params.stability_score_offset)
+        scores = self.device_masks.score(chosen_logits, params.stability_score_offset)
         passes = torch.ones_like(chosen, dtype=torch.bool)
         if params.stability_score_thresh > 0:
             passes = scores.stability >= params.stability_score_thresh
@@ -135,15 +139,15 @@ class DeviceSearch:
         return passed.only(passes.nonzero()[:, 0])
 
     def _suppress(self, passed: Passed) -> Tensor:
-        """Numbers of those kept, by torchvision's own hand: its order among equal scores is the reference's."""
+        """The numbers of the kept outputs. torchvision chooses them, so equal scores have the reference's order."""
         categories = torch.zeros_like(passed.point)
         kept: Tensor = batched_nms(passed.boxes.float(), passed.predicted_iou, categories, self.params.box_nms_thresh)
         return kept
 
     def _bring(self, kept: Passed, points: NDArray[np.float64]) -> list[FoundMask]:
-        """The kept masks in the frame of the image, brought here in one copy."""
+        """The kept masks in the frame of the image, copied to the CPU in one copy."""
         finite, numbers, ious, stabilities, changes = to_host(
-            self._finite, kept.point, kept.predicted_iou, kept.stability, self.drawing.changes(kept.logits)
+            self._finite, kept.point, kept.predicted_iou, kept.stability, self.device_masks.changes(kept.logits)
         )
         self._require_finite(finite.tolist())
         runs = read_runs(changes.astype(np.int64), len(numbers), self.crop_hw)

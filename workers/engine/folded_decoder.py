@@ -1,10 +1,10 @@
-"""SAM's mask decoder with its sums associated otherwise: one image, many prompts, half the arithmetic or less.
+"""SAM's mask decoder with its sums grouped differently: one image, many prompts, half the arithmetic or less.
 
-MaskDecoder repeats the image's embedding for every prompt and projects its 4,096 positions ten times a prompt. Here
-the first layer's projections of the image are made once; in the others the projection is folded into the seven tokens
-that attend (7 tokens x 8 heads = 56 vectors instead of 128 columns); predicted IoUs come first, and only the prompts
-that somebody wants are upscaled, only as far down as the image reaches, channels last. Exact in real numbers; in
-float32 the logits differ by rounding (about 1e-5 of logits of 10).
+MaskDecoder repeats the image's embedding for every prompt, and projects its 4,096 positions ten times for each prompt.
+Here the first layer's projections of the image are computed once. In the other layers the projection is folded into the
+seven tokens that attend (7 tokens x 8 heads = 56 vectors instead of 128 columns). The predicted IoUs come first. Only
+wanted prompts are upscaled, only down to the last row that the image covers, channels last. In exact arithmetic the
+result is the same; in float32 the logits differ by rounding (about 1e-5 for logits of 10).
 
 Positions are (n, keys, channels), keys = h * w in row order. Attention is by (head, token): 56 rows.
 """
@@ -23,13 +23,13 @@ from torch.nn import functional as F
 
 Grid = tuple[int, int]
 
-# Below this width (sam_nano's is 128) the decoder is called as it is: folding would save seconds nobody misses and
-# cost masks that are the reference's to the last pixel.
+# Below this width (sam_nano's is 128) the decoder is called unchanged. Folding would save little time there, and the
+# masks would no longer equal the reference's in every pixel.
 FOLD_FROM_DIM = 256
 
 
 def folds(decoder: MaskDecoder, *, from_dim: int = FOLD_FROM_DIM) -> bool:
-    """Whether `FoldedDecoder` stands for this module: MaskDecoder itself, wide enough to pay."""
+    """Whether `FoldedDecoder` can replace this module: it is MaskDecoder itself, and wide enough to save time."""
     if type(decoder) is not MaskDecoder or type(decoder.transformer) is not TwoWayTransformer:
         return False
     width: int = decoder.transformer_dim
@@ -38,8 +38,11 @@ def folds(decoder: MaskDecoder, *, from_dim: int = FOLD_FROM_DIM) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageKeys:
-    """What all prompts of one image share. source, position: (keys, channels). first_key, first_value, first_query:
-    (heads, keys, channels of a head), the first layer's projections. grid: (h, w) of the embedding."""
+    """The tensors that all prompts of one image share.
+
+    source, position: (keys, channels). grid: (h, w) of the embedding.
+    first_key, first_value, first_query: (heads, keys, channels of a head), the first layer's projections.
+    """
 
     source: Tensor
     position: Tensor
@@ -59,14 +62,14 @@ class PromptState:
 
 
 class FoldedDecoder:
-    """A MaskDecoder's weights, read when called; holds no image."""
+    """Reads a MaskDecoder's weights when it is called. Holds no image."""
 
     def __init__(self, decoder: MaskDecoder) -> None:
         self.decoder = decoder
         self.layers = decoder.transformer.layers
 
     def image_keys(self, embedding: Tensor, position: Tensor, dense: Tensor) -> ImageKeys:
-        """Project one image. embedding, position: (1, C, h, w); dense: (1, C, h, w), the prompts' without a mask."""
+        """Project one image. embedding, position: (1, C, h, w). dense: (1, C, h, w), for prompts without a mask."""
         source = (embedding + dense).flatten(2)[0].T.contiguous()
         place = position.flatten(2)[0].T.contiguous()
         reads, writes = self.layers[0].cross_attn_token_to_image, self.layers[0].cross_attn_image_to_token
@@ -100,14 +103,16 @@ class FoldedDecoder:
         read = _read(transformer.final_attn_token_to_image, queries + place, keys, positioned, shared=None)
         queries = transformer.norm_final_attn(queries + read)
         masks = decoder.num_mask_tokens
-        # in float32 even under autocast: rounded to bfloat16 it costs up to 14 % of the masks
+        # in float32 even under autocast: rounding to bfloat16 would lose up to 14 % of the masks
         with torch.autocast(queries.device.type, enabled=False):
             iou = decoder.iou_prediction_head(queries[:, 0].float())
         return PromptState(keys=keys, mask_tokens=queries[:, 1 : 1 + masks], iou=iou)
 
     def upscale(self, state: PromptState, prompts: Tensor | slice, outputs: slice, grid: Grid, used: Grid) -> Tensor:
-        """Logits of some outputs of m prompts, given by number (m,) or as a slice, of the first rows and columns `used`
-        of the grid: (m, outputs, 4 * rows, 4 * columns)."""
+        """Logits of some outputs of m prompts: (m, outputs, 4 * rows, 4 * columns).
+
+        prompts: numbers (m,) or a slice. used: (rows, columns), the part of the grid to compute, from the top left.
+        """
         mlps = list(self.decoder.output_hypernetworks_mlps)[outputs]
         tokens = state.mask_tokens[prompts, outputs].unbind(1)
         m = len(tokens[0])
@@ -138,7 +143,8 @@ def _read(
 ) -> Tensor:
     """Tokens attend to the image: (n, tokens, channels).
 
-    A key's bias shifts all scores of a token alike, so softmax forgets it; a value's bias passes through unchanged.
+    A key's bias shifts all scores of a token by the same amount, so softmax removes it. A value's bias passes through
+    unchanged.
     """
     query = _split(attention.q_proj(placed), attention) / sqrt(attention.internal_dim // attention.num_heads)
     n, heads, tokens, channels = query.shape
@@ -158,7 +164,7 @@ def _read(
 def _write(
     attention: Attention, placed: Tensor, queries: Tensor, keys: Tensor, positioned: Tensor, *, shared: ImageKeys | None
 ) -> Tensor:
-    """The image attends to the tokens: keys plus what they take up, (n, keys, channels), before their norm."""
+    """The image attends to the tokens: keys plus the attended values, (n, keys, channels), before the norm."""
     key = _split(attention.k_proj(placed), attention) / sqrt(attention.internal_dim // attention.num_heads)
     n, heads, tokens, channels = key.shape
     if shared is not None:
@@ -169,27 +175,30 @@ def _write(
         bias = (key @ attention.q_proj.bias.view(heads, -1, 1)).flatten(1, 2)
         weights = torch.baddbmm(bias, folded, positioned.transpose(1, 2)).view(n, heads, tokens, -1).softmax(2)
     value = _split(attention.v_proj(queries), attention) @ _by_head(attention.out_proj.weight.T, heads)
-    # a key's weights sum to one in each head, so the output's bias can be spread over the tokens' values
+    # a key's weights sum to 1 in each head, so the output's bias can be added to the tokens' values
     value = (value + attention.out_proj.bias / heads).flatten(1, 2)
     return torch.baddbmm(keys, weights.flatten(1, 2).transpose(1, 2), value)
 
 
 def _norm(norm: nn.LayerNorm | LayerNorm2d, values: Tensor) -> Tensor:
-    """Norm the last dimension in the values' own type, where autocast would make float32 of them: its sums are in
-    float32 anyway, and the image's positions, of every prompt, are most of what the decoder moves about."""
+    """Normalise the last dimension in the values' own dtype. Autocast would convert them to float32.
+
+    The sums are in float32 in both cases. The positions of the image, for every prompt, are most of the memory that the
+    decoder reads and writes, so a smaller dtype saves time.
+    """
     weight, bias = norm.weight.to(values.dtype), norm.bias.to(values.dtype)
     with torch.autocast(values.device.type, enabled=False):
         return F.layer_norm(values, values.shape[-1:], weight, bias, norm.eps)
 
 
 def _split(projected: Tensor, attention: Attention) -> Tensor:
-    """(..., tokens, channels) to (..., heads, tokens, channels of a head)."""
+    """From (..., tokens, channels) to (..., heads, tokens, channels of a head)."""
     by_head = projected.view(*projected.shape[:-1], attention.num_heads, -1)
     return by_head.transpose(-3, -2).contiguous()
 
 
 def _by_head(weight: Tensor, heads: int) -> Tensor:
-    """A weight from all heads' channels to others: (heads, channels of a head, channels)."""
+    """A weight of (channels of all heads, channels) as (heads, channels of a head, channels)."""
     return weight.reshape(heads, -1, weight.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""What the mask engine needs of a model that answers points and boxes, and the words for its tensors."""
+"""The interface between the mask engine and a model that answers points and boxes, and the types of its tensors."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from workers.images.pixels import RgbImage
 Floats = NDArray[np.float32]
 Hw = tuple[int, int]
 
-# draw(wanted prompts (n,) bool on the CPU or None for all, rows and columns of the logits that matter) -> (numbers of
-# those drawn, at least the wanted, (m,) on the CPU; their logits (m, outputs, rows, columns)); for all of them the
-# device is asked nothing
-Draw = Callable[[torch.Tensor | None, Hw], tuple[torch.Tensor, torch.Tensor]]
+# mask_logits(wanted, used_hw) -> (numbers, logits). wanted: (n,) bool on the CPU, or None for all prompts. used_hw: the
+# rows and columns of the logits that matter. numbers: (m,) on the CPU, the prompts with logits, at least the wanted.
+# logits: (m, outputs, rows, columns). With None the CPU does not wait for the device.
+MaskLogits = Callable[[torch.Tensor | None, Hw], tuple[torch.Tensor, torch.Tensor]]
 
-# decode(sparse embeddings (n, tokens, channels), outputs) -> (first prompt, predicted IoUs, draw) of parts of them
-Decode = Callable[[torch.Tensor, slice], Iterator[tuple[int, torch.Tensor, Draw]]]
+# decode(sparse embeddings (n, tokens, channels), outputs) -> parts: (first prompt, predicted IoUs, mask_logits)
+Decode = Callable[[torch.Tensor, slice], Iterator[tuple[int, torch.Tensor, MaskLogits]]]
 
 # points (n, p, 2) in pixels of the encoder's input with labels (n, p), 1 inside and 0 outside
 Points = tuple[torch.Tensor, torch.Tensor]
 
 
 class ModelOutputError(ValueError):
-    """The model gave NaN or infinity for an image: its weights, its precision or the image's pixels are broken."""
+    """The model gave NaN or infinity for an image. Its weights, its precision or the image's pixels are broken."""
 
 
 class Promptable(Protocol):
-    """What the engine needs of a model that segments what points and boxes show; for Sam itself, `promptable` gives it.
+    """A model that segments by points and boxes, as the engine needs it. For Sam itself, `promptable` makes one.
 
-    Nobody else looks into its embedding of an image, nor into its prompts (n, tokens, channels).
+    Only the model reads its embedding of an image and its encoded prompts (n, tokens, channels).
     """
 
     @property
@@ -49,11 +49,11 @@ class Promptable(Protocol):
         ...
 
     def embed(self, images: Sequence[RgbImage], *, fast: bool) -> list[Any]:
-        """Encode images (H, W, 3) uint8 RGB of any sizes, at least one, in one batch; fast: in bfloat16."""
+        """Encode images (H, W, 3) uint8 RGB of any sizes, at least one, in one batch. fast: in bfloat16."""
         ...
 
     def input_hw(self, size_hw: Hw) -> Hw:
-        """The size in which an image of size_hw pixels enters the encoder, before padding."""
+        """The size of an image of size_hw pixels at the encoder's input, before padding."""
         ...
 
     def upsampling(self, size_hw: Hw) -> Upsampling:
@@ -61,20 +61,20 @@ class Promptable(Protocol):
         ...
 
     def encode_prompts(self, points: Points | None, boxes: torch.Tensor | None) -> torch.Tensor:
-        """n prompts of one make. boxes: (n, 4), x0, y0, x1, y1 in pixels of the encoder's input."""
+        """Encode n prompts of the same form. boxes: (n, 4), x0, y0, x1, y1 in pixels of the encoder's input."""
         ...
 
     def decoder(self, embedding: Any) -> Decode:
-        """How prompts of this image are decoded. outputs: slice(0, 1) for one mask, slice(1, None) for several."""
+        """Make the decoder of this image's prompts. outputs: slice(0, 1) for one mask, slice(1, None) for several."""
         ...
 
 
 def scale_xy(model: Promptable, size_hw: tuple[int, int]) -> NDArray[np.float64]:
-    """What pixels of the image are multiplied with to be pixels of the encoder's input, (x, y)."""
+    """The factors (x, y) from pixels of the image to pixels of the encoder's input."""
     (height, width), (new_height, new_width) = size_hw, model.input_hw(size_hw)
     return np.array([new_width / width, new_height / height])
 
 
 def half_precision(device: torch.device, *, is_wanted: bool) -> torch.autocast:
-    """Heavy products in bfloat16; sums, norms, predicted IoUs and all comparisons stay in float32."""
+    """Compute large products in bfloat16. Sums, norms, predicted IoUs and all comparisons stay in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_wanted)

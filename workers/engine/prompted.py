@@ -1,8 +1,8 @@
-"""Prompts of one image to masks through SAM: SamPredictor's answers, decoded together and drawn only where they are.
+"""From prompts of one image to masks, through SAM: the same answers as SamPredictor, for many prompts at once.
 
-Prompts of one make (so many points, a box or none) share a pass of the decoder, a bounded number at a time; each
-mask is drawn inside the box that its low-resolution logits bound, one at a time; on a GPU all of a pass together, and
-one copy brings their runs.
+Prompts with the same number of points, and with or without a box, share a pass of the decoder, up to a limit. On a CPU
+each mask is upsampled and thresholded alone, only inside a box found from its low-resolution logits. On a GPU all masks
+of a pass are made together, and one copy brings their runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from workers.engine.automatic import one_thread
 from workers.engine.boxed_runs import BoxedRuns, encode_runs, take_runs
 from workers.engine.decoder import prompt_logits
-from workers.engine.device_runs import DeviceDrawing, read_runs, to_host
+from workers.engine.device_runs import DeviceMasks, read_runs, to_host
 from workers.engine.promptable import ModelOutputError, Promptable
 from workers.engine.sam import promptable
 from workers.engine.upsampling import Upsampling
@@ -26,41 +26,42 @@ from workers.masks import Mask
 from workers.params import PromptParams
 from workers.prompts import Prompt, asks_one_point
 
-# sam_nano's decoder too is folded here: two to three times faster, and a pixel in ten thousand falls on the other side
-# of the threshold.
-_AT_ONCE = 64  # their logits, 256 KiB each, are held together
+# sam_nano's decoder is folded here too. It is two to three times faster, and one pixel in ten thousand changes.
+_AT_ONCE = 64  # prompts; their logits, 256 KiB each, are in memory together
 
 
 def prompted_masks(
     sam: Sam | Promptable, embedding: Any, prompts: Sequence[Prompt], params: PromptParams, *, size_hw: tuple[int, int]
 ) -> list[list[Mask]]:
-    """The masks of each prompt, in their order: the single-mask output for a box or several points, for one point the
-    best of three by predicted IoU; with multimask=all the three, whatever the prompt.
+    """The masks of each prompt, in the order of the prompts.
 
-    embedding: what `embed` gave for the image, whose size is size_hw in pixels. prompts: boxes and points inside it.
-    Raises ModelOutputError where the model gives NaN or infinity.
+    A box or several points give the single-mask output. One point gives the best of three outputs by predicted IoU.
+    With multimask=all every prompt gives all three. embedding: the result of `embed` for the image. size_hw: the
+    image's size in pixels. prompts: boxes and points inside it. Raises ModelOutputError where the model gives NaN or
+    infinity.
     """
     model = promptable(sam, fold_from_dim=0)
     upsampling = model.upsampling(size_hw)
-    draw = _draw_there if model.device.type == "cuda" else _draw_here
+    masks_of = _masks_on_device if model.device.type == "cuda" else _masks_on_cpu
     masks: list[list[Mask]] = [[] for _ in prompts]
     for numbers in _decodable_together(prompts):
         logits, predicted_iou = _decode(model, embedding, [prompts[n] for n in numbers], params, size_hw)
-        runs, scores = draw(upsampling, model.mask_threshold, logits.flatten(0, 1), predicted_iou.flatten())
-        drawn = [_to_mask(*one, size_hw) for one in zip(runs, scores, strict=True)]
+        runs, scores = masks_of(upsampling, model.mask_threshold, logits.flatten(0, 1), predicted_iou.flatten())
+        made = [_to_mask(*one, size_hw) for one in zip(runs, scores, strict=True)]
         kept = logits.shape[1]
         for row, n in enumerate(numbers):
-            masks[n] = drawn[row * kept : (row + 1) * kept]
+            masks[n] = made[row * kept : (row + 1) * kept]
     return masks
 
 
 def _decodable_together(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """The numbers of a bounded number of prompts that have as many points each, and a box all or none."""
+    """Groups of prompts, by number: all with the same number of points, and all with a box or all without. Each group
+    has a limited size."""
     makes: dict[tuple[int, bool], list[int]] = {}
     for number, prompt in enumerate(prompts):
         makes.setdefault((len(prompt.points), prompt.box_xyxy is not None), []).append(number)
     for (point_count, _), numbers in makes.items():
-        # Memory goes with the decoder's tokens: six of its own, a box's two, and the points.
+        # The memory grows with the decoder's tokens: six of its own, two for a box, and one for each point.
         step = max(1, _AT_ONCE * 8 // (8 + point_count))
         yield from (numbers[first : first + step] for first in range(0, len(numbers), step))
 
@@ -68,7 +69,7 @@ def _decodable_together(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
 def _decode(
     model: Promptable, embedding: Any, prompts: Sequence[Prompt], params: PromptParams, size_hw: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Decode prompts of one make: logits (n, kept, h, w) and predicted IoUs (n, kept), kept being 1 or 3."""
+    """Decode one group of prompts: logits (n, kept, h, w) and predicted IoUs (n, kept). kept is 1 or 3."""
     one_point = asks_one_point(prompts[0])
     points = np.array([prompt.points for prompt in prompts], np.float64)
     boxes = np.array([prompt.box_xyxy for prompt in prompts]) if prompts[0].box_xyxy is not None else None
@@ -88,15 +89,15 @@ def _decode(
     return logits, predicted_iou
 
 
-def _draw_here(
+def _masks_on_cpu(
     upsampling: Upsampling, threshold: float, logits: Tensor, predicted_iou: Tensor
 ) -> tuple[list[BoxedRuns], list[float]]:
-    """The runs of masks whose logits (n, h, w) are on the CPU, drawn one at a time, and their predicted IoUs (n,)."""
+    """The runs of the masks of logits (n, h, w) on the CPU, made one at a time, and their predicted IoUs (n,)."""
     with one_thread():
-        return [_draw(upsampling, threshold, one) for one in logits.numpy()], predicted_iou.tolist()
+        return [_upsample_and_threshold(upsampling, threshold, one) for one in logits.numpy()], predicted_iou.tolist()
 
 
-def _draw(upsampling: Upsampling, threshold: float, logits: NDArray[np.float32]) -> BoxedRuns:
+def _upsample_and_threshold(upsampling: Upsampling, threshold: float, logits: NDArray[np.float32]) -> BoxedRuns:
     try:
         patch = upsampling.patch(logits, threshold)
     except FloatingPointError as error:
@@ -107,17 +108,17 @@ def _draw(upsampling: Upsampling, threshold: float, logits: NDArray[np.float32])
     return take_runs(cut.pixels, cut.corner)
 
 
-def _draw_there(
+def _masks_on_device(
     upsampling: Upsampling, threshold: float, logits: Tensor, predicted_iou: Tensor
 ) -> tuple[list[BoxedRuns], list[float]]:
-    """As `_draw_here`, on the device of the logits, with one copy from it."""
-    changes = DeviceDrawing(upsampling=upsampling, threshold=threshold).changes(logits)
+    """The same as `_masks_on_cpu`, but on the device of the logits, with one copy from it."""
+    changes = DeviceMasks(upsampling=upsampling, threshold=threshold).changes(logits)
     places, scores = to_host(changes, predicted_iou)
     return read_runs(places.astype(np.int64), len(logits), upsampling.frame_hw), scores.tolist()
 
 
 def _to_mask(runs: BoxedRuns, predicted_iou: float, size_hw: tuple[int, int]) -> Mask:
-    """The mask in the upright image; its box is COCO's, and zeros where it has no pixel."""
+    """The mask in the upright image, with COCO's box. The box is zeros if the mask has no pixels."""
     x0, y0, x1, y1 = runs.box
     width, height = (x1 - x0 + 1, y1 - y0 + 1) if runs.area_px else (0, 0)
     return Mask(

@@ -1,7 +1,7 @@
-"""Fills a mask's small holes and removes its small islands, as SamAutomaticMaskGenerator does, on the mask's own box.
+"""Fills a mask's small holes and removes its small islands, like SamAutomaticMaskGenerator, inside the mask's own box.
 
-Source: segment_anything/utils/amg.py, remove_small_regions: 8-connected regions of less than `min_area` pixels; holes
-first; when every island is small the largest stays.
+Source: segment_anything/utils/amg.py, remove_small_regions. A region is small when it has less than `min_area` pixels,
+8-connected. Holes are filled first. When every island is small, the largest stays.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def remove_small_regions(runs: BoxedRuns, size_hw: tuple[int, int], min_area: in
 def _draw_with_surroundings(
     runs: BoxedRuns, size_hw: tuple[int, int], min_area: int
 ) -> tuple[BoolMask, tuple[int, int], list[tuple[int, int]]]:
-    """Draw the mask with background around it: (pixels (x, y), their corner, the sides where the frame goes on).
+    """The mask with background around it: (pixels (x, y), their corner, the open sides).
 
-    Beyond an open side lie at least `min_area` pixels of one background region; where the frame has fewer, all of it
-    is drawn. The corner is even, for OpenCV numbers regions by blocks of two by two.
+    An open side is a side where the frame continues outside these pixels. At least `min_area` pixels of one background
+    region lie there. When the frame has fewer pixels there, the whole frame is taken instead. The corner is even,
+    because OpenCV numbers regions by blocks of two by two.
     """
     height, width = size_hw
     x0, y0, x1, y1 = runs.box
@@ -51,7 +52,7 @@ def _draw_with_surroundings(
 
 
 def _small_regions(background: BoolMask, min_area: int, open_sides: list[tuple[int, int]]) -> BoolMask | None:
-    """Which background pixels are holes to fill, None when none; a region that goes on outside is no hole."""
+    """Which background pixels are holes to fill; None if there are none. A region at an open side is no hole."""
     regions, areas = _label(background)
     small = areas < min_area
     for axis, index in open_sides:

@@ -1,8 +1,8 @@
-"""Greedy non-maximum suppression of boxes, one candidate at a time, so that the suppressed need no evaluation.
+"""Greedy non-maximum suppression of boxes, one candidate at a time. So suppressed candidates need no full computation.
 
-The arithmetic is torchvision's (ops/cpu/nms_kernel.cpp): float32 boxes whose width is x1 - x0, although both ends of
-ours are inclusive, and an overlap compared in double precision. A candidate that is not kept never affects another,
-so it may be dropped as soon as bounds of its box show that a kept box would suppress it, whatever its exact box is.
+The arithmetic is torchvision's (ops/cpu/nms_kernel.cpp). Boxes are float32. The width is x1 - x0, although our boxes
+include both ends. The overlap is compared in double precision. A candidate that is not kept has no effect on others.
+So it may be dropped before its exact box is known, when the bounds of its box show that a kept box would suppress it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
-# batched_nms takes another road for more boxes than this, whose order among equal scores is that of an unstable sort.
+# For more boxes than this, batched_nms uses another method. There equal scores have the order of an unstable sort.
 STABLE_UP_TO = 1000
 # The bounds are computed in double precision, torchvision's overlaps in single.
 ROUNDING = 1e-5
 
 
 class Suppression:
-    """The boxes kept so far of candidates offered by falling score."""
+    """The boxes kept so far. Candidates come by falling score."""
 
     def __init__(self, iou_threshold: float) -> None:
         self.iou_threshold = iou_threshold
@@ -30,7 +30,7 @@ class Suppression:
         self._kept = 0
 
     def keep(self, box: Sequence[int]) -> bool:
-        """Keep the box unless one kept before overlaps it by more than the threshold."""
+        """Keep the box, unless an earlier kept box overlaps it by more than the threshold. True if it is kept."""
         kept, new = self._boxes[: self._kept], np.array(box, np.float32)
         shared, kept_area = _intersections(kept, new), _areas(kept)
         with np.errstate(invalid="ignore"):
@@ -44,7 +44,7 @@ class Suppression:
         return True
 
     def would_drop(self, inner: Sequence[int], outer: Sequence[int]) -> bool:
-        """Whether every box that contains `inner` and lies in `outer` would be dropped by now."""
+        """Whether every box that contains `inner` and lies inside `outer` would be dropped now."""
         kept = self._boxes[: self._kept]
         at_least = _intersections(kept, np.array(inner, np.float64))
         widest = np.array(outer, np.float64)
@@ -53,9 +53,10 @@ class Suppression:
 
 
 def order_of_kept(kept: list[int], scores: NDArray[np.float32], survivors: int) -> list[int]:
-    """The reference's order of the kept candidates, given by falling score and then by index.
+    """The reference's order of the kept candidates. kept: by falling score, then by index.
 
-    survivors: how many entered the suppression. Only among equal scores, and beyond STABLE_UP_TO, is it another.
+    survivors: how many candidates entered the suppression. The reference's order differs only among equal scores, and
+    only when survivors is more than STABLE_UP_TO.
     """
     if survivors <= STABLE_UP_TO:
         return kept

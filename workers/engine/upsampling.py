@@ -1,13 +1,13 @@
-"""How SAM carries a decoder's low-resolution logits to the pixels of the image: exactly, and only where it matters.
+"""Upsamples SAM's low-resolution logits to the pixels of the image: exactly, and only where it matters.
 
-SAM interpolates twice (256 -> padded 1024 square, crop, -> image), each time with torch's bilinear kernel. A pixel is
-a weighted mean of at most three by three neighbouring logits, so nothing outside the box of the logits above a
-threshold needs evaluation. Inside, one composed set of weights gives each logit to within a few roundings; the few
-pixels closer to a threshold than that are evaluated again in torch's own order of float32 operations. The masks are
-the reference's, bit for bit.
+SAM interpolates twice (256 -> padded 1024 square, crop, -> image), each time with torch's bilinear kernel. So a pixel
+is a weighted mean of at most three by three neighbouring logits. Pixels outside the box of the logits above a threshold
+need no computation. Inside the box, one combined set of weights gives each pixel's logit up to a few roundings. The few
+pixels that are closer to a threshold than that are computed again, in torch's own order of float32 operations. The
+masks equal the reference's bit for bit.
 
-Along an axis, `low` counts logits, `mid` the padded square and `inside` its part that is not padding. Crops are held
-column by column, (x, y), as COCO's run lengths want them.
+Along an axis, `low` counts logits, `mid` the padded square, and `inside` the part of the square that is not padding.
+Crops are stored column by column, (x, y), in the order of COCO's run lengths.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ from workers.engine.interpolation import (
 )
 from workers.masks import BoolMask
 
-# The composed weights and torch's two chains of products differ by less than 20 roundings (2**-24) of the largest
-# logit; this is 32 of them.
+# The combined weights and torch's two steps differ by less than 20 roundings (2**-24) of the largest logit. This is 32
+# of them.
 DOUBT = np.float32(2.0**-19)
-# Pixels evaluated in one go: the buffers (two float32 planes, some boolean) stay in a core's 1 MiB second-level cache.
+# Pixels computed at once: the buffers (two float32 planes, some boolean) stay in a core's 1 MiB second-level cache.
 PIXELS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
-    """The part of one mask's logits that can matter, (x, y) with its margin of taps, from cell (x, y) `corner` on."""
+    """The part of one mask's logits that can matter: (x, y), with a margin for the taps.
+
+    corner: (x, y) of its first cell. doubt: the largest error of a pixel's logit.
+    """
 
     logits: Floats
     corner: tuple[int, int]
@@ -56,8 +59,11 @@ class Patch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
-    """A mask at full resolution. counts: pixels above each threshold asked, (n,). pixels: (x, y) bool, those above the
-    first, whose first pixel is `corner` (x, y) in the frame; outside of it there are none."""
+    """A mask at full resolution.
+
+    counts: (n,), pixels above each requested threshold. pixels: (x, y) bool, those above the first threshold. corner:
+    (x, y) of the first pixel in the frame. The mask has no pixels outside `pixels`.
+    """
 
     counts: Ints
     pixels: BoolMask
@@ -65,33 +71,35 @@ class Cut:
 
 
 class Upsampling:
-    """The map from logits (low_hw) to the pixels of one frame (frame_hw), by way of SAM's padded square."""
+    """The map from logits (low_hw) through SAM's padded square to the pixels of one frame (frame_hw)."""
 
     def __init__(
         self, *, low_hw: tuple[int, int], mid: int, inside_hw: tuple[int, int], frame_hw: tuple[int, int]
     ) -> None:
         self.y = make_axis(low_hw[0], mid, inside_hw[0], frame_hw[0])
         self.x = make_axis(low_hw[1], mid, inside_hw[1], frame_hw[1])
-        # rows and columns of the logits that any pixel depends on
+        # the rows and columns of the logits that have an effect on at least one pixel
         self.used_hw = (self.y.used, self.x.used)
-        # where the frame is smaller than the logits, some lie between two pixels
+        # where the frame is smaller than the logits, some cells lie between two pixels
         self.has_empty_cells = not (self.x.sizes.all() and self.y.sizes.all())
         self.frame_hw = frame_hw
         self._low_hw, self._mid, self._inside_hw = low_hw, mid, inside_hw
 
     def frames(self, logits: Tensor) -> Tensor:
-        """Every pixel of logits (n, h, w) by torch's own kernels on their device, as the reference has them: (n, H, W)
-        float32. At least two at once: for a single one torch takes another kernel on the CPU."""
+        """Upsample logits (n, h, w) by torch's own kernels on their device, like the reference: (n, H, W) float32.
+
+        n must be at least 2: for a single mask torch uses another kernel on the CPU.
+        """
         square = resize_batch(logits.float()[None], (self._mid, self._mid))
         height, width = self._inside_hw
         return resize_batch(square[..., :height, :width], self.frame_hw)[0]
 
     def frame_bytes(self) -> int:
-        """The float32 buffers of `frames` for one mask."""
+        """The bytes of the float32 buffers of `frames` for one mask."""
         return 4 * (self._mid**2 + self.frame_hw[0] * self.frame_hw[1])
 
     def patch(self, logits: Floats, threshold: float) -> Patch | None:
-        """Cut out of logits (h, w) what can reach above `threshold` anywhere in the frame; None when nothing can.
+        """Cut out the part of logits (h, w) where a pixel of the frame can exceed `threshold`. None if no pixel can.
 
         Raises FloatingPointError when a logit is not finite.
         """
@@ -111,7 +119,7 @@ class Upsampling:
         return None if is_between_pixels else patch
 
     def box_bounds(self, patch: Patch, threshold: float) -> tuple[InclusiveBox | None, InclusiveBox | None]:
-        """(inner, outer): inclusive boxes that the mask's box surely contains, and surely lies in."""
+        """Two inclusive boxes (inner, outer). The mask's box surely contains `inner` and surely lies inside `outer`."""
         within = patch.logits > np.float32(threshold) + patch.doubt
         touched = patch.logits > np.float32(threshold) - patch.doubt
         for axis, taps in enumerate((self.x.taps, self.y.taps)):
@@ -119,7 +127,7 @@ class Upsampling:
         return self._pixel_box(patch, within), self._pixel_box(patch, touched)
 
     def cut(self, patch: Patch, thresholds: tuple[float, ...]) -> Cut:
-        """Compare the patch's pixels with each threshold, exactly; the pixels themselves are those above the first."""
+        """Compare the patch's pixels with each threshold, exactly. Returns the pixels above the first threshold."""
         across, down = patch.cells(self.x, self.y)
         columns = interpolate_lines(np.ascontiguousarray(patch.logits.T), self.y, down)
         lines = np.asarray(cv2.transpose(columns), np.float32).reshape(columns.shape[::-1])
@@ -145,7 +153,7 @@ class Upsampling:
     def _settle(
         self, cut: Cut, doubtful: list[tuple[int, Ints]], *, patch: Patch, thresholds: tuple[float, ...]
     ) -> None:
-        """Decide the doubtful pixels, (threshold's number, places in cut.pixels) each, in torch's arithmetic."""
+        """Decide the doubtful pixels in torch's arithmetic. doubtful: (threshold's number, places in cut.pixels)."""
         if not doubtful:
             return
         number = np.concatenate([np.full(len(places), number) for number, places in doubtful])
@@ -172,8 +180,10 @@ class Upsampling:
         return bilinear(corners, from_y.weights, from_x.weights)
 
     def _logits_by_torch(self, patch: Patch) -> Floats:
-        """All logits (H, W) from torch's own kernel, valid at the patch's pixels; for builds of torch whose order of
-        operations is not the one written down here."""
+        """All logits (H, W) from torch's own kernel, valid only at the patch's pixels.
+
+        For builds of torch that do not use the order of operations written down here.
+        """
         whole = np.zeros(self._low_hw, np.float32)
         indices = [np.arange(n) + start - 1 for n, start in zip(patch.logits.shape, patch.corner, strict=True)]
         x, y = (index.clip(0, n - 1) for index, n in zip(indices, self._low_hw[::-1], strict=True))
@@ -195,7 +205,7 @@ class Upsampling:
 
 
 def _compare(values: Floats, threshold: np.float32, doubt: np.float32) -> tuple[BoolMask, Ints, int]:
-    """(values surely above the threshold, places of others that may be, how many surely are)."""
+    """(values surely above the threshold, places of other values that may be above it, how many surely are)."""
     surely, perhaps = values > threshold + doubt, values > threshold - doubt
     count = np.count_nonzero(surely)
     if count == np.count_nonzero(perhaps):
@@ -204,7 +214,7 @@ def _compare(values: Floats, threshold: np.float32, doubt: np.float32) -> tuple[
 
 
 def _reach(axis: Axis, first: int, last: int) -> tuple[int, slice | Ints]:
-    """The cells that read logits first..last: (the first of them, every logit they read)."""
+    """The cells that read logits first..last: (the first of these cells, all logits that they read)."""
     start = max(first - axis.taps + 2, 0)
     read = slice(start - 1, min(last + 2, len(axis.sizes)) + axis.taps - 2)
     if read.start >= 0 and read.stop <= axis.low:
@@ -213,7 +223,7 @@ def _reach(axis: Axis, first: int, last: int) -> tuple[int, slice | Ints]:
 
 
 def _window(combine: np.ufunc, values: BoolMask, taps: int, axis: int) -> BoolMask:
-    """Combine each run of `taps` neighbours along an axis."""
+    """Combine every `taps` neighbours along an axis."""
     size = values.shape[axis] - taps + 1
     runs = [values[i : i + size] if axis == 0 else values[:, i : i + size] for i in range(taps)]
     combined: BoolMask = combine(runs[0], runs[1])

@@ -1,4 +1,4 @@
-"""Weights from their authors' servers: resumed, checked by sha256, put in place whole."""
+"""Downloads weights from their authors' servers: resumes, checks the sha256, and puts only whole files in place."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from workers.models.weights import kind_of, name_of, remedy, verify
 
 log = logging.getLogger(__name__)
 
-# Six tries with pauses of 1, 2, 4, 8 and 16 s outlive a router's restart; a longer outage is for a person, who
+# Six attempts with pauses of 1, 2, 4, 8 and 16 s last longer than a router's restart. After a longer outage a person
 # resumes with the same command.
 ATTEMPTS = 6
 DISK_MARGIN_BYTES = 64 << 20
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
-# Called with the bytes on disk and the bytes of the whole file; the first may fall when a server makes us start over.
+# Called with the bytes on disk and the bytes of the whole file. The first may fall when a server makes us start again.
 Progress = Callable[[int, int], None]
 
 
 class _Retryable(Exception):
-    """A fault of the network or the server that the next attempt may not meet."""
+    """A fault of the network or the server. The next attempt may succeed."""
 
 
 def pull(
@@ -46,15 +46,15 @@ def pull(
     plain_http_on_loopback: bool = False,
     backoff_seconds: float = 1.0,
 ) -> Path:
-    """Bring this model's weights, unless they are here already, and return their path.
+    """Download this model's weights, unless they are present, and return their path.
 
-    Continues where an earlier pull of the same file stopped. The file appears under its name only when its sha256 is
-    the pinned one, and replaces a wrong file there. A second pull of the same file waits for the first. After faults
-    of the network, 408, 429 and 5xx it pauses backoff_seconds, doubled each time, and tries again. Only https is
-    followed, redirects included; plain_http_on_loopback is for tests.
+    Continues where an earlier pull of the same file stopped. The file gets its name only when its sha256 is the pinned
+    one. It then replaces a wrong file there. A second pull of the same file waits for the first. After a fault of the
+    network, 408, 429 or 5xx it pauses backoff_seconds, doubled each time, and tries again. Only https is allowed, also
+    in redirects. plain_http_on_loopback is for tests.
 
-    Raises WeightsError when the disk has no room, the server refuses or has another file, or ATTEMPTS have failed;
-    what arrived stays for the next pull, except bytes that turned out wrong.
+    Raises WeightsError when the disk has no room, when the server refuses or has another file, or after ATTEMPTS failed
+    attempts. The received bytes stay for the next pull, unless they are wrong.
     """
     path = weights_path(spec)
     verified = verify(spec)
@@ -67,7 +67,7 @@ def pull(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _exclusive_part(path) as part, _client(plain_http_on_loopback) as client:
-            if verify(spec).ok:  # the pull that we waited for brought it
+            if verify(spec).ok:  # we waited for another pull, which downloaded it
                 Path(part.name).unlink()
                 return path
             _download(_Source(spec, spec.url, client, progress or _show_nothing), part, backoff_seconds)
@@ -75,12 +75,12 @@ def pull(
             Path(part.name).replace(path)
             _etag_path(part).unlink(missing_ok=True)
     except OSError as error:
-        raise WeightsError(f"{spec.name}: cannot bring {path}: {error}") from error
+        raise WeightsError(f"{spec.name}: cannot download {path}: {error}") from error
     return path
 
 
 def _pull_folder(spec: ModelSpec, hub: str, folder: Path) -> Path:
-    """Bring a folder of the hub, with HF_TOKEN where it is gated; goes on where an earlier pull stopped."""
+    """Download a folder of the hub, with HF_TOKEN if it is gated. Continues where an earlier pull stopped."""
     require_libraries(f"models pull {spec.name}", ("huggingface_hub",))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
@@ -89,12 +89,12 @@ def _pull_folder(spec: ModelSpec, hub: str, folder: Path) -> Path:
         snapshot_download(hub, local_dir=folder, allow_patterns=list(PATTERNS))
     except GatedRepoError as error:
         raise WeightsError(
-            f"{spec.name}: {hub} is handed out to people who accept its licence ({spec.licence}): accept it at "
+            f"{spec.name}: {hub} is only for people who accept its licence ({spec.licence}): accept it at "
             f"https://huggingface.co/{hub}, set HF_TOKEN to a token of that account, then {remedy(spec)} again"
         ) from error
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"{spec.name}: {hub} did not come: {error}; {remedy(spec)} again, or bring its folder yourself to {folder}"
+            f"{spec.name}: cannot download {hub}: {error}; {remedy(spec)} again, or copy its folder to {folder}"
         ) from error
     return folder
 
@@ -103,13 +103,13 @@ def _pull_folder(spec: ModelSpec, hub: str, folder: Path) -> Path:
 def _exclusive_part(path: Path) -> Iterator[BufferedRandom]:
     """The unfinished download beside `path`, open for appending and locked against other pulls of the same file.
 
-    The lock is on the file itself, so it dies with its process and leaves no lock file behind.
+    The lock is on the file itself. So it ends with its process and leaves no lock file behind.
     """
     part_path = path.with_name(f"{path.name}.part")
     while True:
         with part_path.open("a+b") as part:
             _lock(part)
-            # While we waited, the holder may have renamed or removed the file: then our lock guards no name.
+            # While we waited, the holder may have renamed or removed the file. Then our lock protects nothing.
             if _still_at(part_path, part):
                 yield part
                 return
@@ -119,7 +119,7 @@ def _lock(part: BufferedRandom) -> None:
     try:
         fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.warning("%s: another pull is bringing this file; waiting for it", part.name)
+        log.warning("%s: another pull is downloading this file; waiting for it", part.name)
         fcntl.flock(part, fcntl.LOCK_EX)
 
 
@@ -132,7 +132,7 @@ def _still_at(path: Path, file: BufferedRandom) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Where the bytes come from, and who is told how many have come."""
+    """Where the bytes come from, and the function that is told how many arrived."""
 
     spec: ModelSpec
     url: str
@@ -144,19 +144,19 @@ def _client(plain_http_on_loopback: bool) -> httpx.Client:
     def refuse_plain_http(request: httpx.Request) -> None:
         on_loopback = plain_http_on_loopback and request.url.host in LOOPBACK_HOSTS
         if request.url.scheme != "https" and not on_loopback:
-            raise WeightsError(f"refusing {request.url}: weights come over https only")
+            raise WeightsError(f"refusing {request.url}: weights are downloaded over https only")
 
     return httpx.Client(
         follow_redirects=True,
         timeout=httpx.Timeout(30, connect=10),
-        # A compressed answer would make byte ranges mean something else.
+        # In a compressed answer, byte ranges would have another meaning.
         headers={"Accept-Encoding": "identity"},
         event_hooks={"request": [refuse_plain_http]},
     )
 
 
 def _download(source: _Source, part: BufferedRandom, backoff_seconds: float) -> None:
-    """Fill `part` with the pinned bytes, trying ATTEMPTS times."""
+    """Fill `part` with the pinned bytes, in at most ATTEMPTS attempts."""
     spec = source.spec
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -170,12 +170,12 @@ def _download(source: _Source, part: BufferedRandom, backoff_seconds: float) -> 
             raise WeightsError(f"{spec.name}: {source.url}: {error}") from error
     raise WeightsError(
         f"{spec.name}: {source.url}: {fault}; {ATTEMPTS} attempts failed, {_size(part):,} of {spec.size_bytes:,} bytes "
-        f"are kept: {remedy(spec)} again to continue, or bring the file yourself to {weights_path(spec)}"
+        f"are kept: {remedy(spec)} again to continue, or copy the file to {weights_path(spec)}"
     )
 
 
 def _fetch_rest(source: _Source, part: BufferedRandom) -> None:
-    """Append what is missing, and check the whole."""
+    """Append the missing bytes, and check the whole file."""
     spec = source.spec
     have = _size(part)
     _require_room(spec, Path(part.name).parent, have)
@@ -187,16 +187,16 @@ def _fetch_rest(source: _Source, part: BufferedRandom) -> None:
         return
     part.truncate(0)
     if began_at > 0:
-        raise _Retryable("what an earlier attempt left was not the beginning of this file")
+        raise _Retryable("the bytes of an earlier attempt were not the beginning of this file")
     raise WeightsError(f"{spec.name}: {source.url} sent {name_of(sha256)}; expected sha256 {spec.sha256}")
 
 
 def _request_rest(source: _Source, part: BufferedRandom, have: int) -> int:
-    """Ask for the bytes after the first `have`, append them, and return the offset at which the answer began."""
+    """Request the bytes after the first `have` and append them. Returns the offset at which the answer began."""
     headers = {}
     if have > 0:
         headers["Range"] = f"bytes={have}-"
-        # With If-Range a server whose file has changed sends the whole of it, not the tail of another one.
+        # With If-Range, a server sends the whole file if the file has changed, instead of the tail of a new file.
         if etag := _recall_etag(part):
             headers["If-Range"] = etag
     size_bytes = source.spec.size_bytes
@@ -216,7 +216,7 @@ def _request_rest(source: _Source, part: BufferedRandom, have: int) -> int:
 
 
 def _accept(source: _Source, part: BufferedRandom, have: int, response: httpx.Response) -> int:
-    """Judge an answer by its head, and return the offset at which its body begins: `have`, or 0 with `part` emptied.
+    """Check an answer's head. Returns the offset at which its body begins: `have`, or 0 after emptying `part`.
 
     Raises _Retryable or WeightsError for an answer that is not the file.
     """
@@ -253,7 +253,7 @@ def _remember_etag(part: BufferedRandom, response: httpx.Response) -> None:
 def _recall_etag(part: BufferedRandom) -> str | None:
     path = _etag_path(part)
     etag = path.read_text(errors="replace") if path.exists() else ""
-    # If-Range takes strong tags only (RFC 9110, 13.1.5); these are their characters.
+    # If-Range allows only strong tags (RFC 9110, 13.1.5). The pattern has the characters that they may hold.
     return etag if re.fullmatch(r'"[\x21\x23-\x7e]*"', etag) else None
 
 
@@ -275,6 +275,6 @@ def _require_room(spec: ModelSpec, folder: Path, have_bytes: int) -> None:
     needed = spec.size_bytes - have_bytes + DISK_MARGIN_BYTES
     if free < needed:
         raise WeightsError(
-            f"{spec.name}: {needed / 1e9:.1f} GB must be free in {folder}, {free / 1e9:.1f} GB are; "
+            f"{spec.name}: {needed / 1e9:.1f} GB must be free in {folder}, but only {free / 1e9:.1f} GB are; "
             "make room, or set MASKFLEET_WEIGHTS_DIR to a folder on a larger disk"
         )

@@ -1,4 +1,4 @@
-"""Where a model's weights are, whether they are here, and the `model_version` that follows from them."""
+"""Where a model's weights are, whether they are present, and the `model_version` that is computed from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers.models.spec import ModelSpec, WeightsError
 
 
 def weights_path(spec: ModelSpec) -> Path:
-    """Where this model's weights are, or would be once pulled; nothing is looked at."""
+    """Where this model's weights are, or will be after a pull. Nothing is read."""
     if spec.url is None and spec.hub is None:
         return Path(__file__).with_name(spec.weights_file)
     return weights_dir() / spec.weights_file
@@ -26,23 +26,23 @@ def weights_dir() -> Path:
     configured = settings().weights_dir
     if configured is not None:
         return configured.expanduser()
-    # The XDG rules have a relative or empty XDG_CACHE_HOME ignored.
+    # By the XDG rules a relative or empty XDG_CACHE_HOME is ignored.
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = xdg if xdg.is_absolute() else Path.home() / ".cache"
     return cache / "maskfleet" / "weights"
 
 
 def is_present(spec: ModelSpec) -> bool:
-    """Whether a file lies where the weights belong; whether it is the right one is for `weights.verify` and `load`."""
+    """Whether a file exists at the weights' path. `weights.verify` and `load` check that it is the right one."""
     if spec.hub is not None:
         return has_weights(weights_path(spec))
     return weights_path(spec).is_file()
 
 
 def weights_sha256(spec: ModelSpec) -> str:
-    """The sha256 that stands for the model's weights: the pinned one, or, of a folder, that of what lies here.
+    """The sha256 that identifies the model's weights: the pinned one, or for a folder the one of its content.
 
-    Raises WeightsError where that folder is absent.
+    Raises WeightsError when that folder is absent.
     """
     if spec.hub is None:
         return spec.sha256
@@ -53,24 +53,24 @@ def weights_sha256(spec: ModelSpec) -> str:
 
 
 def require_same_weights(spec: ModelSpec, version: str) -> None:
-    """Raise WeightsError where a job of this model_version was given another folder than lies here."""
+    """Raise WeightsError when the job of this model_version was submitted with a different folder of weights."""
     if spec.hub is None:
         return
     found = weights_sha256(spec)[:8]
     asked = version.removeprefix(f"{spec.name}@").partition("+")[0]
     if found != asked:
         raise WeightsError(
-            f"{spec.name}: {weights_path(spec)} is {found}, the job was given {asked}; put the same files there, or "
-            "submit again"
+            f"{spec.name}: {weights_path(spec)} is {found}, but the job was submitted with {asked}; put the same files "
+            "there, or submit again"
         )
 
 
 def model_version(spec: ModelSpec, asked: Mapping[str, Any]) -> str:
-    """`<model>@<first 8 of the weights' sha256>+<first 8 of the sha256 of asked>`: equal exactly when answers are.
+    """`<model>@<first 8 of the weights' sha256>+<first 8 of the sha256 of asked>`.
 
-    asked: JSON-safe; the mode, the prompts and the parameters in force, that is with spec.defaults filled in, so that
-    a release with other defaults is another version. Its key order does not matter. Raises ValueError for NaN or
-    infinity and TypeError for what JSON cannot hold.
+    Two versions are equal exactly when their answers are. asked: JSON-safe; the mode, the prompts and the parameters,
+    with spec.defaults filled in. So a release with other defaults gives another version. The order of its keys does not
+    matter. Raises ValueError for NaN or infinity, and TypeError for values that JSON cannot hold.
     """
     canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return f"{spec.name}@{weights_sha256(spec)[:8]}+{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"

@@ -1,7 +1,7 @@
-"""Checkpoints that are folders: config.json, weights as safetensors, and what prepares their input.
+"""Checkpoints that are folders: config.json, weights as safetensors, and the files that prepare their input.
 
-No sha256 of them is pinned: their makers mend such folders in place, or hand them out only to people who accept a
-licence. Their own content identifies them instead.
+They have no pinned sha256. Their authors fix such folders in place, or give them only to people who accept a licence.
+Instead, their own content identifies them.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-PATTERNS = ("*.json", "*.txt", "*.safetensors")  # what from_pretrained reads; a pickled pytorch_model.bin it must not
+PATTERNS = ("*.json", "*.txt", "*.safetensors")  # what from_pretrained reads; never a pickled pytorch_model.bin
 
 Stamp = tuple[tuple[str, int, int], ...]  # name, size and time of change of each file
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files of a folder that make up its checkpoint, by name; of subfolders none."""
+    """The files of a folder that belong to its checkpoint, by name. Subfolders are ignored."""
     return sorted(file for pattern in PATTERNS for file in folder.glob(pattern) if file.is_file())
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a checkpoint that can be loaded lies here, by the names of its files."""
+    """Whether the folder holds a loadable checkpoint, judged by the names of its files."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def identity(files: Iterable[Path]) -> str:
-    """sha256, 64 hex digits, of names and contents: equal exactly where those are. Read again only when changed."""
+    """sha256 (64 hex digits) of the files' names and contents. The files are read again only after a change."""
     listed = list(files)
     folder = listed[0].parent if listed else Path()
     stats = [(file.name, file.stat()) for file in listed]

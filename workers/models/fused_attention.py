@@ -1,9 +1,9 @@
 """The attention of SAM's image encoder as one product, for torch's fused kernels.
 
-SAM adds to a score of two places a term of their rows and a term of their columns (decomposed relative positions, Li et
-al., MViTv2, arXiv:2112.01526; segment_anything/modeling/image_encoder.py), which by themselves ask for a tensor of
-4,096 x 4,096 scores a head. Both are products with the query, so that they fit into it: with one-hot rows and columns
-of the key's place, [q / sqrt(c), q Rh, q Rw] . [k, row, column] is the same score, but for rounding.
+To the score of two places SAM adds one term for their rows and one for their columns (decomposed relative positions, Li
+et al., MViTv2, arXiv:2112.01526; segment_anything/modeling/image_encoder.py). Computed alone, these terms need a tensor
+of 4,096 x 4,096 scores for each head. Both terms are products with the query, so the query can hold them. With one-hot
+rows and columns of the key's place, [q / sqrt(c), q Rh, q Rw] . [k, row, column] is the same score, up to rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def fuse_attention(encoder: nn.Module) -> None:
-    """Put FusedAttention in the place of every Attention with relative positions; names of weights stay."""
+    """Replace every Attention that has relative positions by FusedAttention. The names of the weights stay."""
     for parent in list(encoder.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is Attention and child.use_rel_pos:
@@ -23,7 +23,7 @@ def fuse_attention(encoder: nn.Module) -> None:
 
 
 class FusedAttention(nn.Module):
-    """An Attention's weights, shared with it, and its function on the size of grid that it was built for."""
+    """Shares an Attention's weights and computes the same, on the grid size for which the Attention was built."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class FusedAttention(nn.Module):
         self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (n, h, w, channels), to the same shape."""
+        """x: (n, h, w, channels). The result has the same shape."""
         n, height, width, _ = x.shape
         qkv = self.qkv(x).view(n, height * width, 3, self.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (n, heads, places, channels of a head) each
@@ -44,7 +44,7 @@ class FusedAttention(nn.Module):
         queries = torch.cat([query * self.scale, rows, columns], dim=-1)
         keys = torch.cat([key, places], dim=-1)
         channels = value.shape[-1]
-        if value.dtype is not torch.float32:  # flash attention takes values only as wide as keys
+        if value.dtype is not torch.float32:  # flash attention needs values as wide as the keys
             value = F.pad(value, (0, keys.shape[-1] - channels))
         read = F.scaled_dot_product_attention(queries, keys, value, scale=1.0)[..., :channels]
         projected: Tensor = self.proj(read.transpose(1, 2).reshape(n, height, width, -1))
@@ -52,7 +52,7 @@ class FusedAttention(nn.Module):
 
 
 def _between(size: int, table: Tensor) -> Tensor:
-    """Rows of table (2 * size - 1, c) for the distance of each two places of an axis: (size, size, c)."""
+    """The rows of table (2 * size - 1, c) for the distance between every two places on an axis: (size, size, c)."""
     place = torch.arange(size, device=table.device)
     return table[place[:, None] - place + size - 1]
 

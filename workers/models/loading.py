@@ -12,18 +12,18 @@ from workers.models.files import weights_sha256
 from workers.models.spec import MissingLibraryError, Model, ModelSpec
 from workers.params import ParamError
 
-ONNX_LIBRARIES = ("onnx", "onnxruntime")  # what decoder=onnx needs
+ONNX_LIBRARIES = ("onnx", "onnxruntime")  # needed by decoder=onnx
 _loaded: dict[tuple[str, str, str], Model] = {}
 _loading = threading.Lock()
 
 
 def missing_libraries(libraries: Sequence[str]) -> list[str]:
-    """Those that are not installed; none is imported."""
+    """Those of these libraries that are not installed. None is imported."""
     return [name for name in libraries if importlib.util.find_spec(name) is None]
 
 
 def require_libraries(what: str, libraries: Sequence[str]) -> None:
-    """Raise MissingLibraryError, naming what needs them, where one of these is not installed."""
+    """Raise MissingLibraryError when one of these libraries is not installed. what: who needs them."""
     if missing := missing_libraries(libraries):
         raise MissingLibraryError(
             f'{what} needs {" and ".join(missing)}, not installed here: run `pip install "maskfleet[models]"`'
@@ -31,16 +31,16 @@ def require_libraries(what: str, libraries: Sequence[str]) -> None:
 
 
 def require_decoder(spec: ModelSpec, decoder: str) -> None:
-    """Raise ParamError where this model cannot be decoded so."""
+    """Raise ParamError when this model cannot use this decoder."""
     if decoder not in spec.decoders:
         raise ParamError(f"decoder={decoder}: {spec.name} takes {' or '.join(spec.decoders)} only")
 
 
 def load_model(spec: ModelSpec, device: str) -> Model:
-    """The model on this device ("cpu", "cuda", "cuda:1"), loaded on the first call and kept. Threads may call it.
+    """The model on this device ("cpu", "cuda", "cuda:1"), loaded at the first call and kept. Thread-safe.
 
-    Raises WeightsError where the file is absent, damaged or another model's, MissingLibraryError where its libraries
-    are not installed, torch.cuda.OutOfMemoryError where the device has no room for it.
+    Raises WeightsError when the file is absent, damaged or another model's; MissingLibraryError when its libraries are
+    not installed; torch.cuda.OutOfMemoryError when it does not fit on the device.
     """
     require_libraries(spec.name, spec.libraries)
     key = (spec.name, weights_sha256(spec), device)

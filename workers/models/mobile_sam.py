@@ -1,8 +1,8 @@
-"""MobileSAM: Segment Anything with TinyViT-5M for its image encoder (Zhang et al. 2023, arXiv:2306.14289).
+"""MobileSAM: Segment Anything with TinyViT-5M as its image encoder (Zhang et al. 2023, arXiv:2306.14289).
 
-The encoder is timm's TinyViT where MobileSAM's is the same: here the last downsampling keeps the grid of 64 x 64, and
-SAM's neck follows instead of the classifier. Its state dict carries the authors' names, the unused classifier of the
-pretraining included, so that `mobile_sam.pt` is read, compared and named as every other checkpoint of SAM.
+The encoder is timm's TinyViT with two changes: the last downsampling keeps the grid of 64 x 64, and SAM's neck replaces
+the classifier. Its state dict has the authors' names, and also the unused classifier of the pretraining. So
+`mobile_sam.pt` is read, compared and named like every other checkpoint of SAM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STAGE_DIMS = (64, 128, 160, 320)
 
 
 def build_mobile_sam() -> Sam:
-    """The architecture with random weights, in training mode, float32. Raises ImportError where timm is missing."""
+    """The architecture with random weights, in training mode, float32. Raises ImportError when timm is missing."""
     return Sam(
         image_encoder=TinyViTEncoder(),
         prompt_encoder=PromptEncoder(
@@ -42,7 +42,7 @@ def build_mobile_sam() -> Sam:
 
 
 class TinyViTEncoder(nn.Module):
-    """(n, 3, 1024, 1024) normalised pixels to (n, 256, 64, 64) embeddings."""
+    """From normalised pixels (n, 3, 1024, 1024) to embeddings (n, 256, 64, 64)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TinyViTEncoder(nn.Module):
             nn.Conv2d(TRANSFORMER_DIM, TRANSFORMER_DIM, kernel_size=3, padding=1, bias=False),
             LayerNorm2d(TRANSFORMER_DIM),
         )
-        # In the file and never called: what TinyViT was pretrained with.
+        # TinyViT's pretraining used these. They are in the file, and are never called.
         self.norm_head, self.head = nn.LayerNorm(STAGE_DIMS[-1]), nn.Linear(STAGE_DIMS[-1], 1000)
         self.register_state_dict_post_hook(_to_authors_names)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_to_own_names)  # type: ignore[no-untyped-call]
@@ -70,9 +70,8 @@ class TinyViTEncoder(nn.Module):
 def _build_tiny_vit() -> Any:
     from timm.models.tiny_vit import TinyVit
 
-    # Not by its name in timm's registry, which the authors' own package takes over where it is imported. On the CPU
-    # whatever device is asked for: its tables of relative positions are in no checkpoint, so that a model built
-    # without memory would be left without them.
+    # Not by its name in timm's registry: the authors' own package takes that name when it is imported. Always on the
+    # CPU: no checkpoint holds the tables of relative positions, so a model built on "meta" would not have them.
     with torch.device("cpu"):
         return TinyVit(
             num_classes=0,
@@ -84,7 +83,8 @@ def _build_tiny_vit() -> Any:
         )
 
 
-# Names of weights, timm's first. The authors' layers end with the downsampling that timm's next stages begin with.
+# Names of weights, timm's first. The downsampling is at the end of the authors' layers; timm has it at the start of the
+# next stage.
 _PREFIXES = (
     ("patch_embed.conv1.", "patch_embed.seq.0."),
     ("patch_embed.conv2.", "patch_embed.seq.2."),
@@ -96,7 +96,7 @@ _PREFIXES = (
 
 
 def authors_name(name: str) -> str:
-    """What MobileSAM's authors call a weight of the encoder; names that are not TinyViT's stay."""
+    """The name that MobileSAM's authors gave a weight of the encoder. Names outside TinyViT stay."""
     for own, authors in _PREFIXES:
         if name.startswith(own):
             return re.sub(r"\.conv\.weight$", ".c.weight", authors + name.removeprefix(own))
@@ -116,7 +116,7 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def _rename(state: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
-    """Rename the entries of one module in place, each where it stands."""
+    """Rename the entries of one module in place, and keep their order."""
     full_names = {prefix + name: prefix + renamed for name, renamed in names.items()}
     renamed = [(full_names.get(name, name), value) for name, value in state.items()]
     state.clear()

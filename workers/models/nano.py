@@ -1,11 +1,11 @@
 """sam_nano: our own small SAM, shipped in the package, so that the demo and the tests need no download.
 
-It is made of segment_anything's own modules, so every line of the pipeline is the one that vit_b takes. It was
-trained by `workers.training.train_nano` on drawn scenes only: it shows that the pipeline works, not how well SAM does.
+It consists of segment_anything's own modules, so it runs through the same code of the pipeline as vit_b. It was trained
+by `workers.training.train_nano`, on drawn scenes only. It shows that the pipeline works, not how good SAM is.
 
-The shipped weights: seed 1, 4,204 steps in 107 minutes on one busy core (2026-11-20), from there seed 7 with a peak
-rate of 8e-4, 3,420 steps in 90 minutes, and the last fit of the head (2026-11-21). The scenes and the loss were
-adjusted on the way, so the script as it stands gives a model like it, not the same bytes.
+The shipped weights were trained in three parts: seed 1, 4,204 steps in 107 minutes on one busy core (2026-11-20); then
+seed 7 with a peak rate of 8e-4, 3,420 steps in 90 minutes; then the last fit of the head (2026-11-21). The scenes and
+the loss were changed during the training. So today's script gives a similar model, not the same bytes.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 
 from workers.models.registry import MODELS
 
-# 256 px in patches of 8 give the 32 x 32 embedding and 128 x 128 mask grid of a 512 px ViT of patch 16, but reading
-# 192 values a patch instead of 768, which a model this narrow can hold.
+# 256 px in patches of 8 give a 32 x 32 embedding and a 128 x 128 mask grid, like a 512 px ViT with patches of 16. But a
+# patch has 192 values instead of 768, which fits into a model this narrow.
 IMAGE_SIZE_PX = 256
 PATCH_SIZE_PX = 8
 EMBEDDING_SIZE = IMAGE_SIZE_PX // PATCH_SIZE_PX
@@ -58,7 +58,7 @@ def build_sam_nano() -> Sam:
 def load_sam_nano(device: str, weights: Path = WEIGHTS_PATH) -> Sam:
     """The model with its weights in float32, in evaluation mode.
 
-    Raises ValueError for the shipped file when its bytes are not those that WEIGHTS_SHA256 names.
+    Raises ValueError when the shipped file does not have the sha256 WEIGHTS_SHA256.
     """
     content = weights.read_bytes()
     found = hashlib.sha256(content).hexdigest()
@@ -80,7 +80,7 @@ def _build_image_encoder() -> ImageEncoderViT:
         out_chans=TRANSFORMER_DIM,
         qkv_bias=True,
         norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-        # No relative positions: their tables would tie the weights to one grid, and training crops it.
+        # No relative positions: their tables would fix the weights to one grid size, and training crops the grid.
         use_rel_pos=False,
         window_size=8,
         global_attn_indexes=(1, 3, 5),

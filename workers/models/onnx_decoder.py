@@ -1,7 +1,7 @@
-"""SAM's decoder in onnxruntime, in the places of segment_anything's prompt encoder and mask decoder.
+"""SAM's decoder in onnxruntime, in place of segment_anything's prompt encoder and mask decoder.
 
-Both stand in for the modules that they are named after, by signature: the first lays prompts out as the file wants
-them, the second runs it. So points, boxes, batches and drawing are the same code whichever decoder runs.
+The two modules here have the signatures of the modules that they replace. The first arranges prompts as the ONNX file
+expects them. The second runs the file. So the code for points, boxes, batches and masks is the same for both decoders.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 _exporting = threading.Lock()
 
 _ASKED_WITH, _ASKED_FOR = INPUTS[:-1], ("low_res_masks", "iou_predictions")
-# Each holds the image's embedding, 4 MiB, a few times over. Sixteen at once took a tenth to a fifth longer than four
-# (EPYC Zen5, one thread, November 2026).
+# Each prompt needs the image's embedding, 4 MiB, in memory a few times. Sixteen at once took a tenth to a fifth more
+# time than four (EPYC Zen5, one thread, November 2026).
 _PROMPTS_A_RUN = 4
 _PADDING, _FIRST_CORNER, _LAST_CORNER = -1, 2, 3  # the official export's point labels besides 0 and 1
 
 
 def with_onnx_decoder(sam: Sam, spec: ModelSpec) -> Sam:
-    """`sam` with spec's exported decoder, run on the CPU, or on the GPU of `sam` where onnxruntime has CUDA.
+    """`sam` with spec's exported decoder. It runs on the CPU, or on the GPU of `sam` when onnxruntime has CUDA.
 
-    Exports it where it has not been: it follows from the weights, so that a worker needs no step of its own. Raises
-    MissingLibraryError where onnxruntime is not installed, ModelError where the file is no decoder of these weights.
+    Exports the decoder when its file is absent. It depends only on the weights, so a worker needs no extra step. Raises
+    MissingLibraryError when onnxruntime is not installed, ModelError when the file is not a decoder of these weights.
     """
     require_libraries("--decoder onnx", ONNX_LIBRARIES)
     path = onnx_path(spec)
@@ -61,15 +61,15 @@ def _open(path: Path, spec: ModelSpec, device: torch.device) -> Any:
 
     model = _read(path, spec)
     try:
-        # Without what draws masks of the image's size: onnxruntime would run that too, and throw it away.
+        # Cut off the part that makes masks of the image's size: onnxruntime would compute it for nothing.
         asked = Extractor(model).extract_model(list(_ASKED_WITH), list(_ASKED_FOR))
         return open_session(asked.SerializeToString(), str(device), threads=torch.get_num_threads())
-    except Exception as error:  # onnxruntime's own errors have no common class but this
+    except Exception as error:  # onnxruntime's own errors have no other common class
         raise ModelError(f"{path}: onnxruntime cannot run it ({error}); {_remedy(spec)}") from error
 
 
 def _read(path: Path, spec: ModelSpec) -> Any:
-    """The file as onnx's ModelProto, once it says that it holds the decoder of spec's weights."""
+    """The file as onnx's ModelProto. Raises ModelError unless its metadata names spec's weights."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -89,7 +89,7 @@ def _remedy(spec: ModelSpec) -> str:
 
 
 class _PromptsInRows(nn.Module):
-    """PromptEncoder's signature; its "sparse embeddings" are rows of x, y and label, (n, points, 3) float32."""
+    """PromptEncoder's signature. Its "sparse embeddings" are rows of x, y and label: (n, points, 3) float32."""
 
     nothing: Tensor
 
@@ -99,7 +99,7 @@ class _PromptsInRows(nn.Module):
         self.register_buffer("nothing", torch.zeros(1, 1, 1, 1), persistent=False)
 
     def get_dense_pe(self) -> Tensor:
-        """Not wanted: the file holds it."""
+        """Not used: the file holds the positional encoding."""
         return self.nothing
 
     def forward(self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: None) -> tuple[Tensor, Tensor]:

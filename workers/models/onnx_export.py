@@ -1,12 +1,20 @@
 """SAM's prompt encoder and mask decoder as one ONNX file, in the convention of segment_anything's own export.
 
-Inputs, float32: image_embeddings (1, C, h, w); point_coords (n, p, 2), x and y in pixels of the encoder's input, and
-point_labels (n, p): 1 inside, 0 outside, 2 and 3 a box's first and last corner, -1 a padding point, which SAM expects
-after points that come without a box; mask_input (1, 1, 4h, 4w) and has_mask_input (1,), 0 or 1; orig_im_size (2,),
-height and width. Outputs: masks (n, 4, height, width), logits in the image; iou_predictions (n, 4); low_res_masks
-(n, 4, 4h, 4w). Of the four, the first is the single mask and the others are the three of an ambiguous prompt: whoever
-asks chooses, so that a box needs no padding point. n and p are free, where the authors' export has n = 1; so is the
-image's size, which segment_anything 1.0's SamOnnxModel fixes to that of the example it is traced with.
+Inputs, float32:
+    image_embeddings (1, C, h, w).
+    point_coords (n, p, 2): x and y in pixels of the encoder's input.
+    point_labels (n, p): 1 inside, 0 outside, 2 and 3 a box's first and last corner, -1 a padding point. SAM expects a
+        padding point after points without a box.
+    mask_input (1, 1, 4h, 4w) and has_mask_input (1,), 0 or 1.
+    orig_im_size (2,): height and width.
+Outputs:
+    masks (n, 4, height, width): logits in the image.
+    iou_predictions (n, 4).
+    low_res_masks (n, 4, 4h, 4w).
+
+The first of the four masks is the single mask. The other three are for an ambiguous prompt. The caller chooses among
+them, so a box needs no padding point. n, p and the image's size are free. In the authors' export n is 1, and
+segment_anything 1.0's SamOnnxModel fixes the image's size to the size of the traced example.
 
 Run as a program: python -m workers.models.onnx_export NAME [FILE], for `maskfleet models export-onnx`.
 """
@@ -38,7 +46,7 @@ _OPSET = 17  # read by every onnxruntime since 1.12
 
 
 class PromptDecoder(nn.Module):
-    """From an image's embedding and prompts to masks; see the module's docstring for its inputs and outputs."""
+    """From an image's embedding and prompts to masks. The module's docstring describes its inputs and outputs."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -63,7 +71,7 @@ class PromptDecoder(nn.Module):
         return self._in_image(low_res_masks, orig_im_size), iou_predictions, low_res_masks
 
     def _embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:
-        """PromptEncoder's embeddings of points and boxes, chosen by arithmetic: a trace cannot branch on labels."""
+        """PromptEncoder's embeddings of points and boxes. Arithmetic selects them: a trace cannot branch on labels."""
         encoder, kinds = self.prompt_encoder, labels[..., None]
         position: Tensor = encoder.pe_layer._pe_encoding((coords + 0.5) / self.side)
         embedded: Tensor = position * (kinds != -1) + encoder.not_a_point_embed.weight * (kinds == -1)
@@ -78,7 +86,7 @@ class PromptDecoder(nn.Module):
         return has_mask * given + (1 - has_mask) * without
 
     def _in_image(self, low_res_masks: Tensor, size_hw: Tensor) -> Tensor:
-        """Sam.postprocess_masks, its sizes kept as tensors: made integers, a trace would fix them."""
+        """Sam.postprocess_masks with sizes as tensors. With integers the trace would fix the sizes."""
         size = size_hw.float()
         inside = torch.floor(size * (self.side / size.max()) + 0.5).to(torch.int64)
         masks = F.interpolate(low_res_masks, (self.side, self.side), mode="bilinear", align_corners=False)
@@ -88,14 +96,14 @@ class PromptDecoder(nn.Module):
 
 
 def onnx_path(spec: ModelSpec) -> Path:
-    """Where `--decoder onnx` looks for this model's decoder: in the weights folder, under the weights' own name."""
+    """Where `--decoder onnx` expects this model's decoder: in the weights folder, under the weights' own name."""
     return weights_dir() / f"{spec.name}.{spec.sha256[:8]}.decoder.onnx"
 
 
 def export(sam: Sam, spec: ModelSpec, path: Path) -> None:
     """Write the decoder of `sam`, which holds spec's weights, to `path`, whole or not at all.
 
-    Raises MissingLibraryError where onnx is not installed, ModelError where the file cannot be written.
+    Raises MissingLibraryError when onnx is not installed, ModelError when the file cannot be written.
     """
     require_libraries("writing ONNX", ("onnx",))
     content = _trace(sam, spec)
@@ -112,13 +120,13 @@ def export(sam: Sam, spec: ModelSpec, path: Path) -> None:
 
 
 def _trace(sam: Sam, spec: ModelSpec) -> bytes:
-    """The ONNX file's bytes, the weights' sha256 in its metadata."""
+    """The ONNX file's bytes. Its metadata holds the weights' sha256."""
     import onnx
 
     with TemporaryDirectory() as folder, warnings.catch_warnings():
         traced = Path(folder) / "decoder.onnx"
-        # Traced, not compiled by torch.export: that stops at slices of a size that is an input, and takes minutes.
-        # The warnings are of that, and of asserts on shapes.
+        # Traced, not compiled by torch.export: that fails on slices when their size is an input, and takes minutes.
+        # The ignored warnings are about tracing, and about asserts on shapes.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             PromptDecoder(sam).eval(),

@@ -1,4 +1,4 @@
-"""The door to onnxruntime: graphs opened on the CPU, or on a CUDA device where onnxruntime has one."""
+"""Opens ONNX graphs on the CPU, or on a CUDA device where onnxruntime has one. Only this module imports onnxruntime."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 def open_session(graph: bytes | str, device: str, *, threads: int = 0) -> Any:
-    """An InferenceSession of a graph's bytes or of the file at a path. threads: on the CPU; 0 leaves it to onnxruntime.
+    """An InferenceSession of a graph's bytes or of the file at a path. threads: on the CPU; 0: onnxruntime chooses.
 
-    Raises onnxruntime's errors, which have no common class but Exception.
+    Raises onnxruntime's errors. Exception is their only common class.
     """
-    import onnxruntime  # here: who asks for a session has said before what to install
+    import onnxruntime  # here, because the caller first checks that it is installed
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -1,4 +1,4 @@
-"""The models a job may name. `MODELS` is the whole list; another name is an error that names the known ones."""
+"""The models that a job may name. `MODELS` is the whole list. Another name is an error that lists the known names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from workers.params import DECODERS
 from workers.prompts import PromptKind
 
 _SAM_PROMPTS: tuple[PromptKind, ...] = ("box", "points")
-_UNASKED = ("segment-anything", "mobile-sam")  # the families taken where no model is named
+_UNASKED = ("segment-anything", "mobile-sam")  # the families to choose from when the job names no model
 
 # SAM2AutomaticMaskGenerator's, where they are not SamAutomaticMaskGenerator's.
 _SAM2_DEFAULTS = {"pred_iou_thresh": 0.8}
@@ -80,8 +80,8 @@ MODELS: dict[str, ModelSpec] = {
         prompts=_SAM_PROMPTS,
         decoders=DECODERS,
         licence="Apache-2.0",
-        # Chosen on eight scenes apart from those of the benchmark: SAM's own values are for a model two hundred times
-        # larger, and twice as many points a side cost four times as much and find hardly more.
+        # Chosen on eight scenes that are not in the benchmark. SAM's own values are for a model two hundred times
+        # larger. Twice as many points on a side take four times as long and find hardly more.
         defaults={
             "points_per_side": 12,
             "pred_iou_thresh": 0.6,
@@ -108,7 +108,7 @@ MODELS: dict[str, ModelSpec] = {
         loader="workers.models.sam:load",
         weights_file="sam_hq_vit_l.pth",
         url="https://huggingface.co/lkeab/hq-sam/resolve/main/sam_hq_vit_l.pth",
-        # From one public Git LFS pointer; its neighbours' for vit_b and vit_h are those that others publish too.
+        # From one public Git LFS pointer. The same place has the sha256 of vit_b and vit_h that others publish too.
         sha256="e1a6c385d62bf005ded91a54d5ec55c985cfc4103ef89c08d90f39f04934c343",
         size_bytes=1_254_865_805,
         parameter_count=313_676_080,
@@ -202,14 +202,14 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def find_model(name: str) -> ModelSpec:
-    """The registry entry of this name. Raises UnknownModelError naming the known ones."""
+    """The registry entry of this name. Raises UnknownModelError, which lists the known names."""
     if name not in MODELS:
         raise UnknownModelError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
     return MODELS[name]
 
 
 def largest_present() -> ModelSpec:
-    """The largest official SAM or MobileSAM whose weights and libraries are present, else sam_nano."""
+    """The largest official SAM or MobileSAM that has its weights and libraries here, otherwise sam_nano."""
     official = [spec for spec in MODELS.values() if spec.family in _UNASKED and not spec.demonstration]
     present = [spec for spec in official if is_present(spec) and not missing_libraries(spec.libraries)]
     return max(present, key=lambda spec: spec.parameter_count, default=MODELS["sam_nano"])

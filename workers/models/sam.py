@@ -1,8 +1,7 @@
 """Segment Anything as a `Model`: the official vit_h, vit_l and vit_b checkpoints, SAM-HQ, MobileSAM, our sam_nano.
 
-The architectures are segment_anything's own modules, MobileSAM's image encoder is timm's. A checkpoint is loaded only
-where every name and shape fits and its sha256 is the pinned one, so that a model_version never stands for other
-weights.
+The architectures are segment_anything's own modules. MobileSAM's image encoder is timm's. A checkpoint is loaded only
+when every name and shape fits and its sha256 is the pinned one. So a model_version always means the same weights.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 class SamModel:
-    """One loaded Sam or another Promptable. Stateless: every call is given its image, and threads may share it.
+    """One loaded Sam or another Promptable. Stateless: every call gets its image, and threads may share it.
 
-    spec: whose weights these are, which decoder=onnx has to know.
+    spec: the model that owns the weights. decoder=onnx needs it.
     """
 
     def __init__(self, sam: Sam | Promptable, spec: ModelSpec | None = None) -> None:
@@ -60,14 +59,14 @@ class SamModel:
         self.spec = spec
 
     def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[Any]:
-        """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass; one embedding an image, on the device.
+        """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass: one embedding for each, on the device.
 
-        fast: in bfloat16. May raise torch.cuda.OutOfMemoryError; fewer images need less.
+        fast: in bfloat16. May raise torch.cuda.OutOfMemoryError; fewer images need less memory.
         """
         return automatic.embed(self.sam, images, fast=fast)
 
     def automatic(self, image: RgbImage, embedding: Any, params: AutomaticParams) -> list[Mask]:
-        """Every object of one image that passes `params`, in the frame of `image`. `embedding` is this image's.
+        """Every object of one image that passes `params`, in the frame of `image`. embedding: of this image.
 
         Crop layers (params.crop_n_layers) run the encoder again. May raise torch.cuda.OutOfMemoryError.
         """
@@ -76,7 +75,7 @@ class SamModel:
     def prompted(
         self, image: RgbImage, embedding: Any, prompts: Sequence[Prompt], params: PromptParams
     ) -> list[list[Mask]]:
-        """One mask a prompt, or three with multimask=all, in the frame of `image`. `embedding` is this image's.
+        """One mask for each prompt, or three with multimask=all, in the frame of `image`. embedding: of this image.
 
         May raise torch.cuda.OutOfMemoryError.
         """
@@ -110,23 +109,23 @@ def load_sam(
 ) -> Any:
     """Build `architecture` with the weights of spec's file: float32, frozen, in evaluation mode, on `device`.
 
-    known: what another model's weights are compared with, to name them. unpack: from what the file holds to its
-    tensors by name, unless it holds something else.
+    known: other models' architectures. When the file has the weights of one of them, the error names it. unpack: gets
+    the file's content and returns its tensors by name; other content it returns unchanged.
 
-    Raises WeightsError where the file is absent, unreadable, truncated, another model's or not the pinned one, naming
-    the file, what it is and the command that mends it; torch.cuda.OutOfMemoryError where it does not fit.
+    Raises WeightsError when the file is absent, unreadable, truncated, another model's or not the pinned one. The error
+    names the file, what it is, and the command that fixes it. Raises torch.cuda.OutOfMemoryError when it does not fit.
     """
     verified = verify(spec)
     if verified.state is WeightsState.OTHER_MODEL:
         raise WeightsError(f"{verified.path}: {verified.found}, expected the weights of {spec.name}; {remedy(spec)}")
     state = _read_weights(spec, verified, unpack)
-    # Without memory of its own: the weights take their places as they are, and nothing is initialised to be replaced.
+    # On "meta" the model has no memory of its own. Nothing is initialised only to be replaced by the weights.
     with torch.device("meta"):
         sam = architecture()
     _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state), known=known)
     if not verified.ok:
         raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
-    # Copied out of the mapped file, so that the file may be replaced while the model is in use.
+    # Copied out of the mapped file, so that the file may be replaced while the model is used.
     weights = {name: tensor.to(device, _dtype(tensor), copy=True) for name, tensor in state.items()}
     sam.load_state_dict(weights, strict=True, assign=True)
     if torch.device(device).type == "cuda":
@@ -139,7 +138,7 @@ def _dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _read_weights(spec: ModelSpec, verified: Verified, unpack: Callable[[Any], Any]) -> dict[str, Tensor]:
-    """Read tensors by name, mapped from the file; nothing in it is run."""
+    """Read the file's tensors by name, memory-mapped. No code in the file is run."""
     path = verified.path
     if verified.state is WeightsState.ABSENT:
         raise WeightsError(f"{spec.name}: no weights at {path}; {remedy(spec)}")

@@ -1,8 +1,8 @@
-"""SAM 2.1 for single images (Ravi et al., arXiv:2408.00714): transformers' Sam2Model with the weights Meta publishes.
+"""SAM 2.1 for single images (Ravi et al., arXiv:2408.00714): transformers' Sam2Model with the weights of Meta.
 
-Its memory of earlier video frames is left out: the architecture here has no place for it, and its tensors in the file
-are passed over by name. The state dict carries the authors' names and shapes, so that `sam2.1_hiera_*.pt` is compared
-as every other checkpoint; `authors_name` is where transformers' names meet them.
+The memory of earlier video frames is left out. This architecture has no modules for it, and its tensors in the file are
+skipped by name. The state dict has the authors' names and shapes, so `sam2.1_hiera_*.pt` is compared like every other
+checkpoint. `authors_name` converts transformers' names to the authors' names.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, resize
 
-from workers.engine.promptable import Decode, Draw, Hw, Points, half_precision
+from workers.engine.promptable import Decode, Hw, MaskLogits, Points, half_precision
 from workers.engine.upsampling import Upsampling
 from workers.images.pixels import RgbImage
 from workers.models.sam import ARCHITECTURES, Architecture, SamModel, load_sam
 from workers.models.spec import Model, ModelSpec
 
-# RGB, 0..1: ImageNet's, as in the authors' sam2/utils/transforms.py.
+# RGB, 0..1: ImageNet's values, as in the authors' sam2/utils/transforms.py.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
-# Prompts decoded in one go on a CPU. Each is upscaled at full width beside the encoder's finest level, with 80 MiB of
-# buffers; on a GPU the caller's number goes in one.
+# Prompts decoded at once on a CPU. Each is upscaled at full width and added to the encoder's finest level, which takes
+# 80 MiB of buffers. On a GPU all prompts of a call are decoded at once.
 AT_ONCE_ON_CPU = 4
 
 _VIDEO_MEMORY = (
@@ -46,7 +46,7 @@ _VIDEO_MEMORY = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hiera:
-    """The sizes of one variant: of its encoder, by stage, of the input (square) and of what the decoder works on."""
+    """The sizes of one variant: of its encoder by stage, of the (square) input, and of the decoder's input."""
 
     width: int
     heads: int
@@ -79,19 +79,19 @@ def load_variant(spec: ModelSpec, hiera: Hiera, device: str) -> Model:
 
 
 def without_memory(checkpoint: Any) -> Any:
-    """What an official checkpoint has for single images; anything else comes back as it is."""
+    """The tensors of an official checkpoint that single images need. Other content is returned unchanged."""
     if not isinstance(checkpoint, dict) or list(checkpoint) != ["model"] or not isinstance(checkpoint["model"], dict):
         return checkpoint
     return {name: tensor for name, tensor in checkpoint["model"].items() if not str(name).startswith(_VIDEO_MEMORY)}
 
 
 class Sam2(nn.Module):
-    """A `Promptable`. An embedding is the three levels of the image's features, finest first, (1, C, h, w) float32."""
+    """A `Promptable`. An embedding is three levels of the image's features, finest first: (1, C, h, w) float32 each."""
 
     mask_threshold = 0.0
 
     def __init__(self, hiera: Hiera) -> None:
-        """Random weights, in training mode. Raises ImportError where transformers is not installed."""
+        """Random weights, in training mode. Raises ImportError when transformers is not installed."""
         super().__init__()
         self.image_px = hiera.image_px
         self.model = _build(hiera)
@@ -109,8 +109,10 @@ class Sam2(nn.Module):
         return low_hw
 
     def embed(self, images: Sequence[RgbImage], *, fast: bool) -> list[list[Tensor]]:
-        """Squashed to a square and normalised as by transformers' Sam2ImageProcessor, that is in whole grey levels,
-        which the authors' own transform keeps as fractions."""
+        """Resize to a square and normalise like transformers' Sam2ImageProcessor, then encode.
+
+        That rounds the resized pixels to whole grey levels. The authors' own transform keeps the fractions.
+        """
         size = [self.image_px, self.image_px]
         squares = [resize(torch.tensor(image).permute(2, 0, 1), size, antialias=True) for image in images]
         pixels = normalize(torch.stack(squares).to(self.device) / 255, PIXEL_MEAN, PIXEL_STD)
@@ -123,12 +125,12 @@ class Sam2(nn.Module):
         return self.image_px, self.image_px
 
     def upsampling(self, size_hw: Hw) -> Upsampling:
-        """Straight from the logits to the image: the square between, of the logits' own size, changes nothing."""
+        """From the logits to the image in one step. The square in between has the logits' size and changes nothing."""
         return Upsampling(low_hw=self.low_hw, mid=self.low_hw[0], inside_hw=self.low_hw, frame_hw=size_hw)
 
     def encode_prompts(self, points: Points | None, boxes: Tensor | None) -> Tensor:
         coords, labels = points if points is not None else (None, None)
-        with half_precision(self.device, is_wanted=False):  # bfloat16 tells 256 places of a side apart
+        with half_precision(self.device, is_wanted=False):  # bfloat16 has only 256 different positions along a side
             sparse: Tensor = self.model.prompt_encoder(
                 input_points=None if coords is None else coords[None],
                 input_labels=None if labels is None else labels[None],
@@ -138,13 +140,16 @@ class Sam2(nn.Module):
         return sparse[0]
 
     def decoder(self, embedding: list[Tensor]) -> Decode:
-        """For one mask, that of the first token where it is stable, else the best of the other three, as the authors'
-        dynamic_multimask_via_stability has it."""
+        """Make the decoder of this image's prompts.
+
+        The single mask is the first token's if that is stable, otherwise the best of the other three. This is the
+        authors' dynamic_multimask_via_stability.
+        """
         with half_precision(self.device, is_wanted=False):
             position = self.model.get_image_wide_positional_embeddings()
         dense = self.model.prompt_encoder.no_mask_embed.weight[..., None, None].expand_as(embedding[-1])
 
-        def decode(sparse: Tensor, outputs: slice) -> Iterator[tuple[int, Tensor, Draw]]:
+        def decode(sparse: Tensor, outputs: slice) -> Iterator[tuple[int, Tensor, MaskLogits]]:
             step = len(sparse) if sparse.is_cuda else AT_ONCE_ON_CPU
             for first in range(0, len(sparse), step):
                 logits, iou, _, _ = self.model.mask_decoder(
@@ -163,8 +168,8 @@ class Sam2(nn.Module):
 def _pick(logits: Tensor, wanted: Tensor | None, used_hw: Hw) -> tuple[Tensor, Tensor]:
     if wanted is None:
         return torch.arange(len(logits)), logits[..., : used_hw[0], : used_hw[1]]
-    drawn = wanted.nonzero()[:, 0]
-    return drawn, logits[drawn.to(logits.device), :, : used_hw[0], : used_hw[1]]
+    numbers = wanted.nonzero()[:, 0]
+    return numbers, logits[numbers.to(logits.device), :, : used_hw[0], : used_hw[1]]
 
 
 def _build(hiera: Hiera) -> Any:
@@ -204,7 +209,7 @@ def _in_float32(forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         return forward(tokens.float())
 
 
-# Names of weights, transformers' first; applied one after the other.
+# Names of weights, transformers' first. They are applied one after the other.
 _RENAMINGS = tuple(
     (re.compile(own), authors)
     for own, authors in (
@@ -227,7 +232,7 @@ _RENAMINGS = tuple(
         (r"^vision_encoder\.neck\.convs\.(\d)\.", r"image_encoder.neck.convs.\1.conv."),
         (r"\.o_proj\.", ".out_proj."),
         (r"\.layer_norm", ".norm"),
-        # of two layers in the transformers, of three in the heads
+        # the transformers have two layers, the heads have three
         (r"\.mlp\.proj_in\.", ".mlp.layers.0."),
         (r"\.mlp\.proj_out\.", ".mlp.layers.1."),
         (r"(_mlps\.\d|_head)\.layers\.0\.", r"\1.layers.1."),
@@ -235,13 +240,13 @@ _RENAMINGS = tuple(
         (r"\.proj_out\.", ".layers.2."),
     )
 )  # fmt: skip
-# One tensor of four rows here, four of one row there.
+# transformers has one tensor of four rows; the authors have four tensors of one row.
 _POINTS = "sam_prompt_encoder.point_embed.weight"
 _POINT = "sam_prompt_encoder.point_embeddings.{}.weight"
 
 
 def authors_name(name: str) -> str:
-    """What SAM 2's authors call a tensor of `Sam2`."""
+    """The name that SAM 2's authors gave a tensor of `Sam2`."""
     for own, authors in _RENAMINGS:
         name = own.sub(authors, name)
     return name

@@ -1,7 +1,7 @@
 """SAM 3 through transformers: every object that a phrase names or an example shows, with a mask and a score.
 
-Of its checkpoint this is the detector of images; prompts by points and boxes of one object, which its tracker answers,
-are for the segment-anything family.
+Only the image detector of its checkpoint is used. Its tracker would answer points and boxes of one object; here the
+segment-anything family does that.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ except ImportError as error:
         f"sam3 needs a newer transformers ({error}): pip install --upgrade transformers"
     ) from error
 
-_MASK_THRESHOLD = 0.5  # of a pixel's probability, as Sam3ImageProcessor has it
-_EXAMPLE_ALONE = "visual"  # the phrase with which the model was trained where only examples are shown
+_MASK_THRESHOLD = 0.5  # of a pixel's probability, as in Sam3ImageProcessor
+_EXAMPLE_ALONE = "visual"  # the phrase in the model's training when only examples are given
 
 
 @dataclass(frozen=True, slots=True)
 class _Levels:
-    """One image's pyramid from the vision encoder: features and positions of each level, (1, channels, h, w)."""
+    """One image's pyramid from the vision encoder: for each level features and positions, (1, channels, h, w)."""
 
     features: tuple[torch.Tensor, ...]
     positions: tuple[torch.Tensor, ...]
 
 
 class Sam3:
-    """A loaded SAM 3. Stateless: every call is given its image, and threads may share the model."""
+    """A loaded SAM 3. Stateless: every call gets its image, and threads may share the model."""
 
     def __init__(self, model: Any, processor: Any, device: str) -> None:
         self._model = model
@@ -50,10 +50,10 @@ class Sam3:
         self._device = device
 
     def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[_Levels]:
-        """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass. fast changes nothing: precision is a
-        parameter of automatic masks, which it makes none of.
+        """Encode (H, W, 3) uint8 RGB images of any sizes in one encoder pass.
 
-        May raise torch.cuda.OutOfMemoryError; fewer images need less.
+        fast has no effect: precision is a parameter of automatic masks, which SAM 3 does not make. May raise
+        torch.cuda.OutOfMemoryError; fewer images need less memory.
         """
         pixels = self._processor.image_processor(
             list(images), return_tensors="pt", input_data_format="channels_last"
@@ -63,24 +63,24 @@ class Sam3:
         return [
             _Levels(
                 tuple(level[n : n + 1] for level in made.fpn_hidden_states),
-                # The library makes them for one image or for the batch.
+                # The library makes positions for one image, or for every image of the batch.
                 tuple(level[min(n, len(level) - 1)][None] for level in made.fpn_position_encoding),
             )
             for n in range(len(images))
         ]
 
     def automatic(self, image: RgbImage, embedding: _Levels, params: AutomaticParams) -> list[Mask]:
-        """Refused: this model has to be told what to look for."""
+        """Raises ValueError: this model needs a prompt."""
         raise ValueError("sam3 makes no masks without a prompt; expected text or an example")
 
     def prompted(
         self, image: RgbImage, embedding: _Levels, prompts: Sequence[Prompt], params: PromptParams
     ) -> list[list[Mask]]:
-        """The masks of each prompt scored above params.text_threshold, the best first, any number of them.
+        """The masks of each prompt with a score above params.text_threshold: any number of them, the best first.
 
-        A prompt's text and its boxes around examples, meant or not meant, say one thing together; prompts are asked
-        apart. predicted_iou is the score. Raises PromptError for a text that is too long, ModelOutputError where the
-        model gives NaN; torch.cuda.OutOfMemoryError.
+        A prompt's text and its boxes around positive and negative examples are one question. Each prompt is asked
+        alone. predicted_iou is the score. Raises PromptError for a text that is too long, ModelOutputError when the
+        model gives NaN, and torch.cuda.OutOfMemoryError.
         """
         return [self._prompted(image, embedding, prompt, params.text_threshold) for prompt in prompts]
 
@@ -94,11 +94,11 @@ class Sam3:
                 **self._tokens(prompt.text or _EXAMPLE_ALONE),
                 **self._examples(prompt, size_hw),
             )
-            # As post_process_instance_segmentation, which would draw all masks at once.
+            # The same as post_process_instance_segmentation, which would upsample all masks at once.
             scores = (outputs.pred_logits.sigmoid() * outputs.presence_logits.sigmoid())[0]
             require_numbers(scores)
             numbers = [n for n in scores.argsort(descending=True, stable=True).tolist() if scores[n] > threshold]
-            return [_draw(outputs.pred_masks[0, n], size_hw, float(scores[n])) for n in numbers]
+            return [_to_mask(outputs.pred_masks[0, n], size_hw, float(scores[n])) for n in numbers]
 
     def _tokens(self, text: str) -> dict[str, torch.Tensor]:
         most = self._model.config.text_config.max_position_embeddings
@@ -109,7 +109,10 @@ class Sam3:
         return {name: tokens[name].to(self._device) for name in ("input_ids", "attention_mask")}
 
     def _examples(self, prompt: Prompt, size_hw: tuple[int, int]) -> dict[str, torch.Tensor]:
-        """Boxes as centre and size in parts of the image, (1, n, 4), and 1 for meant, 0 for not meant, (1, n)."""
+        """The examples' boxes (1, n, 4), centre and size as fractions of the image, and their labels (1, n).
+
+        A label is 1 for a positive example, 0 for a negative one.
+        """
         shown = [(box, 1) for box in (prompt.exemplar_box_xyxy,) if box is not None]
         shown += [(box, 0) for box in (prompt.negative_box_xyxy,) if box is not None]
         if not shown:
@@ -128,7 +131,7 @@ class Sam3:
 def load(spec: ModelSpec, device: str) -> Model:
     """The checkpoint in spec's folder with its weights on `device`, in float32, frozen.
 
-    Raises WeightsError where it is absent, damaged or another model's; torch.cuda.OutOfMemoryError.
+    Raises WeightsError when it is absent, damaged or another model's, and torch.cuda.OutOfMemoryError.
     """
     verified = verify(spec)
     if not verified.ok:
@@ -142,8 +145,8 @@ def load(spec: ModelSpec, device: str) -> Model:
     return Sam3(model.to(device).eval().requires_grad_(False), processor, device)
 
 
-def _draw(logits: torch.Tensor, size_hw: tuple[int, int], score: float) -> Mask:
-    """One mask's logits (h, w), which cover the whole image, in its own size."""
+def _to_mask(logits: torch.Tensor, size_hw: tuple[int, int], score: float) -> Mask:
+    """Upsample one mask's logits (h, w), which cover the whole image, to the image's size, and threshold them."""
     resized = torch.nn.functional.interpolate(
         logits.sigmoid()[None, None], size=size_hw, mode="bilinear", align_corners=False
     )

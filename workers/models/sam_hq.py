@@ -1,8 +1,8 @@
 """SAM-HQ: Segment Anything with one more token over finer features (Ke et al., arXiv:2306.01567).
 
-segment_anything's modules, with what SAM-HQ adds under its authors' names, so that `sam_hq_vit_*.pth` is read as it is.
-Formulas: mask_decoder_hq.py of SysCV/sam-hq (Apache-2.0). Whether for one mask or for several, the decoder gives one:
-the single mask, or the best of the three, each with the new token's logits added.
+These are segment_anything's modules and the parts that SAM-HQ adds, under its authors' names. So `sam_hq_vit_*.pth` is
+read unchanged. Formulas: mask_decoder_hq.py of SysCV/sam-hq (Apache-2.0). The decoder always gives one mask: the single
+mask, or the best of the three when several are asked for. The new token's logits are added to it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workers.engine.promptable import half_precision
 
 PATCH_SIZE_PX = 16
 
-# Prompts decoded in one go on a CPU: each takes about 100 MiB at full size. On a GPU the caller's number goes in one.
+# Prompts decoded at once on a CPU: each takes about 100 MiB at full size. On a GPU all prompts of a call go at once.
 AT_ONCE_ON_CPU = 4
 
 
@@ -33,7 +33,7 @@ def build_sam_hq(
     channels: int = 256,
     window: int = 14,
 ) -> Sam:
-    """The architecture with random weights, in training mode. The first four are the image encoder's."""
+    """The architecture with random weights, in training mode. The first four arguments are the image encoder's."""
     grid = (image_px // PATCH_SIZE_PX, image_px // PATCH_SIZE_PX)
     return Sam(
         image_encoder=HqImageEncoder(
@@ -65,8 +65,10 @@ build_sam_hq_vit_h = partial(build_sam_hq, width=1280, depth=32, heads=16, globa
 
 
 class HqImageEncoder(ImageEncoderViT):  # type: ignore[misc]  # segment_anything carries no types
-    """Pixels (n, 3, H, W) to SAM's embedding and, stacked below it, the features after the first block of global
-    attention: (n, channels + width, h, w)."""
+    """From pixels (n, 3, H, W) to (n, channels + width, h, w).
+
+    The first channels are SAM's embedding. The other ones are the features after the first block of global attention.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x) + self.pos_embed
@@ -78,7 +80,7 @@ class HqImageEncoder(ImageEncoderViT):  # type: ignore[misc]  # segment_anything
 
 
 class HqMaskDecoder(MaskDecoder):  # type: ignore[misc]
-    """SAM's mask decoder with the high-quality token; reads the embeddings of `HqImageEncoder`."""
+    """SAM's mask decoder with the high-quality token. It reads the embeddings of `HqImageEncoder`."""
 
     def __init__(self, *, transformer: nn.Module, transformer_dim: int, encoder_width: int) -> None:
         super().__init__(transformer=transformer, transformer_dim=transformer_dim)
@@ -99,7 +101,7 @@ class HqMaskDecoder(MaskDecoder):  # type: ignore[misc]
         dense_prompt_embeddings: Tensor,
         multimask_output: bool,
     ) -> tuple[Tensor, Tensor]:
-        """MaskDecoder's arguments, of one image; logits (n, 1, 4 h, 4 w) and predicted IoUs (n, 1)."""
+        """MaskDecoder's arguments, for one image. Returns logits (n, 1, 4 h, 4 w) and predicted IoUs (n, 1)."""
         embedding = image_embeddings[:, : self.transformer_dim]
         early = image_embeddings[:, self.transformer_dim :]
         features = self.embedding_encoder(embedding) + self.compress_vit_feat(early)
@@ -132,7 +134,7 @@ class HqMaskDecoder(MaskDecoder):  # type: ignore[misc]
         kernels = torch.stack([mlp(masks[:, number]) for number, mlp in enumerate(mlps)], dim=1)
         kernel = kernels.take_along_dim(best[..., None], dim=1)
 
-        # add the high-quality token's
+        # add the high-quality token's logits
         pixels = self.output_upscaling(pixels.transpose(1, 2).reshape(n, channels, height, width))
         fine = self.embedding_maskfeature(pixels) + features
         hq_kernel = self.hf_mlp(tokens[:, 1 + self.num_mask_tokens])[:, None]

@@ -1,4 +1,4 @@
-"""What is known of a model without loading it, and what the pipeline needs of it once loaded. Never loads torch."""
+"""The description of a model before it is loaded, and the interface of a loaded model. Never loads torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from workers.masks import Mask
 from workers.params import AutomaticParams, PromptParams
 from workers.prompts import Prompt, PromptKind
 
-# What a model remembers of one image between its encoder and its decoder; only the family that made it looks inside.
+# The encoder's result for one image, which the decoder needs. Only the model family that made it reads it.
 Embedding: TypeAlias = Any
 
 
 class ModelError(Exception):
-    """A model cannot be had. The message says which, what was found and what to do."""
+    """A model cannot be used. The message says which model, what was found and what to do."""
 
 
 class UnknownModelError(ModelError):
-    """The name is in no registry entry."""
+    """No registry entry has this name."""
 
 
 class MissingLibraryError(ModelError):
@@ -33,15 +33,18 @@ class WeightsError(ModelError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What is known of a model without loading it.
+    """The description of a model before it is loaded.
 
-    loader: "module:function", called as function(spec, device). weights_file: name in the weights folder, or beside
-    this file when `url` is None (shipped in the package). sha256: of the weights file, 64 hex digits. prompts: what it
-    takes besides automatic masks. libraries: what of the optional extra `models` it is loaded with. hub: where a model
-    comes from whose weights are a folder, weights_file, with no sha256 of its own but its content's. automatic: whether
-    it makes masks without prompts. decoders: what can run its decoder, of params.DECODERS. defaults: its own
-    AutomaticParams where they differ, JSON-safe. demonstration: too small for real work, and said so wherever its masks
-    are shown.
+    loader: "module:function", called as function(spec, device).
+    weights_file: name in the weights folder, or beside this file when `url` is None (shipped in the package).
+    sha256: of the weights file, 64 hex digits.
+    prompts: the kinds of prompts that it takes.
+    libraries: the libraries of the optional extra `models` that it needs.
+    hub: the source of a model that comes as a folder. weights_file is then the folder; its content gives the sha256.
+    automatic: whether it makes masks without prompts.
+    decoders: the runtimes that can run its decoder, of params.DECODERS.
+    defaults: its own AutomaticParams where they differ, JSON-safe.
+    demonstration: the model is too small for real work. This is said wherever its masks are shown.
     """
 
     name: str
@@ -63,29 +66,29 @@ class ModelSpec:
 
 
 class Model(Protocol):
-    """What the pipeline needs of any family. Stateless: nothing remembers "the current image".
+    """The interface that every model family offers to the pipeline. Stateless: there is no "current image".
 
-    Images are (H, W, 3) uint8 RGB, upright. Any call may raise torch.cuda.OutOfMemoryError, which leaves the model
-    usable: the pipeline asks again with fewer images. Any other CUDA error leaves the process unusable.
+    Images are (H, W, 3) uint8 RGB, upright. Any call may raise torch.cuda.OutOfMemoryError. After it the model is still
+    usable, and the pipeline tries again with fewer images. After any other CUDA error the process is unusable.
     """
 
     def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[Embedding]:
-        """Encode the images, of any sizes, in one pass; one embedding an image, in their order.
+        """Encode images of any sizes in one pass. One embedding for each image, in the same order.
 
         fast: for a job with precision=fast, where the encoder may round more.
         """
         ...
 
     def automatic(self, image: RgbImage, embedding: Embedding, params: AutomaticParams) -> list[Mask]:
-        """Every object of one image, without prompts; `embedding` is what `embed` gave for this image."""
+        """Every object of one image, without prompts. embedding: the result of `embed` for this image."""
         ...
 
     def prompted(
         self, image: RgbImage, embedding: Embedding, prompts: Sequence[Prompt], params: PromptParams
     ) -> list[list[Mask]]:
-        """The masks that each prompt asks for, in their order: one a prompt, or as `params` and text prompts want.
+        """The masks of each prompt, in the order of the prompts. Each gives one mask; `params` or a text may give more.
 
-        prompts: of kinds that the model takes, fitted to this image. Any number of them, in bounded memory; labels are
-        the caller's. `embedding` is what `embed` gave for this image.
+        prompts: any number, of kinds that the model takes, fitted to this image. The memory is bounded. The caller sets
+        the masks' labels. embedding: the result of `embed` for this image.
         """
         ...

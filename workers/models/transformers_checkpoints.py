@@ -1,4 +1,4 @@
-"""How every family that transformers runs is loaded and judged: checkpoints' folders, and the hub at a job's commit."""
+"""Loads and checks the models that transformers runs, from a checkpoint's folder or from the hub at a job's commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from workers.engine.promptable import ModelOutputError
 
-# What from_pretrained raises of a checkpoint that is damaged, another model's or of an unknown family.
+# What from_pretrained raises when a checkpoint is damaged, another model's or of an unknown family.
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -24,12 +24,12 @@ LOADING_ERRORS = (
 
 
 def load_whole(auto_class: Any, where: str, how: dict[str, Any]) -> Any:
-    """A checkpoint's model in float32, all of whose weights the checkpoint holds. Raises one of LOADING_ERRORS."""
+    """A checkpoint's model in float32. Raises one of LOADING_ERRORS, also when the checkpoint lacks some weights."""
     logging.disable_progress_bar()
     model, found = auto_class.from_pretrained(
         where, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
     )
-    # transformers warns of these, and fills them in at random.
+    # transformers only warns about missing weights, and fills them with random numbers.
     missing = sorted(name for name in found["missing_keys"] if not name.endswith("num_batches_tracked"))
     if missing:
         raise ValueError(f"the weights lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
@@ -37,6 +37,6 @@ def load_whole(auto_class: Any, where: str, how: dict[str, Any]) -> Any:
 
 
 def require_numbers(scores: torch.Tensor) -> None:
-    """Raises ModelOutputError where scores are NaN, which no threshold would tell from a low one."""
+    """Raise ModelOutputError when a score is NaN. A threshold would treat NaN like a low score."""
     if bool(torch.isnan(scores).any()):
         raise ModelOutputError("the model's scores hold NaN")

@@ -1,6 +1,6 @@
-"""Weights files: looked at (`verify`) and brought (`pull`). Never loads torch, so that the command line may use it.
+"""Checks weights files. Never loads torch, so the command line can use it.
 
-A pinned sha256 decides whether a file is right; names, sizes and headers only help to say what else it is.
+A pinned sha256 decides whether a file is right. Names, sizes and headers only help to say what else the file is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class WeightsState(StrEnum):
-    """What a file in a model's place turned out to be."""
+    """What was found at a model's path."""
 
     OK = "ok"
     ABSENT = "absent"
@@ -32,7 +32,7 @@ class WeightsState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
-    """What `verify` found at `path`. found: a phrase for people. size_bytes is None where there is no file."""
+    """What `verify` found at `path`. found: a phrase for people. size_bytes: None when there is no file."""
 
     name: str
     path: Path
@@ -46,9 +46,9 @@ class Verified:
 
 
 def verify(spec: ModelSpec) -> Verified:
-    """Say what lies in this model's place. Reads the whole file only where its size is a known model's.
+    """Find out what is at this model's path. Reads the whole file only when its size is that of a known model.
 
-    Raises WeightsError where the file cannot be read.
+    Raises WeightsError when the file cannot be read.
     """
     path = weights_path(spec)
     if spec.hub is not None:
@@ -63,18 +63,18 @@ def verify(spec: ModelSpec) -> Verified:
 
 
 def remedy(spec: ModelSpec) -> str:
-    """The command that brings the right file."""
+    """The command that gives the right file."""
     if spec.url is None and spec.hub is None:
         return "it belongs to the package: reinstall maskfleet"
     return f"run `maskfleet models pull {spec.name}`"
 
 
 def kind_of(head: bytes) -> str:
-    """Name a file's format from its first 512 bytes, as a phrase for people; compare with `expected_kind`."""
+    """Name a file's format from its first 512 bytes, as a phrase for people. Compare it with `expected_kind`."""
     text = head.lstrip().lower()
     if head.startswith(b"PK\x03\x04"):
         return "a torch archive"
-    # A safetensors file begins with its header's length, 8 bytes of which the upper ones are always zero.
+    # A safetensors file begins with the length of its header, in 8 bytes. The upper bytes are always zero.
     if head[4:9] == b"\0\0\0\0{":
         return "a safetensors file"
     if text.startswith((b"<!doctype html", b"<html")):
@@ -82,19 +82,19 @@ def kind_of(head: bytes) -> str:
     if text.startswith(b"<"):
         return "an XML document"
     if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file it stands for"
+        return "a Git LFS pointer, not the file itself"
     if head.startswith(b"\x80"):
         return "a bare pickle, which is not loaded because it could run code"
     return f"a file of unknown format (starts {head[:16]!r})"
 
 
 def expected_kind(path: Path) -> str:
-    """What `kind_of` should say of a file with this suffix."""
+    """What `kind_of` should return for a file with this suffix."""
     return "a safetensors file" if path.suffix == ".safetensors" else "a torch archive"
 
 
 def _verify_folder(spec: ModelSpec, folder: Path) -> Verified:
-    """What lies in place of a model that comes as a folder: whether it is the right one, only loading it can say."""
+    """Check the path of a model that comes as a folder. Only loading it can show whether it is the right one."""
     state, size_bytes, found = WeightsState.ABSENT, None, "no folder with config.json and safetensors"
     try:
         if has_weights(folder):
@@ -112,7 +112,7 @@ def _look_at(path: Path, spec: ModelSpec) -> tuple[WeightsState, int, str]:
     with path.open("rb") as file:
         kind = kind_of(file.read(512))
         file.seek(0)
-        # Reading a file of another size whole could only confirm that it is not one of these.
+        # A file of another size is none of these, so there is no need to read it whole.
         sized_like_one = size_bytes in {model.size_bytes for model in known}
         sha256 = hashlib.file_digest(file, "sha256").hexdigest() if sized_like_one else ""
     if sha256 == spec.sha256:
@@ -124,7 +124,7 @@ def _look_at(path: Path, spec: ModelSpec) -> tuple[WeightsState, int, str]:
         return WeightsState.WRONG, size_bytes, kind
     if size_bytes == spec.size_bytes:
         return WeightsState.WRONG, size_bytes, f"another or damaged file, with sha256 {sha256}"
-    # A torch archive has its directory at the end: one that is whole was not cut.
+    # A torch archive has its directory at the end. If that is there, the file was not cut.
     if size_bytes < spec.size_bytes and not zipfile.is_zipfile(path):
         return WeightsState.TRUNCATED, size_bytes, f"truncated: {size_bytes:,} of {spec.size_bytes:,} bytes"
     return WeightsState.WRONG, size_bytes, f"another file: {size_bytes:,} bytes, expected {spec.size_bytes:,}"

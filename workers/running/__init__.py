@@ -1,1 +1,1 @@
-"""Chunks to outcomes: Celery's tasks, one process a device, what a process keeps. The one door to Celery."""
+"""From chunks to outcomes: Celery's tasks, one process for each device. Only this folder imports Celery."""

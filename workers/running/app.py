@@ -1,7 +1,8 @@
-"""The one door to Celery: an app that carries chunk ids and nothing else, over Redis or a folder.
+"""Celery's app. Its messages carry chunk ids and nothing else, over Redis or a folder.
 
-Postgres is the truth. A message is a wake-up that may be lost, late or doubled, so there is no result backend, no
-retry by the broker, and a crash acknowledges its message: the reaper decides what happens to the work.
+Postgres is the truth. A message only wakes a worker up: it may be lost, late or come twice. So there is no result
+backend and no retry by the broker. After a crash the message counts as done, and the reaper decides what happens to
+the work.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from kombu.exceptions import OperationalError
 from db.settings import settings
 
 QUEUE = "maskfleet"
-# Of chunks that a worker had before. Redis' queues are looked at in the order of their names, so it comes first.
+# The queue of chunks that a worker had before. Redis reads the queues in the order of their names, so it comes first.
 FIRST_QUEUE = "first.maskfleet"
 SEGMENT_CHUNK = "maskfleet.segment_chunk"
 
 
 def make_app(broker_url: str | None) -> Celery:
-    """An app on redis://… or, for one machine, on filesystem:///folder (made when missing)."""
+    """An app on redis://… or, for one machine, on filesystem:///folder (created when missing)."""
     app = Celery("maskfleet", include=["workers.running.tasks"])
     app.conf.update(
         broker_url=broker_url,
@@ -44,7 +45,7 @@ def make_app(broker_url: str | None) -> Celery:
         worker_send_task_events=True,
         task_send_sent_event=True,
         worker_hijack_root_logger=False,
-        # Seconds in which a child must say that it is up. On a busy machine Celery's 4 s killed each child, for ever.
+        # Seconds in which a child must report that it is up. With Celery's 4 s, a busy machine killed every child.
         worker_proc_alive_timeout=120.0,
         worker_lost_wait=1.0,  # seconds from a child's death to its report; a child that died sends no result
     )
@@ -52,7 +53,7 @@ def make_app(broker_url: str | None) -> Celery:
         app.conf.update(
             broker_url="filesystem://",
             broker_transport_options=_folders(Path(urlsplit(broker_url).path)),
-            worker_send_task_events=False,  # nobody listens, and each event would leave a file
+            worker_send_task_events=False,  # nobody reads them, and each event would leave a file
             task_send_sent_event=False,
             worker_enable_remote_control=False,
         )
@@ -60,11 +61,11 @@ def make_app(broker_url: str | None) -> Celery:
 
 
 class BrokerAway(ConnectionError):
-    """The broker does not answer; the message says why."""
+    """The broker does not answer. The message gives the reason."""
 
 
 def check_broker() -> str:
-    """The broker's address without its password, once it answers. Raises BrokerAway."""
+    """Check that the broker answers. Returns its address without the password. Raises BrokerAway."""
     try:
         with app.connection_for_read() as connection:
             connection.ensure_connection(max_retries=1, timeout=5)
@@ -74,7 +75,7 @@ def check_broker() -> str:
 
 
 def publish_chunks(chunk_ids: Sequence[int], *, queue: str = QUEUE, broker: Celery | None = None) -> None:
-    """Send one message a chunk over one connection; raises kombu's OperationalError when the broker is away."""
+    """Send one message for each chunk over one connection. Raises kombu's OperationalError when the broker is away."""
     sender = broker or app
     with sender.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, timeout=5)
@@ -86,10 +87,10 @@ def publish_chunks(chunk_ids: Sequence[int], *, queue: str = QUEUE, broker: Cele
 
 
 def waiting_messages() -> int:
-    """How many messages wait in both queues; raises kombu's OperationalError when the broker is away."""
+    """How many messages wait in both queues. Raises kombu's OperationalError when the broker is away."""
     waiting = 0
     for queue in (FIRST_QUEUE, QUEUE):
-        with app.connection_for_read() as connection, suppress(*connection.channel_errors):  # an empty one is not there
+        with app.connection_for_read() as connection, suppress(*connection.channel_errors):  # if empty, it is absent
             connection.ensure_connection(max_retries=1, timeout=5)
             waiting += int(connection.default_channel.queue_declare(queue, passive=True).message_count)
     return waiting

@@ -1,8 +1,8 @@
-"""One chunk of assets to outcomes: fetch and decode ahead, segment, store behind.
+"""From a chunk's assets to their outcomes. Fetching and decoding run ahead of the model, storing runs behind it.
 
-The order of writes carries the failure contract. Before anything touches an asset it stands in the chunk's `in_flight`
-marker, committed; its outcome is committed together with the marker of what comes next. So whatever kills this
-process, the reaper knows which few assets were in its hands.
+The failure contract depends on the order of writes. An asset is put into the chunk's `in_flight` column, and that is
+committed, before anything reads the asset. Its outcome is committed together with the next `in_flight`. So whatever
+kills this process, the reaper knows the few assets that it worked on.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from workers.running.worker import Worker, release, unfit
 from workers.storage.asset import Source
 from workers.storage.source import open_source
 
-_LOOKAHEAD = 2  # batches marked and decoded beyond the one on the device, so that it never waits for a commit
+_LOOKAHEAD = 2  # batches marked and decoded ahead of the one on the device, so that the device waits for no commit
 _FETCH_THREADS = 4
 
 log = logging.getLogger(__name__)
 
 
 class Draining(Exception):
-    """The worker was asked to stop: what is left of the chunk goes back."""
+    """The worker was asked to stop. The rest of the chunk is released."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkReport:
-    """What one run of a chunk did; shown by Flower as the task's result."""
+    """The counts of one run of a chunk. Flower shows them as the task's result."""
 
     labeled: int = 0
     failed: int = 0
@@ -49,9 +49,9 @@ class ChunkReport:
 
 
 def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
-    """Claim a chunk and work through it; None when there is nothing to claim (a late or doubled message).
+    """Claim a chunk and work through it. None when there is nothing to claim: the message was late or came twice.
 
-    Raises ProcessUnfit; every other trouble ends in outcomes, in the chunk's release, or in its lease running out.
+    Raises ProcessUnfit. Every other problem ends in outcomes, in the chunk's release, or in its lease running out.
     """
     with worker.engine.begin() as db:
         chunk = leases.claim_chunk(
@@ -66,14 +66,14 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
         run.work_through(assets)
     except LeaseLost as lost:
         log.warning("%s", lost)
-        release(worker, chunk)  # changes nothing unless the chunk is still ours, its job cancelled
+        release(worker, chunk)  # has an effect only when the chunk is still ours, because its job was cancelled
     except Draining:
-        log.info("chunk %d of job %d goes back: the worker stops", chunk.id, chunk.job_id)
+        log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id)
         release(worker, chunk)
     except TransientError as error:
-        log.warning("chunk %d of job %d goes back: %s", chunk.id, chunk.job_id, redact(str(error)))
+        log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(error)))
         release(worker, chunk, pause=True, error=str(error))
-    except ModelError as error:  # a part of the model that is opened when it is first asked
+    except ModelError as error:  # some parts of a model are loaded at their first use
         raise unfit(worker, chunk, chunk.model, error) from error
     return ChunkReport(
         labeled=run.labeled,
@@ -84,7 +84,7 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
 
 
 class _ChunkRun:
-    """The state of one chunk while it runs: its heartbeat, its fetching threads, its one storing thread."""
+    """The state of one chunk while it runs: its heartbeat, its fetching threads, and its one storing thread."""
 
     def __init__(self, worker: Worker, chunk: ClaimedChunk) -> None:
         self.labeled = 0
@@ -99,7 +99,7 @@ class _ChunkRun:
         self._progress_at = time.monotonic()
 
     def work_through(self, assets: Sequence[Asset]) -> None:
-        """Bring every asset to its outcome, suspects alone and last, then mark the chunk done."""
+        """Find the outcome of every asset, then mark the chunk done. Suspects run last, each alone."""
         heart = threading.Thread(target=self._beat, name=f"heartbeat-{self._chunk.id}", daemon=True)
         heart.start()
         try:
@@ -115,7 +115,7 @@ class _ChunkRun:
 
     def _segment_all(self, assets: Sequence[Asset]) -> None:
         if self._chunk.asked.get("prompts"):
-            assets = self._pass_by_unprompted(assets)
+            assets = self._skip_unprompted(assets)
         if not assets:
             return
         encode, look = encode_and_look(self._worker, self._chunk, self._go_on)
@@ -127,8 +127,8 @@ class _ChunkRun:
         self._run_batches(batches, encode, look, lookahead=_LOOKAHEAD)
         self._run_batches(suspects, encode, look, lookahead=0)
 
-    def _pass_by_unprompted(self, assets: Sequence[Asset]) -> list[Asset]:
-        """Label the assets that the job has no prompt for, with no masks and unread; returns the others."""
+    def _skip_unprompted(self, assets: Sequence[Asset]) -> list[Asset]:
+        """Label the assets without a prompt, with no masks and without reading them. Returns the other assets."""
         with self._worker.engine.begin() as db:
             prompted = prompts.prompted_assets(db, chunk=self._chunk)
         self._record([NewOutcome(asset_id=asset.id) for asset in assets if asset.id not in prompted], in_flight=[])
@@ -149,7 +149,7 @@ class _ChunkRun:
         ):
 
             def store(k: int, outcomes: Sequence[NewOutcome]) -> None:
-                """Commit the outcomes before batch k and the marker of what follows; only then fetch the latter."""
+                """Commit the outcomes before batch k and mark the next batches in flight. Only then fetch those."""
                 marked = [asset for batch in batches[k : k + lookahead + 1] for asset in batch]
                 self._record(outcomes, marked)
                 for asset in marked:
@@ -176,7 +176,7 @@ class _ChunkRun:
         return decode(content, name=asset.key, max_pixels=self._settings.max_pixels)
 
     def _segment_batch(self, batch: Sequence[Asset], encode: Encode, look: Look) -> list[NewOutcome]:
-        """Outcomes of a batch; an asset that could not be read for a passing reason has none yet."""
+        """Outcomes of a batch. An asset that could not be read for a temporary reason has none yet."""
         outcomes: list[NewOutcome] = []
         images: list[tuple[Asset, RgbImage]] = []
         for asset in batch:
@@ -188,7 +188,7 @@ class _ChunkRun:
                 outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
         began = time.perf_counter()
         encoded = self._embed(encode, images, outcomes)
-        share_seconds = (time.perf_counter() - began) / max(len(encoded), 1)  # each image's part of its batch's pass
+        share_seconds = (time.perf_counter() - began) / max(len(encoded), 1)  # each image's share of the batch's time
         for asset, image, embedding in encoded:
             self._go_on()
             started = time.perf_counter() - share_seconds
@@ -204,7 +204,7 @@ class _ChunkRun:
         return outcomes
 
     def _go_on(self) -> None:
-        """Tell the heartbeat that work gets done; raises LeaseLost when it is for nothing."""
+        """Tell the heartbeat that the work progresses. Raises LeaseLost when the lease was lost."""
         if self._lost.is_set():
             raise LeaseLost(f"chunk {self._chunk.id}: the lease was lost while it ran")
         self._progress_at = time.monotonic()
@@ -212,7 +212,7 @@ class _ChunkRun:
     def _embed(
         self, encode: Encode, images: Sequence[tuple[Asset, RgbImage]], outcomes: list[NewOutcome]
     ) -> list[tuple[Asset, RgbImage, Any]]:
-        """Encode a batch; what does not fit on the device is halved down to single images, then given up."""
+        """Encode a batch. When it fails, halve it, down to single images. A single image that fails gets an outcome."""
         if not images:
             return []
         try:
@@ -227,7 +227,7 @@ class _ChunkRun:
         return [*self._embed(encode, images[:half], outcomes), *self._embed(encode, images[half:], outcomes)]
 
     def _put_off(self, asset: Asset, error: TransientError) -> list[NewOutcome]:
-        """Leave the asset for the chunk's next run, unless that was tried often enough."""
+        """Leave the asset for the chunk's next run. After MAX_TRANSIENT_FAILURES tries the asset fails."""
         if self._chunk.transient_failures + 1 < leases.MAX_TRANSIENT_FAILURES:
             self._transient = error
             return []
@@ -235,7 +235,7 @@ class _ChunkRun:
         return [NewOutcome(asset_id=asset.id, error_kind=ErrorKind.INTERNAL, error=storable_text(text))]
 
     def _record(self, outcomes: Sequence[NewOutcome], in_flight: Sequence[Asset]) -> None:
-        """Store under the lease; while Postgres is away, try again until the lease would have run out."""
+        """Store under the lease. While Postgres is away, try again until the lease would have expired."""
         give_up_at = time.monotonic() + self._settings.lease_seconds
         pause = 0.5
         while True:
@@ -261,7 +261,7 @@ class _ChunkRun:
         self.labeled += len(outcomes) - failed
 
     def _beat(self) -> None:
-        """Extend the lease while assets get finished; a process in which nothing moves is given up."""
+        """Extend the lease while assets get finished. A process without progress for hang_seconds is given up."""
         while not self._over.wait(self._settings.lease_seconds / 4):
             if time.monotonic() - self._progress_at > self._settings.hang_seconds:
                 log.error("chunk %d: no asset finished for %g s", self._chunk.id, self._settings.hang_seconds)

@@ -1,6 +1,6 @@
-"""One Celery worker process pinned to each device of this machine, watched and restarted.
+"""One Celery worker process for each device of this machine, watched and restarted.
 
-Holds no CUDA context and loads no torch: devices are asked of `nvidia-smi`, and each worker sees only its own.
+This process holds no CUDA context and loads no torch. `nvidia-smi` lists the devices. Each worker sees only its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from workers.running.tasks import RUN_DIR_VARIABLE, SUPERVISOR_VARIABLE
 
 _LONGEST_PAUSE_SECONDS = 60.0
 _HEALTHY_SECONDS = 60.0  # a worker that lived this long starts again without a pause
-_MOST_QUICK_DEATHS = 10  # then the device is given up: something is wrong that a restart does not mend
+_MOST_QUICK_DEATHS = 10  # then the device is given up: a restart does not fix what is wrong
 _MOST_QUICK_DEATHS_WHILE_WAITED_FOR = 3
 _POLL_SECONDS = 0.5
 
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 class DeviceError(ValueError):
-    """The devices asked for are not there."""
+    """The requested devices do not exist."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """name: what Flower shows before the @host, such as gpu0. cuda_id: index, UUID or MIG UUID; empty for the CPU."""
+    """name: shown by Flower before the @host, such as gpu0. cuda_id: index, UUID or MIG UUID; empty for the CPU."""
 
     name: str
     cuda_id: str = ""
@@ -47,7 +47,7 @@ class Device:
 def find_devices(wanted: str) -> list[Device]:
     """The devices of `--devices`: `all` (every CUDA device, or the CPU), `cpu`, `0,1`, `cpu,cpu`.
 
-    Raises DeviceError naming what is there.
+    Raises DeviceError, which names the devices that exist.
     """
     present = _cuda_ids()
     if wanted == "all":
@@ -68,7 +68,7 @@ def find_devices(wanted: str) -> list[Device]:
 
 
 def _cuda_ids() -> list[str]:
-    """UUIDs of the CUDA devices this process may use; of a card cut into MIG slices, those of the slices."""
+    """UUIDs of the CUDA devices that this process may use. A card cut into MIG slices gives the slices' UUIDs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [part for part in visible.split(",") if part not in ("", "-1")]
@@ -77,7 +77,7 @@ def _cuda_ids() -> list[str]:
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (subprocess.SubprocessError, OSError) as error:
-        raise DeviceError(f"nvidia-smi is there and does not answer: {error}") from error
+        raise DeviceError(f"nvidia-smi is installed but does not answer: {error}") from error
     cards = re.split(r"(?m)^GPU ", listed)[1:]
     return [
         i
@@ -88,7 +88,7 @@ def _cuda_ids() -> list[str]:
 
 @dataclass(slots=True, kw_only=True)
 class _WorkerProcess:
-    """A Celery worker, its folder (stop file, fault count) and how it fared."""
+    """A Celery worker, its folder (stop file, fault count) and its restarts so far."""
 
     device: Device
     run_dir: Path
@@ -108,11 +108,12 @@ def serve(
     top_up_seconds: float = 10,
     parent_pid: int | None = None,
 ) -> int:
-    """Run a worker on each device until `stop` is set; returns the exit code: 1 when every device was given up.
+    """Run a worker on each device until `stop` is set. Returns the exit code: 1 when every device was given up.
 
-    Then each worker finishes the batch in its hands and gives its chunk back; what is not done after drain_seconds is
-    killed, and the leases run out. top_up is called now and then, so that the queue fills even when no dispatcher runs.
-    With parent_pid the workers also stop when that process is gone, and a device is given up sooner: somebody waits.
+    Then each worker finishes its current batch and releases its chunk. A worker that needs longer than drain_seconds is
+    killed, and its lease expires. top_up is called every top_up_seconds, so that the queue fills even when no
+    dispatcher runs. With parent_pid the workers also stop when that process has ended, and a device is given up sooner,
+    because a person waits.
     """
     most_quick_deaths = _MOST_QUICK_DEATHS if parent_pid is None else _MOST_QUICK_DEATHS_WHILE_WAITED_FOR
     with tempfile.TemporaryDirectory(prefix="maskfleet-worker-") as folder:
@@ -125,7 +126,7 @@ def serve(
             for worker in workers:
                 _keep_alive(worker, most_quick_deaths)
             if parent_pid is not None and os.getppid() != parent_pid:
-                log.info("the command that started these workers is gone")
+                log.info("the command that started these workers has ended")
                 break
             if time.monotonic() >= next_top_up:
                 topping_up = _in_background(top_up, topping_up)
@@ -135,7 +136,8 @@ def serve(
 
 
 def _in_background(action: Callable[[], object], before: threading.Thread | None) -> threading.Thread:
-    """Start the action unless it still runs: a frozen broker keeps it for half a minute, and signals must be heard."""
+    """Start the action in a thread, unless it still runs. A frozen broker blocks it for half a minute, and meanwhile
+    signals must still be handled."""
     if before is not None and before.is_alive():
         return before
     thread = threading.Thread(target=action, name="top-up", daemon=True)
@@ -144,7 +146,7 @@ def _in_background(action: Callable[[], object], before: threading.Thread | None
 
 
 def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
-    """Start the worker when it is down and its pause is over."""
+    """Start the worker when it does not run and its pause is over."""
     now = time.monotonic()
     if worker.given_up:
         return
@@ -160,13 +162,13 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
     worker.given_up = worker.quick_deaths >= most_quick_deaths
     pause = min(2.0 ** (worker.quick_deaths - 1), _LONGEST_PAUSE_SECONDS) if worker.quick_deaths else 0.0
     worker.restart_at = now + pause
-    what = "given up" if worker.given_up else f"starts again in {pause:g} s"
-    log.error("worker %s ended with %s and is %s", worker.device.name, code, what)
+    what = "is given up" if worker.given_up else f"starts again in {pause:g} s"
+    log.error("worker %s ended with exit code %s and %s", worker.device.name, code, what)
 
 
 def _start(worker: _WorkerProcess) -> None:
     name = worker.device.name
-    # -P: a folder called `db` or `workers` where the command was typed must not be imported.
+    # -P: a folder named `db` or `workers` in the current folder must not be imported.
     command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker"]
     command += ["--queues", f"{FIRST_QUEUE},{QUEUE}"]
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
@@ -177,7 +179,7 @@ def _start(worker: _WorkerProcess) -> None:
         RUN_DIR_VARIABLE: str(worker.run_dir),
         SUPERVISOR_VARIABLE: str(os.getpid()),
     }
-    # A session of its own: Ctrl-C reaches this process alone, which then drains its workers in order.
+    # The worker gets its own session. So Ctrl-C reaches only this process, which then drains its workers in order.
     worker.process = subprocess.Popen(command, env=environment, start_new_session=True)
     worker.started_at = time.monotonic()
     log.info("worker %s started as process %d", name, worker.process.pid)
@@ -196,5 +198,5 @@ def _drain(workers: Sequence[_WorkerProcess], drain_seconds: float) -> None:
         except subprocess.TimeoutExpired:
             log.warning("process %d did not stop within %g s and is killed", process.pid, drain_seconds)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # also what a dead main process may have left of its pool
+            os.killpg(process.pid, signal.SIGKILL)  # also ends pool children that a dead main process left behind
         process.wait()

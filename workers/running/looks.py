@@ -1,4 +1,4 @@
-"""How a job's images are encoded and looked at: everything, what prompts say, or what a detector finds."""
+"""How a job's images are encoded, and how their masks are found: everything, by prompts, or by a detector."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from workers.prompts import Prompt, PromptError, fit_all
 from workers.running.outcomes import Found, list_unused
 from workers.running.worker import Worker, loading
 
-_PROMPTS_A_CALL = 256  # then the heartbeat hears of it: ten thousand prompts on one asset take minutes
+_PROMPTS_A_CALL = 256  # the heartbeat is told after each call: ten thousand prompts on one asset take minutes
 
 Encode = Callable[[Sequence[RgbImage]], list[Any]]
-"""What a look needs of each of some images: the model's embedding, at least."""
+"""Encodes a batch of images. Returns for each image what `Look` needs: at least the model's embedding."""
 Look = Callable[[Asset, RgbImage, Any], Found]
-"""Finds an asset's masks in its image with what the encoder made of that."""
+"""Finds an asset's masks, from its image and from the result of `Encode` for it."""
 AskedOf = Callable[[Asset], Sequence[Any]]
-"""What is asked of an asset: prompts as they are stored."""
+"""Gives the prompts of an asset, as they are stored."""
 
 
 def encode_and_look(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], None]) -> tuple[Encode, Look]:
-    """How this chunk's images are encoded, and looked at; loads what it takes.
+    """The two functions that encode this chunk's images and find their masks. Loads the models they need.
 
-    go_on: called between parts of long work; raises when the work is for nothing.
+    go_on: called between parts of long work. It raises when the chunk's lease was lost.
     """
     with loading(worker, chunk, chunk.model):
         require_same_weights(find_model(chunk.model), chunk.model_version)
@@ -92,7 +92,7 @@ def _prompted_look(asking: _Asking, asked_of: AskedOf) -> Look:
         try:
             masks, lost = asking.answer(image, embedding, prompts)
         except PromptError:
-            masks, lost, unreadable = asking.answer_apart(image, embedding, prompts)
+            masks, lost, unreadable = asking.answer_one_by_one(image, embedding, prompts)
             wrong += unreadable
         if len(wrong) == len(asked):
             raise AssetError(ErrorKind.BAD_PROMPT, f"{asset.key}: {list_unused(wrong, len(asked), 'prompts')}")
@@ -115,7 +115,7 @@ def _detected_look(asking: _Asking, asked: AskedDetector) -> Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asking:
-    """What prompts are asked of. phrases: boxes what prompts say in text, for models that take none."""
+    """Asks prompts of a model. phrases: finds boxes for text prompts, when the model takes no text."""
 
     model: Model
     params: PromptParams
@@ -123,16 +123,16 @@ class _Asking:
     phrases: _Phrases | None = None
 
     def answer(self, image: RgbImage, embedding: Any, prompts: Sequence[Asked]) -> tuple[list[Mask], list[str]]:
-        """The masks of prompts, and what is wrong with boxes that were found for them. Raises PromptError."""
+        """The masks of prompts, and a reason for each found box that cannot be used. Raises PromptError."""
         lost: list[str] = []
         if self.phrases is not None:
             prompts, lost = self.phrases.box(image, prompts)
         return self.ask(image, embedding, prompts), lost
 
-    def answer_apart(
+    def answer_one_by_one(
         self, image: RgbImage, embedding: Any, prompts: Sequence[Asked]
     ) -> tuple[list[Mask], list[str], list[str]]:
-        """The same, and what is wrong with prompts that cannot be read, such as a text that is too long."""
+        """The same, prompt by prompt, and a reason for each prompt that cannot be read, such as a too long text."""
         masks: list[Mask] = []
         lost: list[str] = []
         unreadable: list[str] = []
@@ -147,7 +147,7 @@ class _Asking:
         return masks, lost, unreadable
 
     def ask(self, image: RgbImage, embedding: Any, prompts: Sequence[Asked]) -> list[Mask]:
-        """The masks of any number of prompts, the heartbeat hearing of it now and then."""
+        """The masks of any number of prompts. The heartbeat is told after every _PROMPTS_A_CALL prompts."""
         masks: list[Mask] = []
         for some in _slices(prompts, _PROMPTS_A_CALL):
             found = self.model.prompted(image, embedding, [prompt for prompt, _ in some], self.params)
@@ -159,7 +159,7 @@ class _Asking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Phrases:
-    """A job's detector of what phrases say."""
+    """A job's detector that finds boxes for phrases."""
 
     detector: PhraseDetector
     threshold: float
@@ -170,14 +170,14 @@ class _Phrases:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Detected:
-    """What a detector found in an image, and the image's embedding, which is None where it found nothing."""
+    """The boxes that a detector found in an image, and the image's embedding. It is None when no box was found."""
 
     boxes: Sequence[Detection]
     embedding: Any
 
 
 def _detecting(model: Model, detector: Detector, asked: AskedDetector) -> Encode:
-    """The detector before the model's encoder, which sees only the images with a box."""
+    """Runs the detector first. The model then encodes only the images that have a box."""
 
     def encode(images: Sequence[RgbImage]) -> list[_Detected]:
         found = [

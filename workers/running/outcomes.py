@@ -1,4 +1,4 @@
-"""From what a model found, or what went wrong, to an asset's outcome."""
+"""Makes an asset's outcome, from the found masks or from the error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class ProcessUnfit(RuntimeError):
     """This process can label nothing: its CUDA context is broken, or its model cannot be loaded.
 
-    It must end without a verdict on any asset; others may be fit.
+    It must end without a verdict on any asset, because other processes may work.
     """
 
 
@@ -35,7 +35,7 @@ class Found:
 
 
 def judge(error: Exception) -> tuple[ErrorKind, str]:
-    """The verdict on an asset that raised; raises ProcessUnfit when it is the process that is broken."""
+    """The verdict on an asset that raised this error. Raises ProcessUnfit when the process is broken, not the asset."""
     if isinstance(error, AssetError):
         return error.kind, str(error)
     from workers.engine.device import DeviceFault, device_fault
@@ -44,12 +44,12 @@ def judge(error: Exception) -> tuple[ErrorKind, str]:
         case DeviceFault.LOST:
             raise ProcessUnfit(str(error)) from error
         case DeviceFault.OUT_OF_MEMORY:
-            return ErrorKind.GPU_OOM, f"does not fit in device memory even alone: {error}"
+            return ErrorKind.GPU_OOM, f"does not fit in device memory, even alone: {error}"
     return ErrorKind.INTERNAL, f"{type(error).__name__}: {error}"
 
 
 def failed_outcome(asset: Asset, error: Exception, *, job_id: int) -> NewOutcome:
-    """The outcome of an asset that raised; our own mistakes are logged. Raises ProcessUnfit as `judge` does."""
+    """The outcome of an asset that raised this error. Internal errors are logged. Raises ProcessUnfit like `judge`."""
     kind, text = judge(error)
     if kind is ErrorKind.INTERNAL:
         log.error("asset %d of job %d: %s", asset.id, job_id, redact(text), exc_info=error)
@@ -57,12 +57,12 @@ def failed_outcome(asset: Asset, error: Exception, *, job_id: int) -> NewOutcome
 
 
 def storable_text(text: str) -> str:
-    """A message without secrets, and without what Postgres refuses in text."""
+    """A message without secrets, with the characters that Postgres refuses escaped, at most 2,000 characters."""
     return storable(redact(text))[:2000]
 
 
 def list_unused(wrong: Sequence[str], asked: int | None, what: str) -> str:
-    """One line for the asset's row; the first reasons stand for the rest."""
+    """One line for the asset's row. It gives the first _SHOWN_REASONS reasons and counts the rest."""
     of = "" if asked is None else f" of {asked}"
     more = f"; and {len(wrong) - _SHOWN_REASONS} more" if len(wrong) > _SHOWN_REASONS else ""
     return f"{len(wrong)}{of} {what} cannot be used: {'; '.join(wrong[:_SHOWN_REASONS])}{more}"

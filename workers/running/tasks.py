@@ -1,6 +1,6 @@
-"""The Celery side of a worker: one task, and what a process sets up once and keeps.
+"""The Celery side of a worker: one task, and the parts that a process sets up once and keeps.
 
-Everything heavy happens in the pool's child, on first use: importing this module loads neither torch nor a model.
+Heavy work happens only in the pool's child, at first use. The import of this module loads no torch and no model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from workers.running.chunk import ChunkReport, run_chunk
 from workers.running.outcomes import ProcessUnfit
 from workers.running.worker import Worker
 
-# Set by `maskfleet worker`, which owns the folder: the file `stop` in it means that the worker drains.
+# Set by `maskfleet worker`, which owns the folder. A file `stop` in it means that the worker drains.
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 SUPERVISOR_VARIABLE = "MASKFLEET_WORKER_SUPERVISOR"  # its process id
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,15 +47,15 @@ log = logging.getLogger(__name__)
 
 @worker_init.connect
 def _end_with_the_supervisor(**_: object) -> None:
-    """Have Linux send this (main) process SIGTERM when its supervisor is gone, however that ended.
+    """Make Linux send SIGTERM to this (main) process when its supervisor ends, in any way.
 
-    Else it would keep its device for ever, beside the worker that a new supervisor starts there.
+    Otherwise it would keep its device, beside the worker that a new supervisor starts there.
     """
     supervisor = os.environ.get(SUPERVISOR_VARIABLE)
     if supervisor is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(supervisor):  # it was gone before
+    if os.getppid() != int(supervisor):  # it had ended before
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -75,7 +75,7 @@ def _log_plainly(**_: object) -> None:
 
 @app.task(name=SEGMENT_CHUNK, bind=True)
 def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
-    """Label one chunk. A late, doubled or foreign message finds nothing to claim and does nothing."""
+    """Label one chunk. A message that is late, foreign or comes twice finds nothing to claim and does nothing."""
     if type(chunk_id) is not int:
         log.error("message with chunk id %r: expected a whole number; ignored", chunk_id)
         return None
@@ -91,9 +91,9 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
 
 
 def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | None:
-    """Run a chunk; while Postgres is away, wait with the message in hand, for its queue must not be emptied in vain.
+    """Run a chunk. While Postgres is away, keep the message and wait. Otherwise the queue would be emptied for nothing.
 
-    A chunk that was claimed before Postgres went is not claimed again: its lease runs out, and it goes on elsewhere.
+    A chunk that was claimed before the outage is not claimed again. Its lease expires, and another worker continues it.
     """
     pause = 0.5
     while True:
@@ -113,7 +113,7 @@ def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | N
 def _expire_lease_of_dead(
     sender: Task | None = None, exception: Exception | None = None, args: tuple[int, ...] = (), **_: object
 ) -> None:
-    """The pool's child died: its lease need not run out in time, this (main) process knows that nobody holds it."""
+    """The pool's child died: end its lease now. This (main) process knows that nobody else holds it."""
     if not isinstance(exception, WorkerLostError) or sender is None:
         return
     worker = _worker(sender.request.hostname or "worker")
@@ -123,13 +123,13 @@ def _expire_lease_of_dead(
     except DBAPIError as error:
         if not is_passing(error):
             raise
-        log.warning("chunk %d: Postgres is away, its lease will run out: %s", args[0], _one_line(error))
+        log.warning("chunk %d: Postgres is away; it continues after its lease expires: %s", args[0], _one_line(error))
         return
     top_up_or_say(worker.engine)
 
 
 def top_up_or_say(engine: Engine) -> None:
-    """`top_up`, for those who do it on the way: what passes is a line in the log, and somebody tops up later."""
+    """`top_up`, but a temporary error is only logged, because another process tops up later."""
     try:
         top_up(engine)
     except DBAPIError as error:
@@ -139,11 +139,11 @@ def top_up_or_say(engine: Engine) -> None:
 
 
 def top_up(engine: Engine) -> int:
-    """Reap expired leases, finish jobs, refill the queue; returns how many chunks were sent.
+    """Reap expired leases, finish jobs, refill the queue. Returns how many chunks were sent.
 
-    Idempotent and safe from many processes at once. Commits before it publishes: what a crash or a flushed broker
-    swallows in between is sent again after `resend_seconds`, but not while its message may still wait in the queue, or
-    a deployment without workers would fill its broker with copies.
+    Idempotent, and safe from many processes at once. It commits before it publishes. A chunk whose message is lost in
+    between, in a crash or a flushed broker, is sent again after `resend_seconds`. But not while its message may still
+    wait in the queue: otherwise a deployment without workers would fill its broker with copies.
     """
     deployment = settings()
     sent = queue.Window([], [])
@@ -172,7 +172,7 @@ def top_up(engine: Engine) -> int:
 def _worker(name: str) -> Worker:
     url = settings().database_url
     if url is None:
-        raise RuntimeError("MASKFLEET_DATABASE_URL is not set: a worker stores what it finds in Postgres")
+        raise RuntimeError("MASKFLEET_DATABASE_URL is not set: a worker stores its results in Postgres")
     return Worker(
         name=name,
         engine=open_engine(url.get_secret_value()),
@@ -197,7 +197,7 @@ def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detec
 
 
 def _leave() -> None:
-    """End this child without a verdict; after several in a row stop the worker, for it would only eat chunks."""
+    """End this child without a verdict. After _MOST_FAULTS of these in a row, stop the worker: it can label nothing."""
     faults = _faults_file()
     seen = len(faults.read_text()) + 1 if faults.exists() else 1
     if faults.parent.is_dir():

@@ -1,4 +1,4 @@
-"""Who runs chunks, and how a chunk is handed back."""
+"""The worker that runs chunks, and how it releases a chunk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LoadDetector = Callable[[AskedDetector], Detector | PhraseDetector]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """Who runs chunks, and with what: fixed for the life of a process."""
+    """The worker that runs chunks, with its tools. It stays the same for the life of a process."""
 
     name: str
     engine: Engine
@@ -40,7 +40,7 @@ def release(worker: Worker, chunk: ClaimedChunk, *, pause: bool = False, error: 
 
 @contextmanager
 def loading(worker: Worker, chunk: ClaimedChunk, name: str) -> Iterator[None]:
-    """What keeps a model from loading here may not elsewhere, so it is no verdict on job or assets."""
+    """Turn a failed load into `unfit`. The model may load elsewhere, so this is no verdict on the job or its assets."""
     try:
         yield
     except Exception as error:
@@ -48,6 +48,6 @@ def loading(worker: Worker, chunk: ClaimedChunk, name: str) -> Iterator[None]:
 
 
 def unfit(worker: Worker, chunk: ClaimedChunk, name: str, error: Exception) -> ProcessUnfit:
-    """Hand the chunk back with the reason on its job, for a worker that has the model."""
+    """Release the chunk, for a worker that has the model, and store the reason on the job."""
     release(worker, chunk, error=f"{name} cannot be loaded: {error}")
     return ProcessUnfit(f"{name} cannot be loaded: {error}")

@@ -1,1 +1,1 @@
-"""How sam_nano is trained: drawn scenes, losses, stages. Nothing here runs in a job."""
+"""The training of sam_nano: drawn scenes, losses, stages. Nothing here runs in a job."""

@@ -1,7 +1,7 @@
-"""Writes the dozen files of `maskfleet demo`: drawn scenes as a bucket would hold them, and four that are no images.
+"""Writes the dozen files of `maskfleet demo`: drawn scenes as in a bucket, and four files that are not images.
 
-`python -m workers.training.demo_scenes --out orchestrator/scenes`. They ship with the package; this file says where
-they come from and draws them again.
+`python -m workers.training.demo_scenes --out orchestrator/scenes`. The files ship with the package. This script shows
+where they come from, and can draw them again.
 """
 
 import argparse
@@ -15,18 +15,18 @@ import numpy as np
 
 from workers.training.scenes import RgbImage, draw_scene
 
-# Neither training (below 2 ** 40) nor the benchmark draws these.
+# Training (below 2 ** 40) and the benchmark use other seeds.
 FIRST_SEED = 8_000_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoScene:
-    """One drawn file: its key, its seed after FIRST_SEED, its upright size, and whether it is a phone's portrait."""
+    """One drawn file. seed: added to FIRST_SEED. size_hw: the upright size. is_turned: it is a phone's portrait."""
 
     key: str
     seed: int
     size_hw: tuple[int, int]
-    is_turned: bool = False  # stored on its side, with the EXIF orientation 6 that sets it upright
+    is_turned: bool = False  # stored rotated by 90 degrees; EXIF orientation 6 makes it upright
 
 
 DEMO_SCENES = (
@@ -43,7 +43,7 @@ DEMO_SCENES = (
 
 
 def write_demo_scenes(out: Path) -> None:
-    """Write every file of the demo below out, replacing what has its name."""
+    """Write every file of the demo into the folder out. Files of the same name are replaced."""
     for scene in DEMO_SCENES:
         _write(out / scene.key, _encode_scene(scene))
     whole = _encode(".jpg", draw_scene(FIRST_SEED + 12, (384, 512)).image)
@@ -81,7 +81,7 @@ def _add_orientation(jpeg: bytes, orientation: int) -> bytes:
 
 
 def _huge_png(side_px: int) -> bytes:
-    """A well-formed header that asks for side x side RGB pixels, and hardly any data."""
+    """A valid header for side x side RGB pixels, with almost no data."""
     header = struct.pack(">IIBBBBB", side_px, side_px, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(name, body) for name, body in chunks)

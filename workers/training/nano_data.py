@@ -1,4 +1,4 @@
-"""Batches of drawn scenes for sam_nano's training, with the prompts that are asked of them."""
+"""Batches of drawn scenes for sam_nano's training, with their prompts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from workers.training.scenes import Scene, draw_scene
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """B images and K objects of each, in the frame of the crop, S pixels a side.
+    """B images with K objects each, in the frame of the crop, which is S x S pixels.
 
     images: (B, 3, S, S) float32, normalised. targets: (B, K, S/2, S/2) float32, the share 0..1 of a mask cell that
-    the object covers. boxes_xyxy: (B, K, 4) float32. background: (B, S/2, S/2) float32, as targets.
-    offset_xy: of the crop in the embedding's grid.
+    the object covers. boxes_xyxy: (B, K, 4) float32. background: (B, S/2, S/2) float32, like targets.
+    offset_xy: the crop's offset in the embedding's grid.
     """
 
     images: torch.Tensor
@@ -47,12 +47,12 @@ class Prompts:
 
 
 def draw_batch(plan: Plan, step: int, done: float) -> Batch:
-    """The batch of a step, from scenes that no other step has; done: the part 0..1 of the time that is over."""
+    """The batch of a step, from scenes that no other step uses. done: the part 0..1 of the time that is over."""
     rng = np.random.default_rng((plan.seed, step))
     cells, count = next((cells, count) for end, cells, count in STAGES if done < end)
     samples = [draw_sample(rng, cells * PATCH_SIZE_PX) for _ in range(count)]
     images, targets, boxes, background = (torch.from_numpy(np.stack(part)) for part in zip(*samples, strict=True))
-    # In multiples of the attention windows, so that a crop is cut into the windows of the whole.
+    # The offset is a multiple of the attention window, so a crop has the same windows as the whole image.
     room = (EMBEDDING_SIZE - cells) // 8 + 1
     return Batch(
         images=images.to(plan.device),
@@ -64,7 +64,7 @@ def draw_batch(plan: Plan, step: int, done: float) -> Batch:
 
 
 def draw_sample(rng: np.random.Generator, side_px: int) -> tuple[npt.NDArray[np.float32], ...]:
-    """One scene as (image, targets, boxes, background) of a Batch, padded as Sam.preprocess pads."""
+    """One scene as (image, targets, boxes, background) of a Batch, padded like Sam.preprocess."""
     scene = _draw_padded_scene(rng, side_px)
     image = np.zeros((3, side_px, side_px), np.float32)
     h, w = scene.owner.shape
@@ -79,7 +79,7 @@ def draw_sample(rng: np.random.Generator, side_px: int) -> tuple[npt.NDArray[np.
 
 
 def _draw_padded_scene(rng: np.random.Generator, side_px: int) -> Scene:
-    """A scene with objects in it, as large as the frame or shorter on one side."""
+    """A scene with objects. It is as large as the frame, or shorter on one side."""
     is_whole = side_px == IMAGE_SIZE_PX
     while True:
         size = [side_px, side_px]

@@ -12,7 +12,7 @@ from workers.training.nano_data import Batch, Prompts
 
 
 def encode(model: Sam, batch: Batch) -> torch.Tensor:
-    """ImageEncoderViT.forward for a crop that keeps its place in the positional embedding: (B, C, h, w)."""
+    """ImageEncoderViT.forward for a crop. The crop keeps its place in the positional embedding. (B, C, h, w)."""
     encoder = model.image_encoder
     x0, y0 = batch.offset_xy
     with _autocast(batch.images):
@@ -26,7 +26,7 @@ def encode(model: Sam, batch: Batch) -> torch.Tensor:
 def decode(model: Sam, batch: Batch, embeddings: torch.Tensor, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
     """MaskDecoder.predict_masks for P prompts on each of B images at once.
 
-    Gives logits (B, P, 4, h, w), the single mask first and then the three, and predicted IoU (B, P, 4) float32.
+    Returns logits (B, P, 4, h, w), the single mask first, then the other three, and predicted IoU (B, P, 4) float32.
     """
     decoder, prompt_encoder = model.mask_decoder, model.prompt_encoder
     b, c, h, w = embeddings.shape
@@ -50,7 +50,7 @@ def decode(model: Sam, batch: Batch, embeddings: torch.Tensor, prompts: Prompts)
 
 
 def embed_prompts(model: Sam, batch: Batch, prompts: Prompts) -> torch.Tensor:
-    """The tokens (B * P, N, C) of points and boxes, moved from the crop's frame to the image's; in float32."""
+    """The tokens (B * P, N, C) of points and boxes, moved from the crop's frame to the image's. float32."""
     shift = torch.tensor(batch.offset_xy, device=batch.images.device) * PATCH_SIZE_PX
     points = None
     if prompts.points is not None and prompts.labels is not None:
@@ -61,5 +61,5 @@ def embed_prompts(model: Sam, batch: Batch, prompts: Prompts) -> torch.Tensor:
 
 
 def _autocast(like: torch.Tensor) -> torch.autocast:
-    # Half the time on a CPU with avx512_bf16 (measured 2026-11-20); positions and losses stay in float32.
+    # It takes half the time on a CPU with avx512_bf16 (measured 2026-11-20). Positions and losses stay in float32.
     return torch.autocast(like.device.type, torch.bfloat16)

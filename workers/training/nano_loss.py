@@ -1,4 +1,4 @@
-"""sam_nano's loss, and the clicks that correct what it got wrong."""
+"""sam_nano's loss, and the clicks that correct its errors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from workers.training.nano_plan import BACKGROUND_CLICKS, BOX_WEIGHT, CORRECTION
 
 
 def compute_loss(model: Sam, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """Clicks, then boxes, then corrections of the clicks' own masks."""
+    """The loss of clicks, of boxes, and of corrections to the clicks' masks."""
     embeddings = encode(model, batch)
     clicks, points, logits, ious, report = click_loss(model, batch, embeddings)
-    # A third of the boxes are drawn by a loose hand, a sixth come with a click.
+    # A third of the boxes are inexact. In a sixth of the batches the boxes come with a click.
     points_of_boxes = sample_points(batch.targets)[:, :, None] if torch.rand(()) < 1 / 6 else None
     labels_of_boxes = None if points_of_boxes is None else torch.ones_like(points_of_boxes[..., 0])
     prompts = Prompts(points=points_of_boxes, labels=labels_of_boxes, boxes=jitter(batch.boxes_xyxy))
     boxed, report["box"] = single_mask_loss(model, batch, embeddings, prompts)
-    # Corrections go to the mask that the model itself would show.
+    # Corrections are for the mask that the model itself would choose.
     shown = ious[..., 1:].argmax(-1)[:, :CORRECTIONS, None, None, None].expand(-1, -1, 1, *logits.shape[-2:])
     targets = batch.targets[:, :CORRECTIONS]
     first = logits[:, :CORRECTIONS, 1:].gather(2, shown)[:, :, 0].detach().float()
@@ -37,9 +37,9 @@ def compute_loss(model: Sam, batch: Batch) -> tuple[torch.Tensor, dict[str, floa
 def click_loss(
     model: Sam, batch: Batch, embeddings: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, float]]:
-    """One click on each object and some on the background, where no mask is right and only the IoU is taught.
+    """One click on each object, and some on the background. There no mask is right, and only the IoU is trained.
 
-    Gives the loss, the points (B, P, 2), logits (B, P, 4, h, w), predicted IoU (B, P, 4), and the report.
+    Returns the loss, the points (B, P, 2), logits (B, P, 4, h, w), predicted IoU (B, P, 4), and the report.
     """
     k = batch.targets.shape[1]
     ground = batch.background[:, None].expand(-1, BACKGROUND_CLICKS, -1, -1)
@@ -47,7 +47,7 @@ def click_loss(
     prompts = Prompts(points=points[:, :, None], labels=torch.ones_like(points[..., :1]))
     logits, ious = decode(model, batch, embeddings, prompts)
     true = true_ious(logits, torch.cat([batch.targets, torch.zeros_like(ground)], dim=1))
-    # The best of the three learns most; the others follow a little, so that none is left to rot.
+    # The best of the three masks learns most. The others learn a little, so that all stay usable.
     losses = mask_losses(logits[:, :k], batch.targets)
     three = losses[..., 1:]
     shapes = three.amin(-1).mean() + 0.15 * three.mean() + 0.5 * losses[..., 0].mean()
@@ -66,7 +66,7 @@ def click_loss(
 def single_mask_loss(
     model: Sam, batch: Batch, embeddings: torch.Tensor, prompts: Prompts
 ) -> tuple[torch.Tensor, float]:
-    """Prompts that leave no doubt go to the first mask token; gives the loss and the mean IoU."""
+    """The loss and the mean IoU of clear prompts. They use the first mask token."""
     logits, ious = decode(model, batch, embeddings, prompts)
     targets = batch.targets[:, : logits.shape[1]]
     true = true_ious(logits[:, :, :1], targets)
@@ -75,7 +75,7 @@ def single_mask_loss(
 
 
 def mask_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy plus dice against covered shares: logits (B, P, M, h, w), targets (B, P, h, w) give (B, P, M)."""
+    """Cross entropy plus dice loss (B, P, M) of logits (B, P, M, h, w); targets (B, P, h, w) are covered shares."""
     logits = logits.float()
     targets = targets[:, :, None].expand_as(logits)
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((-2, -1))
@@ -87,7 +87,7 @@ def mask_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def true_ious(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """IoU of the thresholded masks on the mask grid, (B, P, M) float32; 0 for an empty target."""
+    """IoU of the thresholded masks on the mask grid, (B, P, M) float32. 0 for an empty target."""
     masks, wanted = logits > 0, targets[:, :, None] > 0.5
     both = (masks & wanted).sum((-2, -1)).float()
     return both / (masks | wanted).sum((-2, -1)).clamp(min=1).float()
@@ -95,7 +95,7 @@ def true_ious(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_points(weights: torch.Tensor) -> torch.Tensor:
-    """A random point of each map (B, P, h, w), of its cells above a half where it has any: (B, P, 2) xy pixels."""
+    """A random point of each map (B, P, h, w): (B, P, 2) xy pixels. In its cells above 0.5, if it has any."""
     chance = torch.rand_like(weights) * (weights + 10 * (weights > 0.5))
     flat = chance.flatten(2).argmax(-1)
     cell = torch.stack([flat % weights.shape[-1], flat // weights.shape[-1]], dim=-1).float()
@@ -106,7 +106,7 @@ def sample_points(weights: torch.Tensor) -> torch.Tensor:
 def sample_corrections(logits: torch.Tensor, targets: torch.Tensor, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Clicks on the errors of logits (B, P, h, w): points (B, P, count, 2) xy and labels (B, P, count), 1 inside."""
     inside = targets > 0.5
-    # Where nothing is wrong, the object gets another click.
+    # When nothing is wrong, the object gets another click.
     wrong = ((logits > 0) != inside).float() + 1e-3 * inside
     points = torch.stack([sample_points(wrong) for _ in range(count)], dim=2)
     x, y = ((points + 0.5) / MASK_CELL_PX).long().clamp(0, targets.shape[-1] - 1).unbind(-1)
@@ -115,7 +115,7 @@ def sample_corrections(logits: torch.Tensor, targets: torch.Tensor, *, count: in
 
 @torch.no_grad()
 def jitter(boxes_xyxy: torch.Tensor) -> torch.Tensor:
-    """The boxes (B, P, 4), the corners of a third of them off by about 5 % of the sides."""
+    """The boxes (B, P, 4). In a third of them the corners are shifted by about 5 % of the sides."""
     sides = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).repeat(1, 1, 2)
     is_loose = torch.rand_like(boxes_xyxy[..., :1]) < 1 / 3
     return boxes_xyxy + is_loose * 0.05 * sides * torch.randn_like(boxes_xyxy)

@@ -1,8 +1,8 @@
-"""Draws scenes whose masks are known to the pixel: a seed in, an RGB image and its objects out.
+"""Draws scenes with exact masks: from a seed to an RGB image and its objects.
 
-sam_nano is trained, measured and demonstrated on these and on nothing else. Every length follows `unit_px`, so one
-generator gives large scenes for the demo and cheap crops for training. No torch here: the tests of the rest of the
-house draw scenes too.
+sam_nano is trained, measured and demonstrated only on these scenes. Every length is relative to `unit_px`, so the same
+generator gives large scenes for the demo and small crops for training. It needs no torch, because other tests draw
+scenes too.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ RgbImage: TypeAlias = npt.NDArray[np.uint8]  # (H, W, 3), 0..255
 Owner: TypeAlias = npt.NDArray[np.uint8]  # (H, W), 0 background, k the k-th object
 BoolMasks: TypeAlias = npt.NDArray[np.bool_]  # (N, H, W)
 
-# An object that shows less of itself than this is not one that a person would be asked to find.
+# An object with a smaller visible part than this is too hidden: no person would be asked to find it.
 MIN_VISIBLE_SHARE = 0.75
-MIN_VISIBLE_UNITS2 = 0.004  # 1049 px of a 512 px scene, some 32 px a side
+MIN_VISIBLE_UNITS2 = 0.004  # 1049 px in a 512 px scene, about 32 x 32 px
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One drawn image and who owns each pixel."""
+    """One drawn image, and the object that owns each pixel."""
 
     image: RgbImage
     owner: Owner
@@ -40,10 +40,10 @@ class Scene:
 
 
 def draw_scene(seed: int, size_hw: tuple[int, int] = (512, 512), *, unit_px: float | None = None) -> Scene:
-    """Draw the scene of a seed; the same arguments give the same bytes.
+    """Draw the scene of a seed. The same arguments give the same bytes.
 
-    unit_px: the length that objects and textures are measured in, by default the longer side. A unit larger than
-    the image draws a crop of a larger scene, with objects cut by the border.
+    unit_px: the unit of length for objects and textures, by default the longer side. With a unit larger than the image,
+    the image is a crop of a larger scene, and its border cuts objects.
     """
     rng = np.random.default_rng(seed)
     unit = float(unit_px or max(size_hw))
@@ -60,11 +60,11 @@ def draw_scene(seed: int, size_hw: tuple[int, int] = (512, 512), *, unit_px: flo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Style:
-    """What the objects of one scene have in common."""
+    """The properties that all objects of one scene share."""
 
     hues: npt.NDArray[np.float64]
     background: tuple[Colour, Colour]
-    uniform: tuple[Colour, Colour] | None  # every object in these colours, as cells under a microscope
+    uniform: tuple[Colour, Colour] | None  # all objects have these colours, like cells under a microscope
     objects_per_unit2: float
     radius_units: tuple[float, float]
     light_xy: tuple[float, float]
@@ -73,7 +73,7 @@ class _Style:
 
 
 def _choose_style(rng: np.random.Generator) -> _Style:
-    """Roll palette, light and crowd; one scene in seven is a field of small, alike cells."""
+    """Choose colours, light and number of objects at random. One scene in seven is a field of small, similar cells."""
     is_cells = rng.random() < 0.15
     hues = (rng.random() + rng.choice([0.12, 0.3, 0.5]) * rng.normal(size=4)) % 1.0
     background = colour_pair(rng, float(rng.random()), value=rng.uniform(0.1, 0.95))
@@ -95,7 +95,7 @@ def _choose_style(rng: np.random.Generator) -> _Style:
 
 
 def _draw_background(rng: np.random.Generator, size_hw: tuple[int, int], unit: float, style: _Style) -> Canvas:
-    """A material over the whole canvas, of finer or coarser grain than the objects', sometimes out of focus."""
+    """A material over the whole canvas, with a finer or coarser grain than the objects, sometimes out of focus."""
     canvas = paint(rng, size_hw, unit * rng.uniform(0.6, 1.8), style.background)
     if rng.random() < 0.35:
         canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), unit * rng.uniform(0.003, 0.012)), np.float32)
@@ -105,7 +105,7 @@ def _draw_background(rng: np.random.Generator, size_hw: tuple[int, int], unit: f
 def _place_object(
     rng: np.random.Generator, canvas: Canvas, owner: Owner, full_areas: list[int], *, unit: float, style: _Style
 ) -> None:
-    """Draw one more object over the others; none where it would hide one of them or hardly show itself."""
+    """Draw one more object over the others. None if it would hide another object, or would hardly be visible itself."""
     h, w = owner.shape
     shapes = SHAPES if style.uniform is None else (draw_ellipse, draw_blob)
     contours = shapes[rng.integers(len(shapes))](rng)
@@ -119,7 +119,7 @@ def _place_object(
     inside = alpha >= 0.5
     area = int(np.count_nonzero(inside))
     least_area = MIN_VISIBLE_UNITS2 * unit**2
-    # Cells lie side by side, and so do two thirds of the other objects.
+    # Cells do not overlap, and two thirds of the other objects do not either.
     least_share = MIN_VISIBLE_SHARE if style.uniform is None and rng.random() < 0.35 else 1.0
     hides = _hides_another(owner, part, inside, full_areas, least_share=least_share, least_area=least_area)
     if area < least_area or hides:
@@ -132,20 +132,20 @@ def _place_object(
 
 
 def _turn(rng: np.random.Generator, radius_px: float) -> npt.NDArray[np.float32]:
-    """The matrix that scales to a radius and turns by a random angle, for rows of xy."""
+    """The matrix, for rows of xy, that scales to a radius and rotates by a random angle."""
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, sin], [-sin, cos]], np.float32) * np.float32(radius_px)
 
 
 def _rasterise(contours: list[Contour], size_hw: tuple[int, int]) -> tuple[Plane, tuple[slice, slice]] | None:
-    """Coverage 0..1 over the rectangle of the canvas that the contours touch, and that rectangle; None outside."""
+    """Coverage 0..1 over the rectangle of the canvas that the contours touch, and the rectangle. None if outside."""
     low = np.floor(np.maximum(contours[0].min(axis=0) - 2, 0)).astype(int)
     high = np.ceil(np.minimum(contours[0].max(axis=0) + 3, size_hw[::-1])).astype(int)
     if (high - low < 3).any():
         return None
     alpha = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
-    # Four bits of sub-pixel position, even-odd filling: the second contour cuts a hole.
+    # Four bits of sub-pixel position. Even-odd filling: the second contour cuts a hole.
     fixed = [np.round((contour - low) * 16).astype(np.int32) for contour in contours]
     cv2.fillPoly(alpha, fixed, (255,), lineType=cv2.LINE_AA, shift=4)
     return np.asarray(alpha / np.float32(255), np.float32), np.s_[low[1] : high[1], low[0] : high[0]]
@@ -160,7 +160,7 @@ def _hides_another(
     least_share: float,
     least_area: float,
 ) -> bool:
-    """True where an earlier object would keep too small a share of itself, or too few pixels."""
+    """True when too small a share of an earlier object, or too few of its pixels, would stay visible."""
     covered = np.bincount(owner[part][inside], minlength=len(full_areas))
     for index in np.flatnonzero(covered[1:]) + 1:
         left = np.count_nonzero(owner == index) - covered[index]
@@ -170,7 +170,7 @@ def _hides_another(
 
 
 def _cast_shadow(canvas: Canvas, alpha: Plane, part: tuple[slice, slice], unit: float, style: _Style) -> None:
-    """Darken the canvas beside the object, away from the light, in place."""
+    """Darken the canvas beside the object, on the side away from the light. Works in place."""
     reach = max(2, round(unit * 0.02))
     framed = cv2.copyMakeBorder(alpha, reach, reach, reach, reach, cv2.BORDER_CONSTANT)
     soft = cv2.GaussianBlur(framed, (0, 0), unit * 0.006)
@@ -183,7 +183,7 @@ def _cast_shadow(canvas: Canvas, alpha: Plane, part: tuple[slice, slice], unit: 
 
 
 def _lay(rng: np.random.Generator, target: Canvas, alpha: Plane, unit: float, style: _Style) -> None:
-    """Composite one textured, shaded object over its rectangle of the canvas, in place."""
+    """Paint one textured, shaded object over its rectangle of the canvas, in place."""
     h, w = alpha.shape
     surface = paint(rng, (h, w), unit, style.uniform or _object_colours(rng, style, target[alpha >= 0.5]))
     y = np.linspace(-1, 1, h, dtype=np.float32)[:, None]
@@ -191,7 +191,7 @@ def _lay(rng: np.random.Generator, target: Canvas, alpha: Plane, unit: float, st
     slope = np.float32(rng.uniform(0, 0.4))
     shade = 1 + slope * (np.float32(style.light_xy[0]) * x + np.float32(style.light_xy[1]) * y)
     if rng.random() < 0.5:
-        # A rounded edge: darker towards the rim.
+        # A rounded edge is darker near the border.
         depth = cv2.distanceTransform((alpha >= 0.5).astype(np.uint8), cv2.DIST_L2, 3)
         rim = 1 - np.clip(depth / np.float32(unit * rng.uniform(0.006, 0.03)), 0, 1)
         shade = shade * (1 - np.float32(rng.uniform(0.2, 0.6)) * rim**2)
@@ -199,7 +199,7 @@ def _lay(rng: np.random.Generator, target: Canvas, alpha: Plane, unit: float, st
 
 
 def _object_colours(rng: np.random.Generator, style: _Style, covered: Canvas) -> tuple[Colour, Colour]:
-    """Colours that mostly stand off those of the background and of what the object covers, (P, 3)."""
+    """Colours that mostly differ from the background's colours and from the covered pixels. covered: (P, 3)."""
     others = np.stack([(style.background[0] + style.background[1]) / 2, covered.mean(axis=0)])
     apart = 100.0 if rng.random() < 0.9 else 60.0
     for _ in range(12):
@@ -210,7 +210,7 @@ def _object_colours(rng: np.random.Generator, style: _Style, covered: Canvas) ->
 
 
 def _develop(rng: np.random.Generator, canvas: Canvas, unit: float, style: _Style) -> RgbImage:
-    """What light, a lens and a sensor add: uneven light, contrast, blur, noise."""
+    """Add the effects of light, lens and sensor: uneven light, contrast, blur, noise."""
     h, w = canvas.shape[:2]
     unevenness = np.float32(rng.uniform(0, 0.5))
     light = 1 + unevenness * (draw_noise(rng, (h, w), unit * 0.7, 1) - 0.5)

@@ -1,4 +1,4 @@
-"""The outlines of drawn objects: contours around 0 of radius about 1; one inside another is a hole."""
+"""The outlines of drawn objects: contours around 0 with a radius of about 1. A contour inside another is a hole."""
 
 from collections.abc import Callable
 from typing import TypeAlias

@@ -13,7 +13,7 @@ Colour: TypeAlias = npt.NDArray[np.float32]  # (3,) RGB, 0..255
 
 
 def colour_pair(rng: np.random.Generator, hue: float, *, value: float) -> tuple[Colour, Colour]:
-    """Two colours of one material: mostly shades of one hue, sometimes quite different."""
+    """Two colours of one material: mostly shades of one hue, sometimes very different."""
     saturation = rng.uniform(0.05, 0.85)
     first = _hsv(hue, saturation, value)
     if rng.random() < 0.2:
@@ -30,7 +30,7 @@ def _hsv(hue: float, saturation: float, value: float) -> Colour:
 
 
 def paint(rng: np.random.Generator, size_hw: tuple[int, int], unit: float, colours: tuple[Colour, Colour]) -> Canvas:
-    """One material over a rectangle: a texture, sometimes worn by a second, fainter one."""
+    """One material over a rectangle: a texture, sometimes with a second, weaker one over it."""
     mix = _TEXTURES[rng.integers(len(_TEXTURES))](rng, size_hw, unit)
     if rng.random() < 0.3:
         mix = np.asarray(0.75 * mix + 0.25 * _grain(rng, size_hw, unit), np.float32)
@@ -39,7 +39,7 @@ def paint(rng: np.random.Generator, size_hw: tuple[int, int], unit: float, colou
 
 
 def draw_noise(rng: np.random.Generator, size_hw: tuple[int, int], cell_px: float, octaves: int = 3) -> Plane:
-    """Smooth noise 0..1 of mean about a half, its coarsest grain cell_px wide."""
+    """Smooth noise 0..1 with a mean of about 0.5. Its coarsest grain is cell_px wide."""
     h, w = size_hw
     total = np.zeros(size_hw, np.float32)
     for octave in range(octaves):
@@ -62,7 +62,7 @@ def _sharpen(plane: Plane, gain: float) -> Plane:
     return np.asarray(np.clip(0.5 + (plane - 0.5) * np.float32(gain), 0, 1), np.float32)
 
 
-# Textures: each says how much of the second colour a pixel has, 0..1.
+# Textures. Each gives the share 0..1 of the second colour in every pixel.
 
 
 def _flat(rng: np.random.Generator, size_hw: tuple[int, int], unit: float) -> Plane:

@@ -1,8 +1,8 @@
-"""Trains sam_nano on scenes drawn on the fly: `python -m workers.training.train_nano --out DIR --seconds 4800`.
+"""Trains sam_nano on drawn scenes: `python -m workers.training.train_nano --out DIR --seconds 4800`.
 
-Most of the time goes to crops of the image, which cost a part of it and, keeping their place in the positional
-embeddings, teach the same thing; the last part is whole images. No photograph is ever read.
-The same seed draws the same scenes in the same order; how many steps fit into the seconds depends on the machine.
+Most of the time it trains on crops. A crop costs less than a whole image and teaches the same, because it keeps its
+place in the positional embeddings. The last part uses whole images. No photograph is ever read. The same seed draws the
+same scenes in the same order. The number of steps in the given seconds depends on the machine.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from workers.training.nano_plan import BACKGROUND_CLICKS, Plan
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 80
-# The last fit of the head: its batches give some 30,000 samples, which take ten minutes to draw and one to learn.
+# The last fit of the head. Its batches give about 30,000 samples. They take ten minutes to draw and one to learn.
 CLICKS_AN_OBJECT, HEAD_EPOCHS, HEAD_BATCH, HEAD_RATE = 2, 15, 512, 1e-3
 FIRST_HEAD_STEP = 10_000_000
 LOG_SECONDS, SAVE_SECONDS = 20, 120
@@ -41,7 +41,7 @@ LOG_SECONDS, SAVE_SECONDS = 20, 120
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything that a checkpoint holds. average: of the weights over the last steps, that which ships."""
+    """Everything that a checkpoint holds. average: the mean of the weights over the last steps; these weights ship."""
 
     model: Sam
     average: dict[str, torch.Tensor]
@@ -51,7 +51,7 @@ class Run:
 
 
 def train(plan: Plan) -> None:
-    """Train for plan.seconds, those of an interrupted run in plan.out counted; sam_nano.safetensors lies there then."""
+    """Train for plan.seconds, the time of an interrupted run included. Writes sam_nano.safetensors into plan.out."""
     plan.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     run = start_run(plan)
@@ -79,7 +79,7 @@ def train(plan: Plan) -> None:
 
 
 def start_run(plan: Plan) -> Run:
-    """A new run, from plan.start's weights where it names some, or the one whose checkpoint lies in plan.out."""
+    """The run whose checkpoint is in plan.out, or a new run, which starts from plan.start's weights if given."""
     model = (load_sam_nano("cpu", plan.start).train() if plan.start else init_weights(build_sam_nano())).to(plan.device)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     run = Run(model=model, average=average, optimizers=build_optimizers(model, plan.peak_rate))
@@ -94,7 +94,7 @@ def start_run(plan: Plan) -> Run:
 
 
 def save_run(run: Run, out: Path) -> None:
-    """Write the averaged weights, and a checkpoint to go on from."""
+    """Write the averaged weights, and a checkpoint from which the training can continue."""
     save_weights(run.average, out)
     document = {
         "model": run.model.state_dict(),
@@ -108,16 +108,17 @@ def save_run(run: Run, out: Path) -> None:
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], out: Path) -> None:
-    """Write weights in half precision, as they ship."""
+    """Write weights in half precision, as in the shipped file."""
     half = {name: value.half().contiguous().cpu() for name, value in weights.items()}
     save_file(half, out / "sam_nano.safetensors")
 
 
 def init_weights(model: Sam) -> Sam:
-    """Start from sines of the position, small residual branches, and attention between what is alike.
+    """Start from sines of the position, small residual branches, and attention between similar tokens.
 
-    With random queries and keys a token cannot tell places apart, and training spends its first minutes on that.
-    Equal ones (Trockman and Kolter, 2023, https://arxiv.org/abs/2305.09828) look near the point from the first step.
+    With random queries and keys a token cannot distinguish places, and the first minutes of training are spent on that.
+    With equal queries and keys (Trockman and Kolter, 2023, https://arxiv.org/abs/2305.09828) a token attends to near
+    places from the first step.
     """
     encoder = model.image_encoder
     encoder.pos_embed.data.copy_(0.5 * sine_grid(EMBEDDING_SIZE, encoder.pos_embed.shape[-1]))
@@ -129,8 +130,8 @@ def init_weights(model: Sam) -> Sam:
     for module in model.mask_decoder.transformer.modules():
         if isinstance(module, Attention):
             module.k_proj.weight.data.copy_(module.q_proj.weight.data.mul_(2))
-    # segment_anything draws frequencies of about one wave an image; small objects need finer ones. Rounded, since
-    # the shipped file is in half precision.
+    # segment_anything's random frequencies are about one wave in an image. Small objects need higher ones. They are
+    # rounded, because the shipped file is in half precision.
     matrix = model.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     matrix.copy_((matrix * 2.5).half().float())
     return model
@@ -145,9 +146,9 @@ def sine_grid(size: int, channels: int) -> torch.Tensor:
 
 
 def build_optimizers(model: Sam, peak_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformers, AdamW for all else.
+    """Muon for the matrices inside the transformers, AdamW for all other weights.
 
-    In the first 250 steps of this model Muon was ahead of AdamW at an equal rate (IoU of a click 0.24 against 0.18,
+    In the first 250 steps of this model Muon was better than AdamW at an equal rate (IoU of a click 0.24 against 0.18,
     2026-11-20).
     """
     matrices: list[torch.nn.Parameter] = []
@@ -162,14 +163,14 @@ def build_optimizers(model: Sam, peak_rate: float) -> list[torch.optim.Optimizer
 
 
 def learning_rate(plan: Plan, run: Run) -> float:
-    """Warm up, then a cosine over the run's time, down to a hundredth of the peak."""
+    """A warm-up, then a cosine over the run's time down to a hundredth of the peak."""
     done = min(run.seconds / plan.seconds, 1.0)
     warmth = min(1.0, (run.step + 1) / WARM_UP_STEPS)
     return plan.peak_rate * warmth * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def take_step(run: Run, batch: Batch, rate: float) -> dict[str, float]:
-    """One update of weights and average; gives the mean IoUs that tell how training goes."""
+    """One update of the weights and their average. Returns the mean IoUs, which show the training's progress."""
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -179,7 +180,7 @@ def take_step(run: Run, batch: Batch, rate: float) -> dict[str, float]:
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
         optimizer.step()
-    # The average moves quickly at first, over some 150 steps later.
+    # The average changes quickly at first. Later it covers about 150 steps.
     share = max(0.007, 9 / (run.step + 10))
     with torch.no_grad():
         for name, value in run.model.state_dict().items():
@@ -188,10 +189,10 @@ def take_step(run: Run, batch: Batch, rate: float) -> dict[str, float]:
 
 
 def fit_iou_head(model: Sam, plan: Plan) -> Sam:
-    """Train the head that predicts IoUs once more, alone: the masks stay as they are, so their IoUs hold still.
+    """Train the head that predicts IoUs once more, alone. The masks stay the same, so their IoUs stay the same.
 
-    Together with the rest it chases masks that get better all the while; alone its correlation with the true IoU rose
-    from 0.61 to 0.68 (held-out scenes, 2026-11-21).
+    When it is trained with the rest, the masks and their IoUs change all the time. Alone its correlation with the true
+    IoU rose from 0.61 to 0.68 (held-out scenes, 2026-11-21).
     """
     tokens, true, weights = (torch.cat(parts) for parts in zip(*draw_iou_samples(model, plan), strict=True))
     head = model.mask_decoder.iou_prediction_head
@@ -211,8 +212,10 @@ def fit_iou_head(model: Sam, plan: Plan) -> Sam:
 
 @torch.no_grad()
 def draw_iou_samples(model: Sam, plan: Plan) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Clicks and boxes on scenes that training did not draw: the head's input (n, C), the true IoUs (n, 4) and how much
-    each of these weighs (n, 4); a box asks for the first mask alone, a click on the background has no right mask."""
+    """Clicks and boxes on scenes that training did not use: the head's input (n, C), the true IoUs and their weights.
+
+    IoUs and weights are (n, 4). A box only asks for the first mask. A click on the background has no right mask.
+    """
     tokens: list[torch.Tensor] = []
     hook = model.mask_decoder.iou_prediction_head.register_forward_pre_hook(lambda _, given: tokens.append(given[0]))
     for number in range(plan.head_batches):
@@ -238,12 +241,12 @@ def draw_iou_samples(model: Sam, plan: Plan) -> Iterator[tuple[torch.Tensor, tor
 def _parse_plan() -> Plan:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the weights and of the checkpoint")
-    parser.add_argument("--seconds", type=float, default=4800, help="how long to train, in all")
+    parser.add_argument("--seconds", type=float, default=4800, help="how long to train in total")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak-rate", type=float, default=1.5e-3)
-    parser.add_argument("--head-batches", type=int, default=250, help="for the IoU head's last fit; 0 leaves it out")
-    parser.add_argument("--start", type=Path, help="weights to go on from, instead of random ones")
+    parser.add_argument("--head-batches", type=int, default=250, help="for the IoU head's last fit; 0 skips it")
+    parser.add_argument("--start", type=Path, help="weights to start from, instead of random ones")
     return Plan(**vars(parser.parse_args()))
 
 
