@@ -14,8 +14,8 @@ from db.states import Verdict
 class Tally:
     """How many masks of one model version, label and score band met one verdict.
 
-    band: the score's twentieth, 0..19, None for added masks. relabelled: edited ones with another label. measured,
-    iou_sum: of the edited ones whose correction could be read.
+    band: the score's twentieth, 0..19, None for added masks. relabelled: edited ones with another label, or with a
+    second one on the same pixels. measured, iou_sum: of the edited ones whose correction could be read.
     """
 
     model_version: str | None
@@ -98,7 +98,8 @@ def tallies(db: Connection, *, job_id: int, ls_project: LsProject) -> list[Tally
                            AS label,
                        CASE WHEN m.n IS NOT NULL THEN least(19, floor({_SCORE} * 20))::int END AS band,
                        r.verdict, count(*) AS masks,
-                       count(*) FILTER (WHERE r.verdict = 'edited' AND r.label <> coalesce(m.label, 'object'))
+                       count(*) FILTER (WHERE r.verdict = 'edited' AND (r.label <> coalesce(m.label, 'object')
+                                                                        OR r.iou = 1 AND r.counts IS NULL))
                            AS relabelled,
                        count(r.iou) AS measured, coalesce(sum(r.iou), 0)::float AS iou_sum
                 FROM mine JOIN ls_annotation n ON n.ls_task_id = mine.ls_task_id AND n.standing = 'chosen'

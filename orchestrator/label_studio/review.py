@@ -7,10 +7,11 @@ What counts, of an asset's task in the project:
   else the one changed last, is the asset's: each prediction is judged once. Everyone's time counts.
 - An annotation is judged by the prediction it began from. One that began from another version than the job's, or from
   nothing, is `elsewhere`: it appears by its version, and in `export --reviewed`, and in none of the other numbers.
-- kept: same pixels, same label. edited: pixels or label (`relabelled`) differ; its IoU is of what Label Studio showed
-  with what came back. deleted: no region of the mask is left. added: drawn by a person. `verdicts` has the details.
+- kept: same pixels, same label. edited: pixels or labels (`relabelled`) differ, also by a second label or a lost one;
+  its IoU is of what Label Studio showed with what came back. deleted: no region of the mask is left. added: drawn by
+  a person. `verdicts` has the details.
 - untouched: an asset whose predictions are all kept, and nothing added. Masks that were not shown (beyond a task's
-  limit of regions) are not judged.
+  limit of masks) are not judged.
 """
 
 from __future__ import annotations
