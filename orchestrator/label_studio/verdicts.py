@@ -94,12 +94,12 @@ def _region_ids(made: Mapping[str, Any]) -> set[str]:
 
 
 def compare(
-    before: Sequence[Region], after: Sequence[Region], *, asset_id: int | None, size_hw: tuple[int, int]
+    before: Sequence[Region], after: Sequence[Region], *, asset_id: int | None, size_hw: tuple[int, int] | None
 ) -> Comparison:
     """Judge an annotation's regions, `after`, by the prediction's, `before`.
 
-    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. A mask's
-    parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the mask's
+    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. size_hw: the
+    asset's frame; None where it is not known, and each region's own word is taken. A mask's parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the mask's
     region as its parent. Whatever else has pixels was added, each region by itself with its children. A mask has one
     label: of several on a region it is the first, and a second one or a lost one is an edit.
     """
@@ -144,7 +144,7 @@ class _Side:
         return {label for r in self.regions for label in self.labels_of.get(str(r.get("id"))) or ("",)}
 
 
-def _judge(n: int, before: _Side, after: _Side, size_hw: tuple[int, int]) -> tuple[RegionRow, int]:
+def _judge(n: int, before: _Side, after: _Side, size_hw: tuple[int, int] | None) -> tuple[RegionRow, int]:
     """The verdict on one mask, and how many of its regions could not be read."""
     if not after.regions:
         return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=before.label), 0
@@ -243,7 +243,7 @@ def _has_place(region: Region) -> bool:
     return kind.removesuffix("labels") in _NOT_READ or ("original_width" in region and kind not in _ATTRIBUTES)
 
 
-def _union(regions: Sequence[Region], size_hw: tuple[int, int]) -> tuple[BoolMask | None, int]:
+def _union(regions: Sequence[Region], size_hw: tuple[int, int] | None) -> tuple[BoolMask | None, int]:
     """The pixels of several regions together, None where none could be read, and how many could not."""
     pixels: BoolMask | None = None
     damaged = 0
