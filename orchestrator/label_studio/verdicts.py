@@ -98,10 +98,11 @@ def compare(
 ) -> Comparison:
     """Judge an annotation's regions, `after`, by the prediction's, `before`.
 
-    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. size_hw: the
-    asset's frame; None where it is not known, and each region's own word is taken. A mask's parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the mask's
-    region as its parent. Whatever else has pixels was added, each region by itself with its children. A mask has one
-    label: of several on a region it is the first, and a second one or a lost one is an edit.
+    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. size_hw:
+    the asset's frame; None where it is not known, and each region's own word is taken.
+    A mask's parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the
+    mask's region as its parent. Whatever else has pixels was added, each region by itself with its children. A mask has
+    one label: of several on a region it is the first, and a second one or a lost one is an edit.
     """
     before, results = [r for r in before if isinstance(r, Mapping)], [r for r in after if isinstance(r, Mapping)]
     shown = _by_mask([r for r in before if _is_drawn(r)], asset_id)
