@@ -64,9 +64,10 @@ def _notes(source: str, name: str, local_files: str | None, masks_left_out: int,
             "the LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT of a server with LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true"
         )
     if source.startswith("file://") and local_files is not None:
+        folder = unquote(source.removeprefix("file://")).rstrip("/")
         notes.append(
             f"{name}: the project also needs the images' folder as a source storage of the type Local files "
-            f"(Settings, Cloud Storage, Absolute local path {unquote(source.removeprefix('file://'))}); do not sync it"
+            f"(Settings, Cloud Storage, Absolute local path {folder}); do not sync it"
         )
     if masks_left_out:
         notes.append(f"{name}: {masks_left_out:,} masks without a single pixel are not in it")
