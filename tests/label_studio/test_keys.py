@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import boto3
 import httpx
@@ -13,6 +14,7 @@ from moto.server import ThreadedMotoServer
 from orchestrator.label_studio.addresses import address_faults, image_address
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.config import label_config
+from orchestrator.label_studio.setup import Wanted, make_project
 from tests.label_studio.server import Server, serve
 from workers.storage.source import open_source
 
@@ -85,6 +87,19 @@ def test_a_file_of_any_name_is_shown(label_studio: Server, client: LabelStudio) 
     }
 
     assert shown == {name: name.encode() for name in names}
+
+
+@pytest.mark.parametrize("as_address", [False, True])
+def test_setup_takes_a_folder_by_the_name_it_has(
+    label_studio: Server, client: LabelStudio, request: pytest.FixtureRequest, as_address: bool
+) -> None:
+    folder = label_studio.files / "50%41 off" / str(as_address)
+    folder.mkdir(parents=True)
+    source = f"file://{quote(str(folder))}" if as_address else str(folder)
+
+    set_up = make_project(client, request.node.name[:50], Wanted(source=source, local_files=True))
+
+    assert [storage["path"] for storage in client.list_storages("localfiles", set_up.project.id)] == [str(folder)]
 
 
 def _fetch(client: LabelStudio, server: Server, project_id: int, address: str) -> bytes | None:
