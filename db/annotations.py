@@ -20,13 +20,15 @@ from db.states import AnnotationStatus, Verdict
 class KnownTask:
     """A task of ours as the outbox knows it.
 
-    asset_ids: by model version, the asset that owns the masks of that prediction.
+    asset_ids: by model version, the asset that owns the masks of that prediction. size_hw: None where the asset was not
+    looked at. is_whole: no prediction of the task is in flight or in doubt.
     """
 
     ls_task_id: int
     task_id: int | None
-    size_hw: tuple[int, int]
+    size_hw: tuple[int, int] | None
     asset_ids: Mapping[str, int]
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,9 @@ def known_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequence[s
     rows = db.execute(
         text(
             """SELECT t.id, t.task_id, t.asset_uid, max(o.width) AS width, max(o.height) AS height,
-                      jsonb_object_agg(p.model_version, p.asset_id) AS asset_ids
+                      jsonb_object_agg(p.model_version, p.asset_id) AS asset_ids,
+                      NOT EXISTS (SELECT 1 FROM ls_prediction s WHERE s.ls_task_id = t.id AND s.state = 'sending')
+                          AS is_whole
                FROM ls_task t JOIN ls_prediction p ON p.ls_task_id = t.id AND p.state = 'done'
                JOIN outcome o ON o.asset_id = p.asset_id
                WHERE t.server = :server AND t.project_id = :project_id AND t.asset_uid = ANY(:uids)
@@ -94,10 +98,47 @@ def known_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequence[s
     )
     return {
         row.asset_uid: KnownTask(
-            ls_task_id=row.id, task_id=row.task_id, size_hw=(row.height, row.width), asset_ids=row.asset_ids
+            ls_task_id=row.id,
+            task_id=row.task_id,
+            size_hw=None if row.width is None else (row.height, row.width),
+            asset_ids=row.asset_ids,
+            is_whole=row.is_whole,
         )
         for row in rows
     }
+
+
+def remember_unjudged(db: Connection, *, ls_project: LsProject, asset_uids: Mapping[int, str]) -> None:
+    """Remember annotated tasks, by Label Studio's id, whose prediction is not known yet."""
+    db.execute(
+        text(
+            """INSERT INTO ls_unjudged (server, project_id, task_id, asset_uid)
+               SELECT :server, :project_id, * FROM unnest(CAST(:ids AS bigint[]), CAST(:uids AS text[]))
+               ON CONFLICT (server, project_id, task_id) DO UPDATE SET asset_uid = excluded.asset_uid"""
+        ),
+        {**ls_project.values(), "ids": list(asset_uids), "uids": list(asset_uids.values())},
+    )
+
+
+def forget_unjudged(db: Connection, *, ls_project: LsProject, task_ids: Sequence[int]) -> None:
+    """Forget remembered tasks: they have been judged, or are gone."""
+    statement = "DELETE FROM ls_unjudged WHERE server = :server AND project_id = :project_id AND task_id = ANY(:ids)"
+    db.execute(text(statement), {**ls_project.values(), "ids": list(task_ids)})
+
+
+def judgeable(db: Connection, *, ls_project: LsProject) -> dict[int, str]:
+    """The remembered tasks whose prediction is known by now: the asset_uid of each by Label Studio's id."""
+    rows = db.execute(
+        text(
+            """SELECT u.task_id, u.asset_uid FROM ls_unjudged u
+               JOIN ls_task t USING (server, project_id, task_id, asset_uid)
+               WHERE u.server = :server AND u.project_id = :project_id
+                 AND EXISTS (SELECT 1 FROM ls_prediction p WHERE p.ls_task_id = t.id AND p.state = 'done')
+               ORDER BY u.task_id"""
+        ),
+        ls_project.values(),
+    )
+    return dict(rows.tuples().all())
 
 
 def replace_annotations(db: Connection, *, annotations: Mapping[int, Sequence[AnnotationRow]]) -> None:

@@ -92,11 +92,14 @@ def project_lock(engine: Engine, *, ls_project: LsProject, wait: Callable[[], No
 def unpublished(
     db: Connection, *, job_id: int, ls_project: LsProject, after_asset_id: int, page: int
 ) -> list[Candidate]:
-    """The next labeled assets of a job, by asset id, that have no prediction in any state in the project."""
+    """The next labeled assets of a job, by asset id, that have no prediction in any state in the project.
+
+    Assets without a prompt in a job with prompts are left out: nobody looked at them, and their size is not known.
+    """
     rows = db.execute(
         text(
             """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
-               WHERE a.job_id = :job_id AND a.id > :after AND o.error_kind IS NULL
+               WHERE a.job_id = :job_id AND a.id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
                  AND NOT EXISTS (
                      SELECT 1 FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
                      WHERE p.asset_id = a.id AND t.server = :server AND t.project_id = :project_id)

@@ -15,7 +15,8 @@ class Tally:
     """How many masks of one model version, label and score band got one verdict.
 
     band: 0..19, each a twentieth of the score range 0..1; None for added masks. relabelled: edited masks with another
-    label. measured, iou_sum: over the edited masks whose correction could be read.
+    label, or with a second one on the same pixels. measured, iou_sum: over the edited masks whose correction could be
+    read.
     """
 
     model_version: str | None
@@ -104,7 +105,8 @@ def tallies(db: Connection, *, job_id: int, ls_project: LsProject) -> list[Tally
                            AS label,
                        CASE WHEN m.n IS NOT NULL THEN least(19, floor({_SCORE} * 20))::int END AS band,
                        r.verdict, count(*) AS masks,
-                       count(*) FILTER (WHERE r.verdict = 'edited' AND r.label <> coalesce(m.label, 'object'))
+                       count(*) FILTER (WHERE r.verdict = 'edited' AND (r.label <> coalesce(m.label, 'object')
+                                                                        OR r.iou = 1 AND r.counts IS NULL))
                            AS relabelled,
                        count(r.iou) AS measured, coalesce(sum(r.iou), 0)::float AS iou_sum
                 FROM mine JOIN ls_annotation n ON n.ls_task_id = mine.ls_task_id AND n.standing = 'chosen'

@@ -235,6 +235,17 @@ class LsPull(Base):
     pulled_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
+class LsUnjudged(Base):
+    """A task with annotations that were read before their prediction was known: it is read again when it is."""
+
+    __tablename__ = "ls_unjudged"
+
+    server: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(primary_key=True)  # Label Studio's
+    asset_uid: Mapped[str]
+
+
 class LsAnnotation(Base):
     """One annotation of an ls_task, as last read. All annotations of a task are replaced together."""
 

@@ -6,13 +6,16 @@ import functools
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from db import results, reviewed_masks
 from db.session import Connection
 from orchestrator.cli.app import JobArgument, app, deployment_engine, err, fail
+from orchestrator.cli.options import LocalFilesOption
+from orchestrator.cli.request import document_root
+from orchestrator.terminal.console import printable
 from orchestrator.terminal.jobs import read_job
 
 
@@ -38,6 +41,7 @@ def export(
         ),
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="With yolo: copy the images too.")] = False,
+    local_files: LocalFilesOption = None,
 ) -> None:
     """Write a job's masks as COCO, YOLO datasets, PNG files or Label Studio tasks, streaming.
 
@@ -48,21 +52,28 @@ def export(
     from orchestrator.export.png import export_png
     from orchestrator.export.yolo import export_yolo
 
-    write: dict[ExportFormat, Callable[..., Any]] = {
+    write: dict[ExportFormat, Callable[..., list[str] | None]] = {
         ExportFormat.COCO: export_coco,
         ExportFormat.YOLO: functools.partial(export_yolo, images=images),
         ExportFormat.PNG: export_png,
         ExportFormat.LABEL_STUDIO: export_label_studio,
     }
+    if local_files is not None and file_format is not ExportFormat.LABEL_STUDIO:
+        fail("--local-files goes with --format label-studio")
     if images and file_format is not ExportFormat.YOLO:
         fail("--images goes with --format yolo")
     engine = deployment_engine(statement_timeout_seconds=0)
     found, counts = read_job(engine, job)
     if counts.pending:
         err.print(f"job {job} is {found.state}: {counts.pending} assets are not in the export yet", style="yellow")
+    if local_files is not None:
+        root = document_root(local_files, found.source)
+        write[ExportFormat.LABEL_STUDIO] = functools.partial(export_label_studio, local_files=root)
     with engine.connect() as db:
-        write[file_format](db, found, out, _exported(db, job, reviewed=reviewed, min_score=min_score))
+        notes = write[file_format](db, found, out, _exported(db, job, reviewed=reviewed, min_score=min_score))
     err.print(f"wrote {out}")
+    for note in notes or ():
+        err.print(printable(note), style="yellow", markup=False)
 
 
 def _exported(

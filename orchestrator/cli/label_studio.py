@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +28,7 @@ from orchestrator.cli.app import (
     print_json,
     stop_on_signals,
 )
+from orchestrator.cli.options import LocalFilesOption
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.publication import Options
 from orchestrator.label_studio.publish import follow_project, publish_job
@@ -44,11 +44,6 @@ class RegionForm(StrEnum):
     RECTANGLE = "rectangle"
 
 
-LocalFilesOption = Annotated[
-    Path | None, typer.Option("--local-files", help="Label Studio's LOCAL_FILES_DOCUMENT_ROOT, for jobs over a folder.")
-]
-
-
 @app.command(epilog="Example: `maskfleet publish 12 --project 3`")
 def publish(
     job: Annotated[int | None, typer.Argument(help="The job's number; none with --follow: all.")] = None,
@@ -57,7 +52,9 @@ def publish(
         RegionForm.AUTO
     ),
     follow: Annotated[bool, typer.Option("--follow", help="Keep up until the job is over.")] = False,
-    max_regions: Annotated[int, typer.Option("--max-regions", min=1, help="Shown at most on a task.")] = 150,
+    max_masks: Annotated[
+        int, typer.Option("--max-masks", "--max-regions", min=1, help="Masks shown at most on a task, the best first.")
+    ] = 150,
     local_files: LocalFilesOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -71,9 +68,10 @@ def publish(
     if job is None and not follow:
         fail("which job? `maskfleet jobs` lists them; without one, --follow keeps up with all")
     engine = deployment_engine()
-    total = read_job(engine, job)[1].labeled if job is not None else None
+    counts = read_job(engine, job)[1] if job is not None else None
+    total = counts.labeled - counts.without_prompts if counts is not None else None
     root = str(local_files.absolute()) if local_files else None
-    options = Options(as_=as_.value, max_regions=max_regions, local_files=root)
+    options = Options(as_=as_.value, max_masks=max_masks, local_files=root)
     documents: dict[int, dict[str, Any]] = {}
     with connect_label_studio() as client, _progress_bars() as bars:
         bar = bars.add_task(f"project {number}", total=total)

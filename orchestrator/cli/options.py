@@ -78,6 +78,16 @@ NameOption = Annotated[str, typer.Option("--name", help="What people call the jo
 DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
 
 
+LocalFilesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--local-files",
+        metavar="ROOT",
+        help="For images in a folder: Label Studio's LOCAL_FILES_DOCUMENT_ROOT, a folder above them.",
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
     """What `run` and `submit` were given, as it was written; a field is an option of the same name."""

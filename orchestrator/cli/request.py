@@ -14,6 +14,7 @@ from orchestrator.cli.options import JobOptions
 from orchestrator.jobs.findings import matching_rows, nothing_found
 from orchestrator.jobs.request import Request
 from orchestrator.jobs.survey import Survey, survey
+from orchestrator.label_studio.addresses import image_address
 from orchestrator.prompts.detectors import read_detector, read_phrases
 from orchestrator.prompts.files import PromptFile, list_reports, read_prompts
 from orchestrator.terminal.console import printable
@@ -25,6 +26,15 @@ from workers.models.spec import ModelSpec
 from workers.params import ParamError, parse_params, parse_prompt_params
 from workers.prompts import Prompt, PromptKind
 from workers.storage.source import open_source
+
+
+def document_root(local_files: Path | None, source: str) -> str | None:
+    """Label Studio's document root, absolute. Raises PublishError where a folder's images are not below it."""
+    if local_files is None:
+        return None
+    root = str(local_files.expanduser().absolute())
+    image_address(open_source(source).uri(""), root)
+    return root
 
 
 def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:

@@ -9,9 +9,10 @@ import typer
 
 from db.settings import settings
 from orchestrator.cli.app import JsonOption, app, deployment_engine, err, fail, print_json
-from orchestrator.cli.options import DevicesOption, JobOptions, SourceArgument, takes_job_options
+from orchestrator.cli.options import DevicesOption, JobOptions, LocalFilesOption, SourceArgument, takes_job_options
 from orchestrator.cli.request import (
     demonstration_notice,
+    document_root,
     job_request,
     print_dry_run,
     print_survey,
@@ -52,17 +53,20 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="Where the results go.", show_default=False)],
     options: JobOptions,
     devices: DevicesOption = "all",
+    local_files: LocalFilesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Label a folder or bucket on this machine alone, with nothing installed or started.
 
-    Ctrl-C leaves a job that the same command resumes.
+    Ctrl-C leaves a job that the same command resumes. Label Studio shows the images of label-studio.json: those of a
+    folder only with --local-files.
     """
     spec = find_model(options.model) if options.model else largest_present()
     request = job_request(source, spec, options)
     if options.dry_run:
         print_dry_run(request, as_json)
         return
+    root = document_root(local_files, request.source)
     require_weights(spec)
     if request.detector:
         require_library(request.detector.kind)
@@ -71,7 +75,9 @@ def run(
     notice = demonstration_notice() if spec.demonstration else None
     if notice and not options.model:
         err.print(notice, style="yellow")
-    summary = _run_and_report(request, out, devices, as_json, notice=notice)
+    summary = _run_and_report(request, out, devices, as_json, notice=notice, local_files=root)
+    for note in summary["notes"]:
+        err.print(printable(note), style="dim", markup=False)
     why = nothing_found(request.source, summary["assets"]["listed"], summary["skipped"], _matched(summary))
     if why:
         err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
@@ -106,9 +112,11 @@ def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = Fa
     print_survey(request, found)
 
 
-def _run_and_report(request: Request, out: Path, devices: str, as_json: bool, *, notice: str | None) -> dict[str, Any]:
+def _run_and_report(
+    request: Request, out: Path, devices: str, as_json: bool, *, notice: str | None, local_files: str | None = None
+) -> dict[str, Any]:
     try:
-        outputs = run_embedded(request, out=out, devices=devices, console=err, notice=notice)
+        outputs = run_embedded(request, out=out, devices=devices, console=err, notice=notice, local_files=local_files)
     except KeyboardInterrupt:
         err.print("\nstopped; the same command goes on where it was")
         raise typer.Exit(INTERRUPTED) from None

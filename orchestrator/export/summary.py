@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from orchestrator.export.files import replacing
 from orchestrator.jobs.reports import detector_report, prompts_report, text_report
 
 
-def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[str, Any]:
-    """Write the results of a job as one JSON document, and return it. seconds: the caller's time for the job."""
+def write_summary(db: Connection, job: Job, out: Path, seconds: float, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the results of a job as one JSON document, and return it.
+
+    seconds: the caller's time for the job. notes: what a reader of the files beside it must know.
+    """
     counts = jobs.count_job(db, job_id=job.id)
     failed = results.failed_assets(db, job_id=job.id)
     busy = jobs.model_busy_fraction(db, job_id=job.id)
@@ -36,6 +40,7 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float) -> dict[s
         "masks": counts.masks,
         "failed_by_kind": counts.failed_by_kind,
         "failed": [{"key": a.key, "error_kind": a.error_kind, "error": a.error} for a in failed],
+        "notes": list(notes),
         "seconds": round(seconds, 3),
         "model_busy_fraction": None if busy is None else round(busy, 3),
     }

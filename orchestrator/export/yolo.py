@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import shutil
+import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 
 from db import results
 from db.jobs import Job
@@ -29,33 +29,63 @@ from db.results import LabeledAsset, StoredMask
 from db.session import Connection
 from db.settings import settings
 from orchestrator.export.files import new_folder
+from orchestrator.export.yolo_images import file_name, has_known_suffix, read_image, write_image
 from orchestrator.label_studio.names import DEFAULT_LABEL
-from orchestrator.shapes.polygons import fit_polygons
+from orchestrator.shapes.polygons import Polygons, fit_polygons
 from orchestrator.shapes.rasterise import Ring
 from orchestrator.shapes.runs import edges_of_masks
-from workers.storage.asset import Source
 from workers.storage.source import open_source
 
 _SETS = ("segment", "detect")
 _SPLITS = ("train", "val", "test")
 _PAGE = 20
+_MIN_IOU = 0.98  # an outline under it has lost more than 2 % of its mask
 
-log = logging.getLogger(__name__)
+
+@dataclass(slots=True)
+class _Told:
+    """What a dataset's outlines and images lost on the way, for a word at the end."""
+
+    masks: int = 0
+    empty: int = 0  # masks without a pixel
+    poor: int = 0  # outlines under _MIN_IOU, boxes in their stead included
+    boxes: int = 0
+    converted: int = 0  # images that became PNG or got another suffix
+    unread: int = 0  # images whose names trainers pass over
+
+    def notes(self, *, images: bool) -> list[str]:
+        notes = []
+        if self.poor:
+            boxes = f", {self.boxes:,} of them a box, for there is no outline" if self.boxes else ""
+            notes.append(
+                f"{self.poor:,} of {self.masks:,} outlines lost more than 2 % of their mask (IoU under {_MIN_IOU})"
+                f"{boxes}: YOLO knows one outline a mask, --format coco keeps masks exactly"
+            )
+        if self.empty:
+            notes.append(f"{self.empty:,} masks without a single pixel are not in it")
+        if self.converted:
+            notes.append(f"{self.converted:,} images got a name or a format that trainers read; images.jsonl has both")
+        if self.unread:
+            remedy = "they are no pictures any more" if images else "--images writes them so that they are read"
+            notes.append(f"{self.unread:,} images have names without a suffix that trainers know: {remedy}")
+        return notes
 
 
 def export_yolo(
     db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None, *, images: bool = False
-) -> None:
+) -> list[str]:
     """Write both datasets into a new folder, which appears when all is there. assets: instead of the labeled ones.
 
-    An asset without masks has an empty file, which YOLO takes as background. images: copy the images too, as they are;
-    what reads them must heed EXIF's orientation, as OpenCV and Pillow's exif_transpose do. Raises FileExistsError where
-    `out` is not new or empty, and AssetError for an image that is gone.
+    An asset without masks has an empty file, which YOLO takes as background. images: copy the images too, as they are
+    where trainers read them; what reads them must heed EXIF's orientation, as OpenCV and Pillow's exif_transpose do.
+    Returns what is to be said of the dataset. Raises FileExistsError where `out` is not new or empty, and AssetError
+    for an image that is gone.
     """
     source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
     labels = results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
     classes = {label: n for n, label in enumerate(labels)}
     used: set[str] = set()
+    told = _Told()
     with new_folder(out) as folder, (folder / "images.jsonl").open("w", encoding="utf-8") as index:
         for kind in ("labels", "images"):
             for name in _SETS:
@@ -64,14 +94,19 @@ def export_yolo(
         for asset in results.labeled_assets(db, job_id=job.id, page=_PAGE) if assets is None else assets:
             part = split(asset.key)
             used.add(part)
-            _write_labels(asset, folder, part, classes)
-            file = f"images/{part}/{asset.asset_id}{PurePosixPath(asset.key).suffix.lower()}"
-            line = {"file": file, "key": asset.key, "uri": source.uri(asset.key)}
-            index.write(json.dumps(line, ensure_ascii=False) + "\n")
+            _write_labels(asset, folder, part, classes, told)
+            name = file_name(asset.asset_id, asset.key)
             if images:
-                _copy_image(source, asset.key, [folder / name / file for name in _SETS])
+                data, suffix = read_image(source, asset.key)
+                own, name = name, f"{asset.asset_id}{suffix}"
+                told.converted += name != own
+                write_image(data, [folder / kind / "images" / part / name for kind in _SETS])
+            told.unread += not has_known_suffix(name)
+            line = {"file": f"images/{part}/{name}", "key": asset.key, "uri": source.uri(asset.key)}
+            index.write(json.dumps(line, ensure_ascii=False) + "\n")
         for name in _SETS:
             (folder / name / "data.yaml").write_text(_data_yaml(list(classes), used), encoding="utf-8")
+    return told.notes(images=images)
 
 
 def split(key: str) -> str:
@@ -80,29 +115,31 @@ def split(key: str) -> str:
     return "val" if place == 8 else "test" if place == 9 else "train"
 
 
-def _write_labels(asset: LabeledAsset, folder: Path, part: str, classes: dict[str, int]) -> None:
+def _write_labels(asset: LabeledAsset, folder: Path, part: str, classes: dict[str, int], told: _Told) -> None:
     masks = [mask for mask in asset.masks if mask.area_px > 0]
+    told.masks += len(masks)
+    told.empty += len(asset.masks) - len(masks)
     height, width = asset.size_hw
     segments, boxes = [], []
-    for mask, ring in zip(masks, _rings(masks, asset.size_hw), strict=True):
+    for mask, polygons in zip(masks, _outlines(masks, asset.size_hw), strict=True):
         label = mask.label if mask.label is not None else DEFAULT_LABEL
         number = classes.setdefault(label, len(classes))
         x, y, w, h = mask.bbox_xywh
         boxes.append(_line(number, [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]))
-        if ring is None:
-            log.warning("mask %d of asset %d has no outline: its box stands for it", mask.n, asset.asset_id)
+        told.poor += polygons is None or polygons.iou < _MIN_IOU
+        told.boxes += polygons is None
+        if polygons is None:
             ring = np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]]) * (100 / width, 100 / height)
+        else:
+            ring = _joined(polygons.rings)
         segments.append(_line(number, (ring.clip(0, 100) / 100).ravel().tolist()))
     for name, lines in zip(_SETS, (segments, boxes), strict=True):
         (folder / name / "labels" / part / f"{asset.asset_id}.txt").write_text("".join(lines))
 
 
-def _rings(masks: Sequence[StoredMask], size_hw: tuple[int, int]) -> list[Ring | None]:
-    """One outline a mask, in percent; None for noise that has none."""
-    if not masks:
-        return []
-    found = fit_polygons(edges_of_masks([mask.counts for mask in masks], size_hw), size_hw)
-    return [None if polygons is None else _joined(polygons.rings) for polygons in found]
+def _outlines(masks: Sequence[StoredMask], size_hw: tuple[int, int]) -> list[Polygons | None]:
+    """Polygons of each mask; None for noise that has none."""
+    return fit_polygons(edges_of_masks([mask.counts for mask in masks], size_hw), size_hw) if masks else []
 
 
 def _joined(rings: Sequence[Ring]) -> Ring:
@@ -120,19 +157,10 @@ def _line(number: int, values: Sequence[float]) -> str:
     return f"{number} " + " ".join(f"{value:.6f}" for value in values) + "\n"
 
 
-def _copy_image(source: Source, key: str, targets: Sequence[Path]) -> None:
-    """Write the image once, and give it the other names where the disk can."""
-    targets[0].write_bytes(source.read(key, settings().max_object_bytes))
-    for target in targets[1:]:
-        try:
-            os.link(targets[0], target)
-        except OSError:
-            shutil.copyfile(targets[0], target)
-
-
 def _data_yaml(names: Sequence[str], used: set[str]) -> str:
-    """JSON's strings are YAML's. Without `path` the splits are beside the file, wherever the folder is put."""
+    """Without `path` the splits are beside the file, wherever the folder is put."""
     lines = [f"{part}: images/{part if part in used else 'train'}" for part in _SPLITS]
     if len(used) < len(_SPLITS):
         lines.insert(0, "# With so few images a split is empty: train stands in for it.")
-    return "\n".join([*lines, "names:", *(f"  {n}: {json.dumps(name)}" for n, name in enumerate(names))]) + "\n"
+    classes = yaml.safe_dump({"names": dict(enumerate(names))}, allow_unicode=True, width=math.inf)
+    return "\n".join([*lines, classes])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
 from pathlib import PurePosixPath
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlparse, urlsplit
 
 from orchestrator.label_studio.errors import LabelStudioError
 
@@ -24,13 +25,29 @@ def image_address(uri: str, local_files: str | None) -> str:
         raise PublishError(
             "the job's images are files, which Label Studio cannot see by themselves: start it with "
             "LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true and LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT set to a folder "
-            "above them, then give that folder to `maskfleet label-studio setup --job JOB --local-files FOLDER` and to "
-            "`maskfleet publish … --local-files FOLDER`; or put the images into a bucket"
+            "above them, run `maskfleet label-studio setup --project ID --job JOB --local-files`, then "
+            "`maskfleet publish JOB --project ID --local-files FOLDER` with that folder; or put the images into a "
+            "bucket"
         )
-    path, root = PurePosixPath(unquote(uri.removeprefix("file://"))), PurePosixPath(local_files)
+    path, root = (PurePosixPath(posixpath.normpath(p)) for p in (unquote(uri.removeprefix("file://")), local_files))
     if not path.is_relative_to(root):
         raise PublishError(f"{path} is not below --local-files {root}: name a folder above the job's images")
     return f"/data/local-files/?d={quote(str(path.relative_to(root)))}"
+
+
+def address_faults(address: str) -> list[str]:
+    """Why Label Studio would ask for another object than the one an address names; empty where it would not.
+
+    It takes an s3:// address apart as below, which cuts it at a `?` and loses tabs, line ends, and spaces at the end.
+    """
+    if not address.startswith("s3://"):
+        return []
+    read = urlparse(address.strip(), allow_fragments=False)
+    bucket, key = read.netloc, read.path.lstrip("/")
+    if address == f"s3://{bucket}/{key}":
+        return []
+    fault = f"Label Studio would look for the key {key!r} instead, for it cuts addresses at ?, tabs, line ends, and"
+    return [f"{fault} spaces or slashes at an end: give the object another key"]
 
 
 def asset_uid(uri: str) -> str:

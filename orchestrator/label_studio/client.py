@@ -136,7 +136,7 @@ class LabelStudio:
         found: dict[str, list[FoundTask]] = {}
         for start in range(0, len(asset_ids), LOOKUP_SIZE):
             ids = list(asset_ids[start : start + LOOKUP_SIZE])
-            filters = [{"filter": _ASSET_ID, "operator": "in_list", "type": "List", "value": ids}]
+            filters = [has_asset_id(ids)]
             if model_version is not None:
                 filters.append(_has_version(model_version))
             for task in self.list_tasks(project_id, filters, include=("id", "data", "total_predictions")):
@@ -271,6 +271,11 @@ def pause_seconds(attempt: int, error: Unavailable) -> float:
     """How long to wait after the attempt, counted from 0: what the server asks for, or 0.5 s and doubling."""
     asked = error.retry_after_seconds
     return min(_LONGEST_PAUSE_SECONDS, asked if asked is not None else _FIRST_PAUSE_SECONDS * 2.0**attempt)
+
+
+def has_asset_id(asset_ids: Sequence[str]) -> dict[str, Any]:
+    """The Data Manager's filter for tasks of these data.asset_id."""
+    return {"filter": _ASSET_ID, "operator": "in_list", "type": "List", "value": list(asset_ids)}
 
 
 def _has_version(model_version: str) -> dict[str, Any]:

@@ -34,7 +34,12 @@ NEEDED_KINDS: Mapping[RegionKind, tuple[str, ...]] = {
     "rectangle": (RECTANGLE_CONTROL,),
 }
 TASK_FIELDS = ("asset_id", "width", "height")  # of a task's data, beside the image's address
-_VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
+_IMAGE_VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
+# As Label Studio reads them. Its page takes a value for a variable where it is one as a whole; its import wants what
+# the value of a tag with a name asks for, and there a variable may also stand in the middle.
+_VARIABLE = re.compile(r"\$([\w.\[\]{}]+)")
+_VARIABLE_ATTRIBUTES = ("value", "valueList", "on")
+_LITERAL_TAGS = ("Label", "Choice", "Relation")  # their value is a name; the page shows `$word` in it blank, no more
 
 
 class ConfigError(LabelStudioError):
@@ -70,11 +75,11 @@ def find_controls(label_config: str) -> Controls:
     except ElementTree.ParseError as error:
         raise ConfigError(f"the project's labeling config is no XML: {error}") from error
     image = root.find(".//Image")
-    variable = _VARIABLE.fullmatch(image.get("value", "")) if image is not None else None
+    variable = _IMAGE_VARIABLE.fullmatch(image.get("value", "")) if image is not None else None
     if image is None or variable is None:
         raise ConfigError(f'the labeling config has no image: add <Image name="{IMAGE_CONTROL}" value="$image"/>')
     carried = {variable[1], *TASK_FIELDS}
-    wanted = {name for tag in root.iter() for value in tag.attrib.values() for name in _VARIABLE.findall(value)}
+    wanted = {name for tag in root.iter() for name in _variables(tag)}
     if wanted - carried:
         names = ", ".join(f"${name}" for name in sorted(wanted - carried))
         raise ConfigError(f"the labeling config wants {names}, which published tasks do not have: take the tags out")
@@ -86,6 +91,18 @@ def find_controls(label_config: str) -> Controls:
                     name=element.get("name", ""), to_name=image.get("name", ""), labels=frozenset(_labels(element))
                 )
     return Controls(by_kind=by_kind, image_name=image.get("name", ""), image_field=variable[1])
+
+
+def _variables(tag: ElementTree.Element) -> Iterable[str]:
+    """The fields of a task's data that a tag takes its content from."""
+    named = tag.get("name") is not None
+    if tag.tag in _LITERAL_TAGS and not named:
+        return
+    for attribute in _VARIABLE_ATTRIBUTES:
+        value = tag.get(attribute, "")
+        found = _VARIABLE.fullmatch(value) or (_VARIABLE.search(value) if named and attribute == "value" else None)
+        if found:
+            yield re.split(r"[.\[{]", found[1])[0]
 
 
 def missing_lines(controls: Controls, *, kinds: Iterable[str], labels: Iterable[str]) -> list[str]:
@@ -230,5 +247,6 @@ def label_config(labels: Sequence[str]) -> str:
 
 
 def _check_label(label: str) -> None:
-    if not label.strip() or any(unicodedata.category(character) in ("Cc", "Cs", "Cn") for character in label):
+    # Not by "unassigned": XML takes every emoji that is newer than Python's tables.
+    if not label.strip() or any(unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff" for c in label):
         raise ValueError(f"label {label!r}: empty, or with control characters that Label Studio's config cannot carry")

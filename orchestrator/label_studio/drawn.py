@@ -32,17 +32,18 @@ class RegionError(ValueError):
 def mask_from_region(
     region: Mapping[str, Any], *, size_hw: tuple[int, int] | None = None, max_pixels: int = 100_000_000
 ) -> BoolMask:
-    """Read a polygon, brush, rectangle or ellipse region as (H, W) bool: the pixels whose centre it covers.
+    """Read a polygon, brush, magicwand, rectangle or ellipse region as (H, W) bool: the pixels whose centre it covers.
 
-    size_hw: the asset's frame, which the region must be of; without it the region's word is taken, up to max_pixels.
-    What lies outside the frame is cut off. Raises RegionError for a region that is not one of these or is damaged.
+    size_hw: the asset's frame, which the region must be of, and is of where it does not say; without size_hw the
+    region's word is taken, up to max_pixels. What lies outside the frame is cut off. Raises RegionError for a region
+    that is not one of these or is damaged.
     """
     frame = _frame(region, size_hw, max_pixels)
     kind, value = region.get("type"), region.get("value")
     if not isinstance(value, Mapping):
         raise RegionError(f"{_name(region)}: value is {type(value).__name__}, expected an object")
     try:
-        if kind in ("brushlabels", "brush"):
+        if kind in ("brushlabels", "brush", "magicwand"):  # the wand paints with the brush: its stream is the same
             return decode_brush(value.get("rle"), frame)
         if kind in ("polygonlabels", "polygon"):
             ring = ring_px(_points(region, value), frame)
@@ -51,7 +52,9 @@ def mask_from_region(
         elif kind in ("ellipselabels", "ellipse"):
             ring = _ellipse_px(region, value, frame)
         else:
-            raise RegionError(f"{_name(region)}: type {kind!r} has no mask; polygon, brush, rectangle and ellipse have")
+            raise RegionError(
+                f"{_name(region)}: type {kind!r:.50} has no mask; polygon, brush, rectangle, ellipse and magicwand have"
+            )
         return pixels_from_edges(polygon_edges([ring], frame), frame)
     except (BrushError, PolygonError) as error:
         raise RegionError(f"{_name(region)}: {error}") from error
@@ -59,22 +62,29 @@ def mask_from_region(
 
 def _frame(region: Mapping[str, Any], size_hw: tuple[int, int] | None, max_pixels: int) -> tuple[int, int]:
     """The region's (height, width), checked."""
-    sides = []
-    for name in ("original_height", "original_width"):
-        side = region.get(name)
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-            raise RegionError(f"{_name(region)}: {name} is {side!r:.50}, expected a whole number of pixels")
-        sides.append(side)
-    frame = (sides[0], sides[1])
+    known = size_hw or (None, None)
+    frame = (_side(region, "original_height", known[0]), _side(region, "original_width", known[1]))
     if size_hw is not None and frame != size_hw:
         raise RegionError(
             f"{_name(region)}: drawn on {frame[::-1]} pixels (width, height), the image has {size_hw[::-1]}"
         )
     if size_hw is None and frame[0] * frame[1] > max_pixels:
         raise RegionError(f"{_name(region)}: frame of {frame[1]} x {frame[0]}, more than {max_pixels} pixels")
-    if region.get("image_rotation", 0) != 0:
+    if region.get("image_rotation") not in (None, 0):
         raise RegionError(f"{_name(region)}: drawn on the image turned by {region['image_rotation']!r:.50} degrees")
     return frame
+
+
+def _side(region: Mapping[str, Any], name: str, known: int | None) -> int:
+    """A side of the region's frame in pixels; `known` where the region leaves it out, as imported ones may."""
+    side = region.get(name)
+    if side is None and known is not None:
+        return known
+    if isinstance(side, float) and side.is_integer():
+        side = int(side)
+    if not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise RegionError(f"{_name(region)}: {name} is {side!r:.50}, expected a whole number of pixels")
+    return side
 
 
 def _points(region: Mapping[str, Any], value: Mapping[str, Any]) -> Ring:

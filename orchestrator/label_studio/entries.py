@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 
+from orchestrator.label_studio.addresses import address_faults
 from orchestrator.label_studio.config import Controls, address_regions, faults
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import RegionKind
@@ -27,6 +28,10 @@ from workers.masks import Mask
 
 # 8 MB pass the proxies that stop at 10.
 MAX_BYTES = 8_000_000
+# What a page bears: fifty brushes on a megapixel take it 20 s and more to settle, where polygons take 5.
+MAX_BRUSH = 20
+# A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
+MAX_BRUSH_BYTES = 1_000_000
 _MOST_PROCESSES = 4  # two keep up with a server that shares their two cores
 
 
@@ -36,7 +41,7 @@ class Plan:
 
     controls: Controls
     as_: RegionKind
-    max_regions: int
+    max_masks: int
     model_version: str
 
 
@@ -101,7 +106,14 @@ def build_entries(plan: Plan, group: Sequence[Labeled]) -> list[Entry]:
 
 
 def _build_entry(plan: Plan, asset: Labeled) -> Entry:
-    regions = regions_for(asset.masks, asset_id=asset.asset_id, as_=plan.as_, max_regions=plan.max_regions)
+    regions = regions_for(
+        asset.masks,
+        asset_id=asset.asset_id,
+        as_=plan.as_,
+        max_masks=plan.max_masks,
+        max_brush=MAX_BRUSH,
+        max_brush_bytes=MAX_BRUSH_BYTES,
+    )
     address_regions(plan.controls, regions.result)
     task = _task(plan, asset, regions)
     prediction = _json(task["predictions"][0])
@@ -118,7 +130,7 @@ def _build_entry(plan: Plan, asset: Labeled) -> Entry:
         prediction=prediction,
         mask_count=len(asset.masks),
         ious=regions.ious,
-        error="; ".join(faults(plan.controls, task["predictions"][0])) or None,
+        error="; ".join([*address_faults(asset.address), *faults(plan.controls, task["predictions"][0])]) or None,
     )
 
 

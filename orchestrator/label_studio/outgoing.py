@@ -88,7 +88,7 @@ class Outgoing:
         plan = Plan(
             controls=self._controls,
             as_=options.as_,
-            max_regions=options.max_regions,
+            max_masks=options.max_masks,
             model_version=self._job.model_version,
         )
         for entries in entries_of(plan, self._groups()):

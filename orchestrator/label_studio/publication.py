@@ -22,12 +22,12 @@ POLL_SECONDS = 1.0
 class Options:
     """How regions look and where the images are.
 
-    max_regions: shown at most on a task, best first. local_files: for jobs over a folder, Label Studio's
+    max_masks: shown at most on a task, best first. local_files: for jobs over a folder, Label Studio's
     LOCAL_FILES_DOCUMENT_ROOT as this machine names it. settle_seconds: see SETTLE_SECONDS.
     """
 
     as_: RegionKind = "auto"
-    max_regions: int = 150
+    max_masks: int = 150
     local_files: str | None = None
     settle_seconds: float = SETTLE_SECONDS
 

@@ -155,6 +155,8 @@ def _reconcile(publication: Publication, *, verify: bool) -> None:
     _show_version(publication)
     with db.begin():
         publication.report.refused = published.refused_of(db, job_id=job.id, ls_project=ls_project)
+    if verify:
+        _count_what_is_not_shown(publication)
 
 
 def _check_config(publication: Publication) -> Controls:
@@ -210,6 +212,28 @@ def _check_images(publication: Publication, source: Source) -> None:
             f"{project_id} --job {job_id} --local-files lets it, where --local-files here is its "
             "document root"
         )
+
+
+def _count_what_is_not_shown(publication: Publication) -> None:
+    """Report what of the job the project does not show: masks beyond a task's limit, and assets without a prompt."""
+    db, job, report, ls_project = publication.db, publication.job, publication.report, publication.ls_project
+    with db.begin():
+        there = [
+            found
+            for found in published.published(db, job_id=job.id)
+            if LsProject(found.server, found.project_id) == ls_project
+        ]
+        report.without_prompts = jobs.count_job(db, job_id=job.id).without_prompts
+    report.masks_left_out = sum(found.masks_left_out for found in there)
+    if report.masks_left_out:
+        total = report.masks_left_out + sum(found.masks_shown for found in there)
+        report.notes.append(
+            f"{report.masks_left_out:,} of {total:,} masks are not shown: a task gets its "
+            f"{publication.options.max_masks} best, of those that --as can draw; for more, publish with --max-masks "
+            "into a new project"
+        )
+    if report.without_prompts:
+        report.notes.append(f"{report.without_prompts:,} assets have no prompt: nobody looked at them, left out")
 
 
 def _show_version(publication: Publication) -> None:

@@ -27,12 +27,10 @@ from workers.masks import Mask
 # Under the first a polygon misleads whoever corrects it, and auto takes the brush; under the second it is another mask.
 _MIN_POLYGON_IOU = 0.95
 _MIN_SHOWN_IOU = 0.5
-# Masks fitted in one go: enough to share numpy's calls, few enough to stop soon after max_regions and to stay under
+# Masks fitted in one go: enough to share numpy's calls, few enough to stop soon after max_masks and to stay under
 # some 200 MiB whatever the masks are.
 _TOGETHER = 50
 _CHARACTERS_TOGETHER = 500_000
-# A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
-_MAX_BRUSH_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,17 +60,18 @@ def regions_for(
     *,
     asset_id: int | str,
     as_: RegionKind = "auto",
-    max_regions: int = 150,
-    max_brush: int = 20,
+    max_masks: int | None = None,
+    max_brush: int | None = None,
+    max_brush_bytes: int | None = None,
     max_vertices: int = 400,
 ) -> Regions:
-    """Turn an asset's masks into regions, the best predicted IoU first.
+    """Turn an asset's masks into regions, the best predicted IoU first; without limits every mask that has pixels.
 
     auto: polygons of IoU 0.98 and more within max_vertices a mask (fit_polygons); where the best is under 0.95,
-    brush, at most max_brush of them, then that polygon after all. polygon, brush, rectangle: that geometry alone. A
-    mask that has no polygon of at least 0.5 and may not be brush is left out, and so is a brush of over a megabyte.
+    brush, at most max_brush of them and none of a stream over max_brush_bytes, then that polygon after all. polygon,
+    brush, rectangle: that geometry alone. A mask that has no polygon of at least 0.5 and may not be brush is left out.
     A region's id is m<asset_id>-<n>, n being the mask's place in `masks`; further parts have -p1, -p2, … and the first
-    as their parent. A mask is shown whole or not at all, never more than max_regions regions together.
+    as their parent. A mask is shown whole or not at all; max_masks counts masks, however many parts they have.
     """
     if len({mask.size_hw for mask in masks}) > 1:
         raise ValueError(f"asset {asset_id}: its masks have different frames: {sorted({m.size_hw for m in masks})}")
@@ -80,10 +79,11 @@ def regions_for(
     ious: list[float] = []
     brushes = 0
     for n, polygons in _ranked_polygons(masks, as_, max_vertices):
-        if len(result) >= max_regions:
+        if len(ious) == max_masks:
             break
-        shape = _shape(masks[n], polygons, as_, brush_allowed=as_ == "brush" or brushes < max_brush)
-        if shape is None or len(result) + len(shape.values) > max_regions:
+        brush_allowed = as_ == "brush" or max_brush is None or brushes < max_brush
+        shape = _shape(masks[n], polygons, as_, max_brush_bytes=(max_brush_bytes or math.inf) if brush_allowed else 0)
+        if shape is None:
             continue
         result.extend(_region_dicts(masks[n], shape, f"m{asset_id}-{n}"))
         ious.append(shape.iou)
@@ -143,20 +143,24 @@ def _groups(masks: Sequence[Mask], ranked: Sequence[int]) -> Iterator[list[int]]
         yield group
 
 
-def _shape(mask: Mask, polygons: Polygons | None, as_: RegionKind, *, brush_allowed: bool) -> _Shape | None:
-    """The mask in the geometry asked for; None where it cannot be drawn so."""
+def _shape(mask: Mask, polygons: Polygons | None, as_: RegionKind, *, max_brush_bytes: float) -> _Shape | None:
+    """The mask in the geometry asked for; None where it cannot be drawn so. max_brush_bytes: 0 for no brush."""
     if as_ == "rectangle":
         return _rectangle_shape(mask)
-    good_enough = _MIN_POLYGON_IOU if as_ == "auto" and brush_allowed else _MIN_SHOWN_IOU
-    if polygons is not None and polygons.iou >= good_enough:
-        values = [{"points": ring.tolist(), "closed": True} for ring in polygons.rings]
-        return _Shape(control=POLYGON_CONTROL, values=values, iou=polygons.iou)
-    if as_ == "polygon" or not brush_allowed:
-        return None
+    polygon = _polygon_shape(polygons)
+    if as_ == "polygon" or (polygon is not None and polygon.iou >= _MIN_POLYGON_IOU) or not max_brush_bytes:
+        return polygon
     rle = encode_brush_counts(mask.counts, mask.size_hw)
-    if len(rle) > _MAX_BRUSH_BYTES:
-        return None
+    if len(rle) > max_brush_bytes:
+        return polygon
     return _Shape(control=BRUSH_CONTROL, values=[{"format": "rle", "rle": rle}], iou=1.0)
+
+
+def _polygon_shape(polygons: Polygons | None) -> _Shape | None:
+    if polygons is None or polygons.iou < _MIN_SHOWN_IOU:
+        return None
+    values = [{"points": ring.tolist(), "closed": True} for ring in polygons.rings]
+    return _Shape(control=POLYGON_CONTROL, values=values, iou=polygons.iou)
 
 
 def _rectangle_shape(mask: Mask) -> _Shape:

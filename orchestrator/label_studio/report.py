@@ -15,6 +15,8 @@ class Report:
     already: int = 0  # there before, by this job or by another with the same model_version
     repaired: int = 0  # remembered, and gone from the server: sent again
     duplicates_removed: int = 0
+    masks_left_out: int = 0  # of all that the project has of the job, not of this pass alone
+    without_prompts: int = 0  # labeled without a look, in a job with prompts: not published
     shown_version: str = ""
     refused: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -7,10 +7,11 @@ What counts, of an asset's task in the project:
   else the one changed last, is the asset's: each prediction is judged once. Everyone's time counts.
 - An annotation is judged by the prediction it began from. One that began from another version than the job's, or from
   nothing, is `elsewhere`: it appears by its version, and in `export --reviewed`, and in none of the other numbers.
-- kept: same pixels, same label. edited: pixels or label (`relabelled`) differ; its IoU is of what Label Studio showed
-  with what came back. deleted: no region of the mask is left. added: drawn by a person. `verdicts` has the details.
+- kept: same pixels, same label. edited: pixels or labels (`relabelled`) differ, also by a second label or a lost one;
+  its IoU is of what Label Studio showed with what came back. deleted: no region of the mask is left. added: drawn by
+  a person. `verdicts` has the details.
 - untouched: an asset whose predictions are all kept, and nothing added. Masks that were not shown (beyond a task's
-  limit of regions) are not judged.
+  limit of masks) are not judged.
 """
 
 from __future__ import annotations
@@ -19,11 +20,22 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from db.annotations import AnnotationRow, KnownTask, known_tasks, replace_annotations, set_watermark, watermark
+from db.annotations import (
+    AnnotationRow,
+    KnownTask,
+    forget_unjudged,
+    judgeable,
+    known_tasks,
+    remember_unjudged,
+    replace_annotations,
+    set_watermark,
+    watermark,
+)
 from db.publishing import LsProject
 from db.session import Engine
 from db.states import AnnotationStatus
-from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.client import LabelStudio, has_asset_id
+from orchestrator.label_studio.regions import mask_ordinal
 from orchestrator.label_studio.verdicts import annotator, base_prediction, choose, compare
 
 _PAGE = 20  # whole tasks: with 150 brush masks one is 2 MB
@@ -37,7 +49,9 @@ def pull(
     """Read what changed in a project since the last time; returns how many tasks.
 
     A page at a time, so memory does not grow with the project. The order by id, and a filter that no task leaves while
-    it is worked on, make sure that a page turned while people work skips nothing. Reading again is harmless.
+    it is worked on, make sure that a page turned while people work skips nothing. Reading again is harmless. An
+    annotated task whose prediction is not known yet, because it is still `sending` or was imported by hand, is
+    remembered and read again when it is known.
     """
     ls_project = LsProject(client.url, project_id)
     client.get_project(project_id)
@@ -60,6 +74,7 @@ def pull(
             progress(count)
             page = []
     count += _store(engine, ls_project, page)
+    count += _read_again(engine, client, ls_project)
     with engine.begin() as db:
         set_watermark(db, ls_project=ls_project, watermark=newest)
     return count
@@ -77,12 +92,11 @@ def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]
         status = statuses[annotation["id"]]
         prediction = base_prediction(annotation, predictions)
         version = prediction["model_version"] if prediction is not None else None
-        # A prediction that is not of our outbox, such as an ML backend's, has no masks to compare with.
-        asset_id = known.asset_ids.get(version) if version is not None else None
+        asset_id = _whose_masks(prediction, known)
         before = prediction["result"] if prediction is not None and asset_id is not None else []
         judged = None
         if status is AnnotationStatus.CHOSEN:
-            judged = compare(before, annotation.get("result") or [], asset_id=asset_id, size_hw=known.size_hw)
+            judged = compare(before or [], annotation.get("result") or [], asset_id=asset_id, size_hw=known.size_hw)
         rows.append(
             AnnotationRow(
                 annotation_id=annotation["id"],
@@ -100,9 +114,42 @@ def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]
     return rows
 
 
+def _whose_masks(prediction: Mapping[str, Any] | None, known: KnownTask) -> int | None:
+    """The asset whose masks a prediction shows; None for one that is not of our outbox, such as an ML backend's.
+
+    One that was imported by hand may be of another job or database, whose asset ids its regions carry: it has the
+    version's name, and its masks are not those that we could give back.
+    """
+    asset_id = None if prediction is None else known.asset_ids.get(prediction["model_version"])
+    if prediction is None or asset_id is None:
+        return None
+    regions = [region for region in prediction.get("result") or () if isinstance(region, Mapping)]
+    ours = any(mask_ordinal(str(region.get("id")), asset_id) is not None for region in regions)
+    return asset_id if ours or not regions else None
+
+
+def _read_again(engine: Engine, client: LabelStudio, ls_project: LsProject) -> int:
+    """Read the tasks that were passed over and can be judged by now; returns how many."""
+    with engine.begin() as db:
+        asset_uids = judgeable(db, ls_project=ls_project)
+    count = 0
+    task_ids = list(asset_uids)
+    for start in range(0, len(task_ids), _PAGE):
+        ids = task_ids[start : start + _PAGE]
+        found = client.list_tasks(
+            ls_project.project_id, [has_asset_id([asset_uids[i] for i in ids])], whole=True, page_size=_PAGE
+        )
+        tasks = [task for task in found if task["id"] in ids]
+        count += _store(engine, ls_project, tasks)
+        with engine.begin() as db:
+            gone = set(ids) - {task["id"] for task in tasks}
+            forget_unjudged(db, ls_project=ls_project, task_ids=list(gone))
+    return count
+
+
 def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, Any]]) -> int:
     """Judge a page of tasks and replace what is remembered of them; tasks of others are passed over."""
-    named = [(str(task["data"].get("asset_id")), task) for task in tasks]
+    named = [(str(task["data"]["asset_id"]), task) for task in tasks if "asset_id" in task["data"]]
     with engine.begin() as db:
         known = known_tasks(db, ls_project=ls_project, asset_uids=[uid for uid, _ in named])
     judged = {
@@ -110,8 +157,15 @@ def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, A
         for uid, task in named
         if uid in known and known[uid].task_id == task["id"]
     }
+    waiting = {
+        task["id"]: uid
+        for uid, task in named
+        if task.get("annotations") and not (uid in known and known[uid].is_whole and known[uid].task_id == task["id"])
+    }
     with engine.begin() as db:
         replace_annotations(db, annotations=judged)
+        remember_unjudged(db, ls_project=ls_project, asset_uids=waiting)
+        forget_unjudged(db, ls_project=ls_project, task_ids=[t["id"] for _, t in named if t["id"] not in waiting])
     return len(judged)
 
 

@@ -7,9 +7,9 @@ running it again is safe.
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 from db.settings import settings
@@ -25,6 +25,7 @@ from orchestrator.label_studio.config import (
 )
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import DEFAULT_LABEL
+from workers.storage.source import open_source
 
 SAMPLING = "Uncertainty sampling"  # orders the stream by rising prediction score: what needs a person comes first
 VIEW_TITLE = "Lowest scores first"
@@ -65,7 +66,7 @@ def make_project(client: LabelStudio, title: str, wanted: Wanted) -> SetUp:
         raise SetupError(f"projects {numbers} are all called {title!r}: say which with --project")
     if found:
         return set_up_project(client, found[0], wanted)
-    config = label_config(wanted.labels)
+    config = _new_config(wanted.labels)
     if wanted.smart:
         config = add_smart_tools(config, wanted.labels or [DEFAULT_LABEL])
     project = client.create_project(title=title, label_config=config, sampling=SAMPLING)
@@ -97,7 +98,7 @@ def _set_up_config(client: LabelStudio, set_up: SetUp, wanted: Wanted) -> None:
     project = set_up.project
     labels = list(wanted.labels) or [DEFAULT_LABEL]
     if _is_empty(project.label_config):
-        config = label_config(labels)
+        config = _new_config(labels)
         set_up.done.append("wrote its labeling config, which was empty")
     else:
         lines = missing_lines(find_controls(project.label_config), kinds=ALL_KINDS, labels=labels)
@@ -115,6 +116,13 @@ def _set_up_config(client: LabelStudio, set_up: SetUp, wanted: Wanted) -> None:
         set_up.project = client.update_project(project.id, label_config=config)
 
 
+def _new_config(labels: Sequence[str]) -> str:
+    try:
+        return label_config(labels)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
 def _is_empty(config: str) -> bool:
     """Whether it is what Label Studio gives a project that was made without one."""
     return "".join(config.split()) in ("", "<View></View>", "<View/>")
@@ -125,7 +133,8 @@ def _set_up_storage(client: LabelStudio, set_up: SetUp, source: str, wanted: Wan
     if source.startswith("s3://"):
         _set_up_bucket(client, set_up, source, wanted)
     elif wanted.local_files:
-        folder = str(PurePosixPath(unquote(source.removeprefix("file://"))))
+        # The source may be a plain path, in which %41 is no escape; as an address it is quoted.
+        folder = posixpath.normpath(unquote(open_source(source).uri("").removeprefix("file://")))
         if any(storage["path"] == folder for storage in client.list_storages("localfiles", set_up.project.id)):
             return
         client.create_storage("localfiles", set_up.project.id, title=_STORAGE_TITLE, path=folder)

@@ -1,7 +1,7 @@
 """What a person did about each mask of a prediction: an annotation's regions beside the prediction's.
 
 Pure functions on Label Studio's JSON. What was shown is compared with what came back, pixel by pixel: a region counts
-as kept when it covers the same pixels under the same label, whatever a page did to its numbers or its `origin`.
+as kept when it covers the same pixels under the same labels, whatever a page did to its numbers or its `origin`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from orchestrator.label_studio.regions import mask_ordinal
 from orchestrator.shapes.runs import edges_from_pixels, run_iou
 from workers.masks import BoolMask, mask_from_pixels
 
-_DRAWN = ("polygon", "brush", "rectangle", "ellipse")
+_DRAWN = ("polygon", "brush", "rectangle", "ellipse", "magicwand")
+# What Label Studio's page knows as places on a picture, and we do not read.
+_NOT_READ = ("keypoint", "vector", "bitmask")
+# What is said about a region or about the whole picture. It repeats its region's id, and often its place too.
+_ATTRIBUTES = (
+    "labels", "choices", "taxonomy", "textarea", "number", "datetime", "rating", "pairwise", "ranker", "relation",
+)  # fmt: skip
 # A page may write 33.3333 back as 33.33330001: a hundred thousandth of a percent of 100,000 pixels is 0.01.
 _SAME_PERCENT = 1e-5
 
@@ -77,31 +83,38 @@ def base_prediction(
     for prediction in predictions:
         if parent is not None and prediction["id"] == parent:
             return prediction
-    ids = {region.get("id") for region in annotation.get("result") or ()}
-    shared = [len(ids & {region.get("id") for region in p.get("result") or ()}) for p in predictions]
+    ids = _region_ids(annotation)
+    shared = [len(ids & _region_ids(prediction)) for prediction in predictions]
     best = int(np.argmax(shared)) if shared else 0
     return predictions[best] if shared and shared[best] > 0 else None
 
 
+def _region_ids(made: Mapping[str, Any]) -> set[str]:
+    return {str(region.get("id")) for region in made.get("result") or () if isinstance(region, Mapping)}
+
+
 def compare(
-    before: Sequence[Region], after: Sequence[Region], *, asset_id: int | None, size_hw: tuple[int, int]
+    before: Sequence[Region], after: Sequence[Region], *, asset_id: int | None, size_hw: tuple[int, int] | None
 ) -> Comparison:
     """Judge an annotation's regions, `after`, by the prediction's, `before`.
 
-    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. A mask's
-    parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the mask's
-    region as its parent. Whatever else has pixels was added, each region by itself with its children.
+    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. size_hw:
+    the asset's frame; None where it is not known, and each region's own word is taken.
+    A mask's parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the
+    mask's region as its parent. Whatever else has pixels was added, each region by itself with its children. A mask has
+    one label: of several on a region it is the first, and a second one or a lost one is an edit.
     """
+    before, results = [r for r in before if isinstance(r, Mapping)], [r for r in after if isinstance(r, Mapping)]
     shown = _by_mask([r for r in before if _is_drawn(r)], asset_id)
     kept_ids = {str(region.get("id")): n for n, parts in shown.items() for region in parts}
-    returned, drawn = _sort(after, kept_ids)
-    labels = _labels(after)
+    returned, drawn = _sort(results, kept_ids)
+    labels_before, labels = _labels(before), _labels(results)
     rows: list[RegionRow] = []
-    unreadable = sum(1 for region in after if _has_place(region) and not _is_drawn(region))
+    unreadable = len(after) - len(results) + _count_unreadable(results)
 
     # Judge what was predicted, mask by mask.
     for n, parts in shown.items():
-        row, damaged = _judge(n, parts, returned.get(n, []), labels, size_hw)
+        row, damaged = _judge(n, _Side(parts, labels_before), _Side(returned.get(n, []), labels), size_hw)
         rows.append(row)
         unreadable += damaged
 
@@ -110,35 +123,52 @@ def compare(
         pixels, damaged = _union(parts, size_hw)
         unreadable += damaged
         if pixels is not None and pixels.any():
-            label = labels.get(str(parts[0].get("id")), DEFAULT_LABEL)
-            rows.append(_drawn_row(Verdict.ADDED, None, label, pixels, None))
+            rows.append(_drawn_row(Verdict.ADDED, None, _Side(parts, labels).label, pixels, None))
     return Comparison(regions=tuple(rows), unreadable=unreadable)
 
 
-def _judge(
-    n: int, before: Sequence[Region], after: Sequence[Region], labels: Mapping[str, str], size_hw: tuple[int, int]
-) -> tuple[RegionRow, int]:
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One mask's regions, as they were shown or as they came back. labels_of: the labels of each region id."""
+
+    regions: Sequence[Region]
+    labels_of: Mapping[str, tuple[str, ...]]
+
+    @property
+    def label(self) -> str:
+        """The mask's own: the first of its first region."""
+        return next(iter(self.labels_of.get(str(self.regions[0].get("id")), ())), DEFAULT_LABEL)
+
+    @property
+    def labels(self) -> set[str]:
+        """All that any of its regions carries; a region without one carries an empty name."""
+        return {label for r in self.regions for label in self.labels_of.get(str(r.get("id"))) or ("",)}
+
+
+def _judge(n: int, before: _Side, after: _Side, size_hw: tuple[int, int] | None) -> tuple[RegionRow, int]:
     """The verdict on one mask, and how many of its regions could not be read."""
-    label_before = _labels(before).get(str(before[0].get("id")), DEFAULT_LABEL)
-    if not after:
-        return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=label_before), 0
-    label = labels.get(str(after[0].get("id")), label_before)
-    if _same_regions(before, after):
-        if label == label_before:
-            return RegionRow(verdict=Verdict.KEPT, mask_n=n, label=label), 0
-        return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=label, iou=1.0), 0
-    pixels, damaged = _union(after, size_hw)
+    if not after.regions:
+        return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=before.label), 0
+    same_labels = before.labels == after.labels
+    unmoved = RegionRow(
+        verdict=Verdict.KEPT if same_labels else Verdict.EDITED,
+        mask_n=n,
+        label=after.label,
+        iou=None if same_labels else 1.0,
+    )
+    if _same_regions(before.regions, after.regions):
+        return unmoved, 0
+    pixels, damaged = _union(after.regions, size_hw)
     if pixels is None:
         # Touched, and not readable: the model's mask stands, and the annotation's count of unreadable regions says so.
-        return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=label), damaged
+        return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=after.label), damaged
     if not pixels.any():
-        return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=label_before), damaged
-    shown, _ = _union(before, size_hw)
+        return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=before.label), damaged
+    shown, _ = _union(before.regions, size_hw)
     iou = run_iou(edges_from_pixels(shown), edges_from_pixels(pixels)) if shown is not None else 0.0
     if iou == 1.0:
-        verdict = Verdict.KEPT if label == label_before else Verdict.EDITED
-        return RegionRow(verdict=verdict, mask_n=n, label=label, iou=None if label == label_before else 1.0), damaged
-    return _drawn_row(Verdict.EDITED, n, label, pixels, iou), damaged
+        return unmoved, damaged
+    return _drawn_row(Verdict.EDITED, n, after.label, pixels, iou), damaged
 
 
 def _drawn_row(verdict: Verdict, n: int | None, label: str, pixels: BoolMask, iou: float | None) -> RegionRow:
@@ -185,15 +215,16 @@ def _sort(after: Sequence[Region], mask_of_id: Mapping[str, int]) -> tuple[dict[
     return returned, list(drawn.values())
 
 
-def _labels(regions: Sequence[Region]) -> dict[str, str]:
-    """The first label of each region id, wherever among the region's results it stands."""
-    labels: dict[str, str] = {}
+def _labels(regions: Sequence[Region]) -> dict[str, tuple[str, ...]]:
+    """The labels of each region id, in the order found, wherever among the region's results they stand."""
+    labels: dict[str, tuple[str, ...]] = {}
     for region in regions:
         value, kind = region.get("value"), str(region.get("type"))
         if isinstance(value, Mapping) and kind.endswith("labels"):
-            names = value.get(kind) or ()
-            if isinstance(names, list) and names:
-                labels.setdefault(str(region.get("id")), str(names[0]))
+            names = value.get(kind)
+            found = [str(name) for name in names] if isinstance(names, list) else []
+            own = str(region.get("id"))
+            labels[own] = tuple(dict.fromkeys([*labels.get(own, ()), *found]))
     return labels
 
 
@@ -201,12 +232,19 @@ def _is_drawn(region: Region) -> bool:
     return str(region.get("type")).removesuffix("labels") in _DRAWN
 
 
+def _count_unreadable(regions: Sequence[Region]) -> int:
+    """How many regions are places on the picture that have no mask. What is said about a drawn region is none."""
+    drawn = {str(region.get("id")) for region in regions if _is_drawn(region)}
+    found = [region for region in regions if str(region.get("id")) not in drawn and _has_place(region)]
+    return len({str(region.get("id", n)) for n, region in enumerate(found)})
+
+
 def _has_place(region: Region) -> bool:
-    """Whether a result is a thing on the picture, not a choice, a text or a relation; `labels` repeats its region's."""
-    return "original_width" in region and region.get("type") not in ("labels", "choices", "textarea", "rating")
+    kind = str(region.get("type"))
+    return kind.removesuffix("labels") in _NOT_READ or ("original_width" in region and kind not in _ATTRIBUTES)
 
 
-def _union(regions: Sequence[Region], size_hw: tuple[int, int]) -> tuple[BoolMask | None, int]:
+def _union(regions: Sequence[Region], size_hw: tuple[int, int] | None) -> tuple[BoolMask | None, int]:
     """The pixels of several regions together, None where none could be read, and how many could not."""
     pixels: BoolMask | None = None
     damaged = 0

@@ -54,8 +54,18 @@ class Outputs:
         return self.out / "index.html"
 
 
-def run(request: Request, *, out: Path, devices: str, console: Console, notice: str | None = None) -> Outputs:
-    """Label a source into `out`. Returns the outputs. notice: a line about the model for the gallery.
+def run(
+    request: Request,
+    *,
+    out: Path,
+    devices: str,
+    console: Console,
+    notice: str | None = None,
+    local_files: str | None = None,
+) -> Outputs:
+    """Label a source into `out`. Returns the outputs.
+
+    notice: a line about the model for the gallery. local_files: Label Studio's document root, for label-studio.json.
 
     Raises KeyboardInterrupt on Ctrl-C or SIGTERM. Then everything is stopped, and the next run continues the job.
     Raises RunError, SourceError or PostgresFailed when it cannot work.
@@ -82,7 +92,8 @@ def run(request: Request, *, out: Path, devices: str, console: Console, notice: 
             job = follow_job(engine, job.id, console=console, refresh_seconds=0.3, check=check)
         if job.state is JobState.FAILED:
             raise RunError(f"{request.source}: {job.error}")
-        return _write_outputs(engine, job, out, seconds=time.monotonic() - started, notice=notice)
+        seconds = time.monotonic() - started
+        return _write_outputs(engine, job, out, seconds=seconds, notice=notice, local_files=local_files)
 
 
 @contextmanager
@@ -196,7 +207,9 @@ def _dispatcher(engine: Engine) -> Iterator[_Dispatcher]:
         thread.join()
 
 
-def _write_outputs(engine: Engine, job: Job, out: Path, *, seconds: float, notice: str | None) -> Outputs:
+def _write_outputs(
+    engine: Engine, job: Job, out: Path, *, seconds: float, notice: str | None, local_files: str | None
+) -> Outputs:
     from orchestrator.export.coco import export_coco
     from orchestrator.export.label_studio import export_label_studio
     from orchestrator.export.summary import write_summary
@@ -205,8 +218,8 @@ def _write_outputs(engine: Engine, job: Job, out: Path, *, seconds: float, notic
     patient = open_engine(engine.url.render_as_string(hide_password=False), statement_timeout_seconds=0)
     with patient.begin() as db:
         export_coco(db, job, out / "coco.json")
-        export_label_studio(db, job, out / "label-studio.json")
-        summary = write_summary(db, job, out / "summary.json", seconds=seconds)
+        notes = export_label_studio(db, job, out / "label-studio.json", local_files=local_files)
+        summary = write_summary(db, job, out / "summary.json", seconds, notes)
         write_gallery(db, job, out / "index.html", seconds=seconds, notice=notice)
     patient.dispose()
     return Outputs(out=out, summary=summary)

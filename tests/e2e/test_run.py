@@ -71,6 +71,22 @@ def test_a_folder_becomes_coco_label_studio_tasks_a_summary_and_a_gallery(tmp_pa
     assert "<script src" not in page
 
 
+def test_a_folders_label_studio_tasks_are_shown_once_imported_or_it_is_said(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "my pictures", 1), tmp_path / "out"
+
+    plain = run(source, "--out", out, "--model", "stub")
+    summary = json.loads((out / "summary.json").read_text())
+    wrong = run(source, "--out", out, "--model", "stub", "--local-files", out, code=2)
+    shown = json.loads(run(source, "--out", out, "--model", "stub", "--local-files", tmp_path, "--json").stdout)
+
+    assert "label-studio.json names the images by path" in plain.stderr
+    assert any("--local-files ROOT" in note for note in summary["notes"])
+    assert "is not below --local-files" in wrong.stderr
+    assert shown["answered_from_stored"] == 1
+    [task] = json.loads((out / "label-studio.json").read_text())
+    assert task["data"]["image"] == "/data/local-files/?d=my%20pictures/0000.png"
+
+
 def test_the_same_command_again_computes_nothing_and_sees_new_files(tmp_path: Path) -> None:
     source, out = draw_pictures(tmp_path / "pictures", 4), tmp_path / "out"
     first = json.loads(run(source, "--out", out, "--model", "stub", "--json").stdout)

@@ -22,6 +22,8 @@ from orchestrator.export.coco import export_coco
 from orchestrator.export.label_studio import export_label_studio
 from orchestrator.export.png import export_png
 from orchestrator.export.summary import write_summary
+from orchestrator.label_studio.addresses import PublishError
+from orchestrator.label_studio.regions import mask_ordinal
 from orchestrator.pages.gallery import MAX_CARDS, write_gallery
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from workers.masks import BoolMask, mask_from_pixels
@@ -264,6 +266,61 @@ def test_label_studio_tasks_carry_their_masks_and_the_model_version(engine: Engi
         assert prediction["model_version"] == job.model_version
         key = task["data"]["image"].removeprefix("s3://bucket/photos/")
         assert bool(prediction["result"]) == bool(drawn[key])
+
+
+def many_parts(count: int) -> BoolMask:
+    pixels = np.zeros((40, 60), np.bool_)
+    for n in range(count):
+        pixels[4 * (n // 14) : 4 * (n // 14) + 2, 4 * (n % 14) : 4 * (n % 14) + 2] = True
+    return pixels
+
+
+def test_every_mask_is_in_label_studios_file_however_many_parts_it_has(engine: Engine, tmp_path: Path) -> None:
+    """Parts were counted as masks, up to 150, and what was beyond was gone without a word."""
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    [asset] = pending(engine, chunk)
+    lace = np.random.default_rng(0).random((40, 60)) < 0.6
+    shapes = [*(many_parts(10) for _ in range(40)), *(many_parts(130) for _ in range(10)), *[lace] * 30]
+    shapes += [*blobs(3, 170, (40, 60)), np.zeros((40, 60), np.bool_)]
+    masks = [stored(asset.id, n, pixels) for n, pixels in enumerate(shapes)]
+    record(engine, chunk, [NewOutcome(asset_id=asset.id, width=60, height=40, masks=masks)])
+
+    with engine.connect() as db:
+        notes = export_label_studio(db, job, tmp_path / "tasks.json")
+
+    [task] = json.loads((tmp_path / "tasks.json").read_text())
+    found = {mask_ordinal(region["id"], asset.id) for region in task["predictions"][0]["result"]}
+    assert found == set(range(len(shapes) - 1))
+    assert notes == ["tasks.json: 1 masks without a single pixel are not in it"]
+
+
+def test_a_folders_tasks_have_addresses_that_label_studio_shows_or_it_is_said(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["a b?.jpg"], source=str(tmp_path / "photos 50%"))
+
+    with engine.connect() as db:
+        plain = export_label_studio(db, job, tmp_path / "plain.json")
+        shown = export_label_studio(db, job, tmp_path / "shown.json", local_files=f"{tmp_path}/x/..")
+        with pytest.raises(PublishError, match="is not below"):
+            export_label_studio(db, job, tmp_path / "no.json", local_files=str(tmp_path / "other"))
+
+    one, other = (json.loads((tmp_path / f"{name}.json").read_text())[0]["data"] for name in ("plain", "shown"))
+    assert other["image"] == "/data/local-files/?d=photos%2050%25/a%20b%3F.jpg"
+    assert one["image"].startswith("file://")
+    assert one["asset_id"] == other["asset_id"]
+    assert [note for note in plain if "--local-files" in note]
+    assert [note for note in shown if f"Absolute local path {tmp_path}/photos 50%" in note]
+
+
+def test_keys_that_label_studio_would_cut_are_said(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["a?b.jpg", "line\nbreak.jpg", "plain.jpg"])
+
+    with engine.connect() as db:
+        [note] = export_label_studio(db, job, tmp_path / "tasks.json")
+
+    assert "cannot show 2 images" in note
+    assert "'a?b.jpg'" in note
 
 
 @pytest.mark.parametrize("write", [export_coco, export_label_studio])

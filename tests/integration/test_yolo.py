@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from sqlalchemy import Engine
 
 from db.results import StoredMask
@@ -36,6 +39,31 @@ def dataset(engine: Engine, tmp_path: Path) -> Path:
     with engine.connect() as db:
         export_yolo(db, job, tmp_path / "yolo", images=True)
     return tmp_path / "yolo"
+
+
+def written(
+    engine: Engine,
+    tmp_path: Path,
+    files: dict[str, bytes],
+    masks: Callable[[int], Sequence[StoredMask]],
+    *,
+    images: bool = True,
+) -> tuple[Path, dict[str, str], list[str]]:
+    """A dataset of a folder of these files, the name of each key's image in it, and what was said."""
+    for key, data in files.items():
+        (tmp_path / "photos" / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / key).write_bytes(data)
+    job = labeled_job(engine, list(files), lambda _, asset_id: masks(asset_id), source=str(tmp_path / "photos"))
+    with engine.connect() as db:
+        notes = export_yolo(db, job, tmp_path / "yolo", images=images)
+    index = [json.loads(line) for line in (tmp_path / "yolo" / "images.jsonl").read_text().splitlines()]
+    return tmp_path / "yolo", {entry["key"]: entry["file"] for entry in index}, notes
+
+
+def picture(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((*SIZE_HW, 3), (200, 40, 90), np.uint8)).save(file, kind)
+    return file.getvalue()
 
 
 def masks(asset_id: int) -> list[StoredMask]:
@@ -97,3 +125,72 @@ def test_of_a_thousand_keys_about_a_tenth_is_for_validation() -> None:
     parts = [split(f"{n}.jpg") for n in range(1000)]
     assert 70 < parts.count("val") < 130
     assert 70 < parts.count("test") < 130
+
+
+def test_labels_of_any_alphabet_come_back_from_yaml_and_stand_there_as_they_are(engine: Engine, tmp_path: Path) -> None:
+    labels = ["car 🚗", "𠮷野", "no", "1.10", "null", "a: b # c", " x", "a\u2028b\x7f", "", "\U0001fae9"]
+
+    def some(asset_id: int) -> list[StoredMask]:
+        return stored(asset_id, [BLOCK] * len(labels), scores=[0.9] * len(labels), labels=labels)
+
+    dataset, _, _ = written(engine, tmp_path, {"a.png": picture("PNG")}, some)
+
+    for name in ("segment", "detect"):
+        data = (dataset / name / "data.yaml").read_text(encoding="utf-8")
+        assert set(yaml.safe_load(data)["names"].values()) == set(labels)
+        assert "car 🚗" in data
+        numbers = {number for number, _ in lines(next((dataset / name / "labels").rglob("*.txt")))}
+        assert numbers == set(range(len(labels)))
+
+
+def test_images_get_names_and_formats_that_trainers_read(engine: Engine, tmp_path: Path) -> None:
+    files = {
+        "no suffix": picture("JPEG"),
+        "a.jfif": picture("JPEG"),
+        "b.gif": picture("GIF"),
+        "c.jpg": picture("GIF"),
+        "d.Webp": picture("WEBP"),
+        "e.v2": picture("TIFF"),
+        "f.PNG": picture("JPEG"),
+        "g.tiff": b"no picture any more",
+        "h": b"nor this",
+    }
+    dataset, names, notes = written(engine, tmp_path, files, lambda _: [])
+
+    suffixes = {key: PurePosixPath(name).suffix for key, name in names.items()}
+    assert suffixes == {
+        "no suffix": ".jpg", "a.jfif": ".jpg", "b.gif": ".png", "c.jpg": ".png", "d.Webp": ".webp", "e.v2": ".tif",
+        "f.PNG": ".png", "g.tiff": ".tiff", "h": "",
+    }  # fmt: skip
+    for key, name in names.items():
+        for kind in ("segment", "detect"):
+            data = (dataset / kind / name).read_bytes()
+            assert (data == files[key]) == (key not in ("b.gif", "c.jpg"))
+            assert (dataset / kind / name.replace("images/", "labels/")).with_suffix(".txt").exists()
+    assert cv2.imread(str(dataset / "segment" / names["b.gif"])).shape == (*SIZE_HW, 3)
+    assert any(note.startswith("5 images got a name or a format") for note in notes), notes
+    assert any(note.startswith("1 images have names without a suffix") for note in notes), notes
+
+
+def test_without_images_names_that_trainers_pass_over_are_said(engine: Engine, tmp_path: Path) -> None:
+    files = {"a": picture("JPEG"), "b.gif": picture("GIF"), "c.jpg": picture("JPEG")}
+    _, _, notes = written(engine, tmp_path, files, lambda _: [], images=False)
+    assert [note for note in notes if note.startswith("2 images have names") and "--images" in note]
+
+
+def test_outlines_that_lost_more_than_two_percent_are_counted(engine: Engine, tmp_path: Path) -> None:
+    lace = np.random.default_rng(0).random(SIZE_HW) < 0.7
+    empty = np.zeros(SIZE_HW, bool)
+
+    def some(asset_id: int) -> list[StoredMask]:
+        return stored(asset_id, [RING, lace, BLOCK, empty], scores=[0.9] * 4, labels=[None] * 4)
+
+    _, _, notes = written(engine, tmp_path, {"a.png": picture("PNG"), "b.png": picture("PNG")}, some)
+
+    assert [note for note in notes if note.startswith("2 of 6 outlines lost more than 2 %") and "coco" in note]
+    assert "2 masks without a single pixel are not in it" in notes
+
+
+def test_a_dataset_that_lost_nothing_says_nothing(engine: Engine, tmp_path: Path) -> None:
+    _, _, notes = written(engine, tmp_path, {"a.png": picture("PNG")}, masks)
+    assert notes == []

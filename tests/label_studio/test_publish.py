@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from sqlalchemy import Engine, text
@@ -29,10 +31,11 @@ from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
 from orchestrator.label_studio.setup import Wanted, make_project, set_up_project
 from tests.factories import chunk_ids
-from tests.label_studio.jobs import label_chunk, labeled_job, noise, read_job, ring, rings
+from tests.label_studio.jobs import SIZE_HW, label_chunk, labeled_job, noise, read_job, ring, rings
 from tests.label_studio.proxy import Proxy, proxy_of
 from tests.label_studio.server import Server, personal_access_token
 from tests.waiting import wait_for
+from workers.masks import encode_counts
 
 pytestmark = [pytest.mark.integration, pytest.mark.label_studio]
 
@@ -400,6 +403,79 @@ def test_3000_masks_on_one_asset_show_the_best_150_and_the_rest_is_counted(
     assert (there.masks_shown, there.masks_left_out) == (150, 2850)
     assert there.iou_worst is not None
     assert there.iou_worst >= 0.95
+
+
+def test_what_is_left_out_is_counted_in_masks_and_said(engine: Engine, client: LabelStudio, project: Project) -> None:
+    """A mask of two parts counts once."""
+    parts = np.zeros(SIZE_HW, bool)
+    parts[5:25, 5:25] = parts[30:50, 40:70] = True
+    job = labeled_job(
+        engine,
+        keys=2,
+        masks=lambda asset_id: [
+            dataclasses.replace(ring(asset_id, n), counts=encode_counts(parts), area_px=1000) for n in range(4)
+        ],
+    )
+
+    report = publish_job(engine, client, job, project.id, Options(max_masks=3))
+
+    for task in client.list_tasks(project.id, whole=True):
+        assert len(task["predictions"][0]["result"]) == 6
+    assert report.masks_left_out == 2
+    assert [note for note in report.notes if note.startswith("2 of 8 masks are not shown: a task gets its 3 best")]
+
+
+def test_assets_without_a_prompt_are_left_out_and_said(engine: Engine, client: LabelStudio, project: Project) -> None:
+    job = labeled_job(engine, keys=3)
+    with engine.begin() as db:  # as a worker leaves an asset that it does not look at
+        db.execute(text("DELETE FROM mask WHERE asset_id = (SELECT min(asset_id) FROM outcome)"))
+        db.execute(
+            text(
+                "UPDATE outcome SET width = NULL, height = NULL, mask_count = 0 "
+                "WHERE asset_id = (SELECT min(asset_id) FROM outcome)"
+            )
+        )
+
+    report = publish_job(engine, client, job, project.id, Options())
+
+    assert (report.created, report.without_prompts) == (2, 1)
+    assert [note for note in report.notes if note.startswith("1 assets have no prompt")]
+    assert all(task["data"]["width"] for task in client.list_tasks(project.id))
+
+
+def test_keys_that_label_studio_would_cut_are_refused_by_name(
+    engine: Engine, client: LabelStudio, project: Project
+) -> None:
+    job = labeled_job(engine, keys=["a.jpg", "b?c.jpg", "d\te.jpg"])
+
+    report = publish_job(engine, client, job, project.id, Options())
+
+    assert report.created == 1
+    refused = dict(report.refused)
+    assert set(refused) == {"s3://bucket/photos/b?c.jpg", "s3://bucket/photos/d\te.jpg"}
+    assert "'photos/b'" in refused["s3://bucket/photos/b?c.jpg"]
+
+
+def test_a_dollar_in_a_label_a_header_or_a_hint_stops_nothing(
+    engine: Engine, client: LabelStudio, request: pytest.FixtureRequest
+) -> None:
+    labels = ["US$cash", "$note", "car"]
+    job = labeled_job(
+        engine, keys=1, masks=lambda asset_id: [ring(asset_id, n, label) for n, label in enumerate(labels)]
+    )
+    project = make_project(client, request.node.name[:50], Wanted(labels=labels)).project
+    dollars = project.label_config.replace("<View>", '<View><Header value="Prices over $Limit only"/>', 1)
+    client.update_project(project.id, label_config=dollars.replace('value="car"', 'value="car" hint="costs $Ten"'))
+
+    report = publish_job(engine, client, job, project.id, Options())
+
+    assert (report.created, report.refused) == (1, [])
+    with_name = dollars.replace("<Header", '<Text name="t" value="Over $Limit"/><Header')
+    client.update_project(project.id, label_config=with_name)
+    with pytest.raises(ConfigError, match=r"\$Limit"):
+        publish_job(engine, client, job, project.id, Options())
+    with pytest.raises(Refused, match="Limit"):
+        client.import_tasks(project.id, b'[{"data": {"image": "s3://bucket/a.jpg"}}]')
 
 
 def test_labels_with_quotes_and_letters_of_other_alphabets_arrive_as_they_are(

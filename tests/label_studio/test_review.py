@@ -14,12 +14,16 @@ from typing import Any
 import httpx
 import pytest
 from pycocotools.coco import COCO
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from db.publishing import LsProject
 from db.results import StoredMask
+from orchestrator.export.label_studio import export_label_studio
 from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.config import label_config
 from orchestrator.label_studio.drawn import mask_from_region
+from orchestrator.label_studio.publication import Options
+from orchestrator.label_studio.publish import publish_job
 from orchestrator.label_studio.review import pull
 from orchestrator.label_studio.review_numbers import Review, read_review
 from orchestrator.label_studio.wake import SECRET_HEADER
@@ -102,6 +106,95 @@ def test_review_reports_what_people_did(engine: Engine, client: LabelStudio, lab
     assert found.masks.mean_iou is not None
     assert 0.5 < found.masks.mean_iou < 0.95
     assert [asset.key for asset in found.worst] == ["b.jpg", "c.jpg"]
+
+
+def test_what_was_annotated_while_its_prediction_was_sending_is_read_when_that_is_known(
+    engine: Engine, client: LabelStudio, label_studio: Server
+) -> None:
+    job = labeled_job(engine, KEYS, masks)
+    project = publish(engine, client, label_studio, job)
+    tasks = project.tasks()
+    with engine.begin() as db:  # as a publisher leaves it that died before the answer came
+        db.execute(text("UPDATE ls_prediction SET state = 'sending'"))
+        db.execute(text("UPDATE ls_task SET task_id = NULL"))
+    project.submit(tasks["a.jpg"], prediction(tasks["a.jpg"]))
+    project.submit(tasks["b.jpg"], [], skip=True)
+
+    assert pull(engine, client, project.id) == 0
+    publish_job(engine, client, job, project.id, Options())
+    project.submit(tasks["c.jpg"], prediction(tasks["c.jpg"]))
+    with engine.begin() as db:  # long after
+        db.execute(text("UPDATE ls_pull SET watermark = watermark + interval '5 minutes'"))
+    found = review(engine, project, job)
+
+    assert (found.assets.untouched, found.assets.skipped, found.assets.waiting) == (1, 1, 4)
+    with engine.begin() as db:
+        assert db.execute(text("SELECT count(*) FROM ls_unjudged")).scalar_one() == 0
+
+
+def test_an_annotation_of_a_second_version_that_is_still_sending_is_judged_by_it_later(
+    engine: Engine, client: LabelStudio, label_studio: Server
+) -> None:
+    source = "s3://bucket/two-versions"
+    first = labeled_job(engine, KEYS[:1], masks, source=source)
+    second = labeled_job(engine, KEYS[:1], masks, source=source, model_version="stub@66666666+00000000")
+    project = publish(engine, client, label_studio, first)
+    publish_job(engine, client, second, project.id, Options())
+    task = project.tasks()["a.jpg"]
+    (newer,) = (p for p in task["predictions"] if p["model_version"] == second.model_version)
+    with engine.begin() as db:
+        db.execute(text("UPDATE ls_prediction SET state = 'sending' WHERE job_id = :id"), {"id": second.id})
+    project.submit(task, newer["result"], parent_prediction=newer["id"])
+
+    pull(engine, client, project.id)
+    with engine.begin() as db:
+        db.execute(text("UPDATE ls_prediction SET state = 'done'"))
+        db.execute(text("UPDATE ls_pull SET watermark = watermark + interval '5 minutes'"))
+    found = review(engine, project, second)
+
+    assert (found.assets.untouched, found.assets.elsewhere) == (1, 0)
+
+
+def test_tasks_imported_by_hand_and_annotated_before_publish_adopts_them_are_read(
+    engine: Engine, client: LabelStudio, label_studio: Server, tmp_path: Path
+) -> None:
+    job = labeled_job(engine, KEYS, masks)
+    with engine.connect() as db:
+        export_label_studio(db, job, tmp_path / "tasks.json")
+    made = client.create_project(title="by hand", label_config=label_config(["ring", "pair", "object"]))
+    client.import_tasks(made.id, (tmp_path / "tasks.json").read_bytes())
+    project = Project(id=made.id, client=client, server=label_studio)
+    tasks = project.tasks()
+    project.submit(tasks["a.jpg"], prediction(tasks["a.jpg"]))
+    project.submit(tasks["b.jpg"], prediction(tasks["b.jpg"])[1:])
+
+    assert pull(engine, client, project.id) == 0
+    report = publish_job(engine, client, job, project.id, Options())
+    with engine.begin() as db:
+        db.execute(text("UPDATE ls_pull SET watermark = watermark + interval '5 minutes'"))
+    found = review(engine, project, job)
+
+    assert (report.adopted, report.created) == (6, 0)
+    assert (found.assets.untouched, found.assets.corrected, found.assets.waiting) == (1, 1, 4)
+    assert (found.masks.kept, found.masks.deleted, found.masks.added) == (5, 1, 0)
+
+
+def test_a_second_label_counts_as_relabelled_and_attributes_as_nothing(
+    engine: Engine, client: LabelStudio, label_studio: Server
+) -> None:
+    job = labeled_job(engine, KEYS[:2], masks)
+    project = publish(engine, client, label_studio, job)
+    tasks = project.tasks()
+    regions = copy.deepcopy(prediction(tasks["a.jpg"]))
+    regions[0]["value"]["polygonlabels"].append("pair")
+    number = {"id": regions[0]["id"], "type": "number", "from_name": "n", "to_name": "image", "value": {"number": 3}}
+    project.submit(tasks["a.jpg"], regions)
+    project.submit(tasks["b.jpg"], [*prediction(tasks["b.jpg"]), number | {"original_width": SIZE_HW[1]}])
+
+    found = review(engine, project, job)
+
+    assert (found.assets.untouched, found.assets.corrected, found.assets.unreadable_regions) == (1, 1, 0)
+    assert (found.masks.kept, found.masks.edited, found.masks.relabelled) == (5, 1, 1)
 
 
 def test_the_command_prints_one_document_and_writes_a_page(

@@ -137,8 +137,49 @@ def test_smart_tools_are_added_once():
         ("<View><Text", "no XML"),
         ("<View><Text name='t' value='$text'/></View>", "no image"),
         (THEIRS.replace("Look", "$text"), r"\$text"),
+        (THEIRS.replace("Look", "$meta.title"), r"\$meta,"),
+        (THEIRS.replace('<Header value="Look"/>', '<Text name="t" value="$text"/>'), r"\$text"),
+        (THEIRS.replace('<Header value="Look"/>', '<Text name="t" value="Over $Limit only"/>'), r"\$Limit"),
+        (THEIRS.replace('toName="photo">', 'toName="photo" value="$choices">'), r"\$choices"),
+        (THEIRS.replace('value="$picture"', 'value="$picture" valueList="$pictures"'), r"\$pictures"),
+        (THEIRS.replace("<View>", '<View><Repeater on="$rows" indexFlag="{{i}}"/>'), r"\$rows"),
     ],
 )
 def test_a_config_that_cannot_hold_our_tasks_is_refused(config, said):
     with pytest.raises(ConfigError, match=said):
         find_controls(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        label_config(["US$cash", "$note", "car"]),
+        THEIRS.replace("Look", "Prices over $Limit only"),
+        THEIRS.replace("Look", "$5 and more, in $Currency"),
+        THEIRS.replace('<Label value="car"/>', '<Label value="car" hint="costs $Ten" title="$x"/>'),
+        THEIRS.replace("<Header", '<Style>.a { color: "$red" }</Style><Header class="$wide" placeholder="$a"'),
+        THEIRS.replace(
+            "<Header", '<Choices name="c" toName="photo"><Choice value="$10" hint="$ten"/></Choices><Header'
+        ),
+        THEIRS.replace("<Header", '<Text name="t" value="$asset_id"/><Header'),
+    ],
+)
+def test_a_dollar_in_prose_is_no_variable(config):
+    controls = find_controls(config)
+
+    assert "car" in controls.by_kind["polygon"].labels
+    LabelInterface(config).validate()
+
+
+@pytest.mark.parametrize("label", ["\U0001fae9", "\U0001fadf", "\U0001fac6", "car 🚗", "𠮷野", "\ufdd0", "a\u200db"])
+def test_what_xml_takes_is_a_label_however_new(label):
+    config = label_config([label])
+
+    assert find_controls(config).by_kind["polygon"].labels == {label}
+    assert LabelInterface(config).validate_prediction(_prediction(label=label), return_errors=True) == []
+
+
+@pytest.mark.parametrize("label", ["", " ", "a\nb", "a\0b", "\x85", "\ufffe", "\uffff", "\ud83d"])
+def test_what_xml_does_not_take_is_no_label(label):
+    with pytest.raises(ValueError, match="label"):
+        label_config([label])

@@ -19,7 +19,7 @@ from orchestrator.label_studio.errors import LabelStudioError
 from tests.waiting import wait_for
 from workers.masks import Mask, encode_counts
 
-PLAN = Plan(controls=find_controls(label_config(["object"])), as_="auto", max_regions=150, model_version="m@1+2")
+PLAN = Plan(controls=find_controls(label_config(["object"])), as_="auto", max_masks=150, model_version="m@1+2")
 
 
 def labeled(asset_id: int) -> Labeled:

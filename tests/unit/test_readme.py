@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,3 +59,31 @@ def test_every_setting_is_in_the_readme_with_its_default_and_meaning() -> None:
 def test_every_error_kind_and_model_is_in_the_readme() -> None:
     assert [kind for kind in ErrorKind if f"| `{kind}` |" not in README] == []
     assert [name for name in MODELS if f"`{name}`" not in README] == []
+
+
+def test_commands_that_messages_advise_exist_with_their_options() -> None:
+    """What stands between backticks in our own strings, from `maskfleet` on."""
+    known = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands()}
+    root = Path(__file__).parents[2]
+    advised = [
+        words
+        for folder in ("orchestrator", "workers", "db")
+        for file in (root / folder).rglob("*.py")
+        for words in _advice(file)
+    ]
+    assert len(advised) > 20
+    for words in advised:
+        name = max((name for name in known if f"{words} ".startswith(f"{name} ")), key=len, default=None)
+        assert name is not None, words
+        assert set(re.findall(r"--[a-z-]+", words)) <= known[name], words
+
+
+def _advice(file: Path) -> list[str]:
+    """Each `maskfleet COMMAND ...` in the file's strings, which may be written in pieces."""
+    texts = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return [words.strip() for text in texts for words in re.findall(r"`maskfleet ([^`]*)`", text)]

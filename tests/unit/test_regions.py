@@ -17,6 +17,7 @@ from label_studio_sdk.label_interface import LabelInterface
 
 from orchestrator.label_studio.config import label_config
 from orchestrator.label_studio.drawn import RegionError, mask_from_region
+from orchestrator.label_studio.entries import MAX_BRUSH_BYTES
 from orchestrator.label_studio.regions import mask_ordinal, prediction_task, regions_for
 from orchestrator.shapes.colours import label_colour
 from orchestrator.shapes.polygons import fit_polygons
@@ -218,12 +219,27 @@ def test_lace_is_brushed_until_the_brushes_run_out():
     assert np.array_equal(mask_from_region(found.result[0]), lace)
 
 
+def test_without_limits_what_no_polygon_shows_is_a_brush():
+    lace = np.random.default_rng(0).random((64, 64)) < 0.7
+    dust = np.random.default_rng(1).random((64, 64)) < 0.05
+    masks = [_mask(pixels, predicted_iou=0.5) for pixels in (lace, dust) for _ in range(30)]
+
+    found = regions_for(masks, asset_id=1)
+
+    assert (found.left_out, set(found.ious)) == (0, {1.0})
+    limited = regions_for(masks, asset_id=1, max_brush=20)
+    assert limited.left_out == 30
+    heavy = regions_for(masks, asset_id=1, max_brush_bytes=100)
+    assert {region["type"] for region in heavy.result} == {"polygonlabels"}
+
+
 def test_noise_neither_hangs_nor_floods():
     noise = _mask(np.random.default_rng(0).random((1200, 1200)) < 0.5)
     started = time.process_time()
 
     for as_ in ("auto", "polygon", "brush"):
-        assert regions_for([noise], asset_id=1, as_=as_).left_out == 1
+        assert regions_for([noise], asset_id=1, as_=as_, max_brush_bytes=MAX_BRUSH_BYTES).left_out == 1
+    assert regions_for([noise], asset_id=1).ious == (1.0,)
     assert time.process_time() - started < 8
 
 
@@ -240,15 +256,15 @@ def test_best_masks_come_first_and_are_shown_whole():
     ]
 
     whole = regions_for(masks, asset_id="a9")
-    cut = regions_for(masks, asset_id="a9", max_regions=2)
+    cut = regions_for(masks, asset_id="a9", max_masks=2)
 
     assert [region["id"] for region in whole.result] == ["ma9-2", "ma9-1", "ma9-1-p1", "ma9-0", "ma9-3"]
     assert [region["score"] for region in whole.result] == [1.0, 0.8, 0.8, 0.5, 0.0]
     assert whole.result[-1]["value"]["polygonlabels"] == ["object"]
     assert (len(whole.ious), whole.left_out) == (4, 0)
-    # The two parts do not fit beside the best, the next mask does.
-    assert [region["id"] for region in cut.result] == ["ma9-2", "ma9-0"]
-    assert cut.left_out == 2
+    # Masks are counted, not their parts.
+    assert [region["id"] for region in cut.result] == ["ma9-2", "ma9-1", "ma9-1-p1"]
+    assert (len(cut.ious), cut.left_out) == (2, 2)
     assert [mask_ordinal(region["id"], "a9") for region in whole.result] == [2, 1, 1, 0, 3]
     for other in ("ma9-", "ma9-x", "ma91-1", "xma9-1", "ma9--1", "ma9-²", "Dx_aB91ISN", ""):
         assert mask_ordinal(other, "a9") is None
@@ -258,10 +274,11 @@ def test_an_asset_of_three_thousand_masks_shows_the_best():
     disc = _mask(_disc())
     masks = [dataclasses.replace(disc, predicted_iou=n / 3000) for n in range(3000)]
 
-    found = regions_for(masks, asset_id=1)
+    found = regions_for(masks, asset_id=1, max_masks=150)
 
     assert (len(found.result), found.left_out) == (150, 2850)
     assert found.result[0]["id"] == "m1-2999"
+    assert regions_for(masks, asset_id=1).left_out == 0
 
 
 def test_masks_of_two_frames_are_refused():

@@ -171,6 +171,124 @@ def test_key_points_are_counted_as_unread_and_choices_are_not() -> None:
     assert (found.regions, found.unreadable) == ((), 1)
 
 
+def polygon(*labels: str, kind: str = "polygonlabels", **fields: Any) -> dict[str, Any]:
+    """A rectangle of 300 x 100 at 200, 100 on 1000 x 500, as the first mask of asset 7."""
+    points = [[20, 20], [50, 20], [50, 40], [20, 40]]
+    value = {"points": points, "closed": True, **({kind: list(labels)} if kind.endswith("labels") else {})}
+    frame = {"original_width": 1000, "original_height": 500, "image_rotation": 0}
+    return {"id": "m7-0", "type": kind, "origin": "prediction", "value": value, **frame, **fields}
+
+
+def on_photo(before: list[Any], after: list[Any]) -> Comparison:
+    return compare(before, after, asset_id=7, size_hw=(500, 1000))
+
+
+def seen(found: Comparison) -> list[tuple[str, str, float | None]]:
+    return [(str(row.verdict), row.label, row.iou) for row in found.regions]
+
+
+@pytest.mark.parametrize("place", [{"x": 1.0, "y": 2.0, "width": 3.0, "height": 4.0}, {"points": [[1, 2]]}, {}])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("taxonomy", [["Insect", "Moth"]]),
+        ("number", 3),
+        ("datetime", "2026-01-02"),
+        ("choices", ["broken"]),
+        ("textarea", ["a"]),
+        ("rating", 4),
+        ("pairwise", "left"),
+        ("ranker", ["a", "b"]),
+        ("of a later version", "x"),
+    ],
+)
+def test_what_is_said_about_a_region_is_neither_a_mask_nor_unreadable(
+    kind: str, said: Any, place: dict[str, Any]
+) -> None:
+    attribute = polygon(kind=kind) | {"from_name": kind, "value": {**place, kind: said}}
+    found = on_photo([polygon("Car")], [attribute, polygon("Car")])
+    assert (seen(found), found.unreadable) == ([("kept", "Car", None)], 0)
+
+
+def test_an_attribute_of_a_key_point_counts_with_it_once() -> None:
+    point = polygon(id="k", type="keypointlabels", value={"x": 1, "y": 1})
+    number = polygon(id="k", type="number", value={"x": 1, "y": 1, "number": 3})
+    whole_picture = {"id": "c", "type": "taxonomy", "value": {"taxonomy": [["a"]]}, "original_width": 1000}
+    assert on_photo([], [point, number, whole_picture]).unreadable == 1
+    assert on_photo([], [{"id": "k", "type": "keypointlabels", "value": {"x": 1, "y": 1}}]).unreadable == 1
+
+
+@pytest.mark.parametrize(
+    ("after", "label"),
+    [
+        ([polygon("Car", "Damaged")], "Car"),
+        ([polygon("Damaged", "Car")], "Damaged"),
+        ([polygon()], "object"),
+        ([polygon(kind="polygon")], "object"),
+        ([polygon(kind="polygon"), polygon("Truck", kind="labels")], "Truck"),
+        ([polygon("Car"), polygon("Damaged", kind="labels")], "Car"),
+        ([polygon("Car", from_name="a"), polygon("Wet", from_name="b")], "Car"),
+    ],
+)
+def test_a_second_label_and_a_lost_one_are_edits(after: list[dict[str, Any]], label: str) -> None:
+    assert seen(on_photo([polygon("Car")], after)) == [("edited", label, 1.0)]
+
+
+def test_a_label_in_a_result_of_its_own_is_the_regions() -> None:
+    after = [polygon(kind="polygon"), polygon("Car", kind="labels")]
+    assert seen(on_photo([polygon("Car")], after)) == [("kept", "Car", None)]
+
+
+def test_a_part_with_another_label_is_an_edit() -> None:
+    regions = shown(disc(30, 30, 15) | disc(100, 60, 25))
+    after = copy.deepcopy(regions)
+    after[1]["value"]["polygonlabels"] = ["bus"]
+    assert [(row.verdict, row.label, row.iou) for row in judge(regions, after).regions] == [
+        (Verdict.EDITED, "car", 1.0)
+    ]
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"original_width": None, "original_height": None},
+        {"original_width": 1000.0, "original_height": 500.0},
+        {"original_width": None, "image_rotation": None},
+    ],
+)
+def test_a_region_that_does_not_say_its_frame_is_read_in_the_assets_own(frame: dict[str, Any]) -> None:
+    region = polygon("Car", **frame)
+    for after in (region, {name: value for name, value in region.items() if value is not None}):
+        (added,) = on_photo([], [after]).regions
+        assert (added.verdict, added.label, added.bbox_xywh) == (Verdict.ADDED, "Car", (200, 100, 300, 100))
+        assert seen(on_photo([polygon("Car")], [after])) == [("kept", "Car", None)]
+
+
+@pytest.mark.parametrize("frame", [{"original_width": 999}, {"original_width": "1000"}, {"original_width": 999.5}])
+def test_a_region_of_another_frame_is_unreadable(frame: dict[str, Any]) -> None:
+    found = on_photo([], [polygon("Car", id="x", **frame)])
+    assert (found.regions, found.unreadable) == ((), 1)
+
+
+def test_a_magic_wands_region_is_a_brush() -> None:
+    (brush,) = shown(disc(30, 30, 20), as_="brush")
+    value = {name: brush["value"][name] for name in ("format", "rle")}
+    wand = {**brush, "id": "w", "type": "magicwand", "value": value, "origin": "manual"}
+    label = {**wand, "type": "labels", "value": {"labels": ["sky"]}}
+
+    found = judge([], [wand, label])
+
+    assert found.unreadable == 0
+    assert [(row.verdict, row.label, row.area_px) for row in found.regions] == [
+        (Verdict.ADDED, "sky", int(disc(30, 30, 20).sum()))
+    ]
+
+
+def test_what_is_no_region_at_all_is_counted_and_stops_nothing() -> None:
+    found = on_photo([polygon("Car")], ["x", None, {"id": 1}, {"type": ["a"], "value": 3}, polygon("Car")])
+    assert (seen(found), found.unreadable) == ([("kept", "Car", None)], 2)
+
+
 # ------------------------------------------------------------------------------------------ several annotations
 
 
@@ -224,6 +342,32 @@ def test_an_annotation_of_a_strangers_prediction_is_drawn_from_nothing_of_ours()
 
     assert (row.model_version, row.asset_id) == (None, None)
     assert [region.verdict for region in row.regions] == [Verdict.ADDED]
+
+
+def test_an_annotation_of_another_jobs_prediction_of_the_version_is_read_as_it_was_drawn() -> None:
+    """Its regions carry that job's asset ids: which of our masks they are is not known."""
+    known = KnownTask(ls_task_id=1, task_id=1, size_hw=SIZE_HW, asset_ids={"ours": 8})
+    imported = {"id": 9, "model_version": "ours", "result": shown(disc(30, 30, 20))}
+    task = {
+        "annotations": [annotation(1, 5, 1, result=imported["result"], parent_prediction=9)],
+        "predictions": [imported],
+    }
+
+    (row,) = judge_task(task, known)
+
+    assert (row.model_version, row.asset_id) == (None, None)
+    assert [region.verdict for region in row.regions] == [Verdict.ADDED]
+
+
+def test_an_asset_nobody_looked_at_takes_each_regions_word_for_its_frame() -> None:
+    known = KnownTask(ls_task_id=1, task_id=1, size_hw=None, asset_ids={"ours": 7})
+    empty = {"id": 9, "model_version": "ours", "result": []}
+    regions = [drawn(10, 10, 10), {**drawn(10, 10, 10, id="y"), "original_width": None}]
+    task = {"annotations": [annotation(1, 5, 1, result=regions, parent_prediction=9)], "predictions": [empty]}
+
+    (row,) = judge_task(task, known)
+
+    assert ([region.verdict for region in row.regions], row.unread) == ([Verdict.ADDED], 1)
 
 
 # ------------------------------------------------------------------------------------------ numbers

@@ -1,0 +1,65 @@
+"""Images as YOLO's trainers find and read them: by the suffix of their names, which must be one that they know.
+
+A trainer passes over other files without a word. The suffix that a file gets here is one that its bytes deserve.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import cv2
+
+from db.settings import settings
+from workers.errors import AssetError
+from workers.images.decode import decode
+from workers.images.formats import sniff
+from workers.storage.asset import Source
+
+# What every version of ultralytics looks for (data/utils.py, IMG_FORMATS); newer ones know more.
+_KNOWN_SUFFIXES = frozenset((".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"))
+_SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "TIFF": ".tif", "BMP": ".bmp"}
+
+
+def has_known_suffix(key: str) -> bool:
+    """Whether a trainer takes a file of this name for an image."""
+    return _suffix(key) in _KNOWN_SUFFIXES
+
+
+def file_name(asset_id: int, key: str) -> str:
+    """The name of an image that is not looked into: the asset's id, with the key's own suffix."""
+    return f"{asset_id}{_suffix(key)}"
+
+
+def read_image(source: Source, key: str) -> tuple[bytes, str]:
+    """An image's bytes and the suffix they are to have.
+
+    A picture that trainers read stays as it is; another, such as a GIF, becomes PNG, upright. Bytes that are no
+    picture (any more) stay too. Raises AssetError for an image that cannot be fetched.
+    """
+    data = source.read(key, settings().max_object_bytes)
+    try:
+        kind, _ = sniff(data, key)
+        if kind in _SUFFIX_OF_FORMAT:
+            return data, _suffix(key) if has_known_suffix(key) else _SUFFIX_OF_FORMAT[kind]
+        pixels = decode(data, name=key, max_pixels=settings().max_pixels)
+    except AssetError:
+        return data, _suffix(key)
+    encoded, png = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    return (png.tobytes(), ".png") if encoded else (data, _suffix(key))
+
+
+def write_image(data: bytes, targets: Sequence[Path]) -> None:
+    """Write the image once, and give it the other names where the disk can."""
+    targets[0].write_bytes(data)
+    for target in targets[1:]:
+        try:
+            os.link(targets[0], target)
+        except OSError:
+            shutil.copyfile(targets[0], target)
+
+
+def _suffix(key: str) -> str:
+    return PurePosixPath(key).suffix.lower()
