@@ -309,7 +309,7 @@ def test_nobody_listening_is_said_after_the_last_attempt(server):
     with FileServer() as gone:
         url = gone.url
 
-    with pytest.raises(WeightsError, match=rf"refused.*{ATTEMPTS} attempts failed.*bring the file yourself to"):
+    with pytest.raises(WeightsError, match=rf"refused.*{ATTEMPTS} attempts failed.*copy the file to"):
         bring(make_spec(url))
 
 
@@ -353,7 +353,7 @@ def test_file_in_the_folders_place_is_an_error_with_its_path(server, folder):
 def test_part_that_cannot_be_written_is_an_error_with_its_path(server, folder):
     (folder / "tiny.pth.part").mkdir(parents=True)
 
-    with pytest.raises(WeightsError, match=r"tiny: cannot bring .*/weights/tiny\.pth: .*Is a directory"):
+    with pytest.raises(WeightsError, match=r"tiny: cannot download .*/weights/tiny\.pth: .*Is a directory"):
         bring(make_spec(server.url))
 
 
