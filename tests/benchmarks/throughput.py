@@ -199,11 +199,11 @@ def paging_store(keys: int) -> Iterator[str]:
 
 INGEST = """
 import resource, sys, threading, time
-from db import queries
+from db import jobs
 from db.session import open_engine
 from db.settings import settings
-from orchestrator.submit import Request, submit_job
-from workers.storage import open_source
+from orchestrator.jobs.request import Request, submit_job
+from workers.storage.source import open_source
 
 what = sys.argv[1]
 started = time.perf_counter()
@@ -211,7 +211,7 @@ if what == "list":
     source = open_source("s3://b/p", s3_endpoint=settings().s3_endpoint)
     assert sum(len(page.objects) for page in source.list()) == int(sys.argv[2])
 else:
-    from orchestrator import dispatch
+    from orchestrator.jobs import dispatch
     engine = open_engine(settings().database_url.get_secret_value())
     with engine.begin() as db:
         job = submit_job(db, Request(source="s3://b/p", model="sam_vit_b"))
@@ -219,7 +219,7 @@ else:
     dispatch.top_up = lambda engine: 0 if what == "ingest" else None
     while True:
         with engine.begin() as db:
-            now = queries.get_job(db, job_id=job.id)
+            now = jobs.get_job(db, job_id=job.id)
             if now.listed_at:
                 break
         dispatch.tick(engine)

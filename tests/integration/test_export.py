@@ -389,12 +389,13 @@ def test_the_gallery_of_a_large_job_shows_assets_from_all_over_it(engine: Engine
 _EXPORT = """
 import resource, sys
 from pathlib import Path
-from db import queries
+from db import jobs
 from db.session import open_engine
-from orchestrator.export import export_coco, write_summary
+from orchestrator.export.coco import export_coco
+from orchestrator.export.summary import write_summary
 url, job_id, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 with open_engine(url, statement_timeout_seconds=0).connect() as db:
-    job = queries.get_job(db, job_id=job_id)
+    job = jobs.get_job(db, job_id=job_id)
     write_summary(db, job, out / "summary.json", seconds=0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     export_coco(db, job, out / "coco.json")

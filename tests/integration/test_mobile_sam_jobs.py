@@ -23,8 +23,8 @@ pytestmark = pytest.mark.integration
 # Python reads it at its start, because PYTHONPATH names its folder. So the real commands use another pinned file.
 SITE = """
 from dataclasses import replace
-from workers import models
-models.MODELS["mobile_sam"] = replace(models.MODELS["mobile_sam"], sha256="{sha256}", size_bytes={size_bytes})
+from workers.models.registry import MODELS
+MODELS["mobile_sam"] = replace(MODELS["mobile_sam"], sha256="{sha256}", size_bytes={size_bytes})
 """
 
 

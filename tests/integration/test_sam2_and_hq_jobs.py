@@ -25,9 +25,9 @@ pytestmark = pytest.mark.integration
 # Python reads it at its start, because PYTHONPATH names its folder. So the real commands pin a file of a smaller model.
 SITE = """
 from dataclasses import replace
-from workers import models
-models.MODELS["{name}"] = replace(
-    models.MODELS["{name}"],
+from workers.models.registry import MODELS
+MODELS["{name}"] = replace(
+    MODELS["{name}"],
     loader="sitecustomize:load", weights_file="{file}", sha256="{sha256}", size_bytes={size_bytes},
 )
 
