@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from tests.deployment import STUB, draw_pictures
+from tests.json_page import documented_keys
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -55,6 +56,7 @@ def test_a_folder_becomes_coco_label_studio_tasks_a_summary_and_a_gallery(tmp_pa
 
     summary = json.loads(done.stdout)
     assert summary == json.loads((out / "summary.json").read_text())
+    assert set(summary) == documented_keys("run")
     assert summary["assets"] == {"listed": 7, "labeled": 6, "failed": 1}
     assert summary["masks"] == 12
     [failed] = summary["failed"]

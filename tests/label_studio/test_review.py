@@ -28,6 +28,7 @@ from orchestrator.label_studio.review import pull
 from orchestrator.label_studio.review_numbers import Review, read_review
 from orchestrator.label_studio.wake import SECRET_HEADER
 from orchestrator.prompts.files import read_prompts
+from tests.json_page import documented_keys
 from tests.label_studio.reviewing import BLOCK, RING, SIZE_HW, TWO_PARTS, Project, labeled_job, publish, stored
 from tests.label_studio.server import Server
 from tests.redis_server import free_port
@@ -212,6 +213,7 @@ def test_the_command_prints_one_document_and_writes_a_page(
     shown = run_maskfleet(database_url, label_studio, "review", job.id, "--project", project.id)
 
     document = json.loads(done)
+    assert set(document) == documented_keys("review")
     assert document["masks"]["deleted"] == 2
     assert document["assets"]["corrected"] == 1
     assert document["by_label"]["ring"]["edited"] == 1
