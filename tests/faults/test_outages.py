@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import redis
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, text
 
 from orchestrator.local.run import RunError, _dispatcher
 from tests.deployment import Deployment, draw_pictures, terminate
+from tests.faults.outages import alter, postgres_refuses_everybody
 from tests.faults.test_faults import assert_nothing_lost
 from tests.waiting import wait_for
 from workers.running.app import QUEUE
@@ -20,27 +19,6 @@ from workers.running.app import QUEUE
 pytestmark = [pytest.mark.integration, pytest.mark.faults]
 
 AWAY = "Postgres does not answer"
-
-
-@contextmanager
-def postgres_refuses_everybody(database_url: str) -> Iterator[None]:
-    """Refuse new connections to the database, and end all existing ones."""
-    alter(database_url, "WITH ALLOW_CONNECTIONS false")
-    try:
-        yield
-    finally:
-        alter(database_url, "WITH ALLOW_CONNECTIONS true")
-
-
-def alter(database_url: str, change: str) -> None:
-    """Change the database, and end all connections to it, so that the change applies to new ones."""
-    url = make_url(database_url).set(drivername="postgresql+psycopg2")
-    admin = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
-    end_all = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
-    with admin.connect() as db:
-        db.execute(text(f'ALTER DATABASE "{url.database}" {change}'))
-        db.execute(end_all, {"name": url.database})
-    admin.dispose()
 
 
 def test_an_outage_of_postgres_leaves_the_messages_in_the_queue(deployment: Deployment, tmp_path) -> None:
