@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.prompts.key_matching import Rule
+
 _LINKS = "link_out_of_source"
 
 
@@ -44,11 +46,11 @@ def matching_rows(matched: Mapping[str, Any] | None) -> dict[str, str]:
     """Which rule found how many keys, which keys mean no asset, and which mean several; empty where all is exact."""
     if matched is None:
         return {}
-    loose = {rule: n for rule, n in matched["by_rule"].items() if rule != "key"}
-    rules = ", ".join(f"{n:,} by {rule}" for rule, n in matched["by_rule"].items())
+    by_rule = {rule: matched["by_rule"][rule] for rule in Rule if rule in matched["by_rule"]}
+    rules = ", ".join(f"{n:,} by {rule}" for rule, n in by_rule.items())
     several = "; ".join(f"{one['key']} means {', '.join(one['assets'])}" for one in matched["several_first"])
     return {
-        "keys matched": rules if loose else "",
+        "keys matched": rules if set(by_rule) - {Rule.KEY} else "",
         "keys not in the job": _listed(matched["unmatched"], matched["unmatched_first"]),
         "ambiguous keys": f"{_listed(matched['ambiguous'], matched['ambiguous_first'])}; not used: several assets or "
         "several keys look alike"
