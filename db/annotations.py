@@ -138,7 +138,7 @@ def judgeable(db: Connection, *, ls_project: LsProject) -> dict[int, str]:
         ),
         ls_project.values(),
     )
-    return dict(rows.tuples().all())
+    return {row.task_id: row.asset_uid for row in rows}
 
 
 def replace_annotations(db: Connection, *, annotations: Mapping[int, Sequence[AnnotationRow]]) -> None:
