@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from orchestrator.jobs.request import Request
@@ -239,3 +240,43 @@ def test_the_model_version_changes_with_the_detectors_files_and_what_is_asked_of
         for named in ("red,blue", "blue,red")
     ]
     assert some[0] == some[1] != plain
+
+
+@pytest.mark.parametrize("convert_attribute", [False, True])
+def test_weights_outside_of_an_onnx_file_are_part_of_what_it_is_whatever_their_files_name(
+    tmp_path: Path, convert_attribute: bool
+) -> None:
+    path = write_colour_detector(tmp_path / "colours.onnx", classes="blue\ngreen\nred")
+    onnx.save(
+        onnx.load(path),
+        path,
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=0,
+        convert_attribute=convert_attribute,
+    )
+    before = examine(str(path)).identity
+    weights = tmp_path / "w.bin"
+
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
+    assert examine(str(path)).identity != before
+
+    weights.rename(tmp_path / "elsewhere.bin")
+    with pytest.raises(DetectorError, match=r"weights are in 'w\.bin', expected a file of that name beside it"):
+        examine(str(path))
+
+
+def test_weights_that_an_onnx_file_names_elsewhere_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    path = write_colour_detector(tmp_path / "inside" / "colours.onnx", classes="blue\ngreen\nred")
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    (tmp_path / "outside.bin").write_bytes(b"0" * 4096)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../outside.bin"
+    path.write_bytes(model.SerializeToString())
+
+    with pytest.raises(DetectorError, match=r"'\.\./outside\.bin', expected a file of that name beside it"):
+        examine(str(path))

@@ -64,6 +64,7 @@ RUN_BY = {
     "workers.class_names": "unit/test_yolo_lines.py",
     "workers.detectors.checkpoint": "unit/test_transformers_detector.py",
     "workers.detectors.onnx_detector": "unit/test_detectors.py",
+    "workers.detectors.onnx_file": "unit/test_detectors.py",
     "workers.detectors.open_vocabulary": "unit/test_phrases.py",
     "workers.detectors.transformers_detector": "unit/test_transformers_detector.py",
     "workers.engine.device": "faults/test_faults.py",

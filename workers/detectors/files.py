@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.detectors.kinds import DetectorError, DetectorKind
+from workers.detectors.onnx_file import external_files
 from workers.detectors.onnx_names import classes_file, onnx_classes
 from workers.models.files import weights_dir
 from workers.models.folders import checkpoint_files, has_weights, identity
@@ -139,9 +140,10 @@ def _read_config(name: str, content: bytes) -> tuple[DetectorKind, tuple[str, ..
 
 
 def _examine_onnx(name: str, path: Path) -> DetectorFiles:
-    beside = [classes_file(path), path.with_name(f"{path.name}.data")]
-    found = _named([path, *(file for file in beside if file.is_file())])
-    return DetectorFiles(name=name, kind=DetectorKind.ONNX, identity=found, classes=onnx_classes(path))
+    classes = onnx_classes(path)
+    names = classes_file(path)
+    found = _named([path, *external_files(path), *([names] if names.is_file() else [])])
+    return DetectorFiles(name=name, kind=DetectorKind.ONNX, identity=found, classes=classes)
 
 
 def _named(files: Iterable[Path]) -> str:
