@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from workers.masks import Mask, mask_from_pixels
-from workers.models import RgbImage
+from workers.images.pixels import RgbImage
 from workers.models.spec import Embedding, ModelSpec
 from workers.params import AutomaticParams, PromptParams
 from workers.prompts import Prompt
