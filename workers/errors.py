@@ -17,7 +17,7 @@ from enum import StrEnum
 class ErrorKind(StrEnum):
     """Why an asset failed. The set is closed: Postgres, the command line and the gallery know these and no others."""
 
-    NOT_FOUND = "not_found"  # listed, and gone when it was read
+    NOT_FOUND = "not_found"  # listed, and not there to be read: gone, or archived until it is restored
     FORBIDDEN = "forbidden"  # the store, or the file's permissions, refuse to hand it out
     TOO_LARGE = "too_large"  # more bytes or pixels than the deployment accepts
     NOT_IMAGE = "not_image"  # bytes that are no picture, or whose header makes no sense

@@ -16,7 +16,8 @@ class SkipReason(StrEnum):
     """Why something in a source is not an asset. Each is counted, none fails the listing."""
 
     FOLDER_MARKER = "folder_marker"  # zero-byte "…/" objects that consoles leave
-    NOT_A_FILE = "not_a_file"  # FIFO, socket, device, dangling link, or a link to a folder or out of the source
+    NOT_A_FILE = "not_a_file"  # FIFO, socket, device, dangling link, or a link to a folder
+    LINK_LEAVES_FOLDER = "link_leaves_folder"  # to a file or folder elsewhere; a source is what its folder holds
     UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, or holds NUL, which Postgres cannot store
     UNREADABLE_FOLDER = "unreadable_folder"  # a subfolder we may not look into (lost+found)
 
