@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,6 +18,13 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(None, description="PostgreSQL, postgresql://user:password@host:5432/name")
     broker_url: SecretStr | None = Field(None, description="Celery broker, redis://:password@host:6379/0")
     s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store; unset means AWS")
+    s3_addressing_style: Literal["auto", "path", "virtual"] | None = Field(
+        None, description="Where S3 requests carry the bucket; unset means as the AWS profile says, else `auto`"
+    )
+    s3_request_payer: Literal["requester"] | None = Field(
+        None, description="`requester` pays for reading buckets whose owner does not"
+    )
+    s3_anonymous: bool = Field(False, description="Unsigned S3 requests, for public buckets")
     label_studio_url: str | None = Field(None, description="Label Studio, http://host:8080")
     label_studio_api_key: SecretStr | None = Field(None, description="Label Studio legacy or personal access token")
     label_studio_project: int | None = Field(

@@ -17,7 +17,7 @@ from enum import StrEnum
 class ErrorKind(StrEnum):
     """Why an asset failed. The set is fixed: Postgres, the command line and the gallery know only these kinds."""
 
-    NOT_FOUND = "not_found"  # listed, but gone when it was read
+    NOT_FOUND = "not_found"  # listed, but not there to be read: gone, or archived until it is restored
     FORBIDDEN = "forbidden"  # the store or the file's permissions do not allow reading it
     TOO_LARGE = "too_large"  # more bytes or pixels than the deployment accepts
     NOT_IMAGE = "not_image"  # not an image, or its header makes no sense

@@ -10,7 +10,11 @@ from typing import Any
 from db.listing import NewAsset
 from workers.storage.asset import Source
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".heic", ".heif", ".hif", ".avif"),
+)
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", ".ds_store")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,9 @@ def select(source: Source, *, asked: Mapping[str, Any], after: str | None, found
 
 def _why_not(key: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
     """The reason to leave a key out, or None. `--include` replaces the rule of image suffixes."""
+    name = key.rpartition("/")[2].lower()
+    if name in SYSTEM_FILES or name.startswith("._"):  # macOS's `._x.jpg` is what a disk could not keep of x.jpg
+        return "system_file"
     if include:
         if not any(fnmatch.fnmatchcase(key, glob) for glob in include):
             return "not_included"

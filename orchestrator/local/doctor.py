@@ -13,7 +13,7 @@ from orchestrator.label_studio.client import health_error
 from workers.errors import redact
 from workers.models.files import is_present, weights_dir
 from workers.models.registry import MODELS, find_model
-from workers.storage.bucket import endpoint_error, has_credentials
+from workers.storage.client import endpoint_error, has_credentials
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +91,14 @@ def _broker() -> Finding:
 def _s3() -> Finding:
     endpoint = settings().s3_endpoint or "AWS"
     if not has_credentials():
-        remedy = "for s3:// sources set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        keys = "for s3:// sources set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        remedy = f"{keys}; for public buckets MASKFLEET_S3_ANONYMOUS=true"
         return Finding(what="s3", ok=None, found=f"no credentials for {endpoint}", remedy=remedy)
     if settings().s3_endpoint and (error := endpoint_error(endpoint)):
         remedy = "start it, or fix MASKFLEET_S3_ENDPOINT"
         return Finding(what="s3", ok=False, found=f"{endpoint} does not answer: {error}", remedy=remedy)
-    return Finding(what="s3", ok=True, found=f"credentials found, {endpoint}")
+    keys = "anonymous" if settings().s3_anonymous else "credentials found"
+    return Finding(what="s3", ok=True, found=f"{keys}, {endpoint}")
 
 
 def _label_studio() -> Finding:

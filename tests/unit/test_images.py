@@ -38,8 +38,11 @@ REFUSED_AS = {
     "zero_bytes.jpg": {"not_image"},
     "s3_error_body.jpg": {"not_image"},
     "random_bytes.jpg": {"not_image"},
-    "corrupted.heic": {"unsupported"},
+    "corrupted.heic": {"truncated"},
 }
+
+# Its note asks for the primary picture, which is grey, and its colours are those of the first: test_heif.py has it.
+OF_ANOTHER_PICTURE = ("zPug_3.heic",)
 
 
 def gradient(width=60, height=40, mode="RGB"):
@@ -88,7 +91,7 @@ def test_a_hostile_file_gives_what_its_description_expects(entry, capfd):
     else:
         assert entry["expect"] != "reject"
         assert_upright_rgb(image, entry["display_size"])
-        if entry.get("ref8x8") and entry.get("refpolicy") != "either":
+        if entry.get("ref8x8") and entry.get("refpolicy") != "either" and entry["file"] not in OF_ANOTHER_PICTURE:
             assert_looks_like(image, entry)
 
     assert capfd.readouterr() == ("", "")
@@ -263,9 +266,6 @@ def test_first_bytes_are_shown_without_control_characters():
 @pytest.mark.parametrize(
     ("named", "head"),
     [
-        ("HEIC", b"\0\0\0\x18ftypheic"),
-        ("HEIC", b"\0\0\0\x18ftypmif1"),
-        ("AVIF", b"\0\0\0\x18ftypavif"),
         ("SVG", b'<?xml version="1.0"?>\n<!-- by hand -->\n<svg xmlns="http://www.w3.org/2000/svg">'),
         ("PSD", b"8BPS\0\1"),
         ("JPEG XL", b"\xff\x0a"),

@@ -112,6 +112,19 @@ def test_what_is_no_file_is_skipped_and_counted(tmp_path):
         assert skipped_by(source) == {SkipReason.NOT_A_FILE: 5, SkipReason.LINK_OUT: 2}
 
 
+def test_links_that_leave_the_folder_are_counted_apart_from_dead_ones(tmp_path):
+    fill(tmp_path / "store", "ab/cd1.png", "ab/cd2.png")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").symlink_to("../store/ab/cd1.png")
+    (photos / "b.png").symlink_to("../store/ab/cd2.png")
+    (photos / "day").symlink_to("../store/ab")
+    (photos / "dead.png").symlink_to("gone.png")
+
+    assert keys_of(open_source(str(photos))) == []
+    assert skipped_by(open_source(str(photos))) == {SkipReason.LINK_OUT: 3, SkipReason.NOT_A_FILE: 1}
+
+
 def test_names_that_are_not_utf8_are_counted_and_do_not_stop_the_page(tmp_path):
     source = fill(tmp_path, "a.jpg", b"b\xff.jpg", b"dir\xfe/c.jpg", "z.jpg")
 

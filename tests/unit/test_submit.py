@@ -32,6 +32,19 @@ def test_image_suffixes_are_taken_in_any_case_and_the_rest_is_counted(tmp_path: 
     assert taken(tmp_path) == (["a.JPG", "b.jpeg", "d/e.TiF"], {"not_image_suffix": 2})
 
 
+def test_what_phones_write_is_taken(tmp_path: Path) -> None:
+    make(tmp_path, "a.HEIC", "b.heif", "c.HIF", "d.avif", "e.mov")
+    assert taken(tmp_path) == (["a.HEIC", "b.heif", "c.HIF", "d.avif"], {"not_image_suffix": 1})
+
+
+def test_what_systems_leave_beside_photos_is_counted_and_never_an_asset(tmp_path: Path) -> None:
+    make(
+        tmp_path, "a.jpg", "._a.jpg", "d/._b.jpg", "d/Thumbs.db", ".DS_Store", "d/desktop.ini", "_.jpg", "d/.hidden.jpg"
+    )
+    assert taken(tmp_path) == (["_.jpg", "a.jpg", "d/.hidden.jpg"], {"system_file": 5})
+    assert taken(tmp_path, include=["*"]) == (["_.jpg", "a.jpg", "d/.hidden.jpg"], {"system_file": 5})
+
+
 def test_include_and_exclude_are_globs_over_whole_keys(tmp_path: Path) -> None:
     make(tmp_path, "2024/a.jpg", "2024/b.dat", "2025/a.jpg")
     assert taken(tmp_path, include=["*"])[0] == ["2024/a.jpg", "2024/b.dat", "2025/a.jpg"]

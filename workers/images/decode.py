@@ -13,15 +13,18 @@ import struct
 import warnings
 import zlib
 
-from PIL import Image, ImageCms
+import pi_heif
+from PIL import Image, ImageCms, TiffImagePlugin
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from workers.errors import AssetError, ErrorKind
+from workers.images.boxes import BoxError, count_pixels, is_cut
 from workers.images.formats import Opener, sniff
-from workers.images.headers import MAX_PIECES, MAX_TIFF_VALUES, count_scans, outline, tiff_entries
+from workers.images.headers import MAX_PIECES, MAX_TIFF_VALUES, count_scans, outline
 from workers.images.pixels import RgbImage, upright_rgb
+from workers.images.tiff import read_entries, read_layout, why_misread
 
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 200 * 2**20
@@ -29,28 +32,36 @@ MAX_SCAN_PIXELS = 5_000_000_000
 """Pixels times scans of a JPEG: half a minute of decoding at worst (2 to 6 ns each, EPYC Zen5, 2026-11). Encoders write
 some ten scans, and a picture of 100 MP may have fifty; a few kilobytes can hold thousands."""
 
+MAX_PARTS = 5
+"""A HEIC or AVIF may be put together from five times the pixels that a picture may have: it and its transparency, each
+from tiles, make four, and tiles reach over the edge. A few kilobytes can name a thousand tiles of 100 MP."""
 
 # warnings.catch_warnings changes the whole process and is not for threads, so Pillow is silenced once, here. What it
 # warns and logs about (broken metadata, mostly) either does not matter to pixels or comes as an error as well.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
+TiffImagePlugin.READ_LIBTIFF = True  # uncompressed TIFFs too: Pillow's own reader loses half of 16 bit in planes
+pi_heif.options.DECODE_THREADS = 1  # each holds a tile, which may be as large as the picture; assets go side by side
+
 
 def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> RgbImage:
     """Decode a picture: its first page or frame, upright, transparency over white.
 
-    data: JPEG (MPO), PNG, WebP, TIFF, BMP or GIF; 16 bits a channel are scaled to 8 over the full range. Colour
-    profiles are not applied. name: for messages only.
+    data: JPEG (MPO), PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF (the primary picture). More than 8 bits a channel are
+    scaled to 8 over the full range. Colour profiles are not applied. name: for messages only.
     Raises AssetError: not_image, unsupported, too_large (in bytes or pixels), truncated (cut or damaged),
     decode_timeout (a JPEG of so many scans that decoding it would take minutes).
-    At the limit of 100 MP: 5 s, and 0.7 GB besides `data` (JPEG, PNG, TIFF, BMP, GIF), 1.2 GB (progressive JPEG) or
-    1.7 GB (WebP). Measured 2026-11, EPYC Zen5: up to 45 ns, 7, 12 and 17 bytes a pixel. Threads may decode at once.
+    At the limit of 100 MP: 5 s, HEIC up to 10 s, and 0.7 GB besides `data` (JPEG, PNG, BMP, GIF), 0.9 GB (HEIC, TIFF
+    in one strip), 1.2 GB (progressive JPEG, AVIF) or 1.7 GB (WebP). Measured 2026-11, EPYC Zen5. Threads may decode
+    at once.
     """
     if len(data) > MAX_BYTES:
         raise AssetError(ErrorKind.TOO_LARGE, f"{name}: {len(data):,} bytes; at most {MAX_BYTES:,} are decoded")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which some formats check first, only ever grows
     kind, opener = sniff(data, name)
+    _refuse_unopened(data, name, kind, max_pixels)
     image = _open(data, name, kind, opener)
     _refuse_by_header(image, data, name, max_pixels)
     try:
@@ -60,11 +71,9 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> RgbImage:
         raise AssetError(ErrorKind.TOO_LARGE, f"{name}: {kind} of {_size(image)}: not enough memory") from error
     except _PILLOW_RAISES as error:
         if _UNSUPPORTED_WORDS.search(str(error)):
-            raise AssetError(ErrorKind.UNSUPPORTED, f"{name}: {kind} of {_size(image)}: {error}") from error
-        raise AssetError(
-            ErrorKind.TRUNCATED,
-            f"{name}: {kind} of {_size(image)}, {len(data):,} bytes: cut off or damaged ({error}); upload it again",
-        ) from error
+            raise AssetError(ErrorKind.UNSUPPORTED, f"{name}: {kind} of {_size(image)}: {_line(error)}") from error
+        what = f"{name}: {kind} of {_size(image)}, {len(data):,} bytes: cut off or damaged"
+        raise AssetError(ErrorKind.TRUNCATED, f"{what} ({_line(error)}); upload it again") from error
 
 
 def thumbnail_jpeg(image: RgbImage, longest_side: int, quality: int = 80) -> bytes:
@@ -86,33 +95,57 @@ _PILLOW_RAISES = (
     *(Image.DecompressionBombError, ImageCms.PyCMSError),
 )
 _UNSUPPORTED_WORDS = re.compile(
-    r"unsupported|not supported|not available|unknown|not implemented|unrecognized mode", re.I
+    r"unsupported|not supported|not available|not been built in|unknown|not implemented|unrecognized mode", re.I
 )
 
 
 def _open(data: bytes, name: str, kind: str, opener: Opener) -> ImageFile:
     """Read the header alone, once it is known to be of a sane length."""
-    pieces, announced_bytes = outline(data, kind)
-    if pieces > MAX_PIECES:
-        message = f"{name}: {kind} in more than {MAX_PIECES:,} pieces, which would take minutes to decode; save it anew"
-        raise AssetError(ErrorKind.DECODE_TIMEOUT, message)
-    if kind == "TIFF" and any(count > MAX_TIFF_VALUES and end <= len(data) for _, count, end in tiff_entries(data)):
-        raise AssetError(ErrorKind.TOO_LARGE, f"{name}: TIFF with more than {MAX_TIFF_VALUES:,} values in one tag")
     try:
         return opener(io.BytesIO(data))
     except (Image.DecompressionBombError, MemoryError) as error:
-        raise AssetError(ErrorKind.TOO_LARGE, f"{name}: {kind}: {error}") from error
+        raise AssetError(ErrorKind.TOO_LARGE, f"{name}: {kind}: {_line(error)}") from error
     except _PILLOW_RAISES as error:
-        reason = f"({error}; starts {data[:32]!r})"
+        reason = f"({_line(error)}; starts {data[:32]!r})"
         if "Decompressed data too large" in str(error):
             message = f"{name}: {kind} with a text or profile chunk that inflates without end"
             raise AssetError(ErrorKind.TOO_LARGE, message) from error
-        if announced_bytes > len(data):
+        if outline(data, kind)[1] > len(data):
             raise AssetError(ErrorKind.TRUNCATED, f"{name}: {kind} of {len(data):,} bytes, cut off {reason}") from error
         if _UNSUPPORTED_WORDS.search(str(error)):
-            raise AssetError(ErrorKind.UNSUPPORTED, f"{name}: a kind of {kind} that is not decoded {reason}") from error
+            layout = f" of {read_layout(data)}" if kind == "TIFF" else ""
+            message = f"{name}: a kind of {kind} that is not decoded{layout} {reason}"
+            raise AssetError(ErrorKind.UNSUPPORTED, message) from error
         message = f"{name}: starts as {kind}, but its header makes no sense {reason}"
         raise AssetError(ErrorKind.NOT_IMAGE, message) from error
+
+
+def _refuse_unopened(data: bytes, name: str, kind: str, max_pixels: int) -> None:
+    """Raise AssetError if even reading the header would take long, or if the picture would come out wrong."""
+    if outline(data, kind)[0] > MAX_PIECES:
+        message = f"{name}: {kind} in more than {MAX_PIECES:,} pieces, which would take minutes to decode; save it anew"
+        raise AssetError(ErrorKind.DECODE_TIMEOUT, message)
+    if kind == "TIFF":
+        entries = read_entries(data, MAX_PIECES)
+        if any(entry.count > MAX_TIFF_VALUES and entry.end <= len(data) for entry in entries):
+            raise AssetError(ErrorKind.TOO_LARGE, f"{name}: TIFF with more than {MAX_TIFF_VALUES:,} values in one tag")
+        layout = read_layout(data)
+        if reason := why_misread(layout):
+            raise AssetError(ErrorKind.UNSUPPORTED, f"{name}: TIFF of {layout} is not decoded: {reason}")
+    if kind in ("HEIC", "AVIF"):
+        _refuse_parts(data, name, kind, max_pixels)
+
+
+def _refuse_parts(data: bytes, name: str, kind: str, max_pixels: int) -> None:
+    try:
+        pixels = count_pixels(data)
+    except BoxError as error:
+        what = f"{kind} of {len(data):,} bytes, cut off" if is_cut(data) else f"{kind} whose boxes make no sense"
+        error_kind = ErrorKind.TRUNCATED if is_cut(data) else ErrorKind.NOT_IMAGE
+        raise AssetError(error_kind, f"{name}: {what} ({error})") from error
+    if pixels > MAX_PARTS * max_pixels:
+        message = f"{name}: {kind} put together from {pixels / 1e6:,.0f} megapixels"
+        raise AssetError(ErrorKind.TOO_LARGE, f"{message}; at most {MAX_PARTS * max_pixels / 1e6:g} are decoded")
 
 
 def _refuse_by_header(image: ImageFile, data: bytes, name: str, max_pixels: int) -> None:
@@ -139,6 +172,10 @@ def _refuse_tiff(image: TiffImageFile, name: str, max_pixels: int) -> None:
     if _whole(tags.get(254)) & 1 or 50706 in tags:  # NewSubfileType: reduced; DNGVersion
         message = f"{name}: camera raw or a TIFF that begins with a preview; export it as JPEG or PNG"
         raise AssetError(ErrorKind.UNSUPPORTED, message)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _whole(value: object) -> int:

@@ -6,6 +6,8 @@ import io
 import re
 from collections.abc import Callable
 
+from pi_heif.as_plugin import HeifImageFile
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
@@ -27,13 +29,14 @@ _SIGNATURES: tuple[tuple[str, re.Pattern[bytes], Opener], ...] = (
     ("TIFF", re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), TiffImageFile),
     ("BMP", re.compile(rb"BM.{12}", re.S), BmpImageFile),
     ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
+    # The first brand may name the container alone (mif1, msf1); an AVIF then has its own among the next.
+    ("AVIF", re.compile(rb".{4}ftyp(?:.{4}){0,8}?avi[fs]", re.S), AvifImageFile),
+    ("HEIC", re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.S), HeifImageFile),
 )
 
 _UNSUPPORTED_SIGNATURES = (
-    ("AVIF", re.compile(rb".{4}ftyp(?:avif|avis)", re.S)),
-    ("HEIC", re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.S)),
     ("Canon raw", re.compile(rb".{4}ftypcrx |II\*\0.{4}CR\x02", re.S)),
-    ("video", re.compile(rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.S)),
+    ("video", re.compile(rb".{4}ftyp(?!avi[fs]|hei[cmsx]|hev[cmsx]|mif1|msf1)|\x1aE\xdf\xa3|RIFF....AVI ", re.S)),
     ("SVG", re.compile(rb"(?:\xef\xbb\xbf)?\s{0,99}(?:<(?:\?xml|!--|!DOCTYPE svg).{0,4000}?)?<svg[\s>]", re.S)),
     ("Photoshop PSD", re.compile(rb"8BPS")),
     ("JPEG 2000", re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
@@ -50,7 +53,7 @@ _UNSUPPORTED_SIGNATURES = (
     ("QOI", re.compile(rb"qoif")),
 )
 
-_ACCEPTED = "JPEG, PNG, WebP, TIFF, BMP and GIF are"
+_ACCEPTED = "JPEG, PNG, WebP, TIFF, BMP, GIF, HEIC and AVIF are"
 
 
 def sniff(data: bytes, name: str) -> tuple[str, Opener]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 import struct
 
+from workers.images.boxes import is_cut
+from workers.images.tiff import read_entries
+
 MAX_TIFF_VALUES = 1_000_000
 """Numbers in one tag, mostly a strip's or tile's offset each: Pillow makes Python objects of them, 200 bytes each."""
 
@@ -76,8 +79,10 @@ def outline(data: bytes, kind: str) -> tuple[int, int]:
     if kind == "GIF":
         return _outline_gif(data)
     if kind == "TIFF":
-        entries = tiff_entries(data)
-        return len(entries), max((end for _, _, end in entries), default=len(data) + 1)
+        entries = read_entries(data, MAX_PIECES + 1)
+        return len(entries), max((entry.end for entry in entries), default=len(data) + 1)
+    if kind in ("HEIC", "AVIF"):
+        return 1, len(data) + is_cut(data)
     return 1, 8 + int.from_bytes(data[4:8], "little") if kind == "WebP" else int.from_bytes(data[10:14], "little")
 
 
@@ -116,47 +121,3 @@ def _outline_gif(data: bytes) -> tuple[int, int]:
             pieces += 1
         position += 1
     return pieces, position + 9
-
-
-_TIFF_TYPE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}
-
-
-def tiff_entries(data: bytes) -> list[tuple[int, int, int]]:
-    """Tag, number of values (0 for opaque bytes and texts) and end in the file of each entry of a TIFF's first page.
-
-    Nothing if the page's directory lies behind the end of the bytes.
-    """
-    order = "<" if data[:1] == b"I" else ">"
-    big = b"+" in data[2:4]
-    first, number, entry, inline_bytes = ("8xQ", "Q", "HHQQ", 8) if big else ("4xI", "H", "HHII", 4)
-    try:
-        (start,) = struct.unpack_from(order + first, data)
-        (entries,) = struct.unpack_from(order + number, data, start)
-        start += struct.calcsize(order + number)
-        entries = min(entries, MAX_PIECES + 1)
-        directory = data[start : start + entries * struct.calcsize(order + entry)]
-        found = []
-        for tag, field_type, count, offset in struct.iter_unpack(order + entry, directory):
-            value_bytes = count * _TIFF_TYPE_BYTES.get(field_type, 0)
-            end = offset + value_bytes if value_bytes > inline_bytes else start + len(directory)
-            found.append((tag, 0 if field_type in (1, 2, 6, 7) else count, end))
-        return found
-    except struct.error:
-        return []

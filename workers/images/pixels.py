@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
+from pi_heif.as_plugin import HeifImageFile
 from PIL import Image, ImageCms
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
@@ -20,8 +21,10 @@ STRIP_PIXELS = 2**18  # converted at a time: stays in the cache; 12 MP took 70 m
 def upright_rgb(image: ImageFile) -> RgbImage:
     """Convert a loaded picture strip by strip into one array, writing each strip where it belongs upright."""
     width, height = image.size
-    # TIFF's orientation is applied by Pillow as it loads; all others keep it in their EXIF block.
-    orientation = 1 if isinstance(image, TiffImageFile) else exif_orientation(image.info.get("exif"))
+    # Pillow turns a TIFF as it loads it, and libheif a HEIC as its boxes say; its EXIF block repeats that, or is wrong.
+    # The others keep the turn in their EXIF block; for an AVIF Pillow puts it there, from the boxes.
+    is_turned = isinstance(image, (TiffImageFile, HeifImageFile))
+    orientation = 1 if is_turned else exif_orientation(image.info.get("exif"))
     upright = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
     stored = _as_stored(upright, orientation)
     to_rgb = _converter(image)
@@ -45,8 +48,10 @@ def _as_stored(upright: RgbImage, orientation: int) -> RgbImage:
 def _converter(image: ImageFile) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
     """How a strip of this picture becomes (rows, W, 3) uint8 RGB."""
     if image.mode.startswith("I;16"):
-        white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(262) == 0
-        return lambda strip: _from_16_bit(strip, white_is_zero)
+        bits, white_is_zero = 16, False
+        if isinstance(image, TiffImageFile):
+            bits, white_is_zero = image.tag_v2.get(258, (16,))[0], image.tag_v2.get(262, 0) == 0
+        return lambda strip: _from_16_bit(strip, 2**bits - 1, white_is_zero=white_is_zero)
     if image.mode == "LAB":
         transform = ImageCms.buildTransform(
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), inMode="LAB", outMode="RGB"
@@ -57,10 +62,10 @@ def _converter(image: ImageFile) -> Callable[[Image.Image], npt.NDArray[np.uint8
     return lambda strip: np.asarray(strip.convert("RGB"))
 
 
-def _from_16_bit(strip: Image.Image, white_is_zero: bool) -> npt.NDArray[np.uint8]:
-    """Scale grey of 0..65535 to 0..255, rounding; Pillow's own conversion clips everything above 255 to white."""
+def _from_16_bit(strip: Image.Image, largest: int, *, white_is_zero: bool) -> npt.NDArray[np.uint8]:
+    """Scale grey of 0..largest to 0..255, rounding; Pillow's own conversion clips everything above 255 to white."""
     samples = np.asarray(strip).astype(np.uint32)
-    grey = ((samples + 128) // 257).astype(np.uint8)
+    grey = ((samples * 255 + largest // 2) // largest).astype(np.uint8)
     if white_is_zero:
         grey = 255 - grey
     transparent = strip.info.get("transparency")
@@ -70,6 +75,7 @@ def _from_16_bit(strip: Image.Image, white_is_zero: bool) -> npt.NDArray[np.uint
 
 
 def _over_white(strip: Image.Image) -> npt.NDArray[np.uint8]:
-    picture = strip.convert("RGBA")
+    # Pillow has no way from grey with premultiplied alpha to RGBA but this one.
+    picture = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

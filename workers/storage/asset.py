@@ -17,7 +17,7 @@ class SkipReason(StrEnum):
 
     FOLDER_MARKER = "folder_marker"  # zero-byte "…/" objects that consoles leave
     NOT_A_FILE = "not_a_file"  # FIFO, socket, device, dangling link, or a link to a folder
-    LINK_OUT = "link_out_of_source"  # a link to a file that is not below the folder
+    LINK_OUT = "link_out_of_source"  # a link to a file or folder elsewhere; a source is what its folder holds
     UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, or holds NUL, which Postgres cannot store
     UNREADABLE_FOLDER = "unreadable_folder"  # a subfolder we may not look into (lost+found)
 

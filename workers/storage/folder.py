@@ -120,7 +120,7 @@ def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason
         if stat.S_ISLNK(status.st_mode):
             status = os.stat(path)
             if not _is_inside(path, real_root):
-                return SkipReason.LINK_OUT if stat.S_ISREG(status.st_mode) else SkipReason.NOT_A_FILE
+                return SkipReason.LINK_OUT
     except UnicodeDecodeError:
         return SkipReason.UNSTORABLE_NAME
     except FileNotFoundError:

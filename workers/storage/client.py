@@ -1,0 +1,89 @@
+"""How this process reaches S3: the settings and the AWS profile made into boto3's clients, one for each store."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import boto3
+import botocore
+import botocore.client
+import urllib3
+import urllib3.exceptions
+
+from db.settings import settings
+
+CONNECT_TIMEOUT_SECONDS = 5
+READ_TIMEOUT_SECONDS = 30  # without a single byte
+MAX_POOL_CONNECTIONS = 32  # at least as many as threads that fetch in one process
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """An S3 API. endpoint: None is AWS. addressing_style: None leaves it to the AWS profile. anonymous: unsigned."""
+
+    endpoint: str | None
+    addressing_style: str | None
+    anonymous: bool
+
+
+def store_of_settings(endpoint: str | None) -> Store:
+    known = settings()
+    return Store(endpoint=endpoint or None, addressing_style=known.s3_addressing_style, anonymous=known.s3_anonymous)
+
+
+_clients: dict[tuple[int, Store, int], Any] = {}
+_clients_lock = threading.Lock()
+
+
+def s3_client(store: Store, attempts: int) -> Any:
+    """The process's client of a store. attempts: tries of one request, the first included.
+
+    boto3's clients are thread-safe, making one is not (hence the lock). A forked child must not use its parent's
+    connections (hence the pid in the key).
+    """
+    with _clients_lock:
+        known = (os.getpid(), store, attempts)
+        if known not in _clients:
+            # A session of our own: boto3's default one is shared state, and creating from it is not thread-safe.
+            session = boto3.session.Session()
+            _clients[known] = session.client(
+                "s3",
+                endpoint_url=store.endpoint,
+                region_name=session.region_name or "us-east-1",
+                config=_config(store, attempts),
+            )
+        return _clients[known]
+
+
+def _config(store: Store, attempts: int) -> Any:
+    # Without a style boto3 takes the profile's, and else puts the bucket into the path wherever an endpoint is given:
+    # stores of other makers have no DNS name a bucket. Nor do all know the newer checksums.
+    config = botocore.client.Config(
+        connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        read_timeout=READ_TIMEOUT_SECONDS,
+        max_pool_connections=MAX_POOL_CONNECTIONS,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        s3={"addressing_style": store.addressing_style} if store.addressing_style else {},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return config.merge(botocore.client.Config(signature_version=botocore.UNSIGNED)) if store.anonymous else config
+
+
+def has_credentials() -> bool:
+    """Whether the environment or a profile names keys for S3, or none are asked for."""
+    return settings().s3_anonymous or boto3.Session().get_credentials() is not None
+
+
+def endpoint_error(endpoint: str) -> str | None:
+    """Why nobody answers at the address of an S3-compatible store; None where somebody does, whatever the answer."""
+    # The authority that boto3 trusts in place of the usual ones.
+    with urllib3.PoolManager(ca_certs=os.environ.get("AWS_CA_BUNDLE") or None) as pool:
+        try:
+            pool.request("GET", endpoint, timeout=5, retries=False)
+        except urllib3.exceptions.HTTPError as error:
+            return str(error)
+    return None
