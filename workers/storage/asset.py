@@ -59,10 +59,23 @@ class Source(Protocol):
         """Yield pages of the keys behind `after` in binary order. Raises SourceError and TransientError."""
         ...
 
-    def read(self, key: str, max_bytes: int) -> bytes:
-        """The asset's bytes. Raises AssetError (not_found, forbidden, too_large before the body is read) or
-        TransientError."""
+    def read(self, key: str, max_bytes: int, *, etag: str | None = None) -> bytes:
+        """The asset's bytes. etag: as it was listed; other bytes under the key are then as good as gone.
+
+        Raises AssetError (not_found, forbidden, too_large before the body is read) or TransientError.
+        """
         ...
+
+
+def check_etag(key: str, etag: str, listed: str | None) -> None:
+    """Raise AssetError where these are not the bytes that were listed: masks would be stored under a wrong etag.
+
+    A store that gives no etag, in its listing or here, is believed.
+    """
+    if etag and listed and etag != listed:
+        raise AssetError(
+            ErrorKind.NOT_FOUND, f"{key}: it was changed after it was listed; submit the source again for its new bytes"
+        )
 
 
 def check_size(key: str, size_bytes: int, max_bytes: int) -> None:
