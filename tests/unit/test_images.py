@@ -459,3 +459,18 @@ def test_a_thumbnail_is_never_larger_than_its_picture_nor_without_a_side():
         with Image.open(io.BytesIO(thumbnail_jpeg(image, 100))) as thumbnail:
             assert 1 <= thumbnail.size[0] <= min(width, 100)
             assert thumbnail.size[1] >= 1
+
+
+def test_a_large_bmp_in_run_lengths_is_refused_unread_and_a_small_one_is_read() -> None:
+    def packed(pairs: int) -> bytes:
+        """64 x 64 pixels of 8 bits: a header, a palette, and so many runs of one pixel."""
+        rows = b"".join(bytes([64, n % 256]) + b"\0\0" for n in range(64)) + b"\1\7" * pairs + b"\0\1"
+        header = struct.pack("<IiiHHIIiiII", 40, 64, 64, 1, 8, 1, len(rows), 0, 0, 256, 0)
+        palette = b"".join(bytes([n, n, n, 0]) for n in range(256))
+        offset = 14 + len(header) + len(palette)
+        return struct.pack("<2sIHHI", b"BM", offset + len(rows), 0, 0, offset) + header + palette + rows
+
+    assert decode(packed(0), name="small.bmp").shape == (64, 64, 3)
+    with pytest.raises(AssetError, match="in run lengths, minutes of decoding; save it as PNG") as caught:
+        decode(packed(11 << 20), name="large.bmp")
+    assert caught.value.kind is ErrorKind.DECODE_TIMEOUT

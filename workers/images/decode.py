@@ -22,7 +22,14 @@ from PIL.TiffImagePlugin import TiffImageFile
 from workers.errors import AssetError, ErrorKind
 from workers.images.boxes import BoxError, count_pixels, is_cut
 from workers.images.formats import Opener, sniff
-from workers.images.headers import MAX_PIECES, MAX_TIFF_VALUES, count_scans, outline
+from workers.images.headers import (
+    MAX_PIECES,
+    MAX_RUN_LENGTH_BYTES,
+    MAX_TIFF_VALUES,
+    count_scans,
+    has_run_lengths,
+    outline,
+)
 from workers.images.pixels import RgbImage, upright_rgb
 from workers.images.tiff import read_entries, read_layout, why_misread
 
@@ -123,7 +130,10 @@ def _open(data: bytes, name: str, kind: str, opener: Opener) -> ImageFile:
 def _refuse_unopened(data: bytes, name: str, kind: str, max_pixels: int) -> None:
     """Raise AssetError if even reading the header would take long, or if the picture would come out wrong."""
     if outline(data, kind)[0] > MAX_PIECES:
-        message = f"{name}: {kind} in more than {MAX_PIECES:,} pieces, which would take minutes to decode; save it anew"
+        message = f"{name}: {kind} in more than {MAX_PIECES:,} pieces, minutes of decoding; save it again"
+        raise AssetError(ErrorKind.DECODE_TIMEOUT, message)
+    if kind == "BMP" and len(data) > MAX_RUN_LENGTH_BYTES and has_run_lengths(data):
+        message = f"{name}: BMP of {len(data):,} bytes in run lengths, minutes of decoding; save it as PNG"
         raise AssetError(ErrorKind.DECODE_TIMEOUT, message)
     if kind == "TIFF":
         entries = read_entries(data, MAX_PIECES)

@@ -15,6 +15,8 @@ MAX_TIFF_VALUES = 1_000_000
 """Numbers in one tag, mostly a strip's or tile's offset each: Pillow makes Python objects of them, 200 bytes each."""
 
 
+# Pillow unpacks a BMP's run lengths in Python: 0.3 to 0.5 s a megabyte (2026-11-25, 2 shared cores).
+MAX_RUN_LENGTH_BYTES = 20 * 1024 * 1024
 MAX_PIECES = 100_000
 """Segments, chunks, blocks and stray bytes that a parser has to step over: Pillow takes microseconds for each."""
 
@@ -121,3 +123,9 @@ def _outline_gif(data: bytes) -> tuple[int, int]:
             pieces += 1
         position += 1
     return pieces, position + 9
+
+
+def has_run_lengths(data: bytes) -> bool:
+    """Whether a BMP is packed in run lengths (BI_RLE8, BI_RLE4). Source: Microsoft's BITMAPINFOHEADER."""
+    header_bytes, compression = (int.from_bytes(data[start : start + 4], "little") for start in (14, 30))
+    return header_bytes >= 40 and compression in (1, 2)
