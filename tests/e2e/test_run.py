@@ -209,3 +209,16 @@ def test_every_hostile_file_gets_what_it_deserves_and_its_neighbours_are_labeled
         elif file["expect"] == "reject":
             assert name in failed, name
     assert not {"internal", "crashed_worker", "gpu_oom"} & set(failed.values())
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    """The start of Celery is broken, as it is where nobody may write to /dev/shm."""
+    (tmp_path / "site").mkdir()
+    broken = 'import sys\nif "celery" in sys.orig_argv: sys.exit("Permission denied: /dev/shm")\n'
+    (tmp_path / "site" / "sitecustomize.py").write_text(broken)
+    source = draw_pictures(tmp_path / "pictures", 1)
+
+    done = run(source, "--out", tmp_path / "out", code=2, PYTHONPATH=str(tmp_path / "site"))
+
+    assert "the worker ended with 1" in done.stderr
+    assert "Permission denied: /dev/shm" in done.stderr
