@@ -220,5 +220,5 @@ def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path)
 
     done = run(source, "--out", tmp_path / "out", code=2, PYTHONPATH=str(tmp_path / "site"))
 
-    assert "the worker ended with 1" in done.stderr
+    assert "the worker ended with exit code 1" in done.stderr
     assert "Permission denied: /dev/shm" in done.stderr
