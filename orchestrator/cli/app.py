@@ -19,7 +19,7 @@ from workers.errors import redact
 _LONGEST_PAUSE_SECONDS = 30.0
 USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
 
-# As people meet them: make a job, look at it, take its masks along, review, operate.
+# The order in which people need them: make a job, look at it, export its masks, review, operate.
 _ORDER = (
     *("demo", "run", "submit", "watch", "jobs", "show", "cancel", "resume", "retry", "export"),
     *("label-studio", "publish", "review", "models", "worker", "dispatch", "migrate", "doctor"),
@@ -27,7 +27,7 @@ _ORDER = (
 
 
 class _InOrder(TyperGroup):
-    """Lists the commands in _ORDER; without it they stand in the order in which their files are imported."""
+    """Lists the commands in _ORDER, not in the order in which their files are imported."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=_ORDER.index)
@@ -68,9 +68,9 @@ def deployment_engine(*, statement_timeout_seconds: float = 60) -> Engine:
 
 
 def engine_once_postgres_answers(stop: threading.Event) -> Engine:
-    """The deployment's database, for what runs for long: while Postgres is away it waits, with growing pauses.
+    """The deployment's database, for commands that run for long. While Postgres is away it waits, with growing pauses.
 
-    Raises DatabaseNotReady for one of another version. Where `stop` is set meanwhile, the command ends.
+    Raises DatabaseNotReady for a database of another version. When `stop` is set during the wait, the command ends.
     """
     engine, pause = open_engine(database_url()), 1.0
     while not stop.is_set():

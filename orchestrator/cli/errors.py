@@ -34,7 +34,7 @@ _FAILURES = (
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """What an operator can mend is said in a line; anything else is a fault of ours and shows its trace."""
+    """Print an error that an operator can fix as one line. Any other error is our fault and shows its trace."""
     try:
         yield
     except _FAILURES as error:

@@ -32,12 +32,12 @@ def export(
     file_format: Annotated[ExportFormat, typer.Option("--format", help="What to write.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="File, or folder for png and yolo.", show_default=False)],
     reviewed: Annotated[
-        bool, typer.Option("--reviewed", help="What people made of them, as `review` read it.")
+        bool, typer.Option("--reviewed", help="The masks as people left them, as `review` read them.")
     ] = False,
     min_score: Annotated[
         float | None,
         typer.Option(
-            "--min-score", help="Only predictions of this score; with --reviewed, for assets nobody annotated."
+            "--min-score", help="Only predictions of this score or more; with --reviewed, for assets nobody annotated."
         ),
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="With yolo: copy the images too.")] = False,
@@ -45,7 +45,7 @@ def export(
 ) -> None:
     """Write a job's masks as COCO, YOLO datasets, PNG files or Label Studio tasks, streaming.
 
-    With --reviewed: of annotated assets alone, and with --min-score of the others too. Run `maskfleet review` before.
+    With --reviewed: only annotated assets; with --min-score, the others too. Run `maskfleet review` first.
     """
     from orchestrator.export.coco import export_coco
     from orchestrator.export.label_studio import export_label_studio
@@ -79,7 +79,7 @@ def export(
 def _exported(
     db: Connection, job: int, *, reviewed: bool, min_score: float | None
 ) -> Iterator[results.LabeledAsset] | None:
-    """What is exported instead of the labeled assets as they are."""
+    """The reviewed assets, which are exported instead of the labeled assets."""
     if not reviewed:
         return None if min_score is None else reviewed_masks.scored_assets(db, job_id=job, min_score=min_score)
     count = reviewed_masks.annotated_assets(db, job_id=job)

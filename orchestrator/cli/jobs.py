@@ -1,4 +1,4 @@
-"""`watch`, `jobs`, `show`, `cancel`, `resume`, `retry`: a job and what becomes of it."""
+"""`watch`, `jobs`, `show`, `cancel`, `resume`, `retry`: follow and control a job."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def show(
     failed: Annotated[bool, typer.Option("--failed", help="List the failed assets with their reasons.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one job: how far it is, what was skipped, what failed and why."""
+    """Show one job: its progress, what was skipped, what failed and why."""
     engine = deployment_engine()
     found, counts = read_job(engine, job)
     with engine.begin() as db:
@@ -85,7 +85,7 @@ def show(
 
 @app.command(epilog="Example: `maskfleet cancel 12`")
 def cancel(job: JobArgument) -> None:
-    """Stop a job; what is labeled stays, and `resume` goes on."""
+    """Stop a job. Its labeled assets stay, and `resume` goes on."""
     engine = deployment_engine()
     with engine.begin() as db:
         done = jobs.cancel_job(db, job_id=job)

@@ -53,14 +53,14 @@ def publish(
     ),
     follow: Annotated[bool, typer.Option("--follow", help="Keep up until the job is over.")] = False,
     max_masks: Annotated[
-        int, typer.Option("--max-masks", "--max-regions", min=1, help="Masks shown at most on a task, the best first.")
+        int, typer.Option("--max-masks", "--max-regions", min=1, help="Most masks on a task, the best first.")
     ] = 150,
     local_files: LocalFilesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bring a job's assets into a Label Studio project, with their masks as predictions.
 
-    Run it again at any time: what is there is not sent twice, what was deleted there is put back. Exits 1 when the
+    You can run it again at any time. Nothing is sent twice; what was deleted there is sent again. Exits 1 when the
     project could not take some assets.
     """
     log_to_stderr()
@@ -105,15 +105,15 @@ def publish(
 )
 def label_studio_setup(
     project: Annotated[int | None, typer.Option("--project", help="An existing project, by number.")] = None,
-    title: Annotated[str, typer.Option("--title", help="Of the project to make, or to take when it is there.")] = "",
+    title: Annotated[str, typer.Option("--title", help="Title of the project; it is made if there is none.")] = "",
     job: Annotated[int | None, typer.Option("--job", help="Take labels and images from this job.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", help="A label to offer; repeatable.")] = None,
     smart: Annotated[bool, typer.Option("--smart", help="Add smart key points and rectangles.")] = False,
     update_config: Annotated[
-        bool, typer.Option("--update-config", help="Add to an existing project's labeling config what it lacks.")
+        bool, typer.Option("--update-config", help="Add what is missing to an existing project's labeling config.")
     ] = False,
     local_files: Annotated[
-        bool, typer.Option("--local-files", help="Let Label Studio serve the job's folder, which it must see.")
+        bool, typer.Option("--local-files", help="Let Label Studio serve the job's folder; it must see that folder.")
     ] = False,
     send_keys: Annotated[
         bool, typer.Option("--send-keys", help="Store our S3 keys in the project; else the server's own are used.")
@@ -125,7 +125,8 @@ def label_studio_setup(
 ) -> None:
     """Make a project ready for `publish`, or check one: labels and tools, the images' storage, a tab by score.
 
-    An existing labeling config is left alone: what it lacks is said, with the lines to add, and the exit status is 2.
+    An existing labeling config is not changed. If it lacks something, the lines to add are printed and the exit status
+    is 2.
     """
     from orchestrator.label_studio.setup import Wanted, make_project, set_up_project
 
@@ -178,7 +179,7 @@ def project_number(project: int | None) -> int:
 
 
 def connect_label_studio() -> LabelStudio:
-    """The deployment's Label Studio, once it is reached and takes the token."""
+    """The deployment's Label Studio. It was reached, and it accepted the token."""
     url, key = settings().label_studio_url, settings().label_studio_api_key
     if url is None or key is None:
         fail(

@@ -28,7 +28,7 @@ from workers.models.registry import MODELS, find_model
 
 @models_app.command("list", epilog="Example: `maskfleet models list`")
 def models_list(as_json: JsonOption = False) -> None:
-    """List the models: what they take, how large they are, whether their weights are here."""
+    """List the models: which prompts they take, their size, and whether their weights are here."""
     if as_json:
         print_json(
             [
@@ -65,7 +65,7 @@ ModelArgument = Annotated[str, typer.Argument(help="The model's name.", show_def
 
 @models_app.command("pull", epilog="Example: `maskfleet models pull sam_vit_b`")
 def models_pull(name: ModelArgument) -> None:
-    """Download a model's weights; goes on where an earlier download stopped, and checks the sha256."""
+    """Download a model's weights and check their sha256. Goes on where an earlier download stopped."""
     from workers.models.download import pull
 
     spec = find_model(name)

@@ -1,4 +1,4 @@
-"""`worker`, `dispatch`, `migrate`, `doctor`: what a deployment runs."""
+"""`worker`, `dispatch`, `migrate`, `doctor`: the commands that run a deployment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def worker(
     devices: DevicesOption = "all",
     parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
 ) -> None:
-    """Run one worker process on each CUDA device (or the CPU), restarting dead ones; SIGTERM drains them."""
+    """Run one worker process on each CUDA device (or the CPU) and restart dead ones. SIGTERM drains them."""
     from workers.running.devices import DeviceError, find_devices, serve
     from workers.running.tasks import top_up_or_say
 
@@ -51,7 +51,7 @@ def worker(
 
 @app.command(epilog="Example: `maskfleet dispatch`")
 def dispatch() -> None:
-    """List new jobs, keep the queue topped up, take back what dead workers held."""
+    """List new jobs, keep the queue full, and take back the work of dead workers."""
     from orchestrator.jobs.dispatch import dispatch as run_dispatcher
 
     log_to_stderr()
@@ -69,7 +69,7 @@ def migrate() -> None:
 
 @app.command(epilog="Example: `maskfleet doctor`")
 def doctor(as_json: JsonOption = False) -> None:
-    """Say in one screen what is reachable, what is missing, and how to mend it."""
+    """Show on one screen what is reachable, what is missing, and how to fix it."""
     findings = examine()
     if as_json:
         print_json([{"what": f.what, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings])

@@ -1,4 +1,4 @@
-"""The options that `run` and `submit` share, written once: `JobOptions`, one option a field."""
+"""The options that `run` and `submit` share, written once. Each field of `JobOptions` is one option."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PromptsOption = Annotated[
     str | None,
     typer.Option(
         "--prompts",
-        help="Ask where these say: JSON lines or COCO boxes in a file or s3:// object, or a folder of YOLO labels. "
+        help="Look where these say: JSON lines or COCO boxes in a file or s3:// object, or a folder of YOLO labels. "
         "`grid` (every object, without prompts) is the default.",
     ),
 ]
@@ -31,14 +31,14 @@ DetectorOption = Annotated[
     str | None,
     typer.Option(
         "--detector",
-        help="Ask where this detector finds something: a transformers checkpoint (folder or hub name) or an .onnx file "
-        "in the layout of mmdeploy's RTMDet. Its classes become the labels.",
+        help="Look where this detector finds something: a transformers checkpoint (folder or hub name), or an .onnx "
+        "file in the layout of mmdeploy's RTMDet. Its classes become the labels.",
     ),
 ]
 
 ThresholdOption = Annotated[
     float | None,
-    typer.Option("--detector-threshold", min=0, max=1, help="Take the detector's boxes of scores above this; 0.5."),
+    typer.Option("--detector-threshold", min=0, max=1, help="Take the detector's boxes with a score above this; 0.5."),
 ]
 
 ClassesOption = Annotated[
@@ -54,7 +54,7 @@ TextOption = Annotated[
     list[str] | None,
     typer.Option(
         "--text",
-        help="A phrase, or phrase:label; repeatable, each asked apart. For a model that takes text, or with "
+        help="A phrase, or phrase:label; repeatable, each is one question. For a model that takes text, or with "
         "--detector a Grounding DINO or OWLv2 checkpoint.",
     ),
 ]
@@ -73,8 +73,8 @@ IncludeOption = Annotated[
 ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Leave out keys that match this glob.")]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Take this many assets at most.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be taken, and store nothing.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier job has answered.")]
-NameOption = Annotated[str, typer.Option("--name", help="What people call the job.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again, even if an earlier job has the answer.")]
+NameOption = Annotated[str, typer.Option("--name", help="The job's name, for people.")]
 DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
 
 
@@ -90,7 +90,7 @@ LocalFilesOption = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """What `run` and `submit` were given, as it was written; a field is an option of the same name."""
+    """What `run` and `submit` were given, unchanged. Each field is the option of the same name."""
 
     model: ModelOption = None
     prompts: PromptsOption = None
@@ -111,14 +111,14 @@ class JobOptions:
 
     @property
     def prompt_file(self) -> str | None:
-        """The address of a prompt file; None where everything is asked for, which `grid` says too."""
+        """The address of a prompt file. None for every object without prompts, which `grid` also means."""
         return None if self.prompts == "grid" else self.prompts
 
 
 def takes_job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that has a parameter `options: JobOptions` each of its fields as an option of its own.
+    """For a command with a parameter `options: JobOptions`: make each of its fields an option.
 
-    typer reads a command's options from its signature, so the fields stand there in the place of `options`.
+    typer reads a command's options from its signature, so the fields replace `options` in the signature.
     """
     own = signature(command, eval_str=True).parameters.values()
     shared = signature(JobOptions, eval_str=True).parameters

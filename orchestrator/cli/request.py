@@ -1,4 +1,4 @@
-"""From a job's options to its request: what cannot go together is refused before anything is stored."""
+"""From a job's options to its request. Options that cannot go together are refused before anything is stored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from workers.storage.source import open_source
 
 
 def document_root(local_files: Path | None, source: str) -> str | None:
-    """Label Studio's document root, absolute. Raises PublishError where a folder's images are not below it."""
+    """Label Studio's document root, absolute. Raises PublishError if a folder's images are not below it."""
     if local_files is None:
         return None
     root = str(local_files.expanduser().absolute())
@@ -38,7 +38,7 @@ def document_root(local_files: Path | None, source: str) -> str | None:
 
 
 def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
-    """What a job is asked, read and checked. Raises what reading prompts, detectors and parameters raises."""
+    """The request of a job, read and checked. Raises what reading prompts, detectors and parameters raises."""
     detector = _asked_detector(options)
     text = read_phrases(options.text or [])
     _require_one_way(spec, options, detector, text)
@@ -75,7 +75,7 @@ def _asked_detector(options: JobOptions) -> AskedDetector | None:
 def _require_one_way(
     spec: ModelSpec, options: JobOptions, detector: AskedDetector | None, text: Sequence[Prompt]
 ) -> None:
-    """Options that mean nothing together are refused."""
+    """Refuse options that mean nothing together."""
     prompts = options.prompt_file
     if not (spec.automatic or detector or text or prompts):
         fail(f"{spec.name} makes no masks of everything: tell it what to look for with --text or --prompts")
@@ -115,7 +115,7 @@ def _params(options: JobOptions, *, is_automatic: bool) -> dict[str, Any]:
 
 
 def _read_prompts(address: str, source: str, spec: ModelSpec, detector: AskedDetector | None) -> PromptFile:
-    """Read a prompt file and say what in it cannot be used."""
+    """Read a prompt file and print what in it cannot be used."""
     with err.status(f"reading {printable(redact(address))}"):
         endpoint = settings().s3_endpoint
         besides: tuple[PromptKind, ...] = ("text",) if detector else ()
@@ -126,9 +126,9 @@ def _read_prompts(address: str, source: str, spec: ModelSpec, detector: AskedDet
 
 
 def print_dry_run(request: Request, as_json: bool) -> None:
-    """List with the job's filters and print how many, how many bytes, a sample, and which prompts meet an asset.
+    """List with the job's filters. Print how many assets, how many bytes, a sample, and which prompts match an asset.
 
-    Exits 1 where there is nothing to do.
+    Exits 1 if there is nothing to do.
     """
     open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
     with err.status("listing"):
@@ -147,7 +147,7 @@ def print_dry_run(request: Request, as_json: bool) -> None:
 
 
 def print_survey(request: Request, found: Survey) -> None:
-    """Say which prompts meet no asset, or several. Exits 1 where there is nothing to do."""
+    """Print which prompts match no asset, or several. Exits 1 if there is nothing to do."""
     for what, line in matching_rows(found.matched).items():
         if line:
             err.print(f"{what}: {printable(line)}", style="yellow", markup=False)
@@ -164,7 +164,7 @@ def demonstration_notice() -> str:
 
 
 def require_weights(spec: ModelSpec) -> None:
-    """A run's worker is this machine's own: it would wait for weights and libraries in vain."""
+    """Refuse a model without its weights or libraries here: `run` works on this machine, so nobody else has them."""
     from workers.models.weights import remedy, verify
 
     require_libraries(spec.name, spec.libraries)

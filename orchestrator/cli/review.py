@@ -1,4 +1,4 @@
-"""`review`: reads annotations back from Label Studio and says what people changed."""
+"""`review`: reads annotations back from Label Studio and shows what people changed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def review(
     project: Annotated[int | None, typer.Option("--project", help="Label Studio's project, by number.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots and the worst overlays.")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Keep reading until Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option("--every", min=1, help="Seconds between looks, with --follow.")] = 30,
+    every: Annotated[float, typer.Option("--every", min=1, help="With --follow: seconds between reads.")] = 30,
     listen: Annotated[
         str | None,
-        typer.Option("--listen", metavar="HOST:PORT", help="With --follow: look when Label Studio's webhook calls."),
+        typer.Option("--listen", metavar="HOST:PORT", help="With --follow: read when Label Studio's webhook calls."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read what people made of a job's masks in Label Studio, and count what they kept, edited, deleted and added.
+    """Read how people changed a job's masks in Label Studio. Count what they kept, edited, deleted and added.
 
     `maskfleet export --reviewed` writes what was read last. With --follow and --json there is one document a line.
     """

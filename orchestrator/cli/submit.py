@@ -31,7 +31,7 @@ from workers.models.loading import ONNX_LIBRARIES, require_libraries
 from workers.models.registry import MODELS, find_model, largest_present
 from workers.storage.source import open_source
 
-_SURVEY_SECONDS = 10.0  # what `submit` looks at its source for, to say what it found
+_SURVEY_SECONDS = 10.0  # for so long `submit` lists its source, to print what it found
 
 
 @app.command(epilog="Example: `maskfleet demo --out maskfleet-demo`")
@@ -40,7 +40,7 @@ def demo(
     devices: DevicesOption = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """Label the sample scenes that ship with maskfleet, some of them broken on purpose."""
+    """Label the sample scenes that come with maskfleet. Some of them are broken on purpose."""
     scenes = Path(__file__).parents[1] / "scenes"
     request = Request(source=str(scenes), model="sam_nano", name="demo")
     _run_and_report(request, out, devices, as_json, notice=demonstration_notice())
@@ -58,7 +58,7 @@ def run(
 ) -> None:
     """Label a folder or bucket on this machine alone, with nothing installed or started.
 
-    Ctrl-C leaves a job that the same command resumes. Label Studio shows the images of label-studio.json: those of a
+    After Ctrl-C, the same command resumes the job. Label Studio shows the images of label-studio.json, but those of a
     folder only with --local-files.
     """
     spec = find_model(options.model) if options.model else largest_present()
@@ -88,7 +88,7 @@ def run(
 @app.command(epilog="Example: `maskfleet submit s3://bucket/street --model sam_vit_h`")
 @takes_job_options
 def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = False) -> None:
-    """Make a job on the deployment; prints its number."""
+    """Make a job on the deployment, and print its number."""
     wanted = options.model or settings().model
     if wanted is None:
         fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(MODELS)}")
