@@ -1,6 +1,6 @@
-"""The dispatcher: lists the sources of new jobs, matches their prompts, keeps the queue topped up.
+"""The dispatcher: lists the sources of new jobs, matches their prompts, keeps the queue full.
 
-Safe to run twice, or not at all.
+Two may run at once. Without one, nothing is lost.
 """
 
 from __future__ import annotations

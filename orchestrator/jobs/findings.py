@@ -1,5 +1,5 @@
-"""What a person must be told of what a job found: nothing, too little, or more than was meant. Of a job's row, or of a
-survey before there is one."""
+"""What to tell a person when a job found nothing, too little, or more than was meant. Works on a job's row, or on a
+survey before there is a job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINKS = "link_out_of_source"
 def nothing_found(
     source: str, assets: int, skipped: Mapping[str, int], matched: Mapping[str, Any] | None
 ) -> str | None:
-    """Why a job has nothing to do, and what to do about it; None where it has. assets: how many were listed."""
+    """Why a job has nothing to do, and how to fix it. None if it has something. assets: how many were listed."""
     if not assets:
         left_out = ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))
         return f"{source}: no asset found; skipped {left_out or 'nothing'}. {_remedy(skipped)}"
@@ -43,7 +43,7 @@ def _remedy(skipped: Mapping[str, int]) -> str:
 
 
 def matching_rows(matched: Mapping[str, Any] | None) -> dict[str, str]:
-    """Which rule found how many keys, which keys mean no asset, and which mean several; empty where all is exact."""
+    """How many keys each rule found, which keys mean no asset, and which mean several. Empty if all are exact."""
     if matched is None:
         return {}
     by_rule = {rule: matched["by_rule"][rule] for rule in Rule if rule in matched["by_rule"]}

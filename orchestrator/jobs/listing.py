@@ -19,7 +19,7 @@ SYSTEM_FILES = ("thumbs.db", "desktop.ini", ".ds_store")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """One listed page after the job's filters. cursor: the last key looked at. complete: nothing follows."""
+    """One listed page after the job's filters. cursor: the last key read. complete: this was the last page."""
 
     assets: list[NewAsset]
     skipped: dict[str, int]
@@ -28,9 +28,9 @@ class Selection:
 
 
 def select(source: Source, *, asked: Mapping[str, Any], after: str | None, found: int) -> Iterator[Selection]:
-    """List a source page by page from a cursor, keeping what the job asked for.
+    """List a source page by page from a cursor, and keep what the job asked for.
 
-    found: how many assets the job has already, for its limit. What is left out is counted by reason.
+    found: how many assets the job has already; its limit counts them. Keys that are left out are counted by reason.
     """
     include, exclude, limit = asked.get("include") or [], asked.get("exclude") or [], asked.get("limit")
     for page in source.list(after or ""):
@@ -54,7 +54,7 @@ def select(source: Source, *, asked: Mapping[str, Any], after: str | None, found
 def _why_not(key: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:
     """The reason to leave a key out, or None. `--include` replaces the rule of image suffixes."""
     name = key.rpartition("/")[2].lower()
-    if name in SYSTEM_FILES or name.startswith("._"):  # macOS's `._x.jpg` is what a disk could not keep of x.jpg
+    if name in SYSTEM_FILES or name.startswith("._"):  # macOS's `._x.jpg` holds metadata of x.jpg
         return "system_file"
     if include:
         if not any(fnmatch.fnmatchcase(key, glob) for glob in include):

@@ -1,6 +1,6 @@
-"""A job's way from submitted to ready: its source is listed, then its prompts are matched with what was listed.
+"""Make a submitted job ready: list its source, then match its prompts with the listed assets.
 
-Two dispatchers that do the same at a time do no harm: whoever is second stores nothing.
+Two dispatchers may do this at the same time. The second one stores nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Key = TypeVar("Key", str, tuple[int, str])
 
 
 def list_for_a_while(engine: Engine, job: Job, *, seconds: float) -> None:
-    """Store the next pages of a job's source; the next page is fetched while one is stored."""
+    """Store the next pages of a job's source. While one page is stored, the next one is fetched."""
     give_way_at = time.monotonic() + seconds
     try:
         source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
@@ -51,12 +51,12 @@ def list_for_a_while(engine: Engine, job: Job, *, seconds: float) -> None:
 
 
 def match_prompts(engine: Engine, job: Job) -> None:
-    """Find which assets a listed job's prompts mean, and store it; its chunks wait for that."""
+    """Find which assets a listed job's prompts mean, and store the result. The job's chunks wait for it."""
     keys = _pages(engine, job, prompts.prompt_keys)
     assets = _pages(engine, job, prompts.asset_keys)
     try:
         with match(keys, assets, source=job.source) as matching, engine.begin() as db:
-            # Those whose key is the asset's own need no row.
+            # A prompt whose key equals the asset's key needs no row.
             pairs = ((pair.asset, pair.key) for pair in matching.pairs(exact=False))
             prompts.store_matches(db, job_id=job.id, pairs=pairs, matched=matching.report().as_json())
     except MatchingError as error:
@@ -66,7 +66,7 @@ def match_prompts(engine: Engine, job: Job) -> None:
 
 
 def _pages(engine: Engine, job: Job, read: Callable[..., list[Key]]) -> Iterator[Key]:
-    """All rows of a query that pages by key, a transaction a page: no snapshot is held for minutes."""
+    """All rows of a query that pages by key. Each page has its own transaction, so no snapshot is held for minutes."""
     after: str | None = None
     while True:
         with engine.begin() as db:

@@ -1,4 +1,4 @@
-"""What `show` and `run` say of a job's prompts, detector and phrases."""
+"""What `show` and `run` print about a job's prompts, detector and phrases."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NOT_MATCHED: dict[str, Any] = {"by_rule": None, "unmatched": None, "unmatched_f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobReport:
-    """One job as `show` tells it. failed: None where they were not asked for.
+    """One job as `show` prints it. failed: None if they were not asked for.
 
-    prompts, detector, phrases: what the functions below give. model_busy_fraction: of its workers' time, None before
-    the first outcome.
+    prompts, detector, phrases: the results of the functions below. model_busy_fraction: the fraction 0..1 of its
+    workers' time in which the model worked, None before the first outcome.
     """
 
     job: Job
@@ -48,11 +48,11 @@ def read_report(db: Connection, job: Job, counts: Counts, *, with_failed: bool) 
 
 
 def prompts_report(db: Connection, job: Job) -> dict[str, Any] | None:
-    """What became of a job's prompt file; None for a job without one.
+    """How a job's prompt file was used. None for a job without one.
 
-    by_rule: which rule found how many keys, known once the source is listed, as are unmatched: keys that mean no asset;
-    ambiguous: those of them for which something was found, but no one asset; several: keys that mean several assets.
-    unused: labeled assets of which some prompts could not be used. Of all the first few are named.
+    by_rule: how many keys each rule found. unmatched: keys that mean no asset. ambiguous: unmatched keys for which
+    something was found, but not exactly one asset. several: keys that mean several assets. These four are known when
+    the source is listed. unused: labeled assets with prompts that could not be used. The first few of each are named.
     """
     asked: dict[str, Any] | None = job.asked.get("prompts")
     if asked is None:
@@ -67,10 +67,10 @@ def prompts_report(db: Connection, job: Job) -> dict[str, Any] | None:
 
 
 def detector_report(db: Connection, job: Job) -> dict[str, Any] | None:
-    """What a job's detector found so far; None for a job without one.
+    """What a job's detector found so far. None for a job without one.
 
-    found: class or phrase -> masks. unmapped: those of them that the label map does not name, which keep their
-    own names as labels. unused: assets with boxes that could not be used, of which the first few are named.
+    found: class or phrase -> masks. unmapped: the found classes that the label map does not name; their own names are
+    the labels. unused: assets with boxes that could not be used; the first few are named.
     """
     asked: dict[str, Any] | None = job.asked.get("detector")
     if asked is None:
@@ -88,7 +88,7 @@ def detector_report(db: Connection, job: Job) -> dict[str, Any] | None:
 
 
 def text_report(db: Connection, job: Job) -> list[dict[str, Any]] | None:
-    """A job's phrases with their labels and how many masks each has so far, none included; None for a job without."""
+    """A job's phrases, their labels and their mask counts so far, 0 included. None for a job without phrases."""
     asked: list[dict[str, Any]] | None = job.asked.get("text")
     if asked is None:
         return None

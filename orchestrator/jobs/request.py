@@ -1,4 +1,4 @@
-"""From the words of a command to a job's row: what is asked is checked before anything is stored."""
+"""From a command's options to a job's row. The request is checked before anything is stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from workers.prompts import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What one submission asks. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools."""
+    """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools."""
 
     source: str
     model: str
@@ -35,7 +35,7 @@ class Request:
     text: Sequence[Prompt] = ()
 
     def asked(self) -> dict[str, Any]:
-        """What goes on the job's row, JSON-safe."""
+        """The part that is stored on the job's row, JSON-safe."""
         return {
             "mode": self._mode(),
             "prompts": self.prompts.as_json() if self.prompts else None,
@@ -49,7 +49,7 @@ class Request:
         }
 
     def model_version(self) -> str:
-        """Changes with whatever changes the masks, and with nothing else."""
+        """A version that changes when something changes the masks, and only then."""
         spec = find_model(self.model)
         detector = {"detector": self.detector.what_is_computed()} if self.detector else {}
         if self.text:

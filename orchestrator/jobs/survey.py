@@ -1,4 +1,4 @@
-"""What a request would find, before anything is stored: its assets, and which of them its prompts mean."""
+"""What a request would find: its assets, and which of them its prompts mean. Nothing is stored."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _SAMPLE = 10
 
 @dataclass(slots=True, kw_only=True)
 class Survey:
-    """What was listed. complete: nothing follows. matched: as a job's row has it; None without prompts, or where the
-    listing is not complete."""
+    """What was listed. complete: the whole source was listed. matched: as on a job's row; None without prompts, or if
+    the listing is not complete."""
 
     assets: int = 0
     size_bytes: int = 0
@@ -31,7 +31,7 @@ class Survey:
 
 
 def survey(request: Request, *, seconds: float | None = None) -> Survey:
-    """List a request's source with its filters, for about so long where that is said, and match its prompts.
+    """List a request's source with its filters, for about so long if a time is given, and match its prompts.
 
     Raises what listing a source raises.
     """

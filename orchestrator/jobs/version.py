@@ -1,4 +1,4 @@
-"""What decides a job's masks besides the model: the words that go into `model_version`."""
+"""What decides a job's masks besides the model: the text that goes into `model_version`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from workers.prompts import Prompt
 
 
 def what_is_computed(spec: ModelSpec, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
-    """Mode, prompts and parameters with the model's defaults filled in, so that naming a default changes nothing."""
+    """Mode, prompts and parameters. The model's defaults are filled in, so giving a default value changes nothing."""
     effective = automatic_params(spec.defaults, params)
     values = {name: getattr(effective, name) for name in AutomaticParams.__dataclass_fields__}
-    # How many points are decoded at once is a matter of memory, not of masks.
+    # How many points are decoded at once changes the memory, not the masks.
     values.pop("points_per_batch")
     return {"mode": "automatic", "params": _without_usual(values), "label": label}
 
 
 def what_prompts_compute(sha256: str, params: Mapping[str, Any], label: str | None) -> dict[str, Any]:
-    """The same for a job with prompts: equal exactly where the prompts of every asset are."""
+    """The same for a job with prompts: equal exactly when the prompts of every asset are equal."""
     return {"mode": "prompts", "prompts": sha256, "params": prompt_params(params), "label": label}
 
 
@@ -35,6 +35,6 @@ def prompt_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_usual(values: dict[str, Any]) -> dict[str, Any]:
-    """Without the decoder and threshold where they are the usual: what was stored before the choice answers still."""
+    """Leaves out decoder and threshold at their defaults. So jobs stored before these options existed stay valid."""
     usual = {"decoder": "torch", "text_threshold": 0.5}
     return {name: value for name, value in values.items() if (name, value) not in usual.items()}

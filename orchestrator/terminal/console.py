@@ -10,7 +10,7 @@ __all__ = ["Console", "printable", "stderr_console"]
 
 
 def printable(text: str) -> str:
-    """A key or message without what a terminal would obey."""
+    """A key or message without control sequences that a terminal would obey."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -24,7 +24,7 @@ from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
 
 OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
 _LONGEST_PAUSE_SECONDS = 30.0
-_PLAIN_LINE_SECONDS = 10.0  # between lines where nobody watches a terminal
+_PLAIN_LINE_SECONDS = 10.0  # between lines when the output is no terminal
 
 
 class _RateColumn(ProgressColumn):
@@ -36,9 +36,9 @@ class _RateColumn(ProgressColumn):
 def follow_job(
     engine: Engine, job_id: int, *, console: Console, refresh_seconds: float, check: Callable[[], None] | None = None
 ) -> Job:
-    """Show a bar until the job is over; returns it. `check` is called at each look and may raise.
+    """Show a bar until the job is over, and return the job. `check` is called before each count and may raise.
 
-    A count takes longer on a large job, so looks are spaced by at least ten times what one took.
+    A count takes longer on a large job. So the pause between two counts is at least ten times as long as a count.
     """
     columns = (
         TextColumn("[bold]{task.description}"),
@@ -85,7 +85,7 @@ def read_job(engine: Engine, job_id: int) -> tuple[Job, Counts]:
 
 
 def one_line(job: Job, counts: Counts) -> str:
-    """A job in a line, for logs."""
+    """A job in one line, for logs."""
     return (
         f"job {job.id} {job.state}: {counts.listed} listed = {counts.labeled} labeled + {counts.failed} failed + "
         f"{counts.pending} pending; {counts.masks} masks"
@@ -142,7 +142,7 @@ def report_as_json(report: JobReport) -> dict[str, Any]:
 
 
 def print_job(console: Console, report: JobReport) -> None:
-    """One job's page: how far it is, what was left out, what went wrong, and what to do about it."""
+    """One job's page: its progress, what was left out, what went wrong, and how to fix it."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column()
@@ -157,7 +157,7 @@ def print_job(console: Console, report: JobReport) -> None:
 
 
 def _job_rows(report: JobReport) -> dict[str, str]:
-    """The page's rows; an empty value is a row that is left out."""
+    """The page's rows. A row with an empty value is left out."""
     job, counts, busy = report.job, report.counts, report.model_busy_fraction
     without = f"{counts.without_prompts:,} of the labeled; not looked at" if counts.without_prompts else ""
     return {

@@ -16,7 +16,7 @@ _REFUSED_SHOWN = 20
 
 
 def report_as_json(job: Job, server: str, project_id: int, report: Report) -> dict[str, Any]:
-    """What `publish --json` prints of a job: of its last pass, with --follow."""
+    """What `publish --json` prints about a job. With --follow it is about the last pass."""
     found = dataclasses.asdict(report)
     found["refused"] = [{"uri": uri, "error": error} for uri, error in report.refused]
     head = {"job": job.id, "model_version": job.model_version, "server": server, "project": project_id}
@@ -45,7 +45,7 @@ def print_report(console: Console, job: Job, report: Report) -> None:
 
 
 def published_rows(found: Published) -> str:
-    """How much of a job one project has, and how well its regions show the masks."""
+    """How much of a job a project has, and how well its regions match the masks."""
     parts = [f"{found.assets:,} assets at {found.server}"]
     if found.iou_mean is not None and found.iou_worst is not None:
         parts.append(f"IoU of regions with masks {found.iou_mean:.4f}, worst {found.iou_worst:.4f}")

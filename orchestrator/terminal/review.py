@@ -13,7 +13,7 @@ from orchestrator.terminal.console import printable
 
 
 def print_review(console: Console, review: Review) -> None:
-    """What people made of a job: assets, time, masks by label, score and version."""
+    """How people changed a job's masks: assets, time, masks by label, score and version."""
     assets, masks = review.assets, review.masks
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
