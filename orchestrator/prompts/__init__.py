@@ -1,1 +1,1 @@
-"""Prompt files and detectors to rows: where a job asks for masks."""
+"""Turns prompt files and detectors into rows: where a job asks for masks."""

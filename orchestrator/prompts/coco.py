@@ -1,7 +1,7 @@
 """COCO files as prompts: the boxes of an instances file, with its categories as labels, or of a detections file.
 
-Boxes are COCO's [x, y, width, height] in pixels. An instances file says the size of each image, by which boxes are
-scaled where the asset is larger or smaller. Every entry stands alone: one that cannot be read is reported.
+Boxes are COCO's [x, y, width, height] in pixels. An instances file gives the size of each image. If the asset is larger
+or smaller, its boxes are scaled. An entry that cannot be read is reported, and the others are used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _OURS = {"key", "prompts"}
 _COCO = {"images", "annotations", "categories"}
 
 Labels = dict[str, str | PromptError]
-"""Category number -> name, or why it has none that is right."""
+"""Category number -> name, or why there is no valid name."""
 
 Kind = Literal["instances", "detections", "our-array", ""]
 
 
 class _Image(NamedTuple):
-    """file_name: None where several images have this id."""
+    """file_name: None if several images have this id."""
 
     file_name: str | None
     size_wh: list[float] | None
@@ -36,7 +36,7 @@ _SEVERAL = _Image(file_name=None, size_wh=None)
 
 
 def kind_of(file: IO[bytes]) -> Kind:
-    """Which JSON document this is, by its first names; "" for anything else. Leaves the file at its start."""
+    """Which JSON document this is, by its first keys; "" for anything else. Leaves the file at its start."""
     is_array = False
     try:
         for prefix, event, value in ijson.parse(from_start(file), multiple_values=True):
@@ -58,12 +58,12 @@ def kind_of(file: IO[bytes]) -> Kind:
 
 
 def read_instances(file: IO[bytes], name: str) -> Reader:
-    """Every annotation's box, for the image that its image_id names."""
+    """The box of every annotation, for the image of its image_id."""
     return Reader(file_format="coco-instances", entries=_instances(file, name))
 
 
 def read_detections(file: IO[bytes], name: str) -> Reader:
-    """Every detection's box. Its image is said by `file_name`, or by `image_id`: a name, a name without suffix, or a
+    """The box of every detection. `file_name` names its image, or `image_id` does: a name, a name without suffix, or a
     number."""
     return Reader(file_format="coco-detections", entries=_detections(file, name))
 
@@ -131,8 +131,8 @@ def _detected_label(detection: Mapping[str, Any]) -> str | None:
 
 
 def _label_of(category: object, labels: Labels) -> str | None:
-    """A category's name; its number where it has none, as people know it then. Raises PromptError for anything that is
-    no category's number."""
+    """A category's name, or its number if it has no name. Raises PromptError if `category` is not the number of a
+    category."""
     if category is None:
         return None
     category_id = _id_of(category)
@@ -145,7 +145,7 @@ def _label_of(category: object, labels: Labels) -> str | None:
 
 
 def _image_of(image: object) -> _Image | str:
-    """An image's name and size, or what is wrong with it."""
+    """An image's name and size, or what is wrong with them."""
     if not isinstance(image, dict):
         return f"{shown(image)}, expected an object with id and file_name"
     if _id_of(image.get("id")) is None:
@@ -154,13 +154,13 @@ def _image_of(image: object) -> _Image | str:
     if not isinstance(file_name, str) or not file_name:
         return f"file_name {shown(file_name)}, expected the image's name"
     sides = [image.get("width"), image.get("height")]
-    # Writers that do not know the size put 0 or 1.
+    # Programs that do not know the size write 0 or 1.
     known = [float(side) for side in sides if isinstance(side, int | float) and 1 < side < 1e9]
     return _Image(file_name=file_name, size_wh=known if len(known) == 2 else None)
 
 
 def _name_of(category_id: str, name: object) -> str | PromptError:
-    """A category's name, its number where it has none; or why neither is right."""
+    """A category's name, or its number if it has no name; else why neither is valid."""
     if name is None or (isinstance(name, str) and not name.strip()):
         return category_id
     if isinstance(name, int) and not isinstance(name, bool):
@@ -171,7 +171,7 @@ def _name_of(category_id: str, name: object) -> str | PromptError:
 
 
 def _prompt_of(annotation: Mapping[str, Any], label: str | None) -> dict[str, Any]:
-    """What `parse_prompt` reads. Raises PromptError where there is no box."""
+    """The form that `parse_prompt` reads. Raises PromptError if there is no box."""
     found = box_of(annotation)
     asked = {
         "label": label,
@@ -183,11 +183,11 @@ def _prompt_of(annotation: Mapping[str, Any], label: str | None) -> dict[str, An
 
 
 def _id_of(value: object) -> str | None:
-    """An id as text: a number of any length, a whole float, or words; None for what cannot be one."""
+    """An id as text: a number of any length, a whole float, or text. None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, float):
         return str(int(value)) if value == value // 1 and abs(value) < 2**53 else None
-    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print those
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print numbers that long
         return None
     return str(value) or None

@@ -1,4 +1,4 @@
-"""The box of a COCO annotation: its bbox, or where that is missing or empty, what is around its segmentation."""
+"""The box of a COCO annotation: its bbox. If that is missing or empty, the box around its segmentation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MOST_SIDE = 1 << 20
 
 
 class FoundBox(NamedTuple):
-    """box_xyxy: four values in the order of the file, unchecked; size_wh: of the frame, where the segmentation says."""
+    """box_xyxy: four values as in the file, unchecked. size_wh: the frame's size, if the segmentation gives it."""
 
     box_xyxy: Sequence[object]
     size_wh: tuple[int, int] | None
 
 
 def box_of(annotation: Mapping[str, Any]) -> FoundBox:
-    """Raises PromptError where there is neither a box nor a segmentation that can be read, naming what was found."""
+    """Raises PromptError, with what was found, if neither a box nor a segmentation can be read."""
     bbox, segmentation = annotation.get("bbox"), annotation.get("segmentation")
     if isinstance(bbox, list) and len(bbox) == 4 and not any(_is_zero(value) for value in bbox[2:]):
         if not all(map(_is_number, bbox)):
@@ -37,7 +37,7 @@ def box_of(annotation: Mapping[str, Any]) -> FoundBox:
 
 
 def _around_polygons(segmentation: Sequence[Any]) -> FoundBox:
-    # One polygon alone, without the list around it, is what some tools write.
+    # Some tools write one polygon without the list around it.
     polygons = [segmentation] if all(map(_is_number, segmentation)) else segmentation
     xs: list[float] = []
     ys: list[float] = []
@@ -51,7 +51,7 @@ def _around_polygons(segmentation: Sequence[Any]) -> FoundBox:
 
 
 def _flat(polygon: object) -> list[float] | None:
-    """[x, y, …], also of [[x, y], …]; None where it is neither."""
+    """[x, y, …], from [x, y, …] or [[x, y], …]; None for anything else."""
     if not isinstance(polygon, list):
         return None
     if all(isinstance(point, list) and len(point) == 2 for point in polygon):
@@ -75,7 +75,7 @@ def _around_rle(rle: Mapping[str, Any]) -> FoundBox:
 
 
 def _around_runs(counts: Sequence[int], height: int) -> tuple[int, int, int, int] | None:
-    """The box around the runs, which go down the columns and begin with background; None where none has a pixel."""
+    """The box around the runs. Runs go down the columns and begin with background. None if no run has a pixel."""
     tops, bottoms, columns = [], [], []
     position = 0
     for n, count in enumerate(counts):
@@ -90,7 +90,7 @@ def _around_runs(counts: Sequence[int], height: int) -> tuple[int, int, int, int
 
 
 def _parse_counts(text: str) -> list[int] | None:
-    """COCO's compressed run lengths; None for another text. Source: cocoapi maskApi.c, rleFrString."""
+    """COCO's compressed run lengths; None if the text is none. Source: cocoapi maskApi.c, rleFrString."""
     counts: list[int] = []
     value = shift = 0
     for character in text:
@@ -110,7 +110,7 @@ def _parse_counts(text: str) -> list[int] | None:
 
 
 def _is_number(value: object) -> bool:
-    """Numbers that a float holds; whole ones of any length come from JSON."""
+    """Whether this is a number that fits a float. JSON can give whole numbers of any length."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e15 if isinstance(value, int) else math.isfinite(value)

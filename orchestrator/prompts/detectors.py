@@ -1,4 +1,4 @@
-"""From the words of --detector, its companions and --text to what goes on a job's row."""
+"""From --detector, its options and --text to what is stored on a job's row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers.detectors.files import examine, require_classes
 from workers.detectors.kinds import DetectorError, DetectorKind
 from workers.prompts import Prompt, PromptError, parse_prompt
 
-# A phrase's boxes score lower than a class's: Grounding DINO's and OWLv2's authors ask for 0.25 to 0.4 and 0.1 to 0.3.
+# A phrase's boxes score lower than a class's. Grounding DINO's and OWLv2's authors ask for 0.25 to 0.4 and 0.1 to 0.3.
 _DEFAULT_THRESHOLDS = {
     DetectorKind.TRANSFORMERS: 0.5,
     DetectorKind.ONNX: 0.5,
@@ -24,9 +24,9 @@ _DEFAULT_THRESHOLDS = {
 
 
 def read_phrases(words: Sequence[str]) -> list[Prompt]:
-    r"""Read `phrase` or `phrase:label` as prompts by text with their labels; a colon of the phrase is written `\:`.
+    r"""Read `phrase` or `phrase:label` as prompts by text with their labels. Write a colon inside the phrase as `\:`.
 
-    Raises PromptError for one that is empty or comes twice.
+    Raises PromptError for a phrase that is empty or comes twice.
     """
     phrases = [_read_phrase(word) for word in words]
     for n, phrase in enumerate(phrases):
@@ -47,7 +47,7 @@ def read_detector(
 ) -> AskedDetector:
     """Find the detector and check what is asked of it. classes: separated by commas; None or empty for all.
 
-    Raises DetectorError for a detector that is not there or not one, an unknown class, a label map that cannot be read.
+    Raises DetectorError for a missing file, a file that is no detector, an unknown class, or an unreadable label map.
     """
     files = examine(name)
     if files.kind is DetectorKind.OPEN_VOCABULARY and (classes or label_map):
@@ -65,9 +65,9 @@ def read_detector(
 
 
 def read_label_map(path: Path) -> dict[str, str | None]:
-    """Read a YAML or JSON object of a detector's class -> the team's label, null for what is to be dropped.
+    """Read a YAML or JSON object: a detector's class -> the team's label, or null to drop the class.
 
-    Raises DetectorError naming the entry that is no such thing.
+    Raises DetectorError with the first bad entry.
     """
     try:
         value = yaml.load(decode_text(path.read_bytes()), Loader=_WordsOrNull)  # noqa: S506  it makes text and null
@@ -84,7 +84,7 @@ def read_label_map(path: Path) -> dict[str, str | None]:
 
 
 class _WordsOrNull(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types of its own
-    """Text as it is written (no, 1.10, 2024-01-01 are names here), and null."""
+    """Reads scalars as the text in the file (no, 1.10, 2024-01-01 are names here), and null as None."""
 
 
 _WordsOrNull.yaml_implicit_resolvers = {

@@ -1,4 +1,4 @@
-"""What every reader of prompt files gives: entries, each the prompts of one asset as they stand in the file."""
+"""What every reader of prompt files gives: entries. An entry is the prompts of one asset, as they stand in the file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class PromptFileError(SourceError):
 
 
 class Entry(NamedTuple):
-    """Prompts of one asset, unchecked. where: file and line, for people. key: the asset's, or as near to it as the
-    file says: without a suffix, a number, a path of another machine. prompts: each what `parse_prompt` reads, or what
-    is wrong with it; none where the file says that there is no object."""
+    """Prompts of one asset, unchecked. where: file and line, for people. key: the asset's key, or what the file gives
+    instead: a key without suffix, a number, a path of another machine. prompts: each in the form that `parse_prompt`
+    reads, or what is wrong with it; empty if the file says that there is no object."""
 
     where: str
     key: str
@@ -24,14 +24,14 @@ class Entry(NamedTuple):
 
 
 class BadEntry(NamedTuple):
-    """A part of the file that says nothing of any asset, and why."""
+    """A part of the file that cannot be used for any asset, and why."""
 
     where: str
     why: str
 
 
 class PassedOver(NamedTuple):
-    """A file beside the prompts that holds none: a list of images, class names, prose."""
+    """A file beside the prompts that holds no prompts: a list of images, class names, a text for people."""
 
     name: str
 
@@ -44,6 +44,6 @@ class Reader(NamedTuple):
 
 
 def shown(value: object) -> str:
-    """What was found, short and printable."""
+    """A value that was found, short and printable."""
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "…"

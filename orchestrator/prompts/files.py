@@ -1,9 +1,9 @@
 """Prompt files to rows for the database: JSON lines (or the same as one JSON array), COCO instances, COCO detections,
 folders of YOLO labels.
 
-Which one it is, its content says. Everything streams: a file of any length takes the memory of its longest line (and
-of the list of images, where COCO keeps that apart). What cannot be read is reported with file and line and stops
-nothing else; a key whose prompts are all bad is stored with the reasons, for its asset to fail with them.
+The content decides which format it is. Files are streamed: memory holds the longest line (and for COCO instances the
+list of images). What cannot be read is reported with file and line, and the rest is used. If all prompts of a key are
+bad, the key is stored with the reasons, and its asset fails with them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from workers.prompts import Prompt, PromptError, PromptKind, parse_prompt, takes
 from workers.storage.bucket import Bucket
 from workers.storage.source import open_source
 
-MOST_LINE_BYTES = 64 * 2**20  # some hundred thousand prompts on one asset
+MOST_LINE_BYTES = 64 * 2**20  # about a hundred thousand prompts on one asset
 _KEPT_REPORTS = 100
 
 
@@ -38,9 +38,9 @@ _KEPT_REPORTS = 100
 class PromptFile:
     """A prompt file, read and checked. Its rows wait in a temporary file until a job's number is known.
 
-    sha256: of what is stored, so that equal files give equal versions whatever their name. keys, prompts: how many
-    were read; bad: what could not be, with file and line, the first hundred of bad_count. passed_over: files in a
-    folder of labels that are none, the first of passed_over_count.
+    sha256: of the stored content, so equal files of different names give equal versions. keys, prompts: how many were
+    read. bad: the first hundred of bad_count entries that could not be read, with file and line. passed_over: the first
+    of passed_over_count files in a folder of labels that hold no labels.
     """
 
     name: str
@@ -55,14 +55,14 @@ class PromptFile:
     stored: IO[str] = field(repr=False, compare=False)
 
     def rows(self) -> Iterator[tuple[str, str]]:
-        """(key, its prompts as JSON), in the file's order; a key may come several times."""
+        """(key, its prompts as JSON), in the file's order. A key may come several times."""
         self.stored.seek(0)
         for line in self.stored:
             key, _, prompts = line.partition("\t")
             yield json.loads(key), prompts.rstrip("\n")
 
     def as_json(self) -> dict[str, Any]:
-        """What the job's row remembers of it."""
+        """What is stored about it on the job's row."""
         return {
             "file": self.name,
             "format": self.file_format,
@@ -79,12 +79,12 @@ class PromptFile:
 def read_prompts(
     address: str, *, source: str, spec: ModelSpec, s3_endpoint: str | None, besides: tuple[PromptKind, ...] = ()
 ) -> PromptFile:
-    """Read a file, a folder or an s3:// address of prompts for assets of `source`, to be asked of a model.
+    """Read a file, a folder or an s3:// address of prompts for assets of `source`, for this model.
 
-    besides: kinds of prompts that the job's detector makes into what the model takes.
+    besides: further kinds of prompts, which the job's detector turns into kinds that the model takes.
 
-    Raises PromptFileError where it cannot be read at all, holds no usable prompt, or asks what the model does not take;
-    TransientError where the store does not answer.
+    Raises PromptFileError if the whole file cannot be read, has no usable prompt, or has prompts that the model does
+    not take. Raises TransientError if the store does not answer.
     """
     with ExitStack() as on_error:
         intake = _Intake(spec=spec, source=source, taken=(*spec.prompts, *besides))
@@ -100,7 +100,7 @@ def read_prompts(
     return PromptFile(
         name=redact(address),
         file_format=reader.file_format,
-        # The word stands for nothing now: without it, JSON lines would give other versions than those stored.
+        # This word has no meaning today. Without it, JSON lines would give other versions than those stored.
         sha256=hashlib.sha256(f"key\n{intake.digest.hexdigest()}".encode()).hexdigest(),
         keys=intake.keys,
         prompts=intake.prompts,
@@ -146,7 +146,7 @@ class _Intake:
         self.prompts += sum(prompt is not None for prompt in usable)
 
     def _check(self, entry: Entry, index: int, asked: object) -> Prompt | str:
-        """The prompt, or what is wrong with it, reported."""
+        """The prompt as stored, or what is wrong with it. Errors are also reported."""
         try:
             if isinstance(asked, PromptError):
                 raise asked
@@ -168,7 +168,7 @@ class _Intake:
 
 @contextmanager
 def _open(address: str, s3_endpoint: str | None) -> Iterator[IO[bytes] | None]:
-    """The file at an address, on this disk; None where it is a folder."""
+    """The file at an address, on this disk. None if it is a folder."""
     if address.startswith("s3://"):
         with tempfile.TemporaryFile() as copy:
             yield copy if _download(address, copy, s3_endpoint) else None
@@ -206,7 +206,7 @@ def _as_utf_8(file: IO[bytes] | None, address: str) -> Iterator[IO[bytes] | None
 
 
 def _download(address: str, into: IO[bytes], s3_endpoint: str | None) -> bool:
-    """Copy an object here; False where there is none of this name, so that it may be a folder."""
+    """Copy an object to this disk. False if no object has this name; then it may be a folder."""
     folder, _, name = address.rpartition("/")
     if not name or folder == "s3:/":
         return False
@@ -254,7 +254,7 @@ def _entries_of_lines(file: IO[bytes], name: str) -> Iterator[Entry | BadEntry]:
 
 
 def _numbered_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Lines from number 1; None for one that is longer than we read."""
+    """Lines, numbered from 1. None for a line that is longer than we read."""
     number = 0
     while line := file.readline(MOST_LINE_BYTES):
         number += 1
@@ -280,11 +280,11 @@ def _entry_of(where: str, document: object) -> Entry | BadEntry:
     if not isinstance(document, dict) or not isinstance(document.get("key"), str):
         return BadEntry(where, f'{shown(document)}, expected {{"key": "name.jpg", "prompts": [{{"box_xyxy": […]}}]}}')
     prompts = document.get("prompts")
-    # What cannot be a list of prompts is one bad prompt: its asset fails with the reason.
+    # Anything but a list counts as one bad prompt. Its asset fails with the reason.
     return Entry(where, document["key"], prompts if isinstance(prompts, list) else [prompts])
 
 
 def list_reports(reports: Iterable[str], total: int) -> list[str]:
-    """The reports to show people, and in a last line how many are left out."""
+    """The first reports, to show people. A last line says how many are left out."""
     listed = list(reports)
     return [*listed, f"… and {total - len(listed):,} more"] if total > len(listed) else listed

@@ -1,7 +1,7 @@
-"""The items of a list in a JSON document, one at a time, of a file of any length.
+"""The items of a list in a JSON document, one at a time, from a file of any length.
 
-Reads what Python's json writes though it is no JSON (NaN, Infinity), numbers that no float holds (both come as text)
-and whole numbers of any length. A slower parser does that, where the fast one gives up.
+Python's json writes NaN and Infinity, which are not JSON. They are read as text, and so are numbers too large for a
+float. Whole numbers of any length are read. If the fast parser fails, a slower parser does this.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from orchestrator.prompts.entries import PromptFileError
 
 _BOM = codecs.BOM_UTF8
 _CHUNK_BYTES = 1 << 16
-# Strings are matched so that what they hold is left alone; the second form is one that the text cuts off. A number of
-# 1e999 is no float.
+# Strings are matched so that their content stays unchanged. The second form is a string that the text cuts off. 1e999
+# does not fit a float.
 _TOKEN = re.compile(
     rb'"(?:[^"\\]|\\.)*"|"(?:[^"\\]|\\.)*\\?\Z|-?Infinity|NaN|-?[0-9]+(?:\.[0-9]+)?[eE]\+?[0-9]{3,}', re.DOTALL
 )
@@ -28,7 +28,7 @@ _WORD = frozenset(b"+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTU
 
 
 def items(file: IO[bytes], name: str, prefix: str) -> Iterator[Any]:
-    """The items at ijson's prefix, in order. Raises PromptFileError where the document is damaged."""
+    """The items at ijson's prefix, in order. Raises PromptFileError if the document is damaged."""
     given = 0
     try:
         for item in ijson.items(from_start(file), prefix, use_float=True):
@@ -36,7 +36,7 @@ def items(file: IO[bytes], name: str, prefix: str) -> Iterator[Any]:
             given += 1
         return
     except (ijson.JSONError, ValueError):
-        pass  # tried again below, which says what is wrong where it is damaged indeed
+        pass  # tried again below; if the document is damaged, that parser says where
     try:
         patient = patient_ijson.items(_Lenient(from_start(file)), prefix, use_float=True)
         for n, item in enumerate(patient):
@@ -47,7 +47,7 @@ def items(file: IO[bytes], name: str, prefix: str) -> Iterator[Any]:
 
 
 def from_start(file: IO[bytes]) -> IO[bytes]:
-    """The file at its first byte behind UTF-8's mark."""
+    """The file, set to the first byte after UTF-8's byte order mark."""
     file.seek(0)
     if file.read(len(_BOM)) != _BOM:
         file.seek(0)
@@ -62,7 +62,7 @@ class _Lenient:
         self._rest = b""
 
     def read(self, size: int = -1) -> bytes:
-        """Some bytes, perhaps more than asked for; none at the end."""
+        """Some bytes, perhaps more than asked for. Empty at the end."""
         if size == 0:
             return b""
         while True:
@@ -75,7 +75,7 @@ class _Lenient:
 
 
 def _safe_end(text: bytes) -> int:
-    """Up to where a text can be looked at alone: it ends in no string, no number and no word."""
+    """Where to cut a text so that its first part ends inside no string, no number and no word."""
     for last in deque(_TOKEN.finditer(text), maxlen=1):
         if last.group().startswith(b'"') and last.end() == len(text):
             return last.start()

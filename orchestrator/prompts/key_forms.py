@@ -1,4 +1,4 @@
-"""Forms of a key under which a prompt and an asset may be the same though their keys are written differently."""
+"""Forms of a key. A prompt and an asset whose keys are written differently can have the same form."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 import unicodedata
 import urllib.parse
 
-# Where data sets of YOLO, CVAT, Pascal VOC and COCO tools keep pictures and labels, beside each other.
+# Folders where data sets of YOLO, CVAT, Pascal VOC and COCO tools keep pictures and labels, beside each other.
 _LAYOUT_FOLDERS = re.compile(r"images?|labels?|jpegimages|annotations|obj_\w+_data|data", re.IGNORECASE)
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|tiff?|bmp|gif|avif|hei[cf]|jp2|dng|ppm|pgm)$", re.IGNORECASE)
 _ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
-# COCO's own file names of 2014 begin with their split; results name images by the number alone.
+# COCO's own file names of 2014 begin with their split. Results name an image only by its number.
 _NUMBERED = re.compile(r"(?:COCO_[a-z]+\d{4}_)?0*(\d+)")
 
 
@@ -21,7 +21,7 @@ def without_suffix(key: str) -> str:
 
 
 def without_image_suffix(key: str) -> str:
-    """A prompt's key without `.jpg` and the like; other dots belong to the name."""
+    """A prompt's key without an image suffix such as `.jpg`. Other dots belong to the name."""
     return _IMAGE_SUFFIX.sub("", key)
 
 
@@ -39,13 +39,13 @@ def spelling(key: str) -> str:
 
 
 def without_layout(key: str) -> str:
-    """A spelling without the folders that data sets name by custom, wherever they lie."""
+    """A spelling without the usual folders of data sets (_LAYOUT_FOLDERS), at any depth."""
     *folders, name = key.split("/")
     return "/".join([*(folder for folder in folders if not _LAYOUT_FOLDERS.fullmatch(folder)), name])
 
 
 def below_source(key: str, source: str) -> str | None:
-    """A spelling without its first folders, where those are the last folders of the job's source; None where not."""
+    """A spelling without its first folders, if those are the last folders of the job's source; else None."""
     folders = source.rstrip("/").split("/")
     parts = key.split("/")
     for count in range(min(len(folders), len(parts) - 1), 0, -1):
@@ -55,18 +55,18 @@ def below_source(key: str, source: str) -> str | None:
 
 
 def ending(key: str, parts: int) -> str:
-    """The last parts of a key, the file name counted."""
+    """The last parts of a key. The file name is one of them."""
     return "/".join(key.split("/")[-parts:])
 
 
 def number(key: str) -> str | None:
-    """The number that is a key's file name, without leading zeros; None where it is none. The key has no suffix."""
+    """The number that is a key's file name, without leading zeros; None if it is no number. The key has no suffix."""
     found = _NUMBERED.fullmatch(key.rpartition("/")[2])
     return found.group(1) if found else None
 
 
 def group(key: str) -> str:
-    """What all keys share that any rule may find equal: the file name up to its first dot, or its number."""
+    """The file name up to its first dot, or its number. Two keys that any rule can find equal share it."""
     name = spelling(key).rpartition("/")[2].lower().partition(".")[0]
     found = _NUMBERED.fullmatch(name.replace("coco_", "COCO_", 1))
     return found.group(1) if found else name

@@ -1,10 +1,11 @@
-"""Which assets a prompt file's keys mean: exactly, or by the tightest rule under which a key means one asset.
+"""Which assets a prompt file's keys mean: exactly, or by the tightest rule that finds an asset.
 
-A key is tried rule by rule. What is written in the asset's own words comes first (the key, the key without its suffix,
-another spelling of either); a number stands for every file of that number. Looser rules (folders left out, another
-suffix) count only where one key meets one asset: two keys or two assets that look alike there are left alone, and said.
+The rules are tried one after the other for each key. First come the asset's own key, the key without its suffix, and
+another spelling of either. A number means every file of that number. Looser rules (folders left out, another suffix)
+count only if one key matches one asset. If two keys or two assets look the same to such a rule, they are not matched,
+and this is reported.
 
-Everything is held in a temporary SQLite file, so that ten million keys need no memory.
+Everything is in a temporary SQLite file, so ten million keys need little memory.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _ENDINGS = (4, 3, 2, 1)
 
 
 class MatchingError(RuntimeError):
-    """The disk did not hold the matching; the message says where and why."""
+    """The disk had no room for the matching. The message says where and why."""
 
 
 class Rule(StrEnum):
     """How a key was found to mean an asset, from tight to loose."""
 
-    KEY = "key"  # it is the asset's
-    STEM = "name without suffix"  # YOLO's label files and many detectors name no suffix
+    KEY = "key"  # the asset's own key
+    STEM = "name without suffix"  # YOLO's label files and many detectors give no suffix
     SPELLING = "other spelling"  # Unicode form, \ for /, ./, %20, .JPG for .jpg
     FOLDERS = "other folders"  # the source's own, images/ for labels/, or more folders on one side
     SUFFIX = "other suffix"  # a.jpg for a.png
@@ -49,11 +50,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matched:
-    """What became of a prompt file's keys.
+    """The result for a prompt file's keys.
 
-    by_rule: keys that mean an asset, by rule. unmatched: keys that mean none; ambiguous: those of them for which a
-    loose rule found several assets, or which share the only one with another key. several: keys that mean several
-    assets, which all have their prompts. Of each the first few are named. assets: how many have a prompt.
+    by_rule: number of keys that mean an asset, by rule. unmatched: keys that mean no asset. ambiguous: unmatched keys
+    for which a loose rule found several assets, or one asset that another key also means. several: keys that mean
+    several assets; all these assets get the prompts. The first few of each are named. assets: how many have a prompt.
     """
 
     by_rule: dict[str, int]
@@ -85,7 +86,7 @@ class Matching:
         self._db = db
 
     def pairs(self, *, exact: bool = True) -> Iterator[Pair]:
-        """Every asset of every key; without those whose key is the asset's own."""
+        """Every asset of every key, without the pairs whose key is the asset's own."""
         rows = self._db.execute(
             "SELECT asset.id, prompt.key, pair.rule FROM pair JOIN asset ON asset.n = pair.asset "
             "JOIN prompt ON prompt.n = pair.prompt WHERE ? OR pair.rule <> ? ORDER BY asset.n",
@@ -129,9 +130,9 @@ class Matching:
 
 @contextmanager
 def match(keys: Iterable[str], assets: Iterable[tuple[int, str]], *, source: str) -> Iterator[Matching]:
-    """Match a prompt file's keys with (id, key) of a job's assets, each in any number and read once.
+    """Match a prompt file's keys with (id, key) of a job's assets. Both may be of any number and are read once.
 
-    source: the job's, whose last folders a key may begin with. Raises MatchingError where the disk is full.
+    source: the job's source; a key may begin with its last folders. Raises MatchingError if the disk is full.
     """
     with tempfile.TemporaryDirectory(prefix="maskfleet-match-") as folder:
         db = sqlite3.connect(Path(folder) / "match.sqlite", isolation_level=None)
@@ -149,7 +150,7 @@ def match(keys: Iterable[str], assets: Iterable[tuple[int, str]], *, source: str
 
 
 def _fill(db: sqlite3.Connection, keys: Iterable[str], assets: Iterable[tuple[int, str]]) -> None:
-    # Nothing here outlives the process, so nothing waits for the disk.
+    # The file is not needed after this process, so nothing waits for the disk.
     db.executescript(
         """PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA temp_store = FILE;
            CREATE TABLE prompt (n INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL, rule TEXT,
@@ -174,7 +175,7 @@ Form = Callable[[str], str | None]
 
 
 def _match_own_words(db: sqlite3.Connection) -> None:
-    """Keys that are an asset's, whole or without the suffix; of all assets, for most files need no more."""
+    """Match keys that equal an asset's key, whole or without the suffix. For most files this is enough."""
     db.execute(
         "INSERT INTO pair SELECT prompt.n, asset.n, ? FROM asset JOIN prompt USING (key)",
         (str(Rule.KEY),),
@@ -190,7 +191,7 @@ def _match_own_words(db: sqlite3.Connection) -> None:
 
 
 def _match_loosely(db: sqlite3.Connection, source: str) -> None:
-    """The other keys, among the assets whose names resemble theirs."""
+    """Match the other keys, among the assets of the same name group."""
     if not db.execute("SELECT EXISTS (SELECT 1 FROM prompt WHERE rule IS NULL)").fetchone()[0]:
         return
     db.create_function("name_group", 1, key_forms.group, deterministic=True)
@@ -203,7 +204,7 @@ def _match_loosely(db: sqlite3.Connection, source: str) -> None:
     )
     spelling, stem = key_forms.spelling, key_forms.without_suffix
 
-    # Whole names before names without a suffix: a.jpg means a.jpg, wherever there is also a.png.
+    # Whole names before names without a suffix: a.jpg means a.jpg, also if there is an a.png.
     _join(db, Rule.SPELLING, spelling, spelling, one_asset=True)
     _join(db, Rule.SPELLING, spelling, lambda key: stem(spelling(key)))
     for rule, of_prompt, of_asset in _loose_rules(source):
@@ -247,7 +248,7 @@ def _then(first: Form, second: Callable[[str], str]) -> Form:
 
 
 def _join(db: sqlite3.Connection, rule: Rule, of_prompt: Form, of_asset: Form, *, one_asset: bool = False) -> None:
-    """Give every key without an asset all assets of its form."""
+    """Match every key without an asset with all assets of its form."""
     if not _make_forms(db, of_prompt, of_asset):
         return
     alone = "WHERE form IN (SELECT form FROM asset_form GROUP BY form HAVING count(*) = 1)" if one_asset else ""
@@ -260,7 +261,7 @@ def _join(db: sqlite3.Connection, rule: Rule, of_prompt: Form, of_asset: Form, *
 
 
 def _join_one_to_one(db: sqlite3.Connection, rule: Rule, of_prompt: Form, of_asset: Form) -> None:
-    """Give a key without an asset the one of its form, where no other key has that form or that asset."""
+    """Match a key without an asset with the one asset of its form, if no other key has that form or that asset."""
     if not _make_forms(db, of_prompt, of_asset):
         return
     db.executescript(
@@ -282,7 +283,7 @@ def _join_one_to_one(db: sqlite3.Connection, rule: Rule, of_prompt: Form, of_ass
 
 
 def _make_forms(db: sqlite3.Connection, of_prompt: Form, of_asset: Form) -> bool:
-    """Tables of the forms of all keys without an asset, and of the assets alike; False where no key is left."""
+    """Make tables of the forms: of all keys without an asset, and of the `alike` assets. False if no key is left."""
     db.executescript("DROP TABLE IF EXISTS prompt_form; DROP TABLE IF EXISTS asset_form;")
     db.create_function("form_of_prompt", 1, of_prompt, deterministic=True)
     db.create_function("form_of_asset", 1, of_asset, deterministic=True)

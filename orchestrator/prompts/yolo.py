@@ -1,7 +1,8 @@
 """A folder of YOLO labels as prompts: `a/b.txt` holds the boxes of the image `a/b` of any suffix, one a line.
 
-Read twice: lines are copied to a temporary file and their forms counted, for what a line alone does not tell the
-others do (see yolo_lines). Lists of images, class names and prose lie beside labels; they are passed over by name.
+Lines are read twice. First they are copied to a temporary file and their forms are counted. The counts decide the form
+of lines that allow several (see yolo_lines). Lists of images, class names and texts for people lie beside labels. They
+are not used, and reported by name.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from workers.storage.source import open_source
 
 _FRACTIONS = [1, 1]  # a prompt's size_wh
 _MOST_BYTES = 64 * 2**20
-_LINE, _EMPTY = "line", "empty"  # what a line of the temporary file is
+_LINE, _EMPTY = "line", "empty"  # kinds of lines in the temporary file
 
 
 def read(address: str, *, source: str, s3_endpoint: str | None) -> Reader:
     """The labels below a folder or s3:// prefix, for images of `source`, in key order.
 
-    Raises PromptFileError where nothing below is a label file, SourceError where it cannot be listed.
+    Raises PromptFileError if there is no label file below, SourceError if the folder cannot be listed.
     """
     folder = address if "://" in address else str(Path(address).expanduser().absolute())
     labels = open_source(folder, s3_endpoint=s3_endpoint)
@@ -85,7 +86,7 @@ def _text_files(labels: Source) -> Iterator[str]:
 
 
 def _read_file(labels: Source, name: str) -> list[str] | BadEntry | PassedOver:
-    """The lines of a label file; or why there are none."""
+    """The lines of a label file, or why they cannot be read."""
     if "\t" in name or "\n" in name:
         return BadEntry(shown(name), "a file name with a tab or a line break, expected none")
     try:
@@ -93,19 +94,19 @@ def _read_file(labels: Source, name: str) -> list[str] | BadEntry | PassedOver:
     except (AssetError, TransientError, UnicodeDecodeError) as error:
         return BadEntry(name, f"cannot be read: {error}")
     lines = text.split("\n")
-    # Classes may be called 0, 1, 2.
+    # Class names may be 0, 1, 2.
     is_names_file = name.rpartition("/")[2] in NAMES_FILES and not is_label_file(text)
     return PassedOver(name) if is_names_file or _is_no_label_file(lines) else lines
 
 
 def _is_no_label_file(lines: list[str]) -> bool:
-    """Whether a file is a list, class names or prose: no line begins with a number or holds a box's four."""
+    """Whether a file is a list, class names or a text: no line begins with a number or has a box's four numbers."""
     words = [line.split() for line in lines if line.strip()]
     return bool(words) and not any(_is_number(line[0]) or sum(map(_is_number, line)) >= 4 for line in words)
 
 
 def _copy_lines(name: str, lines: list[str], into: IO[str], data_set: DataSet) -> Forms:
-    """Copy a file's lines, and count those forms of lines that are certain."""
+    """Copy a file's lines, and count the forms of the lines that allow only one."""
     forms: Forms = Counter()
     written = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     for number, line in written:
@@ -145,8 +146,8 @@ def _label(number: int, data_set: DataSet) -> str:
 def _key_of(name: str, folder: str, source: str) -> str:
     """The image's key without suffix, for a label file `name` of a folder.
 
-    YOLO's layout has …/labels/a/b.txt beside …/images/a/b.jpg, and the source may be any folder of the latter. Labels
-    that lie elsewhere are arranged as the images in the source are.
+    In YOLO's layout, …/labels/a/b.txt lies beside …/images/a/b.jpg. The source may be any folder of that images path.
+    Labels in other places have the same folders below them as the images in the source.
     """
     stem = name[: -len(".txt")]
     path = f"{folder}/{stem}"

@@ -1,11 +1,11 @@
-"""One line of a YOLO label file to a box: which of the line's values are what.
+"""One line of a YOLO label file to a box: which of the line's values mean what.
 
 A line is a class number and then a box (x y width height, fractions of the image, centre first), a polygon or the
-corners of a turned box (x1 y1 x2 y2 …), or a box with key points; a confidence and a track id may follow. Nothing in
-the file says which. So every reading that the values allow is found; where several give different boxes, those that
-other lines of the same data set allow alone decide; where they do not, the line is refused.
+corners of a rotated box (x1 y1 x2 y2 …), or a box with key points. A confidence and a track id may follow. The file
+does not say which. So every form that the values allow is found. If several give different boxes, the lines of the same
+data set that allow only one form decide. If those do not decide either, the line is refused.
 
-Source of the forms: ultralytics, `Results.save_txt` and its documents of data sets for detect, segment, pose and obb.
+Source of the forms: ultralytics, `Results.save_txt` and its data set pages for detect, segment, pose and obb.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _EXPECTED = (
     "expected a class number and `x y width height`, `x1 y1 x2 y2 x3 y3 …` or a box with key points, in fractions of "
     "the image; a confidence 0..1 and a track id may follow"
 )
-# Writers round: ultralytics' own check lets 1 % pass. Shapes that reach out of the picture are cut to it later.
+# Programs round values, and ultralytics' own check allows 1 %. Shapes that reach out of the picture are cut later.
 _MOST_BOX = 0.01
 _MOST_POLYGON = 0.5
-# What every pose model of COCO writes. Predictions come without a data.yaml that says so.
+# What every COCO pose model writes. Predictions come without a data.yaml, so this number is tried.
 _COCO_KEY_POINTS = 17
-_CORNER_POINTS = 3  # fewer make no polygon
+_CORNER_POINTS = 3  # a polygon has at least three
 
 
 class Shape(StrEnum):
-    """What a line's first values are."""
+    """What a line's first values mean."""
 
     BOX = "a box"
     POLYGON = "a polygon"
@@ -41,7 +41,7 @@ class Shape(StrEnum):
 
 
 class Tail(StrEnum):
-    """What a line's last values are."""
+    """What a line's last values mean."""
 
     NONE = ""
     SCORE = "a confidence"
@@ -50,7 +50,7 @@ class Tail(StrEnum):
 
 
 class Form(NamedTuple):
-    """A reading of a line."""
+    """A form of a line."""
 
     shape: Shape
     tail: Tail
@@ -60,8 +60,8 @@ class Form(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line whose words are numbers. words: as written, after the class number. is_float_table: the class number too
-    is written with decimals, so a track id may be."""
+    """A line whose words are numbers. words: as written, after the class number. is_float_table: the class number is
+    written with decimals, so a track id may be too."""
 
     class_number: int
     words: tuple[str, ...]
@@ -73,30 +73,30 @@ class Line(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """box_xyxy in fractions of the image; score 0..1 where the line has one."""
+    """box_xyxy: fractions of the image. score: 0..1, if the line has one."""
 
     box_xyxy: BoxXyxy
     score: float | None
 
 
 Forms = Counter[Form]
-"""How many lines of a data set allow this form alone."""
+"""How many lines of a data set allow only this form."""
 
 
 def parse_line(text: str) -> Line:
-    """Read a line's numbers. Raises PromptError where one of them is none, naming it."""
+    """Read a line's numbers. Raises PromptError with the word that is no number."""
     first, *words = text.split()
     for word in words:
         if not _is_number(word):
             raise PromptError(f"{shown(text)}: {shown(word)} is no finite number, {_EXPECTED}")
-    # Some writers save the whole table as floats: 0.0 is class 0.
+    # Some programs save the whole table as floats: 0.0 is class 0.
     if not _is_number(first) or float(first) < 0 or float(first) != int(float(first)):
         raise PromptError(f"{shown(text)}: class {shown(first)}, {_EXPECTED}")
     return Line(class_number=int(float(first)), words=tuple(words), is_float_table=not first.isdecimal())
 
 
 def readings(line: Line, key_points: KeyPoints | None) -> dict[Form, Reading]:
-    """Every form that the values allow, with what it says. key_points: what data.yaml says of this data set."""
+    """Every form that the values allow, with its box. key_points: from the data.yaml of this data set."""
     values = line.values
     found: dict[Form, Reading] = {}
     for tail, score, kept in _tails(line, values):
@@ -111,12 +111,12 @@ def readings(line: Line, key_points: KeyPoints | None) -> dict[Form, Reading]:
 
 
 def alone(found: dict[Form, Reading]) -> Form | None:
-    """The one form that a line allows, for the count that decides about other lines of its data set."""
+    """The form, if a line allows only one. Its count decides about other lines of the data set."""
     return next(iter(found)) if len(found) == 1 else None
 
 
 def decide(line: Line, found: dict[Form, Reading], forms: Forms, key_points: KeyPoints | None) -> Reading:
-    """What the line says. Raises PromptError where nothing fits, or where what fits differs and no line decides."""
+    """The line's box. Raises PromptError if no form fits, or if several differ and no other line decides."""
     if not found:
         raise PromptError(_nothing_fits(line, key_points))
     known = {form: reading for form, reading in found.items() if forms[form]} or found
@@ -127,13 +127,13 @@ def decide(line: Line, found: dict[Form, Reading], forms: Forms, key_points: Key
             f"{shown(' '.join(line.words))} after the class may be {listed}, and no other line says which; "
             "expected data.yaml with kpt_shape for key points, a confidence before a track id, files of one form"
         )
-    # A 1 may be a confidence or the first track's id: an id is never taken for a score.
+    # A 1 may be a confidence or the first track's id. An id must never become a score.
     scores = {reading.score for reading in known.values()}
     return Reading(box_xyxy=boxes.pop(), score=scores.pop() if len(scores) == 1 else None)
 
 
 def _tails(line: Line, values: Sequence[float]) -> list[tuple[Tail, float | None, int]]:
-    """What may follow the shape: (what, the score, how many values are before it)."""
+    """What may follow the shape: (tail, score, number of values before the tail)."""
     n = len(values)
     found: list[tuple[Tail, float | None, int]] = [(Tail.NONE, None, n)]
     if n < 5:
@@ -148,7 +148,7 @@ def _tails(line: Line, values: Sequence[float]) -> list[tuple[Tail, float | None
 
 
 def _ends_in_track_id(line: Line) -> bool:
-    """Ids are whole numbers from 1. A coordinate of 1 may have decimals, an id has some only where the class has."""
+    """Ids are whole numbers from 1. A coordinate of 1 may have decimals. An id has them only if the class has them."""
     word = line.words[-1]
     value = float(word)
     return value >= 1 and value == int(value) and (value > 1 or word.isdecimal() or line.is_float_table)
@@ -164,7 +164,7 @@ def _box(values: Sequence[float]) -> BoxXyxy | None:
 
 
 def _polygon(values: Sequence[float]) -> BoxXyxy | None:
-    """The box around a polygon. Its corners may lie a little outside, as those of a turned box at the border do."""
+    """The box around a polygon. Corners may lie a little outside, as at a rotated box near the border."""
     if len(values) < 2 * _CORNER_POINTS or len(values) % 2:
         return None
     if not all(-_MOST_POLYGON <= value <= 1 + _MOST_POLYGON for value in values):
@@ -173,7 +173,7 @@ def _polygon(values: Sequence[float]) -> BoxXyxy | None:
 
 
 def _is_pose(words: Sequence[str], key_points: KeyPoints | None) -> bool:
-    """Whether key points follow the first four values."""
+    """Whether the values after the first four are key points."""
     rest = [float(word) for word in words[4:]]
     if key_points is not None:
         return len(rest) == key_points.points * key_points.values
@@ -212,7 +212,7 @@ def _nothing_fits(line: Line, key_points: KeyPoints | None) -> str:
 
 def _is_number(word: str) -> bool:
     try:
-        # float() also reads 1_000 and other scripts' digits, which no writer means.
+        # float() also reads 1_000 and digits of other scripts. No program writes those on purpose.
         return word.isascii() and "_" not in word and math.isfinite(float(word))
     except ValueError:
         return False

@@ -1,6 +1,6 @@
 """What a YOLO data set says about its labels: class names and key points, from data.yaml, obj.names or classes.txt.
 
-YAML's scalars are read as the text that stands in the file: a class may be called no, null, 1.10 or 2024-01-01.
+YAML's scalars are read as the text in the file. So no, null, 1.10 and 2024-01-01 can be class names.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _FOLDERS_ABOVE = 2
 
 
 class KeyPoints(NamedTuple):
-    """kpt_shape of data.yaml: how many key points a line has, and of how many values each (2: x y, 3: x y v)."""
+    """kpt_shape of data.yaml. points: key points in a line. values: numbers of each (2: x y, 3: x y v)."""
 
     points: int
     values: int
 
 
 class DataSet(NamedTuple):
-    """names: None where no file has some. key_points: None where no data.yaml has kpt_shape."""
+    """names: None if no file has names. key_points: None if no data.yaml has kpt_shape."""
 
     names: Names | None
     key_points: KeyPoints | None
 
 
 def read_data_sets(folder: str, labels: Source, s3_endpoint: str | None) -> dict[str, DataSet]:
-    """What is said of the labels below each folder of `labels` that has such files; "" is `folder` itself, for which
-    the two folders above count too. What a folder does not say, the nearest above it does.
+    """The data set of each folder of `labels` that has such files. "" is `folder` itself; files in the two folders
+    above it count too. A folder without names or key points takes those of the nearest folder above it.
 
     Raises PromptFileError for a file whose names cannot keep their numbers.
     """
@@ -53,12 +53,12 @@ def read_data_sets(folder: str, labels: Source, s3_endpoint: str | None) -> dict
 
 
 def data_set_of(name: str, data_sets: Mapping[str, DataSet]) -> DataSet:
-    """Of a label file, by its name below the folder of `read_data_sets`."""
+    """The data set of a label file, by its name below the folder of `read_data_sets`."""
     return data_sets[place_of(name, data_sets)]
 
 
 def place_of(name: str, data_sets: Mapping[str, DataSet]) -> str:
-    """The nearest folder above a label file that says something."""
+    """The nearest folder above a label file that has a data set."""
     place = name
     while place:
         place = place.rpartition("/")[0]
@@ -79,7 +79,7 @@ def _read_above(folder: str, s3_endpoint: str | None) -> DataSet:
 
 
 def _read_place(source: Source, place: str, prefix: str) -> DataSet:
-    """What the files of one folder of a source say; prefix: the folder, with its slash."""
+    """The data set of one folder of a source. prefix: the folder, with its slash."""
     names: Names | None = None
     key_points: KeyPoints | None = None
     for file_name in YAML_FILES:
@@ -101,7 +101,7 @@ def _places(folder: str) -> Iterator[str]:
 
 
 def _read_text(source: Source, place: str, file_name: str) -> str | None:
-    """None where there is no such file, or none that we may see."""
+    """The file's text. None if there is no such file, or if we may not read it."""
     try:
         return decode_text(source.read(file_name, _MOST_BYTES))
     except AssetError as error:
@@ -116,7 +116,7 @@ def _read_text(source: Source, place: str, file_name: str) -> str | None:
 
 def _read_names(source: Source, place: str, file_name: str) -> Names | None:
     text = _read_text(source, place, file_name)
-    # A picture may be called `labels` or `classes`: its label file begins with a number.
+    # An image may be called `labels` or `classes`. Then this is its label file, and begins with a number.
     if text is None or is_label_file(text):
         return None
     try:
@@ -126,7 +126,7 @@ def _read_names(source: Source, place: str, file_name: str) -> Names | None:
 
 
 def is_label_file(text: str) -> bool:
-    """Whether a text begins with the numbers of a box, as no list of names does."""
+    """Whether a text begins with the numbers of a box. No list of names does."""
     words = text.split(maxsplit=5)
     try:
         return len([float(word) for word in words[:5]]) == 5
@@ -135,7 +135,7 @@ def is_label_file(text: str) -> bool:
 
 
 class _WrittenText(yaml.BaseLoader):  # type: ignore[misc]  # PyYAML has no types of its own
-    """Every scalar as it is written. A class number that comes twice is refused: the last would win unseen."""
+    """Reads every scalar as text. Refuses a class number that comes twice, or the last name would win silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         numbers = [key.value for key, _ in node.value if str(key.value).isdecimal()]
