@@ -1,4 +1,4 @@
-"""How an asset and a server are named: an asset's id and address in Label Studio, a server's address with us."""
+"""Names of assets and servers: an asset's id and address in Label Studio, and a server's address in our database."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from orchestrator.label_studio.errors import LabelStudioError
 
 
 class PublishError(LabelStudioError):
-    """The job cannot be published like this; the message says what to do instead."""
+    """The job cannot be published like this. The message says what to do instead."""
 
 
 def image_address(uri: str, local_files: str | None) -> str:
-    """The address under which Label Studio shows an asset: s3:// as it is, a file below its document root by path.
+    """The address under which Label Studio shows an asset: s3:// unchanged, a file by its path below the document root.
 
-    Raises PublishError for a file that Label Studio has not been told how to see.
+    Raises PublishError for a file that Label Studio cannot see with these options.
     """
     if not uri.startswith("file://"):
         return uri
@@ -36,9 +36,10 @@ def image_address(uri: str, local_files: str | None) -> str:
 
 
 def address_faults(address: str) -> list[str]:
-    """Why Label Studio would ask for another object than the one an address names; empty where it would not.
+    """Why Label Studio would fetch another object than the one an address names; empty if it would not.
 
-    It takes an s3:// address apart as below, which cuts it at a `?` and loses tabs, line ends, and spaces at the end.
+    It parses an s3:// address as below. That cuts the address at a `?` and drops tabs, line ends, and spaces at the
+    end.
     """
     if not address.startswith("s3://"):
         return []
@@ -51,15 +52,16 @@ def address_faults(address: str) -> list[str]:
 
 
 def asset_uid(uri: str) -> str:
-    """The id under which Label Studio knows an asset, data.asset_id: the same whichever job or model labeled it.
+    """The id of an asset in Label Studio, data.asset_id. It is the same for every job and model.
 
-    uri: source and key as one address. 64 bits: among ten million assets two share one with a chance of 1 in 370,000.
+    uri: source and key as one address. The id has 64 bits: among ten million assets, two share an id with a chance of
+    1 in 370,000.
     """
     return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def server_key(url: str) -> str:
-    """The address of a server as we remember it: scheme and host in small letters, no slash, nothing secret."""
+    """The address of a server as we store it: scheme and host in small letters, no slash at the end, no secrets."""
     parts = urlsplit(url.strip())
     host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
     return f"{parts.scheme.lower()}://{host}{parts.path.rstrip('/')}"

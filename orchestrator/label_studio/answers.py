@@ -1,4 +1,4 @@
-"""What Label Studio's server answers, as values."""
+"""The answers of Label Studio's server, as values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Project:
-    """A project as the server describes it. model_version: of the predictions it shows, "" for none."""
+    """A project as the server describes it. model_version: the version of the predictions it shows, "" for none."""
 
     id: int
     title: str
@@ -34,7 +34,7 @@ class Project:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundTask:
-    """A task that a lookup found; its prediction's data are not fetched."""
+    """A task that a lookup found. The content of its predictions is not fetched."""
 
     id: int
     asset_id: str
@@ -43,7 +43,7 @@ class FoundTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """What the server says of an import: the tasks' ids in the order sent, and how many predictions came along."""
+    """The server's answer to an import: the tasks' ids in the order sent, and how many predictions were imported."""
 
     task_ids: tuple[int, ...]
     prediction_count: int

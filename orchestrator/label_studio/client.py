@@ -1,14 +1,14 @@
-"""The one door to Label Studio: a small HTTP client that repeats reads, and never a write.
+"""The only access to Label Studio: a small HTTP client. It repeats failed reads, and never a write.
 
     LabelStudioError
-    ├── Unavailable   no answer, a time-out, 429 or 5xx: it may pass, and nobody knows whether a write happened
-    ├── TooLarge      the body is more than the server, or a proxy before it, takes
+    ├── Unavailable   no answer, a time-out, 429 or 5xx: it may pass; whether a write happened is unknown
+    ├── TooLarge      the body is larger than the server, or a proxy before it, accepts
     ├── NotFound      there is no such project, task or page
-    ├── Refused       it will be refused again until a person fixes what the message says
-    └── ConfigError, PublishError, SetupError   ours, beside what raises them: the project does not fit
+    ├── Refused       it will be refused again until a person fixes it as the message says
+    └── ConfigError, PublishError, SetupError   in the modules that raise them: the project does not fit
 
-Not label_studio_sdk: its client sends a failed import up to three times, and walks every number of a brush with
-pydantic. An import is not idempotent in Label Studio, so whoever sends one looks before sending again.
+label_studio_sdk is not used: its client sends a failed import up to three times, and checks every number of a brush
+with pydantic. An import is not idempotent in Label Studio. So our sender looks on the server before it sends again.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from orchestrator.label_studio.answers import FoundTask, Imported, Project
 from orchestrator.label_studio.errors import STORAGE_REMEDY, NotFound, Refused, Unavailable, error_of
 from orchestrator.label_studio.tokens import LegacyToken, PersonalAccessToken, is_web_token
 
-# A lookup is a GET, so its ids are in the URL: 100 of 16 characters make 3 KB, less than any server's 4 KB.
+# A lookup is a GET, so its ids are in the URL. 100 ids of 16 characters make 3 KB; servers take at least 4 KB.
 LOOKUP_SIZE = 100
 # An import of 8 MB took Label Studio on Postgres 20 s, measured on a busy machine of two cores.
 WRITE_SECONDS = 300.0
 READ_SECONDS = 120.0
 CONNECT_SECONDS = 10.0
 
-_READ_ATTEMPTS = 7  # over half a minute, in which a server starts again
+_READ_ATTEMPTS = 7  # over half a minute in all; a server restarts in that time
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 _PAGE_SIZE = 100
 _ASSET_ID = "filter:tasks:data.asset_id"
 
-# It logs each request's full address; ours are in our own log, shorter.
+# httpx logs each request's full address. Our own log has them shorter.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
@@ -61,7 +61,7 @@ class LabelStudio:
         self._http.client.close()
 
     def check(self) -> str:
-        """The server's version, once it is reached and the token is good. Raises what is wrong, with its remedy."""
+        """The server's version. Raises LabelStudioError, with the remedy, if the server or the token does not work."""
         self._http.read("GET", "/api/current-user/whoami", attempts=1)
         return str(self._http.read("GET", "/api/version").get("release", "unknown"))
 
@@ -86,7 +86,7 @@ class LabelStudio:
         return Project.from_json(self._http.read("PATCH", f"/api/projects/{project_id}/", json=changes))
 
     def show_version(self, project_id: int, model_version: str) -> None:
-        """Make this version the one that annotators see. Refused while no prediction of it exists."""
+        """Show this version to annotators. The server refuses while no prediction of it exists."""
         self.update_project(project_id, model_version=model_version)
 
     def count_versions(self, project_id: int) -> dict[str, int]:
@@ -101,13 +101,13 @@ class LabelStudio:
         return found
 
     def create_storage(self, kind: str, project_id: int, **fields: Any) -> dict[str, Any]:
-        """Add an import storage that only resolves addresses: it cannot be synchronized, which would add a second
-        task for each image that we import."""
+        """Add an import storage that only resolves addresses. It cannot be synchronized: that would add a second task
+        for each image that we import."""
         body = {"project": project_id, "use_blob_urls": True, "synchronizable": False, **fields}
         try:
             made: dict[str, Any] = self._http.write(f"/api/storages/{kind}", body)
         except (Unavailable, Refused) as error:
-            # The server tries the storage at once; what its own client meets comes through as 400 or 500.
+            # The server tries the storage at once. An error of its own S3 client comes back as 400 or 500.
             if error.status not in (httpx.codes.BAD_REQUEST, httpx.codes.INTERNAL_SERVER_ERROR):
                 raise
             raise Refused(f"{error}; {STORAGE_REMEDY[kind]}", status=error.status) from error
@@ -123,7 +123,7 @@ class LabelStudio:
         self._http.write("/api/dm/views/", {"project": project_id, "data": dict(data)})
 
     def serves(self, address: str) -> bool:
-        """Whether the server hands out what a task's address names, such as /data/local-files/?d=…; none of it is
+        """Whether the server serves what a task's address names, such as /data/local-files/?d=…. The body is not
         read."""
         with self._http.client.stream("GET", address, headers={"Range": "bytes=0-0"}) as response:
             return response.is_success
@@ -131,8 +131,8 @@ class LabelStudio:
     def find_tasks(
         self, project_id: int, asset_ids: Sequence[str], *, model_version: str | None = None
     ) -> dict[str, list[FoundTask]]:
-        """Look up tasks by their data.asset_id, lowest task id first; with model_version those alone that have a
-        prediction of it. More than one for an asset is a duplicate that somebody made."""
+        """Look up tasks by their data.asset_id, lowest task id first. With model_version: only tasks that have a
+        prediction of it. A second task of an asset is a duplicate that somebody made."""
         found: dict[str, list[FoundTask]] = {}
         for start in range(0, len(asset_ids), LOOKUP_SIZE):
             ids = list(asset_ids[start : start + LOOKUP_SIZE])
@@ -158,10 +158,10 @@ class LabelStudio:
         ordering: Sequence[str] = ("tasks:id",),
         page_size: int = _PAGE_SIZE,
     ) -> Iterator[dict[str, Any]]:
-        """Stream the tasks that all (or any) of the Data Manager's filters let through, addresses as stored.
+        """Stream the tasks that pass all (or any) of the Data Manager's filters, with addresses as stored.
 
-        whole: with annotations, drafts and predictions, which is slow and large: a hundred tasks of 50 brushes are
-        12 MB. A task that changes so that it leaves the filter while pages are fetched makes a later one be skipped.
+        whole: with annotations, drafts and predictions. This is slow and large: a hundred tasks of 50 brushes are
+        12 MB. If a task stops passing the filter while pages are fetched, a later task is skipped.
         """
         query = {
             "filters": {"conjunction": "or" if any_of else "and", "items": [dict(item) for item in filters]},
@@ -184,7 +184,7 @@ class LabelStudio:
         return found
 
     def has_draft(self, project_id: int, task_id: int) -> bool:
-        """Whether anybody left a draft on a task; `get_task` shows only the token's own."""
+        """Whether anybody left a draft on a task. `get_task` shows only drafts of the token's user."""
         filters = [
             {"filter": "filter:tasks:id", "operator": "equal", "type": "Number", "value": task_id},
             {"filter": "filter:tasks:draft_exists", "operator": "equal", "type": "Boolean", "value": True},
@@ -195,22 +195,22 @@ class LabelStudio:
         self._http.send("DELETE", f"/api/tasks/{task_id}/", seconds=WRITE_SECONDS)
 
     def import_tasks(self, project_id: int, body: bytes) -> Imported:
-        """Import a JSON list of tasks with their predictions, once. Raises Unavailable when it may have happened."""
+        """Import a JSON list of tasks with their predictions, once. Raises Unavailable if it may have happened."""
         params = {"return_task_ids": "true"}
         answer = self._http.write(f"/api/projects/{project_id}/import", body, params=params)
         return Imported(task_ids=tuple(answer["task_ids"]), prediction_count=answer["prediction_count"])
 
     def import_predictions(self, project_id: int, body: bytes) -> int:
-        """Import a JSON list of predictions, each with its `task`, once; returns how many the server made of it."""
+        """Import a JSON list of predictions, each with its `task`, once. Returns how many the server created."""
         return int(self._http.write(f"/api/projects/{project_id}/import/predictions", body)["created"])
 
     def delete_prediction(self, prediction_id: int) -> None:
-        """Delete a prediction. One that an annotation came from must stay: the annotation would forget it."""
+        """Delete a prediction. Keep one that an annotation began from, or the annotation loses its link to it."""
         self._http.send("DELETE", f"/api/predictions/{prediction_id}/", seconds=WRITE_SECONDS)
 
 
 class _Http:
-    """Requests to one server with one token. What may be sent again is; what may not is sent once."""
+    """Requests to one server with one token. Requests that may be repeated are; others are sent once."""
 
     def __init__(self, url: str, api_key: str, transport: httpx.BaseTransport | None) -> None:
         self._url = server_key(url)
@@ -223,7 +223,7 @@ class _Http:
         )
 
     def read(self, method: str, path: str, *, attempts: int = _READ_ATTEMPTS, **arguments: Any) -> Any:
-        """Send what may safely be sent again, several times with growing pauses."""
+        """Send a request that is safe to repeat, several times with growing pauses."""
         for attempt in range(attempts):
             try:
                 return _json(self.send(method, path, seconds=READ_SECONDS, **arguments))
@@ -268,7 +268,7 @@ class _Http:
 
 
 def pause_seconds(attempt: int, error: Unavailable) -> float:
-    """How long to wait after the attempt, counted from 0: what the server asks for, or 0.5 s and doubling."""
+    """How long to wait after an attempt (counted from 0): as the server asks, or 0.5 s, 1 s, 2 s …"""
     asked = error.retry_after_seconds
     return min(_LONGEST_PAUSE_SECONDS, asked if asked is not None else _FIRST_PAUSE_SECONDS * 2.0**attempt)
 
@@ -283,7 +283,7 @@ def _has_version(model_version: str) -> dict[str, Any]:
         "filter": "filter:tasks:predictions_model_versions",
         "operator": "contains",
         "type": "List",
-        "value": [model_version],  # of a bare string, the server would look for each letter
+        "value": [model_version],  # with a bare string, the server would look for each letter
     }
 
 
@@ -300,7 +300,7 @@ def _json(response: httpx.Response) -> Any:
 
 
 def health_error(url: str) -> str | None:
-    """Why Label Studio does not answer as healthy at this address, without a token; None where it does."""
+    """Why Label Studio is not healthy at this address; None if it is. Needs no token."""
     try:
         httpx.get(f"{url.rstrip('/')}/health", timeout=5).raise_for_status()
     except httpx.HTTPError as error:

@@ -1,7 +1,7 @@
 """What a project's labeling config can hold: the controls our regions need, what is missing, whether a region fits.
 
-Label Studio's import stores whatever it is sent, and its editor then shows nothing or breaks, so this is checked
-before. A test compares it with label_studio_sdk's LabelInterface, which takes 30 times as long for a brush.
+Label Studio's import stores anything, and then its editor shows nothing or breaks. So we check before we send. A test
+compares this with label_studio_sdk's LabelInterface, which takes 30 times as long for a brush.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ NEEDED_KINDS: Mapping[RegionKind, tuple[str, ...]] = {
     "brush": (BRUSH_CONTROL,),
     "rectangle": (RECTANGLE_CONTROL,),
 }
-TASK_FIELDS = ("asset_id", "width", "height")  # of a task's data, beside the image's address
+TASK_FIELDS = ("asset_id", "width", "height")  # fields of a task's data, beside the image's address
 _IMAGE_VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
-# As Label Studio reads them. Its page takes a value for a variable where it is one as a whole; its import wants what
-# the value of a tag with a name asks for, and there a variable may also stand in the middle.
+# How Label Studio reads variables. Its page takes a value as a variable only if the whole value is one. Its import
+# requires the variables of every tag with a name, also those in the middle of a value.
 _VARIABLE = re.compile(r"\$([\w.\[\]{}]+)")
 _VARIABLE_ATTRIBUTES = ("value", "valueList", "on")
-_LITERAL_TAGS = ("Label", "Choice", "Relation")  # their value is a name; the page shows `$word` in it blank, no more
+_LITERAL_TAGS = ("Label", "Choice", "Relation")  # their value is a name; a `$word` in it is only shown blank
 
 
 class ConfigError(LabelStudioError):
-    """A project's labeling config cannot hold what is to be published; the message has the lines to add."""
+    """A project's labeling config cannot hold the job's regions. The message has the lines to add."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """A tag that holds regions of one kind, by its own name and its image's, with the labels it offers."""
+    """A tag that holds regions of one kind: its name, its image's name, and the labels it offers."""
 
     name: str
     to_name: str
@@ -57,8 +57,8 @@ class Control:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Controls:
-    """The controls of a config that we use, by kind; the image they are for, and the field of a task's data that it
-    comes from."""
+    """The controls of a config that we use, by kind; their image's name; and the field of a task's data that holds the
+    image's address."""
 
     by_kind: Mapping[str, Control]
     image_name: str
@@ -68,7 +68,7 @@ class Controls:
 def find_controls(label_config: str) -> Controls:
     """Read a labeling config: the first control of each kind on its first image.
 
-    Raises ConfigError where there is no image, or a variable that our tasks do not carry.
+    Raises ConfigError if there is no image, or a variable that our tasks do not have.
     """
     try:
         root = ElementTree.fromstring(label_config)  # noqa: S314  no entities: expat here is 2.4.1 or newer
@@ -94,7 +94,7 @@ def find_controls(label_config: str) -> Controls:
 
 
 def _variables(tag: ElementTree.Element) -> Iterable[str]:
-    """The fields of a task's data that a tag takes its content from."""
+    """The fields of a task's data from which a tag takes its content."""
     named = tag.get("name") is not None
     if tag.tag in _LITERAL_TAGS and not named:
         return
@@ -106,9 +106,9 @@ def _variables(tag: ElementTree.Element) -> Iterable[str]:
 
 
 def missing_lines(controls: Controls, *, kinds: Iterable[str], labels: Iterable[str]) -> list[str]:
-    """The lines of XML to add to a config so that it holds regions of these kinds and labels; none when it does.
+    """The lines of XML to add to a config so that it holds regions of these kinds and labels; none if it does.
 
-    A control that is missing comes whole; a label that is missing comes below the name of its control.
+    A missing control is given whole. A missing label is given below the name of its control.
     """
     lines: list[str] = []
     for kind in kinds:
@@ -123,7 +123,7 @@ def missing_lines(controls: Controls, *, kinds: Iterable[str], labels: Iterable[
 
 
 def require_controls(controls: Controls, *, as_: RegionKind, labels: Sequence[str]) -> None:
-    """Raise ConfigError, with the lines to add, when a control that this kind of region needs is missing."""
+    """Raise ConfigError, with the lines to add, if a control is missing that this kind of region needs."""
     if all(kind in controls.by_kind for kind in NEEDED_KINDS[as_]):
         return
     lines = "\n".join(missing_lines(controls, kinds=NEEDED_KINDS[as_], labels=labels))
@@ -134,7 +134,7 @@ def require_controls(controls: Controls, *, as_: RegionKind, labels: Sequence[st
 
 
 def address_regions(controls: Controls, result: Iterable[dict[str, Any]]) -> None:
-    """Give regions of `regions_for` the names that the project's config has for their controls and image."""
+    """Set the names of controls and image in regions of `regions_for` to those of the project's config."""
     for region in result:
         control = controls.by_kind.get(region["type"].removesuffix("labels"))
         if control is not None:
@@ -142,7 +142,7 @@ def address_regions(controls: Controls, result: Iterable[dict[str, Any]]) -> Non
 
 
 def faults(controls: Controls, prediction: Mapping[str, Any]) -> list[str]:
-    """What does not fit the config in a prediction of ours, each once, in the order found."""
+    """What in our prediction does not fit the config: each problem once, in the order found."""
     found = dict.fromkeys(fault for region in prediction["result"] for fault in _region_faults(controls, region))
     if not 0 <= prediction["score"] <= 1:
         found[f"score {prediction['score']!r} is outside 0..1"] = None
@@ -150,7 +150,7 @@ def faults(controls: Controls, prediction: Mapping[str, Any]) -> list[str]:
 
 
 def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[str]) -> str:
-    """Add to a config what `missing_lines` says, and change nothing that is there."""
+    """Add the lines of `missing_lines` to a config, and change nothing else."""
     root = ElementTree.fromstring(label_config)  # noqa: S314
     controls = find_controls(label_config)
     for kind in kinds:
@@ -168,9 +168,9 @@ def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[st
 
 
 def add_smart_tools(label_config: str, labels: Sequence[str]) -> str:
-    """Add key points and make rectangles smart, for an interactive ML backend; the brush's own smart tool goes off.
+    """Add key points and make rectangles smart, for an interactive ML backend. Turn off the brush's own smart tool.
 
-    Label Studio's native YOLO export then writes empty files; ours does not care.
+    Label Studio's native YOLO export then writes empty files. Ours is not affected.
     """
     root = ElementTree.fromstring(label_config)  # noqa: S314
     for element in root.iter("BrushLabels"):
@@ -206,7 +206,7 @@ def _is_drawable(kind: str, value: Mapping[str, Any]) -> bool:
         return value["format"] == "rle" and len(value["rle"]) > 0
     if kind == RECTANGLE_CONTROL:
         return all(math.isfinite(value[name]) and 0 <= value[name] <= 100 for name in ("x", "y", "width", "height"))
-    # NaN fails both comparisons.
+    # NaN fails both comparisons, so it counts as outside.
     return len(value["points"]) >= 3 and all(0 <= x <= 100 and 0 <= y <= 100 for x, y in value["points"])
 
 
@@ -228,7 +228,7 @@ def _free_name(root: ElementTree.Element, name: str) -> str:
 def label_config(labels: Sequence[str]) -> str:
     """Write the labeling config: polygons, brush and rectangles with the same labels and colours, as XML.
 
-    Without labels it has the one that masks without a label get. Raises ValueError for a label that XML cannot carry.
+    Without labels, it has the one label of masks that have none. Raises ValueError for a label that XML cannot hold.
     """
     view = ElementTree.Element("View")
     image = {"name": IMAGE_CONTROL, "value": "$image", "zoom": "true", "zoomControl": "true", "rotateControl": "false"}
@@ -247,6 +247,6 @@ def label_config(labels: Sequence[str]) -> str:
 
 
 def _check_label(label: str) -> None:
-    # Not by "unassigned": XML takes every emoji that is newer than Python's tables.
+    # "Unassigned" characters stay: XML allows emoji that are newer than Python's tables.
     if not label.strip() or any(unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff" for c in label):
         raise ValueError(f"label {label!r}: empty, or with control characters that Label Studio's config cannot carry")

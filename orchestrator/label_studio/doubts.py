@@ -1,4 +1,4 @@
-"""What we remember of a project against what its server has: settles what is in doubt, repairs what differs."""
+"""Compares what we stored about a project with its server: resolves what is in doubt, repairs what differs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Doubts:
         self._report = publication.report
 
     def resolve_in_doubt(self, *, final: bool) -> int:
-        """Ask the server for what an earlier publisher was about to send. Returns how many of it are to be sent again.
+        """Ask the server for what an earlier publisher was about to send. Returns how many must be sent again.
 
-        What is not there may still arrive, so it stays in doubt until it is old enough; final: wait for that.
+        A request that is not there may still arrive, so it stays in doubt until it is old enough. final: wait until
+        then.
         """
         forgotten = 0
         with self._db.begin():
@@ -41,7 +42,9 @@ class Doubts:
         return forgotten
 
     def _resolve_version(self, version: str) -> tuple[float | None, int]:
-        """Look once at what is in doubt: the age in seconds of the youngest that remains so, and how many fell."""
+        """Look once at what is in doubt. Returns the age in seconds of the youngest that stays in doubt, and how many
+        must be sent again.
+        """
         after, youngest, dropped = 0, None, 0
         settle_seconds = self._publication.options.settle_seconds
         while True:
@@ -64,7 +67,7 @@ class Doubts:
             self._publication.progress(len(there) if version == self._version else 0)
 
     def agrees(self) -> bool:
-        """Whether the server has as many predictions of the job's version as we remember."""
+        """Whether the server has as many predictions of the job's version as we stored."""
         there = self._client.count_versions(self._project_id).get(self._version, 0)
         with self._db.begin():
             remembered = published.count_done(
@@ -73,10 +76,10 @@ class Doubts:
         return there == remembered
 
     def verify(self) -> bool:
-        """Compare each prediction of the job's version that we remember with the server; whether something is missing.
+        """Compare each stored prediction of the job's version with the server. Returns whether something is missing.
 
-        What is gone there is forgotten, so that it is sent again; what is there twice is reduced to one, where nobody
-        has worked on it.
+        If one is gone there, we forget it, so it is sent again. If one is there twice, the second is deleted unless
+        somebody worked on it.
         """
         version, after, gone = self._version, 0, 0
         while True:
@@ -114,16 +117,16 @@ class Doubts:
         return find_on_server(self._client, self._project_id, asset_uids, version)
 
     def _forget(self, rows: Sequence[publishing.Row], tasks: dict[str, list[FoundTask]], version: str) -> None:
-        """Forget predictions that the server has not, and tasks where it has not even those."""
+        """Forget predictions that the server does not have, and tasks that it does not have."""
         known = {row.ls_task_id: tasks[row.asset_uid][0].id for row in rows if row.asset_uid in tasks}
         publishing.set_task_ids(self._db, task_ids=known, ls_project=self._publication.ls_project)
         publishing.forget_predictions(self._db, model_version=version, ls_task_ids=list(known))
         publishing.forget_tasks(self._db, ls_task_ids=[r.ls_task_id for r in rows if r.ls_task_id not in known])
 
     def _without_duplicates(self, found: Sequence[FoundTask]) -> int:
-        """Delete further tasks of an asset, and further predictions of the version on it, that nobody worked on.
+        """Delete further tasks of an asset, and further predictions of the version, if nobody worked on them.
 
-        Returns the task to keep: one that people worked on before others, else the oldest.
+        Returns the task to keep: one that people worked on, else the oldest.
         """
         kept = found[0].id
         if len(found) > 1:
@@ -135,14 +138,14 @@ class Doubts:
                     self._report.duplicates_removed += 1
             if len(worked_on) > 1:
                 self._report.notes.append(f"tasks {worked_on} are of one image, and people worked on each: left alone")
-        # Stale after a version was deleted, so it may be too high: then one look too many is taken.
+        # This count may be too high after a version was deleted. Then we look once more than needed.
         if any(task.prediction_count > 1 for task in found):
             self._remove_extra_predictions(kept)
         return kept
 
     def _is_worked_on(self, task_id: int) -> bool:
         task = self._client.get_task(task_id)
-        # Another person's draft is not in the answer, so a task with any is asked for as well.
+        # Another person's draft is not in the answer, so we also ask whether the task has any draft.
         return bool(task["annotations"] or task["drafts"] or self._client.has_draft(self._project_id, task_id))
 
     def _remove_extra_predictions(self, task_id: int) -> None:

@@ -1,6 +1,6 @@
-"""Regions that people drew, back as masks in the asset's frame.
+"""Regions that people drew, converted to masks in the asset's frame.
 
-The JSON comes from a browser and is hostile: numbers are bounded, and what cannot be read is a RegionError.
+The JSON comes from a browser and is hostile. Numbers are bounded. A region that cannot be read raises RegionError.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from workers.masks import BoolMask
 
 _MAX_POINTS = 100_000
 
-# A region dragged off the picture is cut; one a hundred pictures away was not drawn by a person.
+# A region dragged off the picture is cut. One that is a hundred pictures away was not drawn by a person.
 _MAX_PERCENT = 10_000.0
 
-# 0.06 px off a circle of 6,000 px radius.
+# At most 0.06 px away from a circle of 6,000 px radius.
 _ELLIPSE_POINTS = 720
 
 
 class RegionError(ValueError):
-    """A region is not one that can be read as a mask."""
+    """A region cannot be read as a mask."""
 
 
 def mask_from_region(
@@ -34,16 +34,16 @@ def mask_from_region(
 ) -> BoolMask:
     """Read a polygon, brush, magicwand, rectangle or ellipse region as (H, W) bool: the pixels whose centre it covers.
 
-    size_hw: the asset's frame, which the region must be of, and is of where it does not say; without size_hw the
-    region's word is taken, up to max_pixels. What lies outside the frame is cut off. Raises RegionError for a region
-    that is not one of these or is damaged.
+    size_hw: the asset's frame. The region's frame must be equal to it, or missing. Without size_hw the region's frame
+    is used, up to max_pixels. Parts outside the frame are cut off. Raises RegionError for a region of another type or a
+    damaged one.
     """
     frame = _frame(region, size_hw, max_pixels)
     kind, value = region.get("type"), region.get("value")
     if not isinstance(value, Mapping):
         raise RegionError(f"{_name(region)}: value is {type(value).__name__}, expected an object")
     try:
-        if kind in ("brushlabels", "brush", "magicwand"):  # the wand paints with the brush: its stream is the same
+        if kind in ("brushlabels", "brush", "magicwand"):  # the wand writes a brush stream
             return decode_brush(value.get("rle"), frame)
         if kind in ("polygonlabels", "polygon"):
             ring = ring_px(_points(region, value), frame)
@@ -76,7 +76,7 @@ def _frame(region: Mapping[str, Any], size_hw: tuple[int, int] | None, max_pixel
 
 
 def _side(region: Mapping[str, Any], name: str, known: int | None) -> int:
-    """A side of the region's frame in pixels; `known` where the region leaves it out, as imported ones may."""
+    """A side of the region's frame in pixels. `known` if the region has none; imported ones may have none."""
     side = region.get(name)
     if side is None and known is not None:
         return known
@@ -111,14 +111,14 @@ def _numbers(region: Mapping[str, Any], value: Mapping[str, Any], *names: str) -
 
 
 def _rectangle_px(region: Mapping[str, Any], value: Mapping[str, Any], size_hw: tuple[int, int]) -> Ring:
-    """Corners in pixels; Label Studio turns a rectangle clockwise about its x, y corner."""
+    """Corners in pixels. Label Studio rotates a rectangle clockwise about its x, y corner."""
     x, y, width, height, rotation = _numbers(region, value, "x", "y", "width", "height", "rotation")
     corners = ring_px(np.array([[0.0, 0.0], [width, 0.0], [width, height], [0.0, height]]), size_hw)
     return _turned(corners, rotation) + ring_px(np.array([[x, y]]), size_hw)
 
 
 def _ellipse_px(region: Mapping[str, Any], value: Mapping[str, Any], size_hw: tuple[int, int]) -> Ring:
-    """Points in pixels; x, y is the centre, the radii are percent of width and height, turned about the centre."""
+    """Points in pixels. x, y is the centre. Radii are percent of width and height. It is rotated about the centre."""
     x, y, radius_x, radius_y, rotation = _numbers(region, value, "x", "y", "radiusX", "radiusY", "rotation")
     angle = np.linspace(0, 2 * np.pi, _ELLIPSE_POINTS, endpoint=False)
     rim = ring_px(np.stack((radius_x * np.cos(angle), radius_y * np.sin(angle)), axis=1), size_hw)
@@ -126,7 +126,7 @@ def _ellipse_px(region: Mapping[str, Any], value: Mapping[str, Any], size_hw: tu
 
 
 def _turned(ring: Ring, degrees: float) -> Ring:
-    """Turn clockwise on the screen, where y points down, about the origin."""
+    """Rotate about the origin, clockwise on the screen, where y points down."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turned: Ring = ring @ np.array([[cos, sin], [-sin, cos]])
     return turned

@@ -1,6 +1,6 @@
-"""What is sent to Label Studio for one asset, as JSON; many assets' at once in processes of their own.
+"""What is sent to Label Studio for one asset, as JSON. Many assets are worked on at once, in processes of their own.
 
-Finding the regions is most of publishing's own work and would take longer than the server's import on one core.
+Finding the regions is most of our work. On one core it would take longer than the server's import.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from orchestrator.label_studio.names import RegionKind
 from orchestrator.label_studio.regions import Regions, prediction_task, regions_for
 from workers.masks import Mask
 
-# 8 MB pass the proxies that stop at 10.
+# Some proxies stop at 10 MB; 8 MB pass.
 MAX_BYTES = 8_000_000
-# What a page bears: fifty brushes on a megapixel take it 20 s and more to settle, where polygons take 5.
+# The limit of Label Studio's page: it needs 20 s and more for fifty brushes on a megapixel, and 5 s for polygons.
 MAX_BRUSH = 20
-# A million bytes are four of JSON, half of what one request may hold, and the page decodes every one.
+# A million bytes are 4 MB of JSON, half of what one request may hold, and the page decodes every byte.
 MAX_BRUSH_BYTES = 1_000_000
-_MOST_PROCESSES = 4  # two keep up with a server that shares their two cores
+_MOST_PROCESSES = 4  # two are fast enough for a server that shares their two cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What all entries of one job and project share."""
+    """The values that all entries of one job and project share."""
 
     controls: Controls
     as_: RegionKind
@@ -62,7 +62,7 @@ class Labeled:
 class Entry:
     """One asset, ready to be sent: JSON of its task's data and of its prediction.
 
-    ious: of each mask that is shown with what shows it, 0..1. error: why the project's config cannot hold it.
+    ious: IoU 0..1 of each shown mask with its regions. error: why the project's config cannot hold it.
     """
 
     asset_id: int
@@ -81,9 +81,9 @@ class Entry:
 
 
 def entries_of(plan: Plan, groups: Iterator[Sequence[Labeled]]) -> Iterator[list[Entry]]:
-    """The entries of each group, in order; the next groups are worked on while one is used.
+    """The entries of each group, in order. While one group is used, the next ones are made.
 
-    A single group is worked on here, and so are all on a single core. Raises LabelStudioError where a process died.
+    A single group is made in this process, and on a single core all are. Raises LabelStudioError if a process died.
     """
     build = partial(build_entries, plan)
     processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
@@ -147,7 +147,7 @@ def _task(plan: Plan, asset: Labeled, regions: Regions) -> dict[str, Any]:
 
 
 def _smaller(regions: Regions, max_bytes: int) -> Regions:
-    """The best of the regions whose JSON takes max_bytes at most; a mask is kept whole or left out."""
+    """The best regions whose JSON takes at most max_bytes. A mask is kept whole or left out."""
     kept: list[dict[str, Any]] = []
     ious = []
     size_bytes = 0
@@ -163,7 +163,7 @@ def _smaller(regions: Regions, max_bytes: int) -> Regions:
 
 
 def _by_mask(result: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Regions with the further parts that follow them, mask by mask."""
+    """Regions mask by mask: the first region of a mask and its further parts."""
     parts: list[dict[str, Any]] = []
     for region in result:
         if parts and "parentID" not in region:
@@ -175,17 +175,17 @@ def _by_mask(result: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
 
 
 def _json(value: Any) -> bytes:
-    return orjson.dumps(value)  # 0.07 ms a task of fifty masks, where json takes 0.6
+    return orjson.dumps(value)  # 0.07 ms for a task of fifty masks; json takes 0.6 ms
 
 
-# Kept for the life of this process: a publisher that follows makes a pass every few seconds.
+# Kept until this process ends: with --follow there is a pass every few seconds.
 _pool: ProcessPoolExecutor | None = None
 
 
 def _submit(processes: int, build: partial[list[Entry]], group: Sequence[Labeled]) -> Future[list[Entry]]:
     global _pool
     if _pool is None:
-        # Spawned: this process has threads and open connections, which a fork would copy halfway.
+        # Spawned, not forked: a fork would copy this process's threads and open connections only in part.
         context = multiprocessing.get_context("spawn")
         _pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process)
     return _pool.submit(build, group)
@@ -203,13 +203,13 @@ def _result(future: Future[list[Entry]]) -> list[Entry]:
 
 
 def _start_process() -> None:
-    """Leave the processor to a server on the same machine, and end when this process's parent is killed."""
+    """Let a server on the same machine use the processor first, and end when the parent process is killed."""
     os.nice(10)
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
         if parent is not None:
-            parent.join()  # a killed parent closes nothing that this process waits for
+            parent.join()  # a killed parent does not close the pipe that this process waits for
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What Label Studio answers when it refuses, as errors that name the remedy."""
+"""Label Studio's refusals as errors that say what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workers.errors import redact
 
 
 class LabelStudioError(RuntimeError):
-    """Label Studio did not do what was asked; the message says what to mend. status: of its answer, None without."""
+    """Label Studio did not do what was asked; the message says what to fix. status: HTTP's, None without an answer."""
 
     def __init__(self, message: str, *, status: int | None = None, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class Unavailable(LabelStudioError):
 
 
 class TooLarge(LabelStudioError):
-    """The body is more than the server, or a proxy before it, takes. Nothing was written."""
+    """The body is larger than the server, or a proxy before it, accepts. Nothing was written."""
 
 
 class NotFound(LabelStudioError):
@@ -35,7 +35,7 @@ class Refused(LabelStudioError):
 
 
 def error_of(response: httpx.Response, url: str, path: str) -> LabelStudioError:
-    """The server's refusal as one of ours, with the remedy where there is one."""
+    """The server's refusal as one of our errors, with the remedy if we know one."""
     status, said = response.status_code, redact(_said(response))
     kind, remedy = _judge(status, said, response)
     message = f"{url}{path} answered {status}: {said}{'; ' if remedy else ''}{remedy}"
@@ -54,12 +54,12 @@ def _judge(status: int, said: str, response: httpx.Response) -> tuple[type[Label
     if status in (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.REQUEST_TIMEOUT) or status >= 500:
         return Unavailable, ""
     if response.is_redirect:
-        return Refused, f"it sends us to {response.headers.get('location', '?')}: mend MASKFLEET_LABEL_STUDIO_URL"
+        return Refused, f"it sends us to {response.headers.get('location', '?')}: fix MASKFLEET_LABEL_STUDIO_URL"
     return Refused, ""
 
 
 def _said(response: httpx.Response) -> str:
-    """The server's own words, in a line."""
+    """The server's own words, in one line."""
     try:
         body = response.json()
     except ValueError:

@@ -1,7 +1,7 @@
-"""What a project still lacks of a job: reads it from the database, has it sent, writes down what the server answered.
+"""The part of a job that a project does not have yet: read from the database, sent, and the server's answer stored.
 
-Everything here runs in the thread that owns the database connection. The requests leave in a thread of their own
-(`sending`), so that the next one is made while one is under way.
+Everything here runs in the thread that owns the database connection. Requests are sent in a thread of their own
+(`sending`), so the next one is made while one is on its way.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from orchestrator.label_studio.sending import Acknowledged, Sender
 from workers.storage.asset import Source
 from workers.stored_masks import mask_of_row
 
-# Beyond 50 to 100 tasks a request gains nothing.
+# More than 50 to 100 tasks in a request are not faster.
 MAX_TASKS = 100
-FIRST_TASKS = 50  # of the first request, so that the server starts while the next is made
+FIRST_TASKS = 50  # in the first request, so the server starts while the next one is made
 
 _PAGE = 200
-_BUILD_PAGE = 10  # masks of so many assets are read at once: 3,000 on one asset are a few MB
+_BUILD_PAGE = 10  # assets whose masks are read at once; 3,000 masks on one asset are a few MB
 
 
 class Outgoing:
@@ -42,7 +42,7 @@ class Outgoing:
         self._sender = sender
 
     def send_all(self) -> None:
-        """Send every labeled asset that the project has not; one request waits, ready, while another is under way."""
+        """Send every labeled asset that the project does not have. One request is ready while another is on its way."""
         with ThreadPoolExecutor(1, thread_name_prefix="sender") as thread:
             in_flight: deque[tuple[dict[str, int], Future[list[Acknowledged]]]] = deque()
             before: Future[list[Acknowledged]] | None = None
@@ -56,7 +56,7 @@ class Outgoing:
                 self._acknowledge(*sent)
 
     def _acknowledge(self, ls_task_ids: dict[str, int], answer: Future[list[Acknowledged]]) -> None:
-        """Write down what the server answered."""
+        """Store what the server answered."""
         acknowledged = answer.result()
         done = {ls_task_ids[one.asset_uid]: one.task_id for one in acknowledged if one.task_id is not None}
         errors = {ls_task_ids[one.asset_uid]: one.error for one in acknowledged if one.error is not None}
@@ -69,7 +69,7 @@ class Outgoing:
         self._publication.progress(len(done))
 
     def _batches(self) -> Iterator[list[Entry]]:
-        """What is to be sent, in requests of at most MAX_TASKS tasks and MAX_BYTES, or one larger task alone."""
+        """The entries to send, in requests of at most MAX_TASKS tasks and MAX_BYTES. A larger task goes alone."""
         batch: list[Entry] = []
         size_bytes = 0
         most = FIRST_TASKS
@@ -83,7 +83,7 @@ class Outgoing:
             yield batch
 
     def _entries(self) -> Iterator[Entry]:
-        """The labeled assets that the project has not; those that do not fit its config are written down as refused."""
+        """The labeled assets that the project does not have. Those that do not fit its config are stored as refused."""
         options = self._publication.options
         plan = Plan(
             controls=self._controls,
@@ -97,7 +97,7 @@ class Outgoing:
             yield from (entry for entry in entries if entry.error is None)
 
     def _write_intents(self, entries: Sequence[Entry]) -> dict[str, int]:
-        """Write down what is about to be sent, or refused; gives the ls_task id of each by its asset_uid."""
+        """Store what is about to be sent, or refused. Returns the ls_task id of each by its asset_uid."""
         with self._db.begin():
             return publishing.write_intents(
                 self._db,
@@ -108,7 +108,7 @@ class Outgoing:
             )
 
     def _groups(self) -> Iterator[list[Labeled]]:
-        """The labeled assets to send with their masks, few at a time."""
+        """The labeled assets to send with their masks, a few at a time."""
         for page in self._candidates():
             for start in range(0, len(page), _BUILD_PAGE):
                 group = page[start : start + _BUILD_PAGE]
@@ -128,7 +128,7 @@ class Outgoing:
         )
 
     def _candidates(self) -> Iterator[list[tuple[Candidate, str, int | None]]]:
-        """Pages of labeled assets to send, each with its uri and the task that the project has of it already."""
+        """Pages of labeled assets to send, each with its uri and with its task, if the project has one already."""
         after, ls_project = 0, self._publication.ls_project
         while True:
             with self._db.begin():

@@ -13,7 +13,7 @@ from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.names import RegionKind
 from orchestrator.label_studio.report import Report
 
-# How long a request that nobody waits for any more may still be at work in the server: an import of 8 MB took 20 s.
+# A request that nobody waits for may still be at work in the server for so long. An import of 8 MB took 20 s.
 SETTLE_SECONDS = 30.0
 POLL_SECONDS = 1.0
 
@@ -22,7 +22,7 @@ POLL_SECONDS = 1.0
 class Options:
     """How regions look and where the images are.
 
-    max_masks: shown at most on a task, best first. local_files: for jobs over a folder, Label Studio's
+    max_masks: at most so many are shown on a task, the best first. local_files: for jobs over a folder, Label Studio's
     LOCAL_FILES_DOCUMENT_ROOT as this machine names it. settle_seconds: see SETTLE_SECONDS.
     """
 
@@ -36,8 +36,8 @@ class Options:
 class Publication:
     """One pass over one job and one project, under the project's lock.
 
-    db: the connection that holds the lock; only the main thread uses it. progress: called with how many more assets
-    are in the project. report: counts what the pass did.
+    db: the connection that holds the lock. Only the main thread uses it. progress: called with the number of assets
+    newly in the project. report: counts what the pass did.
     """
 
     db: Connection

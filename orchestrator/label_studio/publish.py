@@ -1,9 +1,9 @@
-"""Brings a job's labeled assets into a Label Studio project: one task an asset, one prediction an asset and version.
+"""Brings a job's labeled assets into a Label Studio project: one task per asset, one prediction per asset and version.
 
-A reconciler over the outbox of `db.publishing`: what it is about to send is written down first, what the server
-answers after. Label Studio neither deduplicates nor has keys of its own, so whatever may have arrived is looked up by
-its data.asset_id before it is sent again. Only the thread that sends talks to the server, while the next requests are
-made (`entries`).
+A reconciler over the outbox of `db.publishing`: it stores what it will send before it sends, and the server's answer
+after. Label Studio does not deduplicate and has no unique keys. So anything that may have arrived is looked up by its
+data.asset_id before it is sent again. During sending, only the sending thread talks to the server; the next requests
+are made meanwhile (`entries`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from workers.errors import redact
 from workers.storage.asset import Source
 from workers.storage.source import open_source
 
-_LOOKED_AT = 10  # images that the server is asked for before files are published
+_LOOKED_AT = 10  # images that are tried on the server before files are published
 _FOLLOW_SECONDS = 3.0
 _OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
 
@@ -52,11 +52,11 @@ def publish_job(
     waiting: Callable[[], None] = lambda: None,
     verify: bool = True,
 ) -> Report:
-    """Bring the project to what the job has now, and switch the version it shows when the job is over.
+    """Send what the project lacks of the job, and switch the version it shows when the job is over.
 
-    progress: called with how many more assets are in the project. waiting: called each second while another publisher
-    is at work on the project. verify: compare what is remembered with the server, and repair. Raises LabelStudioError;
-    running it again goes on.
+    progress: called with the number of assets newly in the project. waiting: called each second while another publisher
+    works on the project. verify: compare what we stored with the server, and repair. Raises LabelStudioError. Run it
+    again to go on.
     """
 
     def wait() -> None:
@@ -81,10 +81,10 @@ def follow_project(
     published_pass: Callable[[Job, Report], None],
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Keep a project up with a job until that is over; without job_id with every job made since the project, for ever.
+    """Publish a job until it is over. Without job_id: every job made after the project, without end.
 
-    published_pass: called after each pass that found something to do. A server or a job that cannot be worked with is
-    logged and tried again; with job_id it is raised, except for a server that is away.
+    published_pass: called after each pass that found something to do. Errors of a server or a job are logged and tried
+    again. With job_id they are raised, unless the server is only away.
     """
     finished: set[tuple[int, datetime | None]] = set()
     while not stop.is_set():
@@ -110,7 +110,7 @@ def follow_project(
 
 
 def _is_tried_again(error: LabelStudioError | DBAPIError, job_id: int | None) -> bool:
-    """Whether following goes on: after what passes, and with many jobs also after what one of them cannot have."""
+    """Whether following goes on after this error: if it may pass, or if other jobs can still be published."""
     if isinstance(error, DBAPIError):
         return is_passing(error)
     return job_id is None or isinstance(error, Unavailable)
@@ -135,7 +135,7 @@ def _has_new(engine: Engine, client: LabelStudio, project_id: int, job: Job) -> 
 
 
 def _reconcile(publication: Publication, *, verify: bool) -> None:
-    """Find out what is in doubt, send what is missing, compare with the server's count, and repair."""
+    """Resolve what is in doubt, send what is missing, compare with the server's count, and repair."""
     db, job, ls_project = publication.db, publication.job, publication.ls_project
     source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
     controls = _check_config(publication)
@@ -168,9 +168,9 @@ def _check_config(publication: Publication) -> Controls:
 
 
 def _has_unknown_tasks(publication: Publication) -> bool:
-    """Whether the project has tasks that we do not remember, so that each asset is looked up before it is sent.
+    """Whether the project has tasks that we did not store. Then each asset is looked up before it is sent.
 
-    Raises PublishError for a project that has nothing of ours and tasks of others.
+    Raises PublishError for a project with tasks of others and none of ours.
     """
     project = publication.project
     with publication.db.begin():
@@ -189,7 +189,7 @@ def _has_unknown_tasks(publication: Publication) -> bool:
 
 
 def _check_images(publication: Publication, source: Source) -> None:
-    """See that the project shows the job's images: a bucket without a storage is noted, a folder is refused."""
+    """Check that the project shows the job's images. A bucket without a storage is noted, a folder is refused."""
     client, job_id, project_id = publication.client, publication.job.id, publication.project.id
     with publication.db.begin():
         some = publishing.unpublished(
@@ -205,7 +205,7 @@ def _check_images(publication: Publication, source: Source) -> None:
                 f"project {project_id} has no storage of bucket {bucket}, so its images will not show: "
                 f"maskfleet label-studio setup --project {project_id} --job {job_id}"
             )
-    # Some images may be gone since they were labeled; where none is served it is the project that serves none.
+    # Some images may be gone since they were labeled. If none at all is served, the project is the cause.
     elif not any(map(client.serves, addresses)):
         raise PublishError(
             f"Label Studio does not serve {addresses[0]}: maskfleet label-studio setup --project "
@@ -215,7 +215,7 @@ def _check_images(publication: Publication, source: Source) -> None:
 
 
 def _count_what_is_not_shown(publication: Publication) -> None:
-    """Report what of the job the project does not show: masks beyond a task's limit, and assets without a prompt."""
+    """Report what the project does not show of the job: masks beyond a task's limit, and assets without a prompt."""
     db, job, report, ls_project = publication.db, publication.job, publication.report, publication.ls_project
     with db.begin():
         there = [
@@ -237,7 +237,7 @@ def _count_what_is_not_shown(publication: Publication) -> None:
 
 
 def _show_version(publication: Publication) -> None:
-    """Let the project show the job's version, once all of it is there and the job is over, or none is shown."""
+    """Let the project show the job's version when the job is over and complete there, or if it shows no version."""
     client, job, project_id = publication.client, publication.job, publication.project.id
     version, shown = job.model_version, client.get_project(project_id).model_version
     publication.report.shown_version = shown

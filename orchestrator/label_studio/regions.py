@@ -1,7 +1,7 @@
-"""Masks as Label Studio regions, tasks and label config, and regions people drew back as masks.
+"""Masks as Label Studio regions, and a task with them.
 
-Pure functions, no server. A region is an approximation for editing: the exact mask stays in Postgres, under the ordinal
-that the region's id carries, and the IoU of what is shown with it is returned beside the regions.
+Pure functions, no server. A region is an approximation for editing. The exact mask stays in Postgres; the region's id
+holds its number. The IoU of each region with its exact mask is returned beside the regions.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from orchestrator.shapes.polygons import Polygons, fit_polygons
 from orchestrator.shapes.runs import edges_of_masks
 from workers.masks import Mask
 
-# Under the first a polygon misleads whoever corrects it, and auto takes the brush; under the second it is another mask.
+# Below the first, a polygon misleads the person who corrects it, so auto takes brush. Below the second, it is wrong.
 _MIN_POLYGON_IOU = 0.95
 _MIN_SHOWN_IOU = 0.5
-# Masks fitted in one go: enough to share numpy's calls, few enough to stop soon after max_masks and to stay under
-# some 200 MiB whatever the masks are.
+# Masks fitted at once. Enough to share numpy's calls; few enough to stop soon after max_masks, and to stay under about
+# 200 MiB for any masks.
 _TOGETHER = 50
 _CHARACTERS_TOGETHER = 500_000
 
@@ -37,8 +37,8 @@ _CHARACTERS_TOGETHER = 500_000
 class Regions:
     """The regions of one asset.
 
-    result: Label Studio's region dicts, ready for JSON. ious: of each mask shown with what shows it, 0..1, in the order
-    of result. left_out: how many masks are not shown.
+    result: Label Studio's region dicts, ready for JSON. ious: IoU 0..1 of each shown mask with its regions, in the
+    order of result. left_out: how many masks are not shown.
     """
 
     result: list[dict[str, Any]]
@@ -65,13 +65,13 @@ def regions_for(
     max_brush_bytes: int | None = None,
     max_vertices: int = 400,
 ) -> Regions:
-    """Turn an asset's masks into regions, the best predicted IoU first; without limits every mask that has pixels.
+    """Turn an asset's masks into regions, the best predicted IoU first. Without limits: every mask that has pixels.
 
-    auto: polygons of IoU 0.98 and more within max_vertices a mask (fit_polygons); where the best is under 0.95,
-    brush, at most max_brush of them and none of a stream over max_brush_bytes, then that polygon after all. polygon,
-    brush, rectangle: that geometry alone. A mask that has no polygon of at least 0.5 and may not be brush is left out.
-    A region's id is m<asset_id>-<n>, n being the mask's place in `masks`; further parts have -p1, -p2, … and the first
-    as their parent. A mask is shown whole or not at all; max_masks counts masks, however many parts they have.
+    auto: polygons of IoU 0.98 or more within max_vertices a mask (fit_polygons). If the best polygon is under 0.95:
+    brush, for at most max_brush masks with a stream of at most max_brush_bytes; for others, that polygon. polygon,
+    brush, rectangle: only that geometry. A mask without a polygon of at least 0.5 is left out if brush is not allowed.
+    A region's id is m<asset_id>-<n>; n is the mask's place in `masks`. Further parts end in -p1, -p2, …; the first
+    part is their parent. A mask is shown whole or not at all. max_masks counts masks, not parts.
     """
     if len({mask.size_hw for mask in masks}) > 1:
         raise ValueError(f"asset {asset_id}: its masks have different frames: {sorted({m.size_hw for m in masks})}")
@@ -94,9 +94,9 @@ def regions_for(
 def prediction_task(
     *, image: str, asset_id: int | str, size_hw: tuple[int, int], model_version: str, regions: Regions
 ) -> dict[str, Any]:
-    """Make the task that Label Studio imports: the image's URI, and the regions as one prediction.
+    """Make the task for Label Studio's import: the image's URI, and the regions as one prediction.
 
-    The prediction's score is the mean of its regions' scores, 0 without any.
+    The prediction's score is the mean of its regions' scores, 0 without regions.
     """
     scores = [region["score"] for region in regions.result]
     prediction = {
@@ -109,7 +109,7 @@ def prediction_task(
 
 
 def mask_ordinal(region_id: str, asset_id: int | str) -> int | None:
-    """The place of the mask that a region id of regions_for stands for, None for ids that others made."""
+    """The place of the mask that a region id of regions_for names. None for ids that others made."""
     head, _, rest = region_id.partition(f"m{asset_id}-")
     ordinal = rest.partition("-p")[0]
     return int(ordinal) if not head and ordinal.isascii() and ordinal.isdigit() else None
@@ -118,7 +118,7 @@ def mask_ordinal(region_id: str, asset_id: int | str) -> int | None:
 def _ranked_polygons(
     masks: Sequence[Mask], as_: RegionKind, max_vertices: int
 ) -> Iterator[tuple[int, Polygons | None]]:
-    """The masks with pixels by their place, the best predicted IoU first, with polygons where as_ asks for them."""
+    """The masks with pixels and their places, the best predicted IoU first, with polygons if as_ needs them."""
     ranked = [n for n in range(len(masks)) if masks[n].area_px > 0]
     ranked.sort(key=lambda n: -_score(masks[n], limit=math.inf))
     for group in _groups(masks, ranked):
@@ -130,7 +130,7 @@ def _ranked_polygons(
 
 
 def _groups(masks: Sequence[Mask], ranked: Sequence[int]) -> Iterator[list[int]]:
-    """Cut the ranking into groups that are fitted in one go."""
+    """Cut the ranking into groups that are fitted at once."""
     group: list[int] = []
     characters = 0
     for n in ranked:
@@ -144,7 +144,7 @@ def _groups(masks: Sequence[Mask], ranked: Sequence[int]) -> Iterator[list[int]]
 
 
 def _shape(mask: Mask, polygons: Polygons | None, as_: RegionKind, *, max_brush_bytes: float) -> _Shape | None:
-    """The mask in the geometry asked for; None where it cannot be drawn so. max_brush_bytes: 0 for no brush."""
+    """The mask in the requested geometry. None if it cannot be drawn so. max_brush_bytes: 0 for no brush."""
     if as_ == "rectangle":
         return _rectangle_shape(mask)
     polygon = _polygon_shape(polygons)
@@ -191,5 +191,5 @@ def _region_dicts(mask: Mask, shape: _Shape, region_id: str) -> list[dict[str, A
 
 
 def _score(mask: Mask, *, limit: float) -> float:
-    """The predicted IoU within 0..limit; 0 where the model gave none that is a number."""
+    """The predicted IoU cut to 0..limit. 0 if the model gave no number."""
     return min(max(mask.predicted_iou, 0.0), limit) if not math.isnan(mask.predicted_iou) else 0.0

@@ -11,12 +11,12 @@ class Report:
 
     created: int = 0
     attached: int = 0  # predictions added to tasks that were there
-    adopted: int = 0  # found on the server, though nobody remembered an answer
-    already: int = 0  # there before, by this job or by another with the same model_version
-    repaired: int = 0  # remembered, and gone from the server: sent again
+    adopted: int = 0  # found on the server, with no stored answer
+    already: int = 0  # there before, from this job or another with the same model_version
+    repaired: int = 0  # stored, but gone from the server: sent again
     duplicates_removed: int = 0
     masks_left_out: int = 0  # of all that the project has of the job, not of this pass alone
-    without_prompts: int = 0  # labeled without a look, in a job with prompts: not published
+    without_prompts: int = 0  # labeled without reading the image, in a job with prompts: not published
     shown_version: str = ""
     refused: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

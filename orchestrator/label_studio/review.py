@@ -1,17 +1,18 @@
-"""What became of a job's predictions in Label Studio: reads annotations, judges them, counts.
+"""How people changed a job's predictions in Label Studio: reads annotations, judges them, counts.
 
-What counts, of an asset's task in the project:
-- Skipped annotations (was_cancelled), drafts and deleted annotations do not count. An asset that everyone who opened it
-  skipped is `skipped`; without any annotation it is `waiting`.
-- Of several annotations of one person the one changed last counts. Of several people's the one marked as ground truth,
-  else the one changed last, is the asset's: each prediction is judged once. Everyone's time counts.
-- An annotation is judged by the prediction it began from. One that began from another version than the job's, or from
-  nothing, is `elsewhere`: it appears by its version, and in `export --reviewed`, and in none of the other numbers.
-- kept: same pixels, same label. edited: pixels or labels (`relabelled`) differ, also by a second label or a lost one;
-  its IoU is of what Label Studio showed with what came back. deleted: no region of the mask is left. added: drawn by
-  a person. `verdicts` has the details.
-- untouched: an asset whose predictions are all kept, and nothing added. Masks that were not shown (beyond a task's
-  limit of masks) are not judged.
+The rules for an asset's task in the project:
+- Skipped annotations (was_cancelled), drafts and deleted annotations do not count. An asset is `skipped` if everyone
+  who opened it skipped it. Without any annotation it is `waiting`.
+- If one person made several annotations, the one changed last counts. If several people made some, one annotation is
+  chosen for the asset: the one marked as ground truth, else the one changed last. So each prediction is judged once.
+  The time of all people counts.
+- An annotation is judged by the prediction it began from. If it began from another version than the job's, or from
+  nothing, it is `elsewhere`: it is counted under its version and is in `export --reviewed`, but in no other number.
+- kept: same pixels, same label. edited: pixels or labels (`relabelled`) differ; a second label or a lost label is also
+  an edit. Its IoU compares the shown region with the region that came back. deleted: no region of the mask is left.
+  added: drawn by a person. `verdicts` has the details.
+- untouched: an asset with all predictions kept and nothing added. Masks that were not shown (beyond a task's limit of
+  masks) are not judged.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ from orchestrator.label_studio.client import LabelStudio, has_asset_id
 from orchestrator.label_studio.regions import mask_ordinal
 from orchestrator.label_studio.verdicts import annotator, base_prediction, choose, compare
 
-_PAGE = 20  # whole tasks: with 150 brush masks one is 2 MB
-# A change may be committed after another that carries a later time.
+_PAGE = 20  # whole tasks; one with 150 brush masks is 2 MB
+# A change may be committed after another change with a later time.
 _OVERLAP = timedelta(minutes=1)
 
 
 def pull(
     engine: Engine, client: LabelStudio, project_id: int, *, progress: Callable[[int], None] = lambda _: None
 ) -> int:
-    """Read what changed in a project since the last time; returns how many tasks.
+    """Read what changed in a project since the last time. Returns how many tasks were read.
 
-    A page at a time, so memory does not grow with the project. The order by id, and a filter that no task leaves while
-    it is worked on, make sure that a page turned while people work skips nothing. Reading again is harmless. An
-    annotated task whose prediction is not known yet, because it is still `sending` or was imported by hand, is
-    remembered and read again when it is known.
+    One page is read at a time, so memory does not grow with the project. Tasks come in the order of their ids, and no
+    task stops passing the filter while people work on it. So no task is skipped between two pages. Reading again does
+    no harm. If an annotated task's prediction is not known yet (still `sending`, or imported by hand), the task is
+    stored, and read again when the prediction is known.
     """
     ls_project = LsProject(client.url, project_id)
     client.get_project(project_id)
@@ -83,7 +84,7 @@ def pull(
 def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]:
     """A task's annotations as rows, the chosen one compared with the prediction it began from.
 
-    task: as Label Studio tells it, with its annotations and predictions.
+    task: as Label Studio gives it, with its annotations and predictions.
     """
     annotations, predictions = task.get("annotations") or [], task.get("predictions") or []
     statuses = choose(annotations)
@@ -115,10 +116,10 @@ def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]
 
 
 def _whose_masks(prediction: Mapping[str, Any] | None, known: KnownTask) -> int | None:
-    """The asset whose masks a prediction shows; None for one that is not of our outbox, such as an ML backend's.
+    """The asset whose masks a prediction shows. None if it is not from our outbox, such as an ML backend's.
 
-    One that was imported by hand may be of another job or database, whose asset ids its regions carry: it has the
-    version's name, and its masks are not those that we could give back.
+    A prediction imported by hand may come from another job or database. Then its region ids hold asset ids from there.
+    It has the version's name, but its masks are not the ones that we stored.
     """
     asset_id = None if prediction is None else known.asset_ids.get(prediction["model_version"])
     if prediction is None or asset_id is None:
@@ -129,7 +130,7 @@ def _whose_masks(prediction: Mapping[str, Any] | None, known: KnownTask) -> int 
 
 
 def _read_again(engine: Engine, client: LabelStudio, ls_project: LsProject) -> int:
-    """Read the tasks that were passed over and can be judged by now; returns how many."""
+    """Read the tasks that could not be judged before and can be now. Returns how many."""
     with engine.begin() as db:
         asset_uids = judgeable(db, ls_project=ls_project)
     count = 0
@@ -148,7 +149,7 @@ def _read_again(engine: Engine, client: LabelStudio, ls_project: LsProject) -> i
 
 
 def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, Any]]) -> int:
-    """Judge a page of tasks and replace what is remembered of them; tasks of others are passed over."""
+    """Judge a page of tasks and replace their stored annotations. Tasks of others are left out."""
     named = [(str(task["data"]["asset_id"]), task) for task in tasks if "asset_id" in task["data"]]
     with engine.begin() as db:
         known = known_tasks(db, ls_project=ls_project, asset_uids=[uid for uid, _ in named])
@@ -170,8 +171,8 @@ def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, A
 
 
 def _changed_since(moment: datetime) -> list[dict[str, Any]]:
-    """Filters, any of which lets through: changed at or after the moment, annotated, skipped."""
-    written = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # Label Studio reads no other form
+    """Filters; a task passes if any matches: changed at or after the moment, annotated, skipped."""
+    written = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the only form that Label Studio reads
     worked_on = {"operator": "greater", "type": "Number", "value": 0}
     return [
         {"filter": "filter:tasks:updated_at", "operator": "greater_or_equal", "type": "Datetime", "value": written},

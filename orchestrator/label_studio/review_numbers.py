@@ -1,4 +1,4 @@
-"""The numbers of a review: shares of kept, edited, deleted and added masks, and a score above which most are kept."""
+"""The numbers of a review: kept, edited, deleted and added masks, and a score above which most are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Key = TypeVar("Key")
 
 @dataclass(slots=True, kw_only=True)
 class Numbers:
-    """Masks by verdict. relabelled: the edited ones with another label. mean_iou: of the edited ones, None without."""
+    """Masks by verdict. relabelled: edited masks with another label. mean_iou: of edited masks; None without any."""
 
     kept: int = 0
     edited: int = 0
@@ -58,7 +58,7 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """Of the judged predictions with this score or more, at least `share` were kept untouched."""
+    """At least `share` (0..1) of the judged predictions with this score or more were kept untouched."""
 
     share: float
     score: float
@@ -68,7 +68,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Review:
-    """What people made of a job in one project. All but by_version is of annotations begun from the job's version."""
+    """How people changed a job's masks in a project. Only by_version counts annotations begun from other versions."""
 
     job: Job
     ls_project: LsProject
@@ -139,7 +139,7 @@ def read_review(engine: Engine, job: Job, ls_project: LsProject) -> Review:
 
 
 def accepted_above(by_score: Sequence[tuple[float, int, int]], *, share: float) -> Accepted | None:
-    """The lowest score from which on at least `share` of the predictions were kept; None where there is none.
+    """The lowest score for which at least `share` of the predictions with it or more were kept. None if there is none.
 
     by_score: (score, kept, predictions), the highest score first.
     """

@@ -1,7 +1,7 @@
-"""Sends batches of entries to Label Studio until the server has each, or the entry is refused with a reason.
+"""Sends batches of entries to Label Studio until the server has each entry, or refuses it with a reason.
 
-A request that failed may have arrived all the same. So what it carried is looked up by its data.asset_id before it is
-sent again. While a job is being sent, only this code talks to the server, in a thread of its own; it never touches the
+A request that failed may still have arrived. So its entries are looked up by their data.asset_id before they are sent
+again. While a job is being sent, only this code talks to the server, in a thread of its own. It never uses the
 database.
 """
 
@@ -20,15 +20,15 @@ from orchestrator.label_studio.errors import LabelStudioError, Refused, TooLarge
 from orchestrator.label_studio.publication import POLL_SECONDS, Publication
 
 _ATTEMPTS = 5
-_ATTEMPTS_AT_ERROR = 2  # of a request that the server itself answers with 500
-_REFUSALS_IN_A_ROW = 3  # by 500: then it is the server's fault, not the assets'
+_ATTEMPTS_AT_ERROR = 2  # tries of a request that the server itself answers with 500
+_REFUSALS_IN_A_ROW = 3  # by 500; then the fault is the server's, not the assets'
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Acknowledged:
-    """What became of an entry: its task, or why it was refused."""
+    """The result for an entry: its task, or why it was refused."""
 
     asset_uid: str
     task_id: int | None = None
@@ -38,16 +38,16 @@ class Acknowledged:
 def find_on_server(
     client: LabelStudio, project_id: int, asset_uids: Sequence[str], model_version: str
 ) -> tuple[dict[str, list[FoundTask]], dict[str, list[FoundTask]]]:
-    """The server's tasks of these assets, and those of them with a prediction of the version, both by asset_uid."""
+    """The server's tasks of these assets, and the ones with a prediction of the version, both by asset_uid."""
     tasks = client.find_tasks(project_id, asset_uids)
     found = [uid for uid in asset_uids if uid in tasks]
     return tasks, client.find_tasks(project_id, found, model_version=model_version)
 
 
 class Sender:
-    """Delivers batches one after the other. max_bytes: the size of a request that this server takes.
+    """Delivers batches one after the other. max_bytes: the largest request that this server accepts.
 
-    careful: the project has tasks that nobody remembers, so that each entry is looked up before it is sent.
+    careful: the project has tasks that we did not store, so each entry is looked up before it is sent.
     """
 
     def __init__(self, publication: Publication, *, careful: bool) -> None:
@@ -61,9 +61,9 @@ class Sender:
         self._refusals_in_a_row = 0
 
     def deliver(self, batch: Sequence[Entry], before: Future[list[Acknowledged]] | None) -> list[Acknowledged]:
-        """Send a batch, looking first where the server may have some of it; every entry arrives or is refused.
+        """Send a batch until every entry has arrived or is refused. If the server may have some of it, look first.
 
-        before: the batch before this one; where that could not be sent, neither is this.
+        before: the batch before this one. If that could not be sent, this one is not sent.
         """
         if before is not None:
             before.result()
@@ -75,7 +75,8 @@ class Sender:
         return acknowledged
 
     def _post(self, entries: list[Entry], acknowledged: list[Acknowledged]) -> None:
-        """Send entries until each has arrived; looks after a failure, and halves what is refused or too large."""
+        """Send entries until each has arrived. After a failure, look on the server. A request that is refused or too
+        large is halved."""
         attempt = 0
         while entries:
             new = [entry for entry in entries if entry.task_id is None]
@@ -104,7 +105,7 @@ class Sender:
                     return
 
     def _send(self, entries: Sequence[Entry], acknowledged: list[Acknowledged]) -> None:
-        """Send entries that are all new, or all known, in one request; compare the server's counts with ours."""
+        """Send entries that are all new, or all known, in one request. Compare the server's counts with ours."""
         if entries[0].task_id is None:
             body = b",".join(b'{"data":%b,"predictions":[%b]}' % (entry.data, entry.prediction) for entry in entries)
             answer = self._client.import_tasks(self._project_id, b"[" + body + b"]")
@@ -126,7 +127,7 @@ class Sender:
             acknowledged.append(Acknowledged(asset_uid=entry.asset_uid, error=error))
 
     def _halve(self, entries: list[Entry], acknowledged: list[Acknowledged], error: LabelStudioError) -> None:
-        """Send two halves of what cannot be sent whole; an entry that fails alone is refused with the reason."""
+        """Send a failed request as two halves. An entry that fails alone is refused with the reason."""
         if isinstance(error, TooLarge):
             self.max_bytes = max(min(self.max_bytes, sum(entry.size_bytes for entry in entries) // 2), 100_000)
         if len(entries) > 1:
@@ -142,9 +143,9 @@ class Sender:
     def _missing_at_last(
         self, entries: list[Entry], acknowledged: list[Acknowledged], error: Unavailable
     ) -> list[Entry]:
-        """What the server has not after a failed request, once it can no longer be at work on it.
+        """The entries that the server does not have after a failed request. Waits until it cannot be working on it.
 
-        With 500 and 429 it answered itself and is done; a proxy's answer, or none, says nothing about the server.
+        After 500 and 429, the server itself answered and is done. A proxy's answer, or none, says nothing about it.
         """
         give_up_at = time.monotonic() + (0 if error.status in (429, 500) else self._settle_seconds)
         while True:

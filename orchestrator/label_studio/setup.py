@@ -1,7 +1,7 @@
 """Makes a Label Studio project ready for published jobs, or says what an existing one lacks.
 
-Nothing that people made is rewritten without being asked, and everything that is there already is left as it is, so
-running it again is safe.
+It changes what people made only if asked to, and leaves everything that is there already. So it is safe to run it
+again.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import DEFAULT_LABEL
 from workers.storage.source import open_source
 
-SAMPLING = "Uncertainty sampling"  # orders the stream by rising prediction score: what needs a person comes first
+SAMPLING = "Uncertainty sampling"  # lowest prediction score first: these tasks need a person most
 VIEW_TITLE = "Lowest scores first"
 _STORAGE_TITLE = "maskfleet"
 
 
 class SetupError(LabelStudioError):
-    """The project cannot be set up as asked; the message says why."""
+    """The project cannot be set up as asked. The message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a project is to hold. source: a job's, whose images the project shall show; None for none."""
+    """What a project must hold. source: a job's source; the project will show its images. None for no images."""
 
     labels: Sequence[str] = ()
     smart: bool = False
@@ -59,7 +59,7 @@ class SetUp:
 
 
 def make_project(client: LabelStudio, title: str, wanted: Wanted) -> SetUp:
-    """Make a project of this title, or take the one there is."""
+    """Make a project with this title, or take the existing one."""
     found = client.find_projects(title)
     if len(found) > 1:
         numbers = ", ".join(str(project.id) for project in found)
@@ -124,7 +124,7 @@ def _new_config(labels: Sequence[str]) -> str:
 
 
 def _is_empty(config: str) -> bool:
-    """Whether it is what Label Studio gives a project that was made without one."""
+    """Whether it is Label Studio's default for a project that was made without a config."""
     return "".join(config.split()) in ("", "<View></View>", "<View/>")
 
 
@@ -133,7 +133,7 @@ def _set_up_storage(client: LabelStudio, set_up: SetUp, source: str, wanted: Wan
     if source.startswith("s3://"):
         _set_up_bucket(client, set_up, source, wanted)
     elif wanted.local_files:
-        # The source may be a plain path, in which %41 is no escape; as an address it is quoted.
+        # In a plain path %41 is no escape; in an address it is. So a plain path is quoted.
         folder = posixpath.normpath(unquote(open_source(source).uri("").removeprefix("file://")))
         if any(storage["path"] == folder for storage in client.list_storages("localfiles", set_up.project.id)):
             return
@@ -146,7 +146,7 @@ def _set_up_storage(client: LabelStudio, set_up: SetUp, source: str, wanted: Wan
 def _set_up_bucket(client: LabelStudio, set_up: SetUp, source: str, wanted: Wanted) -> None:
     bucket, _, prefix = source.removeprefix("s3://").partition("/")
     for storage in client.list_storages("s3", set_up.project.id):
-        if storage["bucket"] == bucket:  # the server looks at the bucket alone
+        if storage["bucket"] == bucket:  # the server compares only the bucket
             if storage.get("synchronizable", True):
                 set_up.done.append(
                     f"storage {storage['id']} of bucket {bucket} can be synchronized, which would add a second task "

@@ -1,4 +1,4 @@
-"""Label Studio's two kinds of API tokens, and the header that each becomes."""
+"""Label Studio's two kinds of API tokens, and the header for each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LegacyToken(httpx.Auth):
 
 
 class PersonalAccessToken(httpx.Auth):
-    """A personal access token is no key by itself: it is exchanged for access tokens, which live five minutes."""
+    """A personal access token cannot be used directly. It is exchanged for access tokens, which live five minutes."""
 
     requires_response_body = True
 
@@ -40,7 +40,7 @@ class PersonalAccessToken(httpx.Auth):
         request.headers["Authorization"] = f"Bearer {self._access}"
         response = yield request
         if response.status_code == httpx.codes.UNAUTHORIZED:
-            # Refused before anything was done, so even a write may be sent again.
+            # The server refused before it did anything, so even a write may be sent again.
             self._take((yield self._exchange()))
             request.headers["Authorization"] = f"Bearer {self._access}"
             yield request
@@ -54,7 +54,7 @@ class PersonalAccessToken(httpx.Auth):
         self._access = response.json()["access"]
         claims = _claims(self._access)
         lifetime = float(claims.get("exp", 0)) - float(claims.get("iat", 0))
-        # Its own lifetime, not its end: the two machines' clocks may differ.
+        # The token's lifetime is used, not its end: the clocks of the two machines may differ.
         self._renew_at = time.monotonic() + 0.8 * (lifetime if lifetime > 0 else 300.0)
 
 

@@ -1,7 +1,7 @@
-"""What a person did about each mask of a prediction: an annotation's regions beside the prediction's.
+"""What a person did with each mask of a prediction: compares an annotation's regions with the prediction's.
 
-Pure functions on Label Studio's JSON. What was shown is compared with what came back, pixel by pixel: a region counts
-as kept when it covers the same pixels under the same labels, whatever a page did to its numbers or its `origin`.
+Pure functions on Label Studio's JSON. Shown and returned regions are compared pixel by pixel. A region is kept if it
+covers the same pixels under the same labels, even if the page changed its numbers or its `origin`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from orchestrator.shapes.runs import edges_from_pixels, run_iou
 from workers.masks import BoolMask, mask_from_pixels
 
 _DRAWN = ("polygon", "brush", "rectangle", "ellipse", "magicwand")
-# What Label Studio's page knows as places on a picture, and we do not read.
+# Types that are places on a picture for Label Studio's page, and that we do not read.
 _NOT_READ = ("keypoint", "vector", "bitmask")
-# What is said about a region or about the whole picture. It repeats its region's id, and often its place too.
+# Types that say something about a region or the whole picture. They repeat the region's id, and often its place.
 _ATTRIBUTES = (
     "labels", "choices", "taxonomy", "textarea", "number", "datetime", "rating", "pairwise", "ranker", "relation",
 )  # fmt: skip
-# A page may write 33.3333 back as 33.33330001: a hundred thousandth of a percent of 100,000 pixels is 0.01.
+# A page may write 33.3333 back as 33.33330001. 0.00001 percent of 100,000 pixels is 0.01 pixel.
 _SAME_PERCENT = 1e-5
 
 Region = Mapping[str, Any]
@@ -36,18 +36,18 @@ Region = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The masks of an annotation with their verdicts. unreadable: regions that are no masks, or damaged."""
+    """The masks of an annotation with their verdicts. unreadable: number of regions that are no masks, or damaged."""
 
     regions: tuple[RegionRow, ...]
     unreadable: int
 
 
 def choose(annotations: Iterable[Mapping[str, Any]]) -> dict[int, AnnotationStatus]:
-    """Say of a task's annotations, by their ids, which one counts and what the others are.
+    """The status of a task's annotations, by their ids: which one counts, and what the others are.
 
-    Skipped ones (was_cancelled) never count. Of each annotator's others the newest by updated_at counts, the rest is
-    superseded. Where several annotators remain, one marked as ground truth goes before the others, else the newest.
-    The others are other people's opinions, whose time counts and whose masks do not.
+    Skipped ones (was_cancelled) never count. Of each annotator's other annotations, the newest by updated_at counts;
+    the rest is superseded. If several annotators remain, one marked as ground truth is chosen, else the newest. The
+    others are other people's opinions: their time counts, their masks do not.
     """
     statuses = {a["id"]: AnnotationStatus.SKIPPED for a in annotations if a.get("was_cancelled")}
     standing = sorted((a for a in annotations if a["id"] not in statuses), key=_recency, reverse=True)
@@ -66,7 +66,7 @@ def choose(annotations: Iterable[Mapping[str, Any]]) -> dict[int, AnnotationStat
 
 
 def annotator(annotation: Mapping[str, Any]) -> int | None:
-    """Label Studio's user, who is an id or, in some of its answers, an object."""
+    """The id of Label Studio's user. Some answers of the server have an object instead of the id."""
     person = annotation.get("completed_by")
     found = person.get("id") if isinstance(person, Mapping) else person
     return None if found is None else int(found)
@@ -75,7 +75,7 @@ def annotator(annotation: Mapping[str, Any]) -> int | None:
 def base_prediction(
     annotation: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
 ) -> Mapping[str, Any] | None:
-    """The prediction that an annotation began from: what it says itself, else the one that shares most region ids.
+    """The prediction that an annotation began from: the one it names, else the one that shares most region ids.
 
     None for an annotation that was drawn from nothing.
     """
@@ -98,11 +98,11 @@ def compare(
 ) -> Comparison:
     """Judge an annotation's regions, `after`, by the prediction's, `before`.
 
-    asset_id: whose masks the prediction's region ids name; None: none of ours, and all in `after` is added. size_hw:
-    the asset's frame; None where it is not known, and each region's own word is taken.
-    A mask's parts belong together: one of two parts removed is an edit, and so is a part that was drawn under the
-    mask's region as its parent. Whatever else has pixels was added, each region by itself with its children. A mask has
-    one label: of several on a region it is the first, and a second one or a lost one is an edit.
+    asset_id: the asset in the prediction's region ids. None: the prediction is not ours, so all in `after` is added.
+    size_hw: the asset's frame. None: not known, so each region's own frame is used.
+    A mask's parts belong together. Removing one of two parts is an edit; so is drawing a part with the mask's region
+    as its parent. Every other region with pixels was added, together with its children. A mask has one label: the first of
+    its region's labels. A second label or a lost label is an edit.
     """
     before, results = [r for r in before if isinstance(r, Mapping)], [r for r in after if isinstance(r, Mapping)]
     shown = _by_mask([r for r in before if _is_drawn(r)], asset_id)
@@ -112,13 +112,13 @@ def compare(
     rows: list[RegionRow] = []
     unreadable = len(after) - len(results) + _count_unreadable(results)
 
-    # Judge what was predicted, mask by mask.
+    # Judge the predicted masks, one by one.
     for n, parts in shown.items():
         row, damaged = _judge(n, _Side(parts, labels_before), _Side(returned.get(n, []), labels), size_hw)
         rows.append(row)
         unreadable += damaged
 
-    # Add what was drawn.
+    # Add the drawn masks.
     for parts in drawn:
         pixels, damaged = _union(parts, size_hw)
         unreadable += damaged
@@ -129,19 +129,19 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One mask's regions, as they were shown or as they came back. labels_of: the labels of each region id."""
+    """One mask's regions, as shown or as returned. labels_of: the labels of each region id."""
 
     regions: Sequence[Region]
     labels_of: Mapping[str, tuple[str, ...]]
 
     @property
     def label(self) -> str:
-        """The mask's own: the first of its first region."""
+        """The mask's own label: the first label of its first region."""
         return next(iter(self.labels_of.get(str(self.regions[0].get("id")), ())), DEFAULT_LABEL)
 
     @property
     def labels(self) -> set[str]:
-        """All that any of its regions carries; a region without one carries an empty name."""
+        """The labels of all its regions. A region without a label has an empty name."""
         return {label for r in self.regions for label in self.labels_of.get(str(r.get("id"))) or ("",)}
 
 
@@ -160,7 +160,7 @@ def _judge(n: int, before: _Side, after: _Side, size_hw: tuple[int, int] | None)
         return unmoved, 0
     pixels, damaged = _union(after.regions, size_hw)
     if pixels is None:
-        # Touched, and not readable: the model's mask stands, and the annotation's count of unreadable regions says so.
+        # Changed, but not readable. The model's mask stays, and the region is counted as unreadable.
         return RegionRow(verdict=Verdict.EDITED, mask_n=n, label=after.label), damaged
     if not pixels.any():
         return RegionRow(verdict=Verdict.DELETED, mask_n=n, label=before.label), damaged
@@ -195,7 +195,7 @@ def _by_mask(regions: Sequence[Region], asset_id: int | None) -> dict[int, list[
 
 
 def _sort(after: Sequence[Region], mask_of_id: Mapping[str, int]) -> tuple[dict[int, list[Region]], list[list[Region]]]:
-    """The annotation's regions by the predicted mask they belong to, and what was drawn, each with its children."""
+    """The annotation's regions by their predicted mask, and the drawn regions, each with its children."""
     returned: dict[int, list[Region]] = {}
     drawn: dict[str, list[Region]] = {}
     regions = [region for region in after if _is_drawn(region)]
@@ -216,7 +216,7 @@ def _sort(after: Sequence[Region], mask_of_id: Mapping[str, int]) -> tuple[dict[
 
 
 def _labels(regions: Sequence[Region]) -> dict[str, tuple[str, ...]]:
-    """The labels of each region id, in the order found, wherever among the region's results they stand."""
+    """The labels of each region id, in the order found, from all results of the region."""
     labels: dict[str, tuple[str, ...]] = {}
     for region in regions:
         value, kind = region.get("value"), str(region.get("type"))
@@ -233,7 +233,7 @@ def _is_drawn(region: Region) -> bool:
 
 
 def _count_unreadable(regions: Sequence[Region]) -> int:
-    """How many regions are places on the picture that have no mask. What is said about a drawn region is none."""
+    """How many regions are places on the picture without a mask. Texts about a drawn region do not count."""
     drawn = {str(region.get("id")) for region in regions if _is_drawn(region)}
     found = [region for region in regions if str(region.get("id")) not in drawn and _has_place(region)]
     return len({str(region.get("id", n)) for n, region in enumerate(found)})
@@ -245,7 +245,7 @@ def _has_place(region: Region) -> bool:
 
 
 def _union(regions: Sequence[Region], size_hw: tuple[int, int] | None) -> tuple[BoolMask | None, int]:
-    """The pixels of several regions together, None where none could be read, and how many could not."""
+    """The pixels of several regions together (None if none could be read), and how many could not be read."""
     pixels: BoolMask | None = None
     damaged = 0
     for region in regions:
@@ -265,7 +265,7 @@ def _same_regions(before: Sequence[Region], after: Sequence[Region]) -> bool:
 
 
 def _shape(region: Region) -> dict[str, Any]:
-    """What of a region makes its pixels."""
+    """The parts of a region that decide its pixels."""
     value = region.get("value") if isinstance(region.get("value"), Mapping) else {}
     assert isinstance(value, Mapping)
     kind = str(region.get("type")).removesuffix("labels")
@@ -275,7 +275,7 @@ def _shape(region: Region) -> dict[str, Any]:
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two shapes agree to the last number, percents to what a page's arithmetic may change."""
+    """Whether two shapes are equal. Percents may differ by the small errors of a page's arithmetic."""
     if a.keys() != b.keys() or a["kind"] != b["kind"] or a["frame"] != b["frame"]:
         return False
     for name in a.keys() - {"kind", "frame"}:

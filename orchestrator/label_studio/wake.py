@@ -1,5 +1,5 @@
-"""A webhook receiver that only wakes whoever waits: Label Studio's webhooks are neither signed nor sent again, so what
-they say is not believed, only that there is something to read."""
+"""A webhook receiver that only wakes the waiting reader. Label Studio's webhooks are not signed and not sent again. So
+their content is not used; they only mean that there is something to read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _READ_SECONDS = 5  # Label Studio itself waits for one second
 
 @contextmanager
 def wake_on_webhook(host: str, port: int, *, secret: str, event: threading.Event) -> Iterator[tuple[str, int]]:
-    """Listen while the block runs, and set the event at each POST that carries the secret; yields host and port.
+    """Listen while the block runs, and set the event at each POST with the secret. Yields host and port.
 
-    Answers 204, or 403 without the secret. Bodies are read and thrown away, that the sender hears the answer.
+    Answers 204, or 403 without the secret. Bodies are read and dropped, so that the sender gets the answer.
     """
 
     class Receiver(BaseHTTPRequestHandler):
@@ -37,7 +37,7 @@ def wake_on_webhook(host: str, port: int, *, secret: str, event: threading.Event
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """A person's every Submit is no news."""
+            """No log line for each request: every Submit of a person sends one."""
 
     server = ThreadingHTTPServer((host, port), Receiver)
     server.daemon_threads = True
