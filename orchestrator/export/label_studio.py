@@ -16,7 +16,7 @@ from orchestrator.label_studio.addresses import address_faults, asset_uid, image
 from orchestrator.label_studio.regions import prediction_task, regions_for
 from workers.stored_masks import mask_of_row
 
-_PAGE = 20  # assets of which masks are held at once
+_PAGE = 20  # assets whose masks are in memory at once
 
 
 def export_label_studio(
@@ -24,10 +24,9 @@ def export_label_studio(
 ) -> list[str]:
     """Write a job's labeled assets as a JSON list of Label Studio tasks, each with every mask in one prediction.
 
-    assets: instead of the job's labeled ones; what people reviewed becomes an annotation. local_files: for jobs over a
-    folder, Label Studio's LOCAL_FILES_DOCUMENT_ROOT as this machine names it. Returns what is to be said of the file:
-    masks that are not in it, images that Label Studio would not show. Raises PublishError for a file that is not below
-    local_files.
+    assets: instead of the job's labeled ones; reviewed masks become an annotation. local_files: for jobs over a folder,
+    Label Studio's LOCAL_FILES_DOCUMENT_ROOT as a path on this machine. Returns notes for people: masks that are not in
+    the file, images that Label Studio would not show. Raises PublishError for an image that is not below local_files.
     """
     source = source_of(job)
     masks_left_out = 0
@@ -43,7 +42,7 @@ def export_label_studio(
             cut += [asset.key] if address_faults(address) else []
             task = prediction_task(
                 image=address,
-                asset_id=asset_uid(uri),  # as `publish` names it, so that it adopts what was imported
+                asset_id=asset_uid(uri),  # the same id as in `publish`, so that it adopts imported tasks
                 size_hw=asset.size_hw,
                 model_version=job.model_version,
                 regions=shown,

@@ -2,13 +2,14 @@
 
     OUT/segment/data.yaml                     the classes, and where the splits are
     OUT/segment/labels/SPLIT/<asset_id>.txt   a mask a line: class x y x y …, 0..1 of width and height
-    OUT/segment/images/SPLIT/                 the images, with `images`; else put them there, under the names below
+    OUT/segment/images/SPLIT/                 the images, with `images`; else put them there, with these names
     OUT/detect/…                              the same with boxes: class x-centre y-centre width height
     OUT/images.jsonl                          a line an image: its file, key and address
 
-Names are asset ids, for two keys may end alike. An asset's split hangs on its key alone, so that it stays when others
-come: about 80 % train, 10 % val, 10 % test. YOLO knows one outline a mask: holes are cut in and parts joined by lines
-without width, and the outline keeps an IoU of 0.98 where 400 points can; COCO is what keeps masks exactly.
+Names are asset ids, because two keys may have the same file name. An asset's split depends only on its key, so it
+stays when others come: about 80 % train, 10 % val, 10 % test. YOLO has one outline for a mask. So holes and parts are
+joined to it by lines without width. The outline has an IoU of 0.98 or more if 400 points are enough. Only COCO keeps
+masks exactly.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ from workers.storage.source import open_source
 _SETS = ("segment", "detect")
 _SPLITS = ("train", "val", "test")
 _PAGE = 20
-_MIN_IOU = 0.98  # an outline under it has lost more than 2 % of its mask
+_MIN_IOU = 0.98  # an outline below this has lost more than 2 % of its mask
 
 
 @dataclass(slots=True)
 class _Told:
-    """What a dataset's outlines and images lost on the way, for a word at the end."""
+    """What outlines and images lost in the export, for the notes at the end."""
 
     masks: int = 0
     empty: int = 0  # masks without a pixel
-    poor: int = 0  # outlines under _MIN_IOU, boxes in their stead included
+    poor: int = 0  # outlines under _MIN_IOU, and boxes in place of an outline
     boxes: int = 0
     converted: int = 0  # images that became PNG or got another suffix
-    unread: int = 0  # images whose names trainers pass over
+    unread: int = 0  # images that trainers do not read, because of their names
 
     def notes(self, *, images: bool) -> list[str]:
         notes = []
@@ -74,12 +75,12 @@ class _Told:
 def export_yolo(
     db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None, *, images: bool = False
 ) -> list[str]:
-    """Write both datasets into a new folder, which appears when all is there. assets: instead of the labeled ones.
+    """Write both datasets into a new folder. It appears when all is there. assets: instead of the labeled ones.
 
-    An asset without masks has an empty file, which YOLO takes as background. images: copy the images too, as they are
-    where trainers read them; what reads them must heed EXIF's orientation, as OpenCV and Pillow's exif_transpose do.
-    Returns what is to be said of the dataset. Raises FileExistsError where `out` is not new or empty, and AssetError
-    for an image that is gone.
+    An asset without masks has an empty file; YOLO takes it as background. images: copy the images too, unchanged if
+    trainers can read them. Readers must apply EXIF's orientation, as OpenCV and Pillow's exif_transpose do.
+    Returns notes for people about the dataset. Raises FileExistsError if `out` is not new or empty, and AssetError for
+    an image that is gone.
     """
     source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
     labels = results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
@@ -110,7 +111,7 @@ def export_yolo(
 
 
 def split(key: str) -> str:
-    """The part of the dataset that a key belongs to, for ever: train, val or test."""
+    """The part of the dataset for a key: train, val or test. It never changes."""
     place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 10
     return "val" if place == 8 else "test" if place == 9 else "train"
 
@@ -138,12 +139,12 @@ def _write_labels(asset: LabeledAsset, folder: Path, part: str, classes: dict[st
 
 
 def _outlines(masks: Sequence[StoredMask], size_hw: tuple[int, int]) -> list[Polygons | None]:
-    """Polygons of each mask; None for noise that has none."""
+    """Polygons of each mask. None for noise without a polygon."""
     return fit_polygons(edges_of_masks([mask.counts for mask in masks], size_hw), size_hw) if masks else []
 
 
 def _joined(rings: Sequence[Ring]) -> Ring:
-    """The rings as one: each is entered and left at the point nearest to those before it."""
+    """The rings as one ring. Each is joined at its point nearest to the rings before it."""
     joined = rings[0]
     for ring in rings[1:]:
         gaps = ((joined[:, None, :] - ring[None, :, :]) ** 2).sum(axis=2)
@@ -158,7 +159,7 @@ def _line(number: int, values: Sequence[float]) -> str:
 
 
 def _data_yaml(names: Sequence[str], used: set[str]) -> str:
-    """Without `path` the splits are beside the file, wherever the folder is put."""
+    """There is no `path`, so the splits are beside the file, and the folder can be moved."""
     lines = [f"{part}: images/{part if part in used else 'train'}" for part in _SPLITS]
     if len(used) < len(_SPLITS):
         lines.insert(0, "# With so few images a split is empty: train stands in for it.")

@@ -1,6 +1,6 @@
-"""Images as YOLO's trainers find and read them: by the suffix of their names, which must be one that they know.
+"""Images for YOLO's trainers. Trainers find images by the suffix of their names, and know only some suffixes.
 
-A trainer passes over other files without a word. The suffix that a file gets here is one that its bytes deserve.
+A trainer skips other files without a message. The suffix that a file gets here fits its bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from workers.images.decode import decode
 from workers.images.formats import sniff
 from workers.storage.asset import Source
 
-# What every version of ultralytics looks for (data/utils.py, IMG_FORMATS); newer ones know more.
+# The suffixes that every version of ultralytics knows (data/utils.py, IMG_FORMATS). Newer ones know more.
 _KNOWN_SUFFIXES = frozenset((".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"))
 _SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "TIFF": ".tif", "BMP": ".bmp"}
 
@@ -29,15 +29,15 @@ def has_known_suffix(key: str) -> bool:
 
 
 def file_name(asset_id: int, key: str) -> str:
-    """The name of an image that is not looked into: the asset's id, with the key's own suffix."""
+    """The name of an image whose bytes are not read: the asset's id, with the key's own suffix."""
     return f"{asset_id}{_suffix(key)}"
 
 
 def read_image(source: Source, key: str) -> tuple[bytes, str]:
-    """An image's bytes and the suffix they are to have.
+    """An image's bytes and their suffix.
 
-    A picture that trainers read stays as it is; another, such as a GIF, becomes PNG, upright. Bytes that are no
-    picture (any more) stay too. Raises AssetError for an image that cannot be fetched.
+    A picture that trainers read is not changed. Another, such as a GIF, becomes an upright PNG. Bytes that are no
+    picture (any more) are not changed either. Raises AssetError for an image that cannot be fetched.
     """
     data = source.read(key, settings().max_object_bytes)
     try:
@@ -52,7 +52,7 @@ def read_image(source: Source, key: str) -> tuple[bytes, str]:
 
 
 def write_image(data: bytes, targets: Sequence[Path]) -> None:
-    """Write the image once, and give it the other names where the disk can."""
+    """Write the image once. Its other names are links if the disk can do that, else copies."""
     targets[0].write_bytes(data)
     for target in targets[1:]:
         try:
