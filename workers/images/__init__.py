@@ -1,1 +1,1 @@
-"""An asset's bytes to upright RGB pixels. The one door to Pillow."""
+"""An asset's bytes to upright RGB pixels. Only this package uses Pillow."""

@@ -1,7 +1,7 @@
-"""The boxes of a HEIC or AVIF file (ISO 14496-12, ISO 23008-12): what decoding it would cost, told before it is done.
+"""The boxes of a HEIC or AVIF file (ISO 14496-12, ISO 23008-12): how much decoding it would cost, before it is decoded.
 
-Such a file is a graph. A grid is put together from other pictures, which may be grids again, and transparency is a
-picture of its own. Each takes a few bytes to name, so a small file can ask for hours of work.
+Such a file is a graph. A grid is made of other pictures, which may be grids again, and transparency is a picture of its
+own. A few bytes name a picture, so a small file can ask for hours of work.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 MAX_BOXES = 20_000  # in one box, as in libheif
-MAX_TABLE_BYTES = 2**20  # of the tables that say which picture has which size and parts; libheif takes 1,000 pictures
-MAX_DEPTH = 8  # pictures within pictures; cameras nest two
+MAX_TABLE_BYTES = 2**20  # of the tables with the sizes and parts of pictures; libheif takes 1,000 pictures
+MAX_DEPTH = 8  # levels of pictures in pictures; cameras use two
 
 Range = tuple[int, int]
 
 
 class BoxError(Exception):
-    """Boxes that make no sense, that are too many, or pictures that are nested too deep or in a circle."""
+    """Boxes that make no sense, too many boxes, or pictures that are nested too deep or in a circle."""
 
 
 def is_cut(data: bytes) -> bool:
-    """True if a file that cannot be decoded was cut off: its last box goes on, or the pixels' box is not there."""
+    """For a file that cannot be decoded: True if it was cut off. Its last box is cut, or it has no box of pixels."""
     try:
         boxes = list(_boxes(data, 0, len(data)))
     except (BoxError, struct.error):
@@ -33,7 +33,7 @@ def is_cut(data: bytes) -> bool:
 def count_pixels(data: bytes) -> int:
     """Pixels that are decoded to show the primary picture: its own, those of its tiles and of its transparency.
 
-    A tile that is used twice counts twice. 0 in a file that has no still picture (an image sequence).
+    A tile that is used twice counts twice. 0 for a file without a still picture (an image sequence).
     Raises BoxError.
     """
     try:
@@ -62,7 +62,7 @@ def _cost(
 
 
 def _areas_of_items(data: bytes, properties: Range) -> dict[int, int]:
-    """Width times height of each picture: the properties that hold sizes, and which picture has which."""
+    """Width times height of each picture, from the properties with sizes and the table of each picture's properties."""
     inside = _found(data, *properties)
     areas = [0]  # properties are numbered from 1
     for kind, start, _ in _boxes(data, *_only(inside, b"ipco")):
@@ -86,7 +86,7 @@ def _areas_of_items(data: bytes, properties: Range) -> dict[int, int]:
 
 
 def _parts_of_items(data: bytes, references: Range) -> dict[int, list[int]]:
-    """Which pictures are decoded for which: tiles and layers for what they make up, transparency for its picture."""
+    """The pictures that must be decoded for each picture: its tiles, its layers, its transparency."""
     parts: defaultdict[int, list[int]] = defaultdict(list)
     _short([references])
     wide = data[references[0]] > 0
@@ -113,7 +113,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
         if size_bytes == 1:
             (size_bytes,) = struct.unpack_from(">Q", data, content)
             content += 8
-        start = start + size_bytes if size_bytes else end  # 0: as far as what is around it
+        start = start + size_bytes if size_bytes else end  # 0: to the end of the box around it
         if start < content:
             raise BoxError(f"a box of {size_bytes} bytes")
         yield kind, content, start
@@ -129,7 +129,7 @@ def _found(data: bytes, start: int, end: int) -> dict[bytes, list[Range]]:
 
 
 def _only(found: Mapping[bytes, list[Range]], kind: bytes) -> Range:
-    """The one box of a kind. Decoders differ in which of two they believe."""
+    """The only box of a kind. If there are two, decoders differ in which one they use."""
     if len(found.get(kind, [])) != 1:
         raise BoxError(f"{len(found.get(kind, []))} boxes named {kind!r}, expected one")
     return found[kind][0]
@@ -140,7 +140,7 @@ def _after_version(content: Range) -> Range:
 
 
 def _items(data: bytes, start: int, number: int, *, wide: bool) -> tuple[int, ...]:
-    """Numbers of pictures, of 32 or 16 bits."""
+    """Numbers of pictures, each of 32 or 16 bits."""
     return struct.unpack_from(f">{number}{'I' if wide else 'H'}", data, start)
 
 

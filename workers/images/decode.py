@@ -1,7 +1,7 @@
-"""Turns an asset's bytes into upright RGB pixels: the one door to Pillow, and the one place where EXIF turns a picture.
+"""Turns an asset's bytes into upright RGB pixels. Only here is a picture turned as its EXIF says.
 
-What is decoded is decided by content, never by name, and what is refused is refused from the header, before any
-pixel is. All masks, boxes and sizes of the project are in the frame that `decode` returns, which a browser shows.
+The content decides how a file is decoded, never its name. A file is refused from its header, before any pixel is
+decoded. All masks, boxes and sizes of the project are in the frame that `decode` returns. Browsers show the same frame.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ from workers.images.tiff import read_entries, read_layout, why_misread
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 200 * 2**20
 MAX_SCAN_PIXELS = 5_000_000_000
-"""Pixels times scans of a JPEG: half a minute of decoding at worst (2 to 6 ns each, EPYC Zen5, 2026-11). Encoders write
-some ten scans, and a picture of 100 MP may have fifty; a few kilobytes can hold thousands."""
+"""Pixels times scans of a JPEG: at most half a minute of decoding (2 to 6 ns each, EPYC Zen5, 2026-11). Encoders write
+about ten scans. A picture of 100 MP may have fifty. A few kilobytes can hold thousands."""
 
 MAX_PARTS = 5
-"""A HEIC or AVIF may be put together from five times the pixels that a picture may have: it and its transparency, each
-from tiles, make four, and tiles reach over the edge. A few kilobytes can name a thousand tiles of 100 MP."""
+"""A HEIC or AVIF may be made of five times the pixels that a picture may have. The picture and its transparency, each
+made of tiles, are four times; tiles also reach over the edge. A few kilobytes can name a thousand tiles of 100 MP."""
 
-# warnings.catch_warnings changes the whole process and is not for threads, so Pillow is silenced once, here. What it
-# warns and logs about (broken metadata, mostly) either does not matter to pixels or comes as an error as well.
+# warnings.catch_warnings changes the whole process and is not safe in threads. So Pillow's warnings are turned off
+# once, here. They are mostly about broken metadata. They do not change pixels, or they also come as an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
-TiffImagePlugin.READ_LIBTIFF = True  # uncompressed TIFFs too: Pillow's own reader loses half of 16 bit in planes
-pi_heif.options.DECODE_THREADS = 1  # each holds a tile, which may be as large as the picture; assets go side by side
+TiffImagePlugin.READ_LIBTIFF = True  # uncompressed TIFFs too: Pillow's own reader loses half of 16 bits in planes
+pi_heif.options.DECODE_THREADS = 1  # a thread's tile may be as large as the picture; assets run in parallel
 
 
 def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> RgbImage:
     """Decode a picture: its first page or frame, upright, transparency over white.
 
     data: JPEG (MPO), PNG, WebP, TIFF, BMP, GIF, HEIC or AVIF (the primary picture). More than 8 bits a channel are
-    scaled to 8 over the full range. Colour profiles are not applied. name: for messages only.
-    Raises AssetError: not_image, unsupported, too_large (in bytes or pixels), truncated (cut or damaged),
+    scaled to 8, full range to full range. Colour profiles are not applied. name: for messages only.
+    Raises AssetError: not_image, unsupported, too_large (bytes or pixels), truncated (cut or damaged),
     decode_timeout (a JPEG of so many scans that decoding it would take minutes).
     At the limit of 100 MP: 5 s, HEIC up to 10 s, and 0.7 GB besides `data` (JPEG, PNG, BMP, GIF), 0.9 GB (HEIC, TIFF
-    in one strip), 1.2 GB (progressive JPEG, AVIF) or 1.7 GB (WebP). Measured 2026-11, EPYC Zen5. Threads may decode
-    at once.
+    in one strip), 1.2 GB (progressive JPEG, AVIF) or 1.7 GB (WebP). Measured 2026-11, EPYC Zen5. Several threads may
+    decode at once.
     """
     if len(data) > MAX_BYTES:
         raise AssetError(ErrorKind.TOO_LARGE, f"{name}: {len(data):,} bytes; at most {MAX_BYTES:,} are decoded")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own limit, which some formats check first, only ever grows
+        Image.MAX_IMAGE_PIXELS = max_pixels  # some formats check Pillow's own limit first; it is never lowered
     kind, opener = sniff(data, name)
     _refuse_unopened(data, name, kind, max_pixels)
     image = _open(data, name, kind, opener)
@@ -84,7 +84,7 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> RgbImage:
 
 
 def thumbnail_jpeg(image: RgbImage, longest_side: int, quality: int = 80) -> bytes:
-    """A JPEG of the picture, its longer side at most `longest_side` pixels; smaller ones keep their size.
+    """A JPEG of the picture. Its longer side has at most `longest_side` pixels; smaller pictures keep their size.
 
     image: (H, W, 3) uint8 RGB. quality: 1..95, as libjpeg has it.
     """
@@ -95,7 +95,7 @@ def thumbnail_jpeg(image: RgbImage, longest_side: int, quality: int = 80) -> byt
     return file.getvalue()
 
 
-# What Pillow raises on hostile bytes. Not Exception: a mistake of ours is not a verdict on the asset.
+# What Pillow raises on hostile bytes. Not Exception: an error in our code must not blame the asset.
 _PILLOW_RAISES = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError),
     *(NotImplementedError, RuntimeError, AssertionError, struct.error, zlib.error),
@@ -107,7 +107,7 @@ _UNSUPPORTED_WORDS = re.compile(
 
 
 def _open(data: bytes, name: str, kind: str, opener: Opener) -> ImageFile:
-    """Read the header alone, once it is known to be of a sane length."""
+    """Read only the header, after its length was checked."""
     try:
         return opener(io.BytesIO(data))
     except (Image.DecompressionBombError, MemoryError) as error:
@@ -128,7 +128,7 @@ def _open(data: bytes, name: str, kind: str, opener: Opener) -> ImageFile:
 
 
 def _refuse_unopened(data: bytes, name: str, kind: str, max_pixels: int) -> None:
-    """Raise AssetError if even reading the header would take long, or if the picture would come out wrong."""
+    """Raise AssetError if even reading the header would take long, or if the pixels would be wrong."""
     if outline(data, kind)[0] > MAX_PIECES:
         message = f"{name}: {kind} in more than {MAX_PIECES:,} pieces, minutes of decoding; save it again"
         raise AssetError(ErrorKind.DECODE_TIMEOUT, message)

@@ -1,4 +1,4 @@
-"""Image formats by their first bytes: which are read, and which are known and refused."""
+"""Image formats by their first bytes: those that we read, and those that we know and refuse."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from workers.errors import AssetError, ErrorKind
 Opener = Callable[[io.BytesIO], ImageFile]
 
 _SIGNATURES: tuple[tuple[str, re.Pattern[bytes], Opener], ...] = (
-    # Opening by class, not by Image.open, keeps Pillow's other forty parsers away from hostile bytes and its reasons
-    # in our messages. An MPO is a JPEG with more JPEGs behind it: the plain class reads the first.
+    # We open by class, not by Image.open. So Pillow's other forty parsers never see hostile bytes, and our messages
+    # have Pillow's reasons. An MPO is a JPEG with more JPEGs after it. The plain class reads the first.
     ("JPEG", re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     ("PNG", re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     ("WebP", re.compile(rb"RIFF....WEBP", re.S), WebPImageFile),
     ("TIFF", re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"), TiffImageFile),
     ("BMP", re.compile(rb"BM.{12}", re.S), BmpImageFile),
     ("GIF", re.compile(rb"GIF8[79]a"), GifImageFile),
-    # The first brand may name the container alone (mif1, msf1); an AVIF then has its own among the next.
+    # The first brand may name only the container (mif1, msf1). Then an AVIF has its own brand among the next ones.
     ("AVIF", re.compile(rb".{4}ftyp(?:.{4}){0,8}?avi[fs]", re.S), AvifImageFile),
     ("HEIC", re.compile(rb".{4}ftyp(?:hei[cmsx]|hev[cmsx]|mif1|msf1)", re.S), HeifImageFile),
 )

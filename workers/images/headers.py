@@ -1,4 +1,4 @@
-"""What a file says of its picture before a pixel is decoded: pieces, announced bytes, scans, orientation.
+"""What a file's header says before a pixel is decoded: pieces, announced bytes, scans, orientation.
 
 The bytes are hostile. Every loop here is bounded by the file's length or by a constant.
 """
@@ -12,20 +12,20 @@ from workers.images.boxes import is_cut
 from workers.images.tiff import read_entries
 
 MAX_TIFF_VALUES = 1_000_000
-"""Numbers in one tag, mostly a strip's or tile's offset each: Pillow makes Python objects of them, 200 bytes each."""
+"""Most numbers in one tag, usually offsets of strips or tiles. Pillow makes a Python object of 200 bytes of each."""
 
 
-# Pillow unpacks a BMP's run lengths in Python: 0.3 to 0.5 s a megabyte (2026-11-25, 2 shared cores).
+# Pillow unpacks a BMP's run lengths in Python code: 0.3 to 0.5 s a megabyte (2026-11-25, 2 shared cores).
 MAX_RUN_LENGTH_BYTES = 20 * 1024 * 1024
 MAX_PIECES = 100_000
-"""Segments, chunks, blocks and stray bytes that a parser has to step over: Pillow takes microseconds for each."""
+"""Most segments, chunks, blocks and stray bytes that a parser must step over. Pillow takes microseconds for each."""
 
 
 def exif_orientation(exif: object) -> int:
-    """Orientation 1..8 of an EXIF block; 1 where there is none, or where the block is broken.
+    """Orientation 1..8 of an EXIF block. 1 if there is none, or if the block is broken.
 
-    Read by hand, as browsers do: the tag in the first directory, a SHORT. Pillow would also take it from XMP, which
-    no browser does, and its parser stumbles over broken blocks whose orientation is fine.
+    Our own reader does the same as browsers: it takes the tag in the first directory, a SHORT. Pillow would also take
+    it from XMP, and no browser does. Pillow's parser also fails on broken blocks with a good orientation.
     """
     if not isinstance(exif, bytes):
         return 1
@@ -49,7 +49,7 @@ _SCANS_IN_ANY_CASE = 50
 
 
 def count_scans(data: bytes) -> int:
-    """Scans of the first picture in a JPEG. Up to _SCANS_IN_ANY_CASE it may count some of later pictures as well."""
+    """Scans of the first picture in a JPEG. Below _SCANS_IN_ANY_CASE the count may include scans of later pictures."""
     scans, components, position = 0, 0, 2
     while found := _JPEG_MARKER.search(data, position):
         marker, body = found[1][0], found.end()
@@ -57,10 +57,10 @@ def count_scans(data: bytes) -> int:
             break
         if marker == 0xDA:  # start of scan
             scans += 1
-            # A scan with all components is the only one of a sequential JPEG.
+            # In a sequential JPEG, a scan with all components is the only scan.
             if scans == 1 and bytes([components]) == data[body + 2 : body + 3]:
                 return 1
-            # Entropy-coded bytes hold no marker, so this bound is cheap to have, and it settles all honest pictures.
+            # Entropy-coded bytes hold no marker, so this upper bound is cheap. It is enough for all normal pictures.
             if scans == 1 and (at_most := data.count(b"\xff\xda", body)) < _SCANS_IN_ANY_CASE:
                 return at_most + 1
         if marker in (0xC0, 0xC1, 0xC9):  # start of a sequential frame
@@ -70,9 +70,9 @@ def count_scans(data: bytes) -> int:
 
 
 def outline(data: bytes, kind: str) -> tuple[int, int]:
-    """Into how many pieces the header is cut, and how many bytes there must be at least, or the file was cut off.
+    """The number of pieces in the header, and the least number of bytes; a file with fewer was cut off.
 
-    Counts a little past MAX_PIECES and no further.
+    Counts only a little past MAX_PIECES.
     """
     if kind == "PNG":
         return _outline_png(data)

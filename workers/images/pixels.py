@@ -15,14 +15,14 @@ from workers.images.headers import exif_orientation
 
 RgbImage = npt.NDArray[np.uint8]
 """(H, W, 3) uint8, C-contiguous, channels red, green, blue in 0..255, upright."""
-STRIP_PIXELS = 2**18  # converted at a time: stays in the cache; 12 MP took 70 ms by strips, 100 ms at once (2026-11)
+STRIP_PIXELS = 2**18  # fits the cache; 12 MP took 70 ms by strips, 100 ms whole (2026-11)
 
 
 def upright_rgb(image: ImageFile) -> RgbImage:
-    """Convert a loaded picture strip by strip into one array, writing each strip where it belongs upright."""
+    """Convert a loaded picture strip by strip. Each strip is written to its upright place in one array."""
     width, height = image.size
-    # Pillow turns a TIFF as it loads it, and libheif a HEIC as its boxes say; its EXIF block repeats that, or is wrong.
-    # The others keep the turn in their EXIF block; for an AVIF Pillow puts it there, from the boxes.
+    # Pillow turns a TIFF on loading, and libheif turns a HEIC as its boxes say. Then EXIF repeats that, or is wrong.
+    # The others have their turn in the EXIF block. For an AVIF, Pillow puts it there from the boxes.
     is_turned = isinstance(image, (TiffImageFile, HeifImageFile))
     orientation = 1 if is_turned else exif_orientation(image.info.get("exif"))
     upright = np.empty((width, height, 3) if orientation >= 5 else (height, width, 3), np.uint8)
@@ -36,7 +36,7 @@ def upright_rgb(image: ImageFile) -> RgbImage:
 
 
 def _as_stored(upright: RgbImage, orientation: int) -> RgbImage:
-    """A view of the upright array in the frame of the file. orientation: EXIF's 1..8 (Exif 3.0, tag 274)."""
+    """A view of the upright array, in the frame of the file. orientation: EXIF's 1..8 (Exif 3.0, tag 274)."""
     view = upright.transpose(1, 0, 2) if orientation >= 5 else upright
     if orientation in (3, 4, 6, 7):
         view = view[::-1]
@@ -46,7 +46,7 @@ def _as_stored(upright: RgbImage, orientation: int) -> RgbImage:
 
 
 def _converter(image: ImageFile) -> Callable[[Image.Image], npt.NDArray[np.uint8]]:
-    """How a strip of this picture becomes (rows, W, 3) uint8 RGB."""
+    """The function that converts a strip of this picture to (rows, W, 3) uint8 RGB."""
     if image.mode.startswith("I;16"):
         bits, white_is_zero = 16, False
         if isinstance(image, TiffImageFile):
@@ -63,7 +63,7 @@ def _converter(image: ImageFile) -> Callable[[Image.Image], npt.NDArray[np.uint8
 
 
 def _from_16_bit(strip: Image.Image, largest: int, *, white_is_zero: bool) -> npt.NDArray[np.uint8]:
-    """Scale grey of 0..largest to 0..255, rounding; Pillow's own conversion clips everything above 255 to white."""
+    """Scale grey 0..largest to 0..255, rounded. Pillow's own conversion makes everything above 255 white."""
     samples = np.asarray(strip).astype(np.uint32)
     grey = ((samples * 255 + largest // 2) // largest).astype(np.uint8)
     if white_is_zero:
@@ -75,7 +75,7 @@ def _from_16_bit(strip: Image.Image, largest: int, *, white_is_zero: bool) -> np
 
 
 def _over_white(strip: Image.Image) -> npt.NDArray[np.uint8]:
-    # Pillow has no way from grey with premultiplied alpha to RGBA but this one.
+    # In Pillow this is the only way from grey with premultiplied alpha to RGBA.
     picture = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))

@@ -1,7 +1,7 @@
-"""How a TIFF's first page lays its samples out, and which layouts do not come out right, so that they are refused.
+"""How a TIFF's first page stores its samples, and which layouts are refused because Pillow misreads them.
 
-Pillow opens hundreds of layouts and misreads some of them without a word. Which ones is known from a property test
-that writes them all and compares every pixel.
+Pillow opens hundreds of layouts and misreads some of them without an error. We know these from a property test that
+writes all layouts and compares every pixel.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA, _FORMAT = 258, 259
 _LAYOUT_TAGS = (_BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _PLANAR, _EXTRA, _FORMAT)
 _PHOTOMETRICS = {0: "grey (0 is white)", 1: "grey", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
 _COMPRESSIONS = {1: "none", 5: "LZW", 6: "old JPEG", 7: "JPEG", 8: "deflate", 32946: "deflate", 32773: "PackBits"}
-_MOST_TAGS = 65_535  # a number of 16 bits in all but BigTIFFs
-_MOST_VALUES = 64  # of a tag that describes the layout: one a sample
+_MOST_TAGS = 65_535  # a number of 16 bits, except in a BigTIFF
+_MOST_VALUES = 64  # of a tag that describes the layout: one value for each sample
 
-# Field types (TIFF 6.0, and BigTIFF's): bytes of one value, and how struct reads the whole numbers.
+# Field types (TIFF 6.0, and BigTIFF's): bytes of one value, and struct's format for whole numbers.
 _VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _OPAQUE_TYPES = (1, 2, 6, 7)
 _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
@@ -24,9 +24,9 @@ _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiffEntry:
-    """One tag. count: its values, 0 for bytes and texts. end: where they end in the file.
+    """One tag. count: number of values, 0 for bytes and texts. end: where they end in the file.
 
-    values: the whole numbers of a tag that describes the layout; empty for other tags.
+    values: the whole numbers of a tag that describes the layout. Empty for other tags.
     """
 
     tag: int
@@ -37,7 +37,7 @@ class TiffEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiffLayout:
-    """What the tags say about the samples. bits, formats: one a sample, or one for all. planar: one plane a sample."""
+    """What the tags say about samples. bits, formats: one for each sample, or one for all. planar: a plane for each."""
 
     big_endian: bool
     bigtiff: bool
@@ -50,7 +50,7 @@ class TiffLayout:
     compression: int
 
     def __str__(self) -> str:
-        """In words, for messages."""
+        """The layout in words, for messages."""
         bits = "/".join(map(str, sorted(set(self.bits))))
         return ", ".join(
             [
@@ -65,7 +65,7 @@ class TiffLayout:
 
 
 def read_entries(data: bytes, most: int) -> list[TiffEntry]:
-    """The tags of the first page, at most `most`; none if the file ends before its directory does."""
+    """The tags of the first page, at most `most`. None if the file ends before the tags do."""
     order = "<" if data[:1] == b"I" else ">"
     first, number, entry, inline_bytes = ("8xQ", "Q", "HHQQ", 8) if _is_big(data) else ("4xI", "H", "HHII", 4)
     entry_bytes = struct.calcsize(order + entry)
@@ -90,7 +90,7 @@ def read_entries(data: bytes, most: int) -> list[TiffEntry]:
 
 
 def read_layout(data: bytes) -> TiffLayout:
-    """The layout that the tags of the first page describe, with TIFF's defaults where they say nothing."""
+    """The layout that the tags of the first page describe, with TIFF's defaults for missing tags."""
     values = {entry.tag: entry.values for entry in read_entries(data, _MOST_TAGS) if entry.values}
     samples = values.get(_SAMPLES, (1,))[0]
     return TiffLayout(
@@ -107,13 +107,13 @@ def read_layout(data: bytes) -> TiffLayout:
 
 
 def why_misread(layout: TiffLayout) -> str | None:
-    """Why Pillow would not give this layout's pixels; None if it does, or refuses the layout itself."""
+    """Why Pillow would give wrong pixels for this layout. None if they are right, or if Pillow refuses the layout."""
     if layout.bigtiff and layout.big_endian:
         return "a BigTIFF has to be little-endian"
     if set(layout.formats) != {1}:
         return "signed and floating-point numbers have no white; save it with 8 or 16 bits"
     if layout.compression == 6 or (layout.photometric == 6 and (layout.compression != 7 or layout.planar)):
-        return "YCbCr has to be compressed as JPEG of the newer kind"  # libtiff's reader for it passes over a cut
+        return "YCbCr has to be compressed as JPEG of the newer kind"  # libtiff does not see that such a file is cut
     transparent = any(kind in layout.extra for kind in (1, 2))
     if layout.planar and (layout.photometric == 8 or (transparent and (layout.photometric, layout.samples) != (2, 4))):
         return "of planes, only grey, RGB, RGB with transparency and CMYK are decoded"
