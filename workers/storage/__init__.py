@@ -1,1 +1,1 @@
-"""Sources of assets: folders and S3 prefixes. The one door to boto3."""
+"""Sources of assets: folders and S3 prefixes. Only this package uses boto3."""

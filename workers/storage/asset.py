@@ -9,16 +9,16 @@ from typing import Protocol
 
 from workers.errors import AssetError, ErrorKind
 
-PAGE_SIZE = 1000  # S3's own limit for a ListObjectsV2 page; folders follow it
+PAGE_SIZE = 1000  # S3's own limit for a ListObjectsV2 page; the same for folders
 
 
 class SkipReason(StrEnum):
-    """Why something in a source is not an asset. Each is counted, none fails the listing."""
+    """Why something in a source is not an asset. These are counted, and do not fail the listing."""
 
-    FOLDER_MARKER = "folder_marker"  # zero-byte "…/" objects that consoles leave
+    FOLDER_MARKER = "folder_marker"  # zero-byte "…/" objects that S3 consoles make
     NOT_A_FILE = "not_a_file"  # FIFO, socket, device, dangling link, or a link to a folder
-    LINK_OUT = "link_out_of_source"  # a link to a file or folder elsewhere; a source is what its folder holds
-    UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, or holds NUL, which Postgres cannot store
+    LINK_OUT = "link_out_of_source"  # a link to a file or folder outside of the source's folder
+    UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, or has a NUL, which Postgres cannot store
     UNREADABLE_FOLDER = "unreadable_folder"  # a subfolder we may not look into (lost+found)
 
 
@@ -26,8 +26,8 @@ class SkipReason(StrEnum):
 class Listed:
     """One asset as the listing saw it.
 
-    key: relative to the source. etag: S3's, without quotes; for a file "<size>-<mtime_ns>", which changes when the
-    file is written.
+    key: relative to the source. etag: S3's, without quotes. For a file it is "<size>-<mtime_ns>", which changes when
+    the file is written.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """Up to PAGE_SIZE consecutive entries of a listing; `list(after=cursor)` goes on behind them."""
+    """Up to PAGE_SIZE consecutive entries of a listing. `list(after=cursor)` goes on after them."""
 
     objects: list[Listed]
     cursor: str
@@ -45,22 +45,22 @@ class Page:
 
 
 class Source(Protocol):
-    """A place with assets. Both kinds may be used from several threads at once."""
+    """A place with assets, a folder or an S3 prefix. Several threads may use it at once."""
 
     def uri(self, key: str) -> str:
-        """The asset's address for people and for Label Studio: `s3://bucket/key` as is, or a `file://` URL."""
+        """The asset's address for people and for Label Studio: `s3://bucket/key` unchanged, or a `file://` URL."""
         ...
 
     def check(self) -> None:
-        """Return if the source can be listed; raise SourceError saying what to mend if not."""
+        """Return if the source can be listed. Raise SourceError, which says what to fix, if not."""
         ...
 
     def list(self, after: str = "") -> Iterator[Page]:
-        """Yield pages of the keys behind `after` in binary order. Raises SourceError and TransientError."""
+        """Yield pages of the keys after `after`, in binary order. Raises SourceError and TransientError."""
         ...
 
     def read(self, key: str, max_bytes: int, *, etag: str | None = None) -> bytes:
-        """The asset's bytes. etag: as it was listed; other bytes under the key are then as good as gone.
+        """The asset's bytes. etag: as it was listed. If the key now has other bytes, the listed asset counts as gone.
 
         Raises AssetError (not_found, forbidden, too_large before the body is read) or TransientError.
         """
@@ -68,9 +68,9 @@ class Source(Protocol):
 
 
 def check_etag(key: str, etag: str, listed: str | None) -> None:
-    """Raise AssetError where these are not the bytes that were listed: masks would be stored under a wrong etag.
+    """Raise AssetError if these are not the listed bytes: masks would be stored under a wrong etag.
 
-    A store that gives no etag, in its listing or here, is believed.
+    If a store gives no etag, in its listing or here, nothing is checked.
     """
     if etag and listed and etag != listed:
         raise AssetError(

@@ -18,14 +18,14 @@ from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_eta
 from workers.storage.client import s3_client, store_of_settings
 from workers.storage.refusals import VENDOR_ERRORS, asset_error, no_answer, source_error
 
-ATTEMPTS = 5  # tries of one request, the first included; back-off up to 15 s in all (botocore "standard")
+ATTEMPTS = 5  # tries of one request, with the first; pauses up to 15 s in all (botocore "standard")
 
 
 class Bucket:
-    """Objects of an S3 bucket whose keys start with a prefix. A key is a name, not a path: `..` in it means nothing."""
+    """Objects of an S3 bucket whose keys start with a prefix. A key is a name, not a path: `..` has no meaning."""
 
     def __init__(self, address: str, *, endpoint: str | None) -> None:
-        """address: `bucket` or `bucket/prefix`; a slash is added to the prefix where it has none."""
+        """address: `bucket` or `bucket/prefix`; a slash is added to the prefix if it has none."""
         self._bucket, _, prefix = address.partition("/")
         if not self._bucket:
             raise SourceError(f"s3://{address}: no bucket; expected s3://bucket/prefix")
@@ -39,13 +39,13 @@ class Bucket:
 
     def check(self) -> None:
         try:
-            # Two tries, not five: a person is waiting, and a wrong address stays wrong.
+            # Two tries, not five: a person waits, and a wrong address stays wrong.
             self._request(2, "list_objects_v2", Prefix=self._prefix, MaxKeys=1)
         except TransientError as error:
             raise no_answer(self.uri(""), redact(self._store.endpoint or "AWS"), error) from error
 
     def list(self, after: str = "") -> Iterator[Page]:
-        # The token continues this listing; StartAfter is for one that a dead process began.
+        # The token continues this listing. StartAfter continues a listing that a dead process began.
         where: dict[str, str] = {"StartAfter": self._prefix + after} if after else {}
         cursor = after
         while True:
@@ -63,14 +63,14 @@ class Bucket:
             try:
                 return self._read_once(key, max_bytes, etag)
             except (botocore.exceptions.HTTPClientError, urllib3.exceptions.HTTPError, OSError) as error:
-                # botocore retries requests, but not a body that breaks off.
+                # botocore repeats requests, but not a body that breaks off.
                 if attempt == ATTEMPTS:
                     raise TransientError(f"{key}: the body broke off {attempt} times: {redact(str(error))}") from error
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def copy(self, key: str, into: IO[bytes]) -> None:
-        """Write an object of any size into a file, in bounded memory. Raises what `read` raises but too_large."""
+        """Write an object of any size into a file, in bounded memory. Raises what `read` raises, except too_large."""
         for attempt in range(1, ATTEMPTS + 1):
             into.seek(0)
             into.truncate()
@@ -92,7 +92,7 @@ class Bucket:
             key = entry["Key"].removeprefix(self._prefix)
             if not is_storable(key):
                 skipped[SkipReason.UNSTORABLE_NAME] += 1
-                continue  # it cannot be the cursor either: that is stored too
+                continue  # it cannot be the cursor either, because the cursor is stored too
             cursor = key
             if entry["Size"] == 0 and (not key or key.endswith("/")):
                 skipped[SkipReason.FOLDER_MARKER] += 1

@@ -1,4 +1,4 @@
-"""How this process reaches S3: the settings and the AWS profile made into boto3's clients, one for each store."""
+"""How this process reaches S3: makes boto3's clients, one for each store, from the settings and the AWS profile."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import urllib3.exceptions
 from db.settings import settings
 
 CONNECT_TIMEOUT_SECONDS = 5
-READ_TIMEOUT_SECONDS = 30  # without a single byte
-MAX_POOL_CONNECTIONS = 32  # at least as many as threads that fetch in one process
+READ_TIMEOUT_SECONDS = 30  # without any byte
+MAX_POOL_CONNECTIONS = 32  # at least as many as fetching threads in one process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +39,15 @@ _clients_lock = threading.Lock()
 
 
 def s3_client(store: Store, attempts: int) -> Any:
-    """The process's client of a store. attempts: tries of one request, the first included.
+    """The process's client of a store. attempts: tries of one request, with the first.
 
-    boto3's clients are thread-safe, making one is not (hence the lock). A forked child must not use its parent's
-    connections (hence the pid in the key).
+    boto3's clients are thread-safe, but creating one is not: so there is a lock. A forked child must not use its
+    parent's connections: so the pid is in the key.
     """
     with _clients_lock:
         known = (os.getpid(), store, attempts)
         if known not in _clients:
-            # A session of our own: boto3's default one is shared state, and creating from it is not thread-safe.
+            # Our own session: boto3's default session is shared, and creating clients from it is not thread-safe.
             session = boto3.session.Session()
             _clients[known] = session.client(
                 "s3",
@@ -59,8 +59,8 @@ def s3_client(store: Store, attempts: int) -> Any:
 
 
 def _config(store: Store, attempts: int) -> Any:
-    # Without a style boto3 takes the profile's, and else puts the bucket into the path wherever an endpoint is given:
-    # stores of other makers have no DNS name a bucket. Nor do all know the newer checksums.
+    # Without a style boto3 takes the profile's. Without that, if an endpoint is given, the bucket goes into the path:
+    # other makers' stores have no DNS name for each bucket. Some of them do not know the newer checksums.
     config = botocore.client.Config(
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         read_timeout=READ_TIMEOUT_SECONDS,
@@ -74,13 +74,13 @@ def _config(store: Store, attempts: int) -> Any:
 
 
 def has_credentials() -> bool:
-    """Whether the environment or a profile names keys for S3, or none are asked for."""
+    """Whether the environment or a profile has keys for S3, or no keys are needed (anonymous)."""
     return settings().s3_anonymous or boto3.Session().get_credentials() is not None
 
 
 def endpoint_error(endpoint: str) -> str | None:
-    """Why nobody answers at the address of an S3-compatible store; None where somebody does, whatever the answer."""
-    # The authority that boto3 trusts in place of the usual ones.
+    """Why nothing answers at the address of an S3-compatible store. None if there is any answer."""
+    # The certificate authority that boto3 trusts instead of the usual ones.
     with urllib3.PoolManager(ca_certs=os.environ.get("AWS_CA_BUNDLE") or None) as pool:
         try:
             pool.request("GET", endpoint, timeout=5, retries=False)

@@ -3,7 +3,7 @@
 Keys are listed in the binary order of their UTF-8. A link that leads out of the folder is not followed.
 """
 # ruff: noqa: PTH116, PTH117, PTH118, PTH123
-# File names are bytes here, so that one which is not UTF-8 can be told; pathlib knows only str.
+# File names are bytes here, so that a name that is not UTF-8 can be reported. pathlib knows only str.
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_eta
 
 
 class Folder:
-    """Files below one directory. Nothing outside of it is listed or read, whatever a key or a link says."""
+    """Files below one directory. Nothing outside is listed or read, even if a key or a link leads there."""
 
     def __init__(self, root: str) -> None:
         if not os.path.isabs(root) or "\0" in root:
@@ -58,7 +58,7 @@ class Folder:
         if "\0" in key or not _is_inside(path, os.path.realpath(self._root)):
             raise AssetError(ErrorKind.FORBIDDEN, f"{key!r}: leads out of the folder {os.fsdecode(self._root)}")
         try:
-            # A FIFO that took the file's place would block an open without O_NONBLOCK for ever.
+            # If a FIFO took the file's place, an open without O_NONBLOCK would wait without end.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(descriptor, "rb") as file:
                 status = os.fstat(descriptor)
@@ -69,15 +69,15 @@ class Folder:
                 content = file.read(max_bytes + 1)
         except OSError as error:
             raise _file_error(key, error) from error
-        check_size(key, len(content), max_bytes)  # it may have grown since
+        check_size(key, len(content), max_bytes)  # it may have grown in the meantime
         return content
 
 
 def _walk(root: bytes, after: bytes) -> Iterator[bytes | SkipReason]:
-    """Yield keys of the files below `root` behind `after`, in binary order, and a reason for each folder left out.
+    """Yield keys of the files below `root` after `after`, in binary order, and a reason for each folder left out.
 
-    A folder sorts as its name with a slash, as it does inside whole keys: "a.jpg" < "a/b" < "a0". Holds the names of
-    the folders on the way to where it is, and no more.
+    A folder sorts as its name with a slash, as inside whole keys: "a.jpg" < "a/b" < "a0". Memory holds only the names
+    in the folders on the path to the current file.
     """
     on_the_way = [(b"", iter(sorted(_scan(root))))]
     while on_the_way:
@@ -94,12 +94,12 @@ def _walk(root: bytes, after: bytes) -> Iterator[bytes | SkipReason]:
             try:
                 on_the_way.append((key, iter(sorted(_scan(os.path.join(root, key))))))
             except SourceError:
-                if os.path.lexists(os.path.join(root, key)):  # else it was removed while we walked
+                if os.path.lexists(os.path.join(root, key)):  # else it was removed during the listing
                     yield SkipReason.UNREADABLE_FOLDER
 
 
 def _scan(directory: bytes) -> list[bytes]:
-    """Names in a directory, folders with a slash at the end. Raises SourceError saying why it cannot be read."""
+    """Names in a directory; folders end in a slash. Raises SourceError, which says why it cannot be read."""
     shown = os.fsdecode(directory)
     try:
         with os.scandir(directory) as entries:
@@ -113,7 +113,7 @@ def _scan(directory: bytes) -> list[bytes]:
 
 
 def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason | None:
-    """What the entry at `key` is; None if it vanished since its folder was read."""
+    """The entry at `key`. None if it was removed after its folder was read."""
     path = os.path.join(root, key)
     try:
         name = key.decode()
@@ -129,7 +129,7 @@ def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason
             return None
         return SkipReason.NOT_A_FILE if _is_inside(path, real_root) else SkipReason.LINK_OUT
     except OSError:
-        return SkipReason.NOT_A_FILE  # a link in a circle, or into a folder we may not enter
+        return SkipReason.NOT_A_FILE  # a circle of links, or a link into a folder that we may not enter
     if not stat.S_ISREG(status.st_mode):
         return SkipReason.NOT_A_FILE
     return Listed(key=name, size_bytes=status.st_size, etag=_etag(status))
@@ -140,12 +140,12 @@ def _etag(status: os.stat_result) -> str:
 
 
 def _is_inside(path: bytes, real_root: bytes) -> bool:
-    """True if the path, all links followed, is below the root (itself already free of links)."""
+    """True if the path, with all links followed, is below the root. The root itself has no links."""
     return os.path.realpath(path).startswith(real_root.rstrip(b"/") + b"/")
 
 
 def _file_error(key: str, error: OSError) -> Exception:
-    """What a failed open or read says about the asset; all but "gone" and "forbidden" is the disk's, and may pass."""
+    """What a failed open or read means for the asset. All but "gone" and "forbidden" is a disk fault that may pass."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
         return AssetError(ErrorKind.NOT_FOUND, f"{key}: no longer in the folder ({error.strerror})")
     if error.errno in (errno.EACCES, errno.EPERM):

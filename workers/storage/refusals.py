@@ -1,6 +1,6 @@
-"""What a store's refusal means: a verdict on one asset, a source that cannot be used, or nothing that lasts.
+"""What a store's refusal means: one asset fails, the source cannot be used, or it may pass.
 
-The remedy in a message is that of its cause, by S3's code words.
+S3's error code decides which remedy is in the message.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import botocore.parsers
 
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError, redact
 
-# ResponseParserError: a proxy or a web server answered in HTML.
+# ResponseParserError: a proxy or a web server answered with HTML.
 NETWORK_ERRORS = (
     botocore.exceptions.HTTPClientError,
     botocore.exceptions.ConnectionError,
@@ -61,7 +61,7 @@ _REMEDIES = {
     "404": _BUCKET_NAME,
 }
 
-# Not about the asset: the store is busy, or this worker's session or clock has run out, which other workers' have not.
+# Not about the asset: the store is busy, or this worker's session has ended or its clock is wrong. Others may be fine.
 _PASSING_CODES = frozenset(
     {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException", "429"}
     | {"RequestTimeout", "InternalError", "ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed"}
@@ -69,15 +69,15 @@ _PASSING_CODES = frozenset(
 
 
 def asset_error(key: str, bucket: str, error: Exception) -> Exception:
-    """What a failed get_object says about the asset: its verdict, or that nothing is known."""
+    """What a failed get_object means for the asset: it fails, or nothing is known."""
     reason = redact(str(error))
     if isinstance(error, botocore.exceptions.ClientError):
         status, code = _status_and_code(error)
         if status == 404:
             return AssetError(ErrorKind.NOT_FOUND, f"{key}: no longer in s3://{bucket} ({code})")
-        if code == "InvalidObjectState":  # the listing cannot tell: a restored object keeps its storage class
+        if code == "InvalidObjectState":  # the listing cannot show this: a restored object keeps its storage class
             storage_class = error.response["Error"].get("StorageClass", "Glacier or the like")
-            message = f"{key}: archived in s3://{bucket} ({storage_class}), not to be read until it is restored there"
+            message = f"{key}: archived in s3://{bucket} ({storage_class}), cannot be read until it is restored there"
             return AssetError(ErrorKind.NOT_FOUND, message)
         if status >= 500 or code in _PASSING_CODES:
             return TransientError(f"{key}: {reason}")
@@ -89,7 +89,7 @@ def asset_error(key: str, bucket: str, error: Exception) -> Exception:
 
 
 def source_error(uri: str, error: Exception, *, anonymous: bool) -> Exception:
-    """What a failed request about the bucket means for the whole source: that it may pass, or what to do."""
+    """What a failed request about the bucket means for the whole source: it may pass, or what to do."""
     reason = redact(str(error))
     if isinstance(error, NETWORK_ERRORS):
         return TransientError(f"{uri}: {reason}")
@@ -103,11 +103,11 @@ def source_error(uri: str, error: Exception, *, anonymous: bool) -> Exception:
 
 
 def no_answer(uri: str, where: str, error: TransientError) -> SourceError:
-    """What to tell a person who waits at a command: what may pass for a worker is not waited out here."""
+    """What to tell a person who waits at a command. A worker would try again later; a command does not."""
     cause = error.__cause__
     if isinstance(cause, botocore.exceptions.ClientError):
         _, code = _status_and_code(cause)
-        if not code.isdigit():  # a store says a word; a number alone is botocore's for an answer without one
+        if not code.isdigit():  # stores give a word; if there is none, botocore gives a number
             return SourceError(f"{error}; {_REMEDIES.get(code, _BUSY)}")
     if isinstance(cause, botocore.exceptions.SSLError):
         remedy = "set AWS_CA_BUNDLE to the certificates of the store's own authority"
@@ -128,5 +128,5 @@ def _remedy(error: Exception) -> str:
 
 
 def _status_and_code(error: botocore.exceptions.ClientError) -> tuple[int, str]:
-    """HTTP status and S3's code word."""
+    """HTTP status and S3's error code."""
     return int(error.response["ResponseMetadata"]["HTTPStatusCode"]), str(error.response["Error"].get("Code", ""))

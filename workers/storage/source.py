@@ -1,7 +1,7 @@
-"""Lists and reads the assets of a source, a folder or an S3 prefix: the one door to boto3 and to people's folders.
+"""Lists and reads the assets of a source, a folder or an S3 prefix.
 
 A source has folder semantics (`s3://bucket/photos` is `photos/…`, never `photos2/…`) and keys are relative to it.
-Listing goes in the binary order of the keys' UTF-8, so a listing that was killed goes on after its last cursor.
+Keys are listed in the binary order of their UTF-8, so a killed listing goes on after its last cursor.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from workers.storage.asset import Source
 from workers.storage.bucket import Bucket
 from workers.storage.folder import Folder
 
-# These log whole requests, Authorization and all, for anyone who sets the root logger to DEBUG.
+# With the root logger at DEBUG these log whole requests, with their Authorization headers.
 for _name in ("boto3", "botocore", "urllib3"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 def open_source(source: str, *, s3_endpoint: str | None = None) -> Source:
-    """Make a source of `s3://bucket/prefix`, of an absolute path, or of a `file://` URL. Reaches for nothing yet.
+    """Make a source of `s3://bucket/prefix`, of an absolute path, or of a `file://` URL. Does not connect or read yet.
 
-    s3_endpoint: of an S3-compatible store; None is AWS. Raises SourceError for anything else, saying what is expected.
+    s3_endpoint: of an S3-compatible store; None is AWS. Raises SourceError, with what is expected, for anything else.
     """
     scheme, separator, rest = source.partition("://")
     if not separator:
