@@ -1,4 +1,4 @@
-"""Prompts of a job: stored by key, joined with the assets they mean, and counted where they meet none."""
+"""Prompts of a job: stores them by key, joins them with the assets they mean, and counts the unused ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from db.leases import ClaimedChunk
 
 
 def store_prompts(db: Connection, *, job_id: int, rows: Iterable[tuple[str, str]]) -> None:
-    """Store a job's prompts: (key, JSON list of prompts) in any number, read as they come.
+    """Store a job's prompts: (key, JSON list of prompts). There may be any number; they are streamed.
 
     Rows of one key are joined in their order.
     """
@@ -39,7 +39,7 @@ def store_prompts(db: Connection, *, job_id: int, rows: Iterable[tuple[str, str]
 
 
 def prompt_keys(db: Connection, *, job_id: int, after: str | None, limit: int) -> list[str]:
-    """The keys of a job's prompts behind one, in binary order."""
+    """The keys of a job's prompts after a key, in binary order."""
     statement = text(
         """SELECT key FROM prompt WHERE job_id = :job_id AND (CAST(:after AS text) IS NULL OR key > :after)
            ORDER BY key LIMIT :limit"""
@@ -48,7 +48,7 @@ def prompt_keys(db: Connection, *, job_id: int, after: str | None, limit: int) -
 
 
 def asset_keys(db: Connection, *, job_id: int, after: str | None, limit: int) -> list[tuple[int, str]]:
-    """(id, key) of a job's assets behind a key, in binary order."""
+    """(id, key) of a job's assets after a key, in binary order."""
     statement = text(
         """SELECT id, key FROM asset WHERE job_id = :job_id AND (CAST(:after AS text) IS NULL OR key > :after)
            ORDER BY key LIMIT :limit"""
@@ -58,9 +58,9 @@ def asset_keys(db: Connection, *, job_id: int, after: str | None, limit: int) ->
 
 
 def store_matches(db: Connection, *, job_id: int, pairs: Iterable[tuple[int, str]], matched: Mapping[str, Any]) -> bool:
-    """Store which assets a job's prompts mean, as (asset id, key) in any number, and what is to be said of it.
+    """Store which assets a job's prompts mean, as any number of (asset id, key), and the report about the matching.
 
-    False, and nothing stored, where another dispatcher was here first.
+    False, and nothing is stored, if another dispatcher was first.
     """
     statement = text("UPDATE job SET matched = CAST(:matched AS jsonb) WHERE id = :job_id AND matched IS NULL")
     if db.execute(statement, {"job_id": job_id, "matched": json.dumps(dict(matched))}).rowcount != 1:
@@ -72,7 +72,7 @@ def store_matches(db: Connection, *, job_id: int, pairs: Iterable[tuple[int, str
 
 
 def prompted_assets(db: Connection, *, chunk: ClaimedChunk) -> set[int]:
-    """Which of a chunk's assets the job has prompts for."""
+    """The assets of a chunk for which the job has prompts."""
     statement = text(
         """WITH asked AS (
                SELECT id, key FROM asset WHERE job_id = :job_id AND id BETWEEN :first AND :last
@@ -85,7 +85,7 @@ def prompted_assets(db: Connection, *, chunk: ClaimedChunk) -> set[int]:
 
 
 def prompts_of(db: Connection, *, asset_id: int) -> list[Any]:
-    """What an asset's job asks of it, each a prompt's JSON or {"error": why it cannot be used}."""
+    """The prompts of an asset in its job. Each is a prompt's JSON or {"error": why it cannot be used}."""
     statement = text(
         """WITH asked AS (
                SELECT job_id, key FROM asset WHERE id = :asset_id
@@ -97,7 +97,7 @@ def prompts_of(db: Connection, *, asset_id: int) -> list[Any]:
 
 
 def assets_with_unused_prompts(db: Connection, *, job_id: int, limit: int) -> tuple[int, list[tuple[str, str]]]:
-    """Labeled assets some of whose prompts could not be used: how many, and the first as (key, why)."""
+    """Labeled assets with prompts that could not be used: their number, and the first ones as (key, why)."""
     statement = text(
         """SELECT a.key, o.error, count(*) OVER () AS n FROM outcome o JOIN asset a ON a.id = o.asset_id
            WHERE o.job_id = :job_id AND o.error_kind IS NULL AND o.error IS NOT NULL ORDER BY a.key LIMIT :limit"""

@@ -1,6 +1,6 @@
 """Class names from files of people and exporters: number -> name. A name keeps its number, or the file is refused.
 
-A number without a name (an empty line, a gap) has none here; nothing moves up into its place.
+A number without a name (an empty line, a gap) stays without a name. Later names do not move up.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import codecs
 import json
 from collections.abc import Mapping
 
-MOST_CLASSES = 100_000  # a larger number in a file is a mistake, and would make us a list of that length
+MOST_CLASSES = 100_000  # a larger number in a file is a mistake, and would need a list of that length
 
 _REPEATED = "a class number comes twice, expected one name for each number"
 
@@ -18,29 +18,29 @@ Names = dict[int, str]
 
 
 class ClassNamesError(ValueError):
-    """Class names cannot be read as what they are. The message says what was found and what is expected."""
+    """Class names cannot be read. The message says what was found and what was expected."""
 
 
 def decode_text(content: bytes) -> str:
-    """Text of a file that may begin with the mark of UTF-8 or UTF-16, lines ending in \\n, \\r\\n or \\r.
+    """Text of a file that may begin with UTF-8's or UTF-16's byte order mark. Lines end in \\n, \\r\\n or \\r.
 
-    Raises UnicodeDecodeError for anything else than UTF-8 without a mark.
+    Without a mark the text must be UTF-8. Raises UnicodeDecodeError for other bytes.
     """
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if is_utf_16 else "utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def names_of_lines(text: str) -> Names:
-    """Names one a line, from number 0; an empty line is a number without a name."""
-    # Not splitlines(): it also splits at form feeds and the like, which would move every later name.
+    """Names one a line, from number 0. An empty line is a number without a name."""
+    # Not splitlines(): it also splits at form feeds and similar characters, and every later name would move.
     lines = (line.strip() for line in text.split("\n"))
     return checked({number: name for number, name in enumerate(lines) if name})
 
 
 def names_of_literal(text: str) -> Names:
-    """Names as exporters write them into a model's metadata: a list, or number -> name, in Python's or JSON's words.
+    """Names as exporters write them into a model's metadata: a list, or number -> name, in Python's or JSON's syntax.
 
-    Raises ClassNamesError for a bare string, for a number that is none, and for a name that is no text.
+    Raises ClassNamesError for a single string, for a bad number, and for a name that is no text.
     """
     value = _literal(text)
     if isinstance(value, list | tuple):
@@ -51,7 +51,7 @@ def names_of_literal(text: str) -> Names:
 
 
 def names_of_pairs(pairs: list[tuple[object, object]]) -> Names:
-    """Names by numbers, which may be written as text. None and "" are numbers without a name.
+    """Names by numbers. Numbers may be written as text. A number with None or "" has no name.
 
     Raises ClassNamesError for any other number or name, and for a number that comes twice.
     """
@@ -70,7 +70,7 @@ def names_of_pairs(pairs: list[tuple[object, object]]) -> Names:
 
 
 def checked(names: Names) -> Names:
-    """Raises ClassNamesError where a number is larger than any list of classes is long, or a name cannot be shown."""
+    """Raises ClassNamesError if a number is larger than any list of classes, or if a name cannot be shown."""
     for number, name in names.items():
         if number >= MOST_CLASSES:
             raise ClassNamesError(f"class {number}, expected numbers below {MOST_CLASSES:,}")
@@ -80,7 +80,7 @@ def checked(names: Names) -> Names:
 
 
 def in_order(names: Mapping[int, str]) -> tuple[str, ...]:
-    """Every number's name up to the last that has one; `class 7` stands for a 7 without a name."""
+    """The names of all numbers up to the last one with a name. A 7 without a name is `class 7`."""
     return tuple(names.get(number, f"class {number}") for number in range(max(names, default=-1) + 1))
 
 
@@ -96,7 +96,7 @@ def _literal(text: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=_without_repeats)
     except (json.JSONDecodeError, RecursionError):
-        pass  # most exporters write Python's quotes, which are no JSON
+        pass  # most exporters write Python's quotes, which JSON does not allow
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         value: object = ast.literal_eval(tree)

@@ -1,6 +1,6 @@
 """What a job may ask of a model by name: SamAutomaticMaskGenerator's parameters plus our three filters.
 
-Torch-free, so that the command line can check a job before any worker sees it.
+Needs no torch, so the command line can check a job before any worker sees it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, Literal, get_type_hints
 
 
 class ParamError(ValueError):
-    """A parameter is unknown, or its value is not one it can have."""
+    """A parameter is unknown, or its value is not allowed."""
 
 
 PRECISIONS = ("auto", "exact", "fast")
 DECODERS = ("torch", "onnx")
-# What a person may ask for, though the engine computes with more: thresholds of scores, which lie in 0..1; logits,
-# which stay below 100; and no more points than an image has pixels.
+# Limits for people; the engine can compute with more. Thresholds of scores lie in 0..1. Logits stay below 100. There
+# are at most as many points as an image has pixels.
 _RANGES = {
     "pred_iou_thresh": (0, 1),
     "stability_score_thresh": (0, 1),
@@ -40,10 +40,10 @@ _RANGES = {
 class AutomaticParams:
     """Parameters of automatic masks, with SamAutomaticMaskGenerator's names, meanings and defaults.
 
-    points_per_batch is the most: on a GPU with little free memory fewer points are decoded at once.
-    The last five are ours: min_area_px drops smaller masks, max_area_fraction drops masks that cover more than this
-    part of the image, max_masks keeps the best by predicted IoU; 0 means no limit. precision: "exact" computes in
-    float32 what the reference does, "fast" multiplies in bfloat16; "auto" is exact until fast is measured on a GPU.
+    points_per_batch is a maximum: on a GPU with little free memory, fewer points are decoded at once.
+    The last five are ours: min_area_px drops smaller masks. max_area_fraction drops masks that cover more than this
+    part of the image. max_masks keeps the best by predicted IoU; 0 means no limit. precision: "exact" computes in
+    float32, as the reference does. "fast" multiplies in bfloat16. "auto" is exact until fast is measured on a GPU.
     decoder: what runs SAM's prompt encoder and mask decoder, "torch" or "onnx".
     """
 
@@ -96,7 +96,7 @@ class AutomaticParams:
 
 
 def check_decoder(decoder: str) -> None:
-    """Raise ParamError for another name than DECODERS'."""
+    """Raise ParamError for a name that is not in DECODERS."""
     if decoder not in DECODERS:
         raise ParamError(f"decoder={decoder!r}: expected {' or '.join(DECODERS)}")
 
@@ -107,7 +107,7 @@ PARAM_NAMES = tuple(field.name for field in dataclasses.fields(AutomaticParams))
 def parse_params(texts: Mapping[str, str]) -> dict[str, Any]:
     """Read `name=value` texts of the command line into typed values, and check them together.
 
-    Raises ParamError naming the parameter, what was given and what is expected.
+    Raises ParamError with the parameter, the given value and the expected values.
     """
     hints = get_type_hints(AutomaticParams)
     values: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def parse_params(texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def automatic_params(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> AutomaticParams:
-    """The model's own defaults overridden by what the job asked (both JSON-safe)."""
+    """The model's own defaults, replaced where the job gave values (both JSON-safe)."""
     values = {**defaults, **asked}
     if values.get("point_grids") is not None:
         values["point_grids"] = _check_grids(values["point_grids"])
@@ -166,8 +166,8 @@ def _check_grids(grids: Any) -> tuple[tuple[tuple[float, float], ...], ...]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptParams:
     """Parameters of a job with prompts. multimask: "best" gives one mask a prompt, "all" the model's three. decoder:
-    what runs SAM's prompt encoder and mask decoder, "torch" or "onnx". text_threshold: 0..1, the masks of a text or an
-    example count that a model scores above it."""
+    what runs SAM's prompt encoder and mask decoder, "torch" or "onnx". text_threshold: 0..1. Masks of a text or
+    an example count only if the model's score is above it."""
 
     multimask: Literal["best", "all"] = "best"
     decoder: str = "torch"
@@ -185,7 +185,7 @@ _PARAM_NAMES = tuple(PromptParams.__dataclass_fields__)
 
 
 def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
-    """Read `name=value` texts of the command line. Raises ParamError naming what was given and what is expected."""
+    """Read `name=value` texts of the command line. Raises ParamError with the given and the expected value."""
     values: dict[str, Any] = dict(texts)
     for name in texts:
         if name not in _PARAM_NAMES:

@@ -1,8 +1,8 @@
-"""Prompts: where a person or a detector says an object is. Values, their JSON, and how they are laid on an image.
+"""Prompts: where a person or a detector says an object is. Their values, their JSON, and how they are put on an image.
 
-Coordinates are pixels of the upright image, x to the right and y down; a box ends where its last pixel ends, so that
-x1 may equal the image's width. What is wrong with a prompt whatever the image (NaN, an inverted box) is said when it
-is read; what needs the image's size is said by `fit`. Torch-free.
+Coordinates are pixels of the upright image, x to the right and y down. A box ends where its last pixel ends, so x1 may
+equal the image's width. Errors that do not depend on the image (NaN, an inverted box) are raised when a prompt is read.
+Errors that depend on the image's size are raised by `fit`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ PromptKind = Literal["box", "points", "text", "exemplar"]
 
 _BOXES = ("box_xyxy", "exemplar_box_xyxy", "negative_box_xyxy")
 _SHOWN_CHARS = 80
-_MOST_POINTS = 1000  # of one prompt; SAM was trained with about ten
+_MOST_POINTS = 1000  # in one prompt; SAM was trained with about ten
 
 
 class PromptError(ValueError):
-    """A prompt cannot be used. The message says what was found and what is expected."""
+    """A prompt cannot be used. The message says what was found and what was expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One thing to look for. Checked when made: every value is finite, boxes have an area, there is something to find.
+    """One thing to look for. Checked when made: all values are finite, boxes have an area, there is something to find.
 
     points: (x, y, 1 inside or 0 outside). box_xyxy: around the object. text: a phrase. exemplar_box_xyxy,
     negative_box_xyxy: around an object of the kind that is meant, or not meant. score: the detector's, 0..1. size_wh:
-    the image size that the coordinates are given in, where it is not the image's own; (1, 1) for fractions.
+    the image size for the coordinates, if it is not the image's own; (1, 1) for fractions.
     """
 
     label: str | None = None
@@ -66,7 +66,7 @@ class Prompt:
 
     @property
     def kinds(self) -> frozenset[PromptKind]:
-        """What a model must take for this prompt."""
+        """The kinds of prompts that a model must take to answer this one."""
         asked: dict[PromptKind, bool] = {
             "box": self.box_xyxy is not None,
             "points": bool(self.points),
@@ -76,7 +76,7 @@ class Prompt:
         return frozenset(kind for kind, is_asked in asked.items() if is_asked)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-safe, without what was not given; `parse_prompt` reads it back."""
+        """JSON-safe, without empty fields. `parse_prompt` reads it back."""
         values = ((name, getattr(self, name)) for name in _KNOWN)
         return {name: value for name, value in values if value is not None and value != ()}
 
@@ -85,7 +85,7 @@ _KNOWN = tuple(Prompt.__dataclass_fields__)
 
 
 def parse_prompt(value: object) -> Prompt:
-    """Read one prompt of a JSON document. Raises PromptError naming the key, what was found and what is expected."""
+    """Read one prompt of a JSON document. Raises PromptError with the key, what was found and what was expected."""
     if not isinstance(value, dict):
         raise PromptError(
             f"{_shown(value)}, expected an object such as {{'label': 'car', 'box_xyxy': [x0, y0, x1, y1]}}"
@@ -107,8 +107,8 @@ def parse_prompt(value: object) -> Prompt:
 def fit(prompt: Prompt, size_wh: tuple[int, int]) -> Prompt:
     """The prompt in pixels of an upright image of this size, its boxes cut to it.
 
-    Raises PromptError where a box lies wholly outside, a point outside, or the coordinates are of an image that lies
-    on its side, as those of pictures are whose EXIF rotation a tool ignored.
+    Raises PromptError if a box is fully outside, if a point is outside, or if the coordinates are of the image lying on
+    its side. That happens when a tool ignored the EXIF rotation.
     """
     scaled = _scale(prompt, size_wh)
     width, height = size_wh
@@ -164,7 +164,7 @@ def _box(name: str, value: object) -> BoxXyxy:
 def _points(value: object) -> tuple[Point, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 3 for p in value):
         raise PromptError(f"points: {_shown(value)}, expected [[x, y, 1 inside or 0 outside], …]")
-    # int() would make 0.7 a 0; 1.0 is what some writers make of 1.
+    # int() would make 0 of 0.7. Some programs write 1.0 for 1.
     return tuple((_number("points", x), _number("points", y), _inside(inside)) for x, y, inside in value)
 
 
@@ -199,8 +199,8 @@ def _number(name: str, value: object) -> float:
 
 
 def _shown(value: object) -> str:
-    """What was found, short and printable."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print those
+    """A value that was found, short and printable."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print numbers that long
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, list | tuple):
         shown = "[" + ", ".join(_shown(one) for one in value[:8]) + (", …]" if len(value) > 8 else "]")
@@ -210,7 +210,7 @@ def _shown(value: object) -> str:
 
 
 def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:
-    """None where a model that takes these kinds can answer the prompt, else what it cannot."""
+    """None if a model that takes these kinds can answer the prompt; else what it cannot answer."""
     missing = sorted(prompt.kinds - set(taken))
     if not missing:
         return None
@@ -218,12 +218,13 @@ def takes(prompt: Prompt, taken: Collection[PromptKind]) -> str | None:
 
 
 def asks_one_point(prompt: Prompt) -> bool:
-    """Whether SAM's authors advise the best of three masks: one point is ambiguous, more or a box are not."""
+    """Whether SAM's authors advise to take the best of three masks. They do for one point, which is ambiguous. For more
+    points or a box they do not."""
     return len(prompt.points) == 1 and prompt.box_xyxy is None
 
 
 def fit_all(asked: Sequence[object], size_wh: tuple[int, int]) -> tuple[dict[int, Prompt], list[str]]:
-    """Lay an asset's stored prompts on its image: the usable ones by their number, and what is wrong with the others.
+    """Put an asset's stored prompts on its image. Returns the usable ones by number, and what is wrong with the others.
 
     A stored prompt is a prompt's JSON, or {"error": what was wrong with it when it was read}.
     """

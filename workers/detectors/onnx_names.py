@@ -10,14 +10,14 @@ from workers.detectors.onnx_file import onnx_metadata
 
 
 def classes_file(path: Path) -> Path:
-    """Where people write an ONNX file's class names, one a line; `coco` alone stands for COCO's eighty."""
+    """Where people write an ONNX file's class names, one a line. The single line `coco` means COCO's eighty names."""
     return path.with_suffix(".classes.txt")
 
 
 def onnx_classes(path: Path) -> tuple[str, ...]:
-    """The class names of an ONNX detector: of its classes file, else of its metadata entry `names` or `classes`.
+    """The class names of an ONNX detector: from its classes file, else from its metadata entry `names` or `classes`.
 
-    Such a graph gives class numbers and says nowhere how many there are. Raises DetectorError where no names are told.
+    The graph gives class numbers, but not how many classes there are. Raises DetectorError if there are no names.
     """
     sidecar = classes_file(path)
     if sidecar.is_file():
