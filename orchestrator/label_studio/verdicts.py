@@ -101,8 +101,8 @@ def compare(
     asset_id: the asset in the prediction's region ids. None: the prediction is not ours, so all in `after` is added.
     size_hw: the asset's frame. None: not known, so each region's own frame is used.
     A mask's parts belong together. Removing one of two parts is an edit; so is drawing a part with the mask's region
-    as its parent. Every other region with pixels was added, together with its children. A mask has one label: the first of
-    its region's labels. A second label or a lost label is an edit.
+    as its parent. Every other region with pixels was added, together with its children. A mask has one label: the first
+    of its region's labels. A second label or a lost label is an edit.
     """
     before, results = [r for r in before if isinstance(r, Mapping)], [r for r in after if isinstance(r, Mapping)]
     shown = _by_mask([r for r in before if _is_drawn(r)], asset_id)
