@@ -56,7 +56,7 @@ def test_a_card_of_a_phone_is_labeled_and_the_companions_of_report_22_are_skippe
     shutil.copytree(reports / "22-apple-double-companions" / "images", photos)
     photos.chmod(0o755)
     (photos / "Thumbs.db").write_bytes(b"x")
-    (photos / "IMG_2.HEIC").write_bytes(Heif(items={1: hevc_item(Image.new("RGB", (64, 48), "teal"))}).write())
+    (photos / "IMG_2.HEIC").write_bytes(Heif(items={1: hevc_item(Image.new("RGB", (160, 96), "teal"))}).write())
     Image.new("RGB", (64, 48), "teal").save(photos / "IMG_3.avif")
 
     run(photos, "--out", tmp_path / "out", "--model", "stub")
@@ -78,7 +78,8 @@ def test_photos_that_are_links_out_of_the_folder_are_counted_as_report_25_asks(t
 
 
 def test_the_keys_of_report_46_are_labeled_as_they_are(tmp_path: Path, reports: Path, s3: str) -> None:
-    keys = json.loads((reports / "46-object-keys" / "keys.json").read_text())
+    keys: list[str] = json.loads((reports / "46-object-keys" / "keys.json").read_text())
+    keys.remove("p/a\nb.jpg")  # moto's HTTP server cannot hold it; tests of the wire cover it
     right = json.loads((reports / "46-object-keys" / "expect.json").read_text())
     photo = io.BytesIO()
     Image.new("RGB", (40, 30), "teal").save(photo, "JPEG")
@@ -88,15 +89,12 @@ def test_the_keys_of_report_46_are_labeled_as_they_are(tmp_path: Path, reports: 
     for key in keys:
         storage_class = "GLACIER" if key.endswith(" (GLACIER)") else "STANDARD"
         name = key.partition(" (")[0] if key in bodies else key
-        backend.put_object(
-            "bucket", name, bodies.get(key, photo.getvalue()), storage=storage_class
-        )  # moto's HTTP cannot
+        backend.put_object("bucket", name, bodies.get(key, photo.getvalue()), storage=storage_class)
 
     run("s3://bucket", "--out", tmp_path / "out", "--model", "stub", code=1, MASKFLEET_S3_ENDPOINT=s3)
 
     labeled, failed, skipped = outcome(tmp_path / "out")
-    plain = {key for key in keys if key not in bodies}
     assert failed == {"p/cold.jpg": "not_found", "p/zero.jpg": "not_image"}
-    assert labeled == plain - {"p/a\nb.jpg"} or labeled == plain
+    assert labeled == {key for key in keys if key not in bodies}
+    assert len(labeled) == right["labeled"]
     assert skipped == {"not_image_suffix": 1}
-    assert right["labeled"] == len(plain)
