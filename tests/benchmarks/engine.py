@@ -1,18 +1,18 @@
-"""Times the mask engine against SamAutomaticMaskGenerator, both in one process by turns, agreement beside every speed.
+"""Times the mask engine against SamAutomaticMaskGenerator. Both take turns in one process. Agreement is shown too.
 
     python tests/benchmarks/engine.py                     every section, a table
     python tests/benchmarks/engine.py --json              one document, {"bars": [...]}
     python tests/benchmarks/engine.py --short             what CI runs: 16 x 16 points, a tiny encoder, nothing judged
     python tests/benchmarks/engine.py --section vit_b     one section
-    python tests/benchmarks/engine.py --section gpu_vit_h on a CUDA device; skipped where there is none
+    python tests/benchmarks/engine.py --section gpu_vit_h on a CUDA device; skipped if there is none
 
-Every section runs in a process of its own, with the C library's allocator as it is or tuned (MALLOC_MMAP_THRESHOLD_
-and MALLOC_TRIM_THRESHOLD_: freed memory is kept instead of being mapped and faulted in again), since the reference
-spends more than half of its time in page faults without. Times are CPU seconds: they bear a busy machine.
+Every section runs in a process of its own, with the C library's allocator as it is or tuned. Tuned means
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_: freed memory is kept, not mapped and faulted in again. Without that,
+the reference spends more than half of its time in page faults. Times are CPU seconds: a busy machine does little harm.
 
-No trained weights are needed: a planted decoder answers each point with an object of a drawn scene at three scales,
-smooth inside and ragged at the border, tuned to the counts of ViT-H on dog.jpg in segment-anything-fast's published
-trace: 68 % of the outputs pass predicted IoU 0.88, 42 % stability 0.95 too, with some 1,440 runs each.
+No trained weights are needed. A planted decoder answers each point with an object of a drawn scene at three scales,
+smooth inside and ragged at the border. It is tuned to the counts of ViT-H on dog.jpg in segment-anything-fast's
+published trace: 68 % of the outputs pass predicted IoU 0.88, 42 % also stability 0.95, with about 1,440 runs each.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ TUNED = {"MALLOC_MMAP_THRESHOLD_": "8000000000", "MALLOC_TRIM_THRESHOLD_": "1600
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. bar: what it is held against, None where it is only shown."""
+    """One figure. bar: the limit it must hold, None if it is only shown."""
 
     name: str
     value: float
@@ -109,7 +109,7 @@ class Scene(nn.Module):
         self.jitter = (waves.sin() * 43758.5453).frac().abs()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Scene:
-        """Move with the model, without being part of its weights."""
+        """Buffers that move with the model and are not part of its weights."""
         for name in ("objects", "owner", "iou"):
             setattr(self, name, [fn(one) for one in getattr(self, name)])
         for name in ("table", "table_xy", "ripples", "jitter"):
@@ -119,7 +119,7 @@ class Scene(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """sparse: (n, tokens, channels), the first token a point's, to (n, 3, low, low) and (n, 3)."""
+        """From sparse (n, tokens, channels), where the first token is a point's, to (n, 3, low, low) and (n, 3)."""
         cell = (sparse[:, 0] @ self.table.T).argmax(dim=1)
         x, y = self.table_xy[cell].unbind(1)
         jitter = self.jitter[cell]
@@ -143,7 +143,7 @@ class Scene(nn.Module):
 
     @staticmethod
     def _with_stability(margin: torch.Tensor, stability: torch.Tensor) -> torch.Tensor:
-        """Scale each object's margin so that pixels above 1 over pixels above -1 is its stability; flatten far away."""
+        """Scale each object's margin: its stability is pixels above 1 divided by pixels above -1. Flatten far away."""
         slope = torch.full_like(stability, 300.0)
         for _ in range(12):
             scaled = margin * slope[:, None, None]
@@ -153,7 +153,7 @@ class Scene(nn.Module):
 
 
 class PlantedDecoder(nn.Module):
-    """MaskDecoder's signature around a Scene; `real`, where given, is run first for its cost and forgotten."""
+    """MaskDecoder's signature around a Scene. `real`, if given, runs first for its cost; its outputs are dropped."""
 
     def __init__(self, scene: Scene, real: MaskDecoder | None = None) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class PlantedDecoder(nn.Module):
 
 
 class PlantedFolded(FoldedDecoder):
-    """The folded decoder run for its cost, its outputs replaced by the scene's."""
+    """The folded decoder is run for its cost. Its outputs are replaced by the scene's."""
 
     def __init__(self, planted: PlantedDecoder) -> None:
         super().__init__(planted.real)
@@ -182,7 +182,7 @@ class PlantedFolded(FoldedDecoder):
 
 
 class Stopwatch:
-    """CPU seconds spent in some modules of a model, by hooks, so that what remains is the post-processing."""
+    """CPU seconds spent in some modules of a model, measured by hooks. The rest is the post-processing."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.seconds, self._start = 0.0, 0.0
@@ -215,7 +215,7 @@ class Compared:
 
 
 def tiny_sam(scene: bool = True) -> Sam:
-    """SAM's geometry (1024 px, 64 x 64 embedding, 256 x 256 logits) around an encoder of two layers."""
+    """SAM's geometry (1024 px, 64 x 64 embedding, 256 x 256 logits) with an encoder of two layers."""
     torch.manual_seed(0)
     encoder = ImageEncoderViT(
         depth=2, embed_dim=192, img_size=1024, mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_heads=3,
@@ -232,7 +232,7 @@ def tiny_sam(scene: bool = True) -> Sam:
 
 
 def photo(width: int, height: int) -> np.ndarray:
-    """The truck of segment-anything's own notebooks, resized; noise where the photos are not here."""
+    """The truck of segment-anything's own notebooks, resized. Noise if the photos are not here."""
     path = PHOTOS / "sam_truck.jpg"
     if not path.exists():
         return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -242,7 +242,7 @@ def photo(width: int, height: int) -> np.ndarray:
 def compare(
     sam: Sam, image: np.ndarray, params: AutomaticParams, *, repeat: int, reference_batch: int = 64
 ) -> Compared:
-    """Run both sides by turns, A B B A."""
+    """Run both sides in turn, A B B A."""
     modules = Stopwatch(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
     generator = SamAutomaticMaskGenerator(
         sam,
@@ -252,7 +252,7 @@ def compare(
         output_mode="coco_rle",
     )
     sides: list[Callable[[], Any]] = [lambda: generator.generate(image), lambda: automatic_masks(sam, image, params)]
-    automatic_masks(sam, image, replace(params, points_per_side=2))  # tables and first touches are nobody's time
+    automatic_masks(sam, image, replace(params, points_per_side=2))  # tables and first touches are not counted
     spent: list[list[tuple[float, float]]] = [[], []]
     results: list[Any] = [None, None]
     for turn in range(repeat):
@@ -291,7 +291,7 @@ def section_short(repeat: int) -> list[Row]:
 
 
 def section_counts(repeat: int) -> list[Row]:
-    """What the planted scene gives, beside ViT-H on dog.jpg."""
+    """The planted scene's counts, beside those of ViT-H on dog.jpg."""
     sam, image = tiny_sam(), photo(1024, 683)
     thresholds = {"outputs": (-1, -1), "pass IoU": (0.88, -1), "pass stability": (0.88, 0.95)}
     found = {}
@@ -341,14 +341,14 @@ def section_memory(repeat: int) -> list[Row]:
 
 
 def plant(sam: Sam) -> None:
-    """Have the decoder run for its cost, folded on our side, and the scene answer."""
+    """Run the decoder for its cost, folded on our side, and answer from the scene."""
     sam.mask_decoder = PlantedDecoder(Scene(sam.prompt_encoder), sam.mask_decoder)
     engine_sam.folds = lambda decoder, from_dim: True
     engine_sam.FoldedDecoder = PlantedFolded
 
 
 def section_vit_b(repeat: int) -> list[Row]:
-    """The whole road with vit_b's cost: random weights, the planted scene's outputs on both sides."""
+    """All steps with vit_b's cost: random weights, and the planted scene's outputs on both sides."""
     torch.manual_seed(0)
     sam = sam_model_registry["vit_b"]().eval().requires_grad_(False)
     plant(sam)
@@ -380,7 +380,7 @@ def section_prompts(repeat: int) -> list[Row]:
 
 @torch.no_grad()
 def section_decoder(repeat: int) -> list[Row]:
-    """SAM's decoder, folded and not: 64 points of one 1024 x 683 image."""
+    """SAM's decoder, folded and not folded: 64 points of one 1024 x 683 image."""
     sam = tiny_sam(scene=False)
     embedding = torch.randn(1, 256, 64, 64, generator=torch.Generator().manual_seed(0))
     points = np.random.default_rng(0).uniform(0, 600, (64, 2))
@@ -448,8 +448,8 @@ class Side:
 
 
 def section_fast(repeat: int) -> list[Row]:
-    """precision=fast beside exact on the annotated photos, by the device search: sam_nano on a CPU, on a GPU the
-    largest official model that was pulled."""
+    """precision=fast beside exact on the annotated photos, with the device search. On a CPU with sam_nano, on a GPU
+    with the largest official model that was pulled."""
     device = default_device()
     spec = MODELS["sam_nano"] if device == "cpu" else largest_present()
     sam = load_sam(spec, ARCHITECTURES[spec.name], device)
@@ -474,7 +474,7 @@ def section_fast(repeat: int) -> list[Row]:
 
 
 def annotated_photos() -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
-    """Images (H, W, 3) with the COCO RLE of what people marked in them."""
+    """Images (H, W, 3) with the COCO RLE of the objects that people marked in them."""
     for path in sorted(PHOTOS.with_name("photos_masks").glob("*/ground_truth.json")):
         document = json.loads(path.read_text())
         for entry in document["images"]:
@@ -492,7 +492,7 @@ def find_by_device(sam: Sam, image: np.ndarray, params: AutomaticParams) -> list
 
 
 def best_ious(masks: list[dict[str, Any]], reference: list[dict[str, Any]]) -> list[float]:
-    """Of each of the reference's masks with the best of these, 0 where there is none."""
+    """The IoU of each of the reference's masks with the best of these, 0 if there is none."""
     if not masks or not reference:
         return [0.0] * len(reference)
     best: list[float] = coco_mask.iou(masks, reference, [0] * len(reference)).max(axis=0).tolist()
@@ -500,7 +500,7 @@ def best_ious(masks: list[dict[str, Any]], reference: list[dict[str, Any]]) -> l
 
 
 def section_gpu(name: str, repeat: int) -> list[Row]:
-    """Whole images on a CUDA device: the official weights where they were pulled, else random ones and the scene."""
+    """Whole images on a CUDA device: with the official weights if they were pulled, else random ones and the scene."""
     if not torch.cuda.is_available():
         return [Row(name=f"GPU, {name}", value=float("nan"), note="skipped, no CUDA device")]
     spec = find_model(f"sam_{name}")
@@ -518,7 +518,7 @@ def section_gpu(name: str, repeat: int) -> list[Row]:
 def gpu_rows(
     what: str, sam: Sam, image: np.ndarray, params: AutomaticParams, *, repeat: int, matmul: int = 8192
 ) -> list[Row]:
-    """Our device search against the reference's generator, on whatever device `sam` is."""
+    """Our device search against the reference's generator, on the device of `sam`."""
     fused = copy.deepcopy(sam)
     fuse_attention(fused)
     flops = count_flops(lambda: masks_by(DeviceSearch, promptable(sam), image, params))
@@ -547,7 +547,7 @@ def side_row(what: str, name: str, side: Side, reference: Side) -> Row:
 
 
 def time_sides(sam: Sam, fused: Sam, image: np.ndarray, params: AutomaticParams, repeat: int) -> list[Side]:
-    """The four SIDES by turns, after one turn of each that counts for nothing."""
+    """The four SIDES in turn, after one turn of each that is not counted."""
     generator = SamAutomaticMaskGenerator(sam, points_per_side=params.points_per_side, output_mode="coco_rle")
 
     def reference(is_fast: bool) -> list[dict[str, Any]]:
@@ -605,7 +605,7 @@ def device_work(run: Callable[[], Any], device: torch.device) -> tuple[float, fl
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """Of the matrix products and convolutions, each multiplication and addition counted."""
+    """Operations of the matrix products and convolutions. Each multiplication and each addition counts."""
     with FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
@@ -619,7 +619,7 @@ def matmul_rate(device: torch.device, size: int) -> float:
 
 
 def mean_iou(side: Side, reference: Side) -> float:
-    """Of each of the reference's masks with the best of this side's."""
+    """The IoU of each of the reference's masks with the best of this side's."""
     return statistics.mean(best_ious(side.masks, reference.masks)) if reference.masks else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""Measures the memory and time of exporting a reviewed job: it streams, so more assets must not take more memory.
+"""Measures the memory and time of exporting a reviewed job: it streams, so more assets must not need more memory.
 
 `python tests/benchmarks/export.py [--json] [--assets 100000]`; minutes on two cores. It starts its own Postgres, fills
 it by SQL with labeled assets of five masks, every second one annotated, and runs `maskfleet export --reviewed` on a
@@ -30,7 +30,7 @@ from workers.masks import encode_counts
 SIZE_HW = (480, 640)
 MASKS = 5
 FORMATS = ("coco", "yolo", "label-studio")
-# Runs its arguments, then prints the peak memory of what it ran; a child of its own for each, for the peak never falls.
+# Runs its arguments, then prints their peak memory. Each export needs a child of its own, because a peak never falls.
 MEASURE = (
     "import resource, subprocess, sys;"
     "code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL);"
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def fill(engine: Engine, count: int) -> int:
-    """A finished job of so many assets, published, every second one annotated as it was predicted."""
+    """A finished, published job of so many assets. Every second asset is annotated as it was predicted."""
     job = make_job(engine, keys=[f"{n // 1000:04}/{n:07}.jpg" for n in range(count)], source=f"s3://bucket/{count}")
     pixels = np.zeros(SIZE_HW, bool)
     pixels[100:200, 100:300] = True
@@ -98,7 +98,7 @@ def fill(engine: Engine, count: int) -> int:
                WHERE a.job_id = :job""",
         ):
             db.execute(text(statement), values)
-            db.execute(text("ANALYZE"))  # or the next statement joins a hundred thousand rows one by one
+            db.execute(text("ANALYZE"))  # without it the next statement joins a hundred thousand rows one by one
     return job.id
 
 

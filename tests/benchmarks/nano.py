@@ -33,7 +33,7 @@ NUCLEI = Path(__file__).parents[3] / "shared/testdata/photos_masks/nuclei_dsb201
 
 @dataclass(slots=True)
 class Figures:
-    """One entry an object, a click's mask or a correction; counts over all scenes."""
+    """One entry for each object, click's mask or correction, and counts over all scenes."""
 
     click_ious: list[float] = field(default_factory=list)
     picked_ious: list[float] = field(default_factory=list)
@@ -100,7 +100,7 @@ def measure_prompts(model: Sam, scene: Scene, figures: Figures) -> None:
 def correct_neighbour(
     predictor: SamPredictor, scene: Scene, index: int, click_xy: np.ndarray, before: np.ndarray, figures: Figures
 ) -> None:
-    """Where the click's mask takes half of another object or more: does a negative click on that one help?"""
+    """If a click's mask covers half of another object or more: does a negative click on that object help?"""
     masks = scene.masks
     taken = [(before & other).sum() / other.sum() if i != index else 0 for i, other in enumerate(masks)]
     worst = int(np.argmax(taken))
@@ -124,13 +124,13 @@ def measure_automatic(model: Sam, scene: Scene, figures: Figures) -> None:
 
 
 def find_all(model: Sam, image: np.ndarray) -> list[dict[str, object]]:
-    """Automatic masks of the shipped defaults as COCO run lengths."""
+    """Automatic masks with the shipped defaults, as COCO run lengths."""
     masks = automatic_masks(model, image, AutomaticParams(**MODELS["sam_nano"].defaults))
     return [{"size": list(mask.size_hw), "counts": mask.counts} for mask in masks]
 
 
 def are_found(made: list[dict[str, object]], truth: list[dict[str, object]]) -> list[bool]:
-    """Whether each true mask has a made one at MATCH_IOU or better."""
+    """Whether each true mask has a found mask at MATCH_IOU or better."""
     if not made or not truth:
         return [False] * len(truth)
     return (np.max(coco_mask.iou(made, truth, [0] * len(truth)), axis=0) >= MATCH_IOU).tolist()
@@ -139,7 +139,7 @@ def are_found(made: list[dict[str, object]], truth: list[dict[str, object]]) -> 
 def click(
     predictor: SamPredictor, points: np.ndarray, labels: np.ndarray, multimask: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """points (P, N, 2) xy, labels (P, N): masks (P, M, H, W) bool and predicted IoU (P, M)."""
+    """From points (P, N, 2) xy and labels (P, N) to masks (P, M, H, W) bool and predicted IoU (P, M)."""
     coords = predictor.transform.apply_coords(points.astype(float), predictor.original_size)
     with torch.inference_mode():
         masks, ious, _ = predictor.predict_torch(
@@ -149,7 +149,7 @@ def click(
 
 
 def box(predictor: SamPredictor, boxes: np.ndarray) -> np.ndarray:
-    """boxes (P, 4) xyxy: the single masks (P, H, W) bool."""
+    """From boxes (P, 4) xyxy to the single masks (P, H, W) bool."""
     coords = predictor.transform.apply_boxes(boxes.astype(float), predictor.original_size)
     with torch.inference_mode():
         masks, _, _ = predictor.predict_torch(
@@ -164,7 +164,7 @@ def iou(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def random_pixel_xy(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
-    """Any pixel of the mask, edges and all: harder than where a person clicks."""
+    """Any pixel of the mask, also at its edge. This is harder than where a person clicks."""
     inside = np.flatnonzero(mask)
     y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
     return np.array([x, y])
@@ -224,7 +224,7 @@ def nuclei_row(model: Sam) -> dict[str, object]:
 
 
 def row(name: str, value: float | None, bar: float | None, *, at_most: bool = False) -> dict[str, object]:
-    """One line of the report; without a bar it is only told, and holds."""
+    """One line of the report. Without a bar it is only shown, and holds."""
     holds = True if bar is None or value is None else (value <= bar if at_most else value >= bar)
     return {"name": name, "value": None if value is None else round(value, 4), "bar": bar, "holds": holds}
 

@@ -1,8 +1,8 @@
 """Measures prompts through our path: sam_nano's masks on unseen scenes, and prompts a second against SamPredictor.
 
-`python tests/benchmarks/prompts.py [--json] [--scenes 100]`. The masks go the way of a job: a prompt file, read and
-checked, laid on the image, decoded. Times are CPU seconds of one thread, ours and a plain SamPredictor loop by turns
-in this process over the same images and prompts; both encode each image once and end with COCO run lengths.
+`python tests/benchmarks/prompts.py [--json] [--scenes 100]`. Masks are made as in a job: a prompt file is read
+and checked, put on the image, decoded. Times are CPU seconds of one thread. Ours and a plain SamPredictor loop take
+turns in this process over the same images and prompts. Both encode each image once and end with COCO run lengths.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from workers.training.scenes import Scene, draw_scene
 
 FIRST_SEED = 8_000_000_000_000  # training draws below 2 ** 40
 SIZES_HW = ((480, 640), (640, 480), (512, 512), (375, 500))
-PHOTO_HW = (3000, 4000)  # what a phone takes
+PHOTO_HW = (3000, 4000)  # the size of a phone's photo
 BOXES_AN_IMAGE = 50
 ROUNDS = 3
-INCLUDED = 0.5  # of a neighbour, from which on a mask is said to include it wrongly
+INCLUDED = 0.5  # of a neighbour; a mask that covers this much of it includes it wrongly
 
 Asked = dict[str, list[dict[str, Any]]]
 
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def measure_scene(sam: Sam, scene: Scene, figures: Figures) -> None:
-    """A box and a point for each object, and a second point where the first one's mask took a neighbour too."""
+    """A box and a point for each object, and a second point if the first one's mask includes a neighbour."""
     model, predictor = SamModel(sam), SamPredictor(sam)
     predictor.set_image(scene.image)
     masks = scene.masks
@@ -98,7 +98,7 @@ def measure_scene(sam: Sam, scene: Scene, figures: Figures) -> None:
 
 
 def answer(model: SamModel, image: np.ndarray, prompts: list[dict[str, Any]]) -> list[tuple[np.ndarray, Prompt]]:
-    """Pixels of each prompt's mask, the prompts written to a file and read as a job's are."""
+    """Pixels of each prompt's mask. The prompts are written to a file and read like a job's."""
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
         file.write(json.dumps({"key": "scene.png", "prompts": prompts}, default=float) + "\n")
         file.flush()
@@ -128,7 +128,7 @@ def worst_neighbour(masks: np.ndarray, number: int, found: np.ndarray) -> int | 
 
 
 def speed_row(sam: Sam, size_hw: tuple[int, int], boxes_an_image: int, bar: float | None) -> dict[str, object]:
-    """How many times the prompts a CPU second of a SamPredictor loop, the median of rounds that take turns."""
+    """Our prompts a CPU second divided by those of a SamPredictor loop. Both take turns; the median of the rounds."""
     model, predictor = SamModel(sam), SamPredictor(sam)
     images = list(boxed_images(size_hw, boxes_an_image))
     ours, theirs = [], []
@@ -150,7 +150,7 @@ def speed_row(sam: Sam, size_hw: tuple[int, int], boxes_an_image: int, bar: floa
 
 
 def boxed_images(size_hw: tuple[int, int], count: int) -> Iterator[tuple[np.ndarray, list[list[float]]]]:
-    """Scenes at this size, the boxes of their objects, repeated a few pixels aside until there are `count`."""
+    """Scenes of this size and the boxes of their objects, repeated a few pixels aside until there are `count`."""
     for n in range(2 if count > 1 else 4):
         scene = draw_scene(FIRST_SEED + 1000 + n, SIZES_HW[0])
         scale = np.array([size_hw[1] / 640, size_hw[0] / 480] * 2)
@@ -192,7 +192,7 @@ def box_xyxy(mask: np.ndarray) -> list[int]:
 
 
 def row(name: str, value: float | None, bar: float | None) -> dict[str, object]:
-    """One line of the report; without a bar it is only told, and holds."""
+    """One line of the report. Without a bar it is only shown, and holds."""
     holds = bar is None or (value is not None and bool(value >= bar))
     return {"name": name, "value": None if value is None else round(float(value), 4), "bar": bar, "holds": holds}
 

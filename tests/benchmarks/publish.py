@@ -1,8 +1,8 @@
 """Times publishing beside the bare HTTP import of the same bodies and beside the SDK's import_tasks.
 
 `python tests/benchmarks/publish.py [--json] [--tasks 1000] [--masks 50] [--as auto]`; minutes on two cores. It starts
-its own Label Studio on SQLite and its own Postgres. The three take turns in one run, each into a project of its own,
-so that other load on the machine slows them alike: ratios are what counts.
+its own Label Studio on SQLite and its own Postgres. The three take turns in one run, each into a project of its own.
+So other load on the machine slows all three equally. Only the ratios count.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from workers.masks import encode_counts
 from workers.training.scenes import draw_scene
 
 SIZE_HW = (1024, 1024)
-SCENES = 20  # drawn once; assets take turns with them
+SCENES = 20  # drawn once, and used again for later assets
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def measure(engine: Engine, server: Server, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds for all tasks of each way, our own CPU seconds, and the seconds of publishing again."""
+    """Seconds of each way for all tasks, our own CPU seconds, and the seconds of publishing again."""
     masks = [list(drawn_masks(seed, args.masks)) for seed in range(SCENES)]
     counts = [args.tasks // args.rounds + (n < args.tasks % args.rounds) for n in range(args.rounds)]
     options = Options(as_=args.as_)
@@ -80,7 +80,7 @@ def measure(engine: Engine, server: Server, args: argparse.Namespace) -> dict[st
             way: client.create_project(title=f"benchmark {way}", label_config=label_config(["object"]))
             for way in ("ours", "bare", "sdk", "warm-up")
         }
-        # Enough to start the processes that find regions, which a publisher that follows has running too.
+        # Enough to start the processes that find regions. With --follow they are also running already.
         warm_up = make_labeled_job(engine, MAX_TASKS, masks, source="s3://bucket/warm-up")
         publish_job(engine, client, warm_up, projects["warm-up"].id, options)
         for n, count in enumerate(counts):
@@ -111,7 +111,7 @@ def measure(engine: Engine, server: Server, args: argparse.Namespace) -> dict[st
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of the processes that it has running."""
+    """CPU time of this process and of its running child processes."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -167,7 +167,7 @@ def of_asset(masks: Sequence[Sequence[StoredMask]], asset_id: int) -> list[Store
 
 
 def bodies_of(client: LabelStudio, project_id: int, count: int) -> Iterator[bytes]:
-    """The newest tasks as the server has them, in requests of as many tasks as ours."""
+    """The newest tasks as the server has them, in requests with as many tasks as ours."""
     newest = sorted((task["id"] for task in client.list_tasks(project_id, include=("id",))), reverse=True)[:count]
     items = [{"filter": "filter:tasks:id", "operator": "greater_or_equal", "type": "Number", "value": min(newest)}]
     tasks = []

@@ -1,7 +1,7 @@
 """Times masks to polygons and to brush streams against label_studio_sdk's brush encoder, at 1 and 12 megapixels.
 
-`python tests/benchmarks/regions.py [--json]`; a minute on one core. The three take turns, each with all the masks
-of an image, in one process, so that other load on the machine slows them alike: ratios of CPU time are what counts.
+`python tests/benchmarks/regions.py [--json]`; a minute on one core. The three take turns in one process, each with all
+the masks of an image. So other load on the machine slows all three equally. Only the ratios of CPU time count.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def drawn_masks(size_hw):
 
 
 def model_masks(size_hw):
-    """Masks as SAM makes them: scores on a grid of 256, stretched to the frame and cut at 0; uneven, with holes."""
+    """Masks as SAM makes them: scores on a grid of 256, resized to the frame, cut at 0; uneven, with holes."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[:256, :256]
     for _ in range(MASKS_OF_A_KIND):

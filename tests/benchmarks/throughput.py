@@ -1,7 +1,7 @@
-"""Times what surrounds the model: taking keys in, and moving images through a worker, each beside its plain loop.
+"""Times the work around the model: listing keys, and moving images through a worker, each beside its plain loop.
 
 `python tests/benchmarks/throughput.py [--json] [--keys 1000000] [--images 48]`; minutes on two cores. It starts its
-own Postgres, its own Redis where there is one, and a paging S3 endpoint of its own.
+own Postgres, its own Redis if one is installed, and its own S3 endpoint that lists in pages.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def bar(name: str, value: float, least: float | None = None, most: float | None 
 
 
 def measure_deployment(url: str, keys: int, folder: Path) -> list[dict[str, Any]]:
-    """Redis while keys are taken in and nobody works on them, then what a deployment does when there is nothing to do.
+    """Redis while keys are listed and nobody works on them; then the load of a deployment with nothing to do.
 
     The model is the tests' stub. Without a Redis nothing is measured.
     """
@@ -130,8 +130,8 @@ def most_memory_until(client: redis.Redis, is_over: Callable[[], bool]) -> int:
 
 
 def cpu_percent_of(commands: Sequence[subprocess.Popen[bytes]], seconds: float) -> float:
-    """CPU of these commands with all that they started, in percent of a core."""
-    time.sleep(5)  # what follows the last chunk
+    """CPU of these commands and of all their child processes, in percent of a core."""
+    time.sleep(5)  # the work after the last chunk
     roots = [psutil.Process(command.pid) for command in commands]
     processes = [part for root in roots for part in (root, *root.children(recursive=True))]
 
@@ -229,7 +229,7 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru
 
 
 def measure_ingest(database_url: str, keys: int) -> list[dict[str, Any]]:
-    """Listing into Postgres beside the bare listing loop: each in a process of its own, by turns."""
+    """Listing into Postgres beside the bare listing loop. Each runs in a process of its own, in turn."""
     listing, ingesting, rss = [], [], []
     with paging_store(keys) as endpoint:
         environment = os.environ | {"MASKFLEET_S3_ENDPOINT": endpoint, "MASKFLEET_DATABASE_URL": database_url}
@@ -253,7 +253,7 @@ def measure_ingest(database_url: str, keys: int) -> list[dict[str, Any]]:
 
 
 def draw_masks(count: int) -> list[BoolMask]:
-    """Ready masks as a model would have them: blobs of many sizes in a 1 MP frame, (H, W) bool."""
+    """Ready masks like a model's: blobs of many sizes in a 1 MP frame, (H, W) bool."""
     rng = np.random.default_rng(7)
     rows, columns = np.ogrid[: SIZE_HW[0], : SIZE_HW[1]]
     masks = []
@@ -267,7 +267,7 @@ def draw_masks(count: int) -> list[BoolMask]:
 
 
 class ReadyMasks:
-    """A model that has its masks at once, as pixels; what it costs is their run lengths, by the engine's encoder."""
+    """A model that has its masks ready as pixels. Its only cost is their run lengths, made by the engine's encoder."""
 
     def __init__(self, masks: Sequence[BoolMask]) -> None:
         self._masks = masks
@@ -293,7 +293,7 @@ def _encode(pixels: BoolMask) -> Mask:
 
 
 def plain_loop(url: str, folder: Path, names: Sequence[str], masks: Sequence[BoolMask]) -> None:
-    """What one writes in an afternoon: read, decode, encode, insert row by row, commit an image."""
+    """The loop that a person writes in an afternoon: read, decode, encode, insert row by row, commit each image."""
     dsn = psycopg2_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     connection = psycopg2.connect(dsn)
     cursor = connection.cursor()
@@ -311,7 +311,7 @@ def plain_loop(url: str, folder: Path, names: Sequence[str], masks: Sequence[Boo
 
 
 def our_worker(engine: Engine, folder: Path, masks: Sequence[BoolMask]) -> None:
-    """One worker's run of one chunk, everything but Celery's message."""
+    """One worker's run of one chunk, with everything except Celery's message."""
     from orchestrator.jobs.dispatch import tick
     from orchestrator.jobs.request import Request, submit_job
     from workers.detectors import detector as detectors
@@ -340,7 +340,7 @@ def our_worker(engine: Engine, folder: Path, masks: Sequence[BoolMask]) -> None:
 
 
 def measure_pipeline(database_url: str, images: int, folder: Path) -> list[dict[str, Any]]:
-    """Images a second of a worker and of the plain loop, by turns, with 100 ready masks an image of 1 MP."""
+    """Images a second of a worker and of the plain loop, in turn, with 100 ready masks for each image of 1 MP."""
     os.environ["MASKFLEET_DATABASE_URL"] = database_url
     os.environ["MASKFLEET_BROKER_URL"] = f"filesystem://{folder / 'broker'}"
     settings.cache_clear()
