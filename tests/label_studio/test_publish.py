@@ -312,7 +312,7 @@ def test_a_wrong_token_or_address_is_an_error_with_its_remedy(
     unknown = call(label_studio, database_url, *words[:-1], "99999", code=2)
 
     assert "set MASKFLEET_LABEL_STUDIO_API_KEY to a token" in refused
-    assert "start it, or mend MASKFLEET_LABEL_STUDIO_URL" in nobody
+    assert "start it, or fix MASKFLEET_LABEL_STUDIO_URL" in nobody
     assert "has no project 99999" in unknown
     assert "label-studio setup" in unknown
 
