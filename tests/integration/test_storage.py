@@ -161,18 +161,6 @@ def test_a_missing_key_is_not_found(s3_server, make_bucket):
     assert caught.value.kind == ErrorKind.NOT_FOUND
 
 
-def test_an_object_that_was_replaced_after_it_was_listed_is_not_taken_for_it(s3_server, make_bucket):
-    source = open_source(f"s3://{make_bucket({'a.jpg': b'before'})}", s3_endpoint=s3_server)
-    [page] = source.list()
-    [listed] = page.objects
-    assert source.read("a.jpg", MEGABYTE, etag=listed.etag) == b"before"
-
-    with pytest.raises(AssetError, match="changed after it was listed") as caught:
-        source.read("a.jpg", MEGABYTE, etag=f"{listed.etag[:-1]}0")
-
-    assert caught.value.kind == ErrorKind.NOT_FOUND
-
-
 def test_an_object_of_max_bytes_is_read_and_one_byte_more_is_too_large(s3_server, make_bucket):
     source = open_source(f"s3://{make_bucket({'a.jpg': b'12345', 'empty.jpg': b''})}", s3_endpoint=s3_server)
 

@@ -323,7 +323,7 @@ def test_a_personal_access_token_works_and_is_renewed(
     job = labeled_job(engine, keys=3)
     with LabelStudio(label_studio.url, personal_access_token(label_studio)) as personal:
         personal.check()
-        personal._client.auth._access = "eyJhbGciOiJIUzI1NiJ9.e30.spoilt"  # as if its five minutes were over
+        personal._http.client.auth._access = "eyJhbGciOiJIUzI1NiJ9.e30.spoilt"  # as if its five minutes were over
 
         report = publish_job(engine, personal, job, project.id, Options())
 
@@ -609,7 +609,7 @@ def assert_once(client: LabelStudio, project: Project, job: Job, *, versions: Se
 
 
 def annotate(client: LabelStudio, task_id: int, **fields: object) -> None:
-    client._write(f"/api/tasks/{task_id}/annotations/", fields)
+    client._http.write(f"/api/tasks/{task_id}/annotations/", fields)
 
 
 def count(engine: Engine, where: str) -> int:

@@ -91,6 +91,7 @@ def make_page(
         list_cursor=None,
         list_failures=0,
         asset_count=len(assets),
+        matched=None,
         skipped=changes.pop("skipped", {}),
         error=None,
         created_at=datetime.now(UTC),

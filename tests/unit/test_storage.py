@@ -341,17 +341,3 @@ def test_redact_removes_what_opens_doors(secret_text):
 )
 def test_redact_leaves_ordinary_messages_alone(harmless):
     assert redact(harmless) == harmless
-
-
-def test_bytes_that_changed_after_they_were_listed_are_not_taken_for_those(tmp_path):
-    fill(tmp_path, "a.jpg")
-    source = open_source(str(tmp_path))
-    [page] = source.list()
-    [listed] = page.objects
-    assert source.read("a.jpg", 100, etag=listed.etag) == (tmp_path / "a.jpg").read_bytes()
-
-    (tmp_path / "a.jpg").write_bytes(b"other bytes")
-
-    with pytest.raises(AssetError, match="changed after it was listed; submit the source again") as caught:
-        source.read("a.jpg", 100, etag=listed.etag)
-    assert caught.value.kind is ErrorKind.NOT_FOUND

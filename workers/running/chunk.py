@@ -172,7 +172,7 @@ class _ChunkRun:
                 fetching.shutdown(cancel_futures=True)
 
     def _fetch(self, source: Source, asset: Asset) -> RgbImage:
-        content = source.read(asset.key, self._settings.max_object_bytes, etag=asset.etag)
+        content = source.read(asset.key, self._settings.max_object_bytes)
         return decode(content, name=asset.key, max_pixels=self._settings.max_pixels)
 
     def _segment_batch(self, batch: Sequence[Asset], encode: Encode, look: Look) -> list[NewOutcome]:

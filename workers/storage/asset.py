@@ -59,23 +59,10 @@ class Source(Protocol):
         """Yield pages of the keys after `after`, in binary order. Raises SourceError and TransientError."""
         ...
 
-    def read(self, key: str, max_bytes: int, *, etag: str | None = None) -> bytes:
-        """The asset's bytes. etag: as it was listed. If the key now has other bytes, the listed asset counts as gone.
-
-        Raises AssetError (not_found, forbidden, too_large before the body is read) or TransientError.
-        """
+    def read(self, key: str, max_bytes: int) -> bytes:
+        """The asset's bytes. Raises AssetError (not_found, forbidden, too_large before the body is read) or
+        TransientError."""
         ...
-
-
-def check_etag(key: str, etag: str, listed: str | None) -> None:
-    """Raise AssetError if these are not the listed bytes: masks would be stored under a wrong etag.
-
-    If a store gives no etag, in its listing or here, nothing is checked.
-    """
-    if etag and listed and etag != listed:
-        raise AssetError(
-            ErrorKind.NOT_FOUND, f"{key}: it was changed after it was listed; submit the source again for its new bytes"
-        )
 
 
 def check_size(key: str, size_bytes: int, max_bytes: int) -> None:

@@ -14,7 +14,7 @@ import urllib3.exceptions
 from db.settings import settings
 from db.texts import is_storable
 from workers.errors import SourceError, TransientError, redact
-from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_etag, check_size
+from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_size
 from workers.storage.client import s3_client, store_of_settings
 from workers.storage.refusals import VENDOR_ERRORS, asset_error, no_answer, source_error
 
@@ -58,10 +58,10 @@ class Bucket:
                 return
             where = {"ContinuationToken": answer["NextContinuationToken"]}
 
-    def read(self, key: str, max_bytes: int, *, etag: str | None = None) -> bytes:
+    def read(self, key: str, max_bytes: int) -> bytes:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._read_once(key, max_bytes, etag)
+                return self._read_once(key, max_bytes)
             except (botocore.exceptions.HTTPClientError, urllib3.exceptions.HTTPError, OSError) as error:
                 # botocore repeats requests, but not a body that breaks off.
                 if attempt == ATTEMPTS:
@@ -100,7 +100,7 @@ class Bucket:
                 objects.append(Listed(key=key, size_bytes=entry["Size"], etag=entry.get("ETag", "").strip('"')))
         return Page(objects=objects, cursor=cursor, skipped=skipped)
 
-    def _read_once(self, key: str, max_bytes: int, etag: str | None) -> bytes:
+    def _read_once(self, key: str, max_bytes: int) -> bytes:
         try:
             client = s3_client(self._store, ATTEMPTS)
             answer = client.get_object(Bucket=self._bucket, Key=self._prefix + key, **self._payer)
@@ -108,7 +108,6 @@ class Bucket:
             raise asset_error(key, self._bucket, error) from error
         with answer["Body"] as body:
             expected = answer["ContentLength"]
-            check_etag(key, answer.get("ETag", "").strip('"'), etag)
             check_size(key, expected, max_bytes)
             content: bytes = body.read()
         if len(content) != expected:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
-from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_etag, check_size
+from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_size
 
 
 class Folder:
@@ -53,7 +53,7 @@ class Folder:
         if objects or skipped:
             yield Page(objects=objects, cursor=cursor, skipped=skipped)
 
-    def read(self, key: str, max_bytes: int, *, etag: str | None = None) -> bytes:
+    def read(self, key: str, max_bytes: int) -> bytes:
         path = os.path.join(self._root, key.encode())
         if "\0" in key or not _is_inside(path, os.path.realpath(self._root)):
             raise AssetError(ErrorKind.FORBIDDEN, f"{key!r}: leads out of the folder {os.fsdecode(self._root)}")
@@ -64,7 +64,6 @@ class Folder:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise AssetError(ErrorKind.NOT_FOUND, f"{key}: is no longer a regular file")
-                check_etag(key, _etag(status), etag)
                 check_size(key, status.st_size, max_bytes)
                 content = file.read(max_bytes + 1)
         except OSError as error:
@@ -132,11 +131,7 @@ def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason
         return SkipReason.NOT_A_FILE  # a circle of links, or a link into a folder that we may not enter
     if not stat.S_ISREG(status.st_mode):
         return SkipReason.NOT_A_FILE
-    return Listed(key=name, size_bytes=status.st_size, etag=_etag(status))
-
-
-def _etag(status: os.stat_result) -> str:
-    return f"{status.st_size}-{status.st_mtime_ns}"
+    return Listed(key=name, size_bytes=status.st_size, etag=f"{status.st_size}-{status.st_mtime_ns}")
 
 
 def _is_inside(path: bytes, real_root: bytes) -> bool:
