@@ -243,7 +243,7 @@ def test_follow_keeps_up_with_a_running_job_and_ends_with_it(
 ) -> None:
     job = labeled_job(engine, keys=130, done=False)
     passes: list[Report] = []
-    arguments = {"job_id": job.id, "stop": threading.Event(), "landed": lambda _, report: passes.append(report)}
+    arguments = {"job_id": job.id, "stop": threading.Event(), "published_pass": lambda _, report: passes.append(report)}
     thread = threading.Thread(target=follow_project, args=(engine, client, project.id, Options()), kwargs=arguments)
 
     thread.start()
@@ -591,7 +591,9 @@ def test_on_postgres_everything_is_there_once_under_its_own_task(
         assert [(r.created, r.attached) for r in reports] == [(230, 0), (0, 230), (0, 0)]
         assert_once(client, project, job, versions=[VERSION, SECOND_VERSION], assets=230)
         with engine.begin() as db:
-            remembered = dict(db.execute(text("SELECT task_id, asset_uid FROM ls_task")).tuples().all())
+            remembered = {
+                row.task_id: row.asset_uid for row in db.execute(text("SELECT task_id, asset_uid FROM ls_task"))
+            }
         assert remembered == {task["id"]: task["data"]["asset_id"] for task in client.list_tasks(project.id)}
 
 
