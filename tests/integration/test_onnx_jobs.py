@@ -22,6 +22,7 @@ from tests.e2e.test_run import run
 from tests.integration.test_prompted_jobs import box_of, draw, iou
 from tests.pixels import decode_counts
 from workers.detectors import detector as detectors
+from workers.models import sam
 from workers.models.files import is_present
 from workers.models.loading import load_model
 from workers.models.registry import find_model
@@ -146,9 +147,7 @@ def test_a_worker_without_onnxruntime_hands_the_chunk_back_without_a_verdict(
         name="one",
         engine=engine,
         settings=Settings(),
-        load_model=lambda name: load_model(
-            find_model(name), "cpu"
-        ),  # not a model kept from an earlier test with its decoder already loaded
+        load_model=lambda name: sam.load(find_model(name), "cpu"),  # not kept from an earlier test, its decoder loaded
         load_detector=lambda asked: detectors.load(asked, "cpu"),
         draining=lambda: False,
         on_hang=lambda: None,

@@ -30,7 +30,7 @@ from workers.engine.upsampling import Upsampling
 from workers.images.decode import decode
 from workers.images.pixels import RgbImage
 from workers.masks import BoolMask, Mask
-from workers.models import nano
+from workers.models import nano, sam2
 from workers.models.loading import load_model
 from workers.models.registry import MODELS, find_model
 from workers.models.sam import SamModel
@@ -192,7 +192,7 @@ def test_one_variants_file_in_anothers_place_is_named_with_both(folder: Path, mo
     spec = replace(save(folder, draw_weights()), name="sam2.1_small")
 
     with pytest.raises(WeightsError, match=r"holds the weights of sam2.1_tiny, expected the weights of sam2.1_small; "):
-        load_model(spec, "cpu")
+        sam2.load(spec, "cpu")
 
 
 def test_another_familys_checkpoint_is_named_with_both(folder: Path) -> None:
@@ -207,7 +207,7 @@ def test_published_file_of_another_model_is_known_by_its_sha256(folder: Path, mo
     monkeypatch.setitem(MODELS, "sam2.1_small", published)
 
     with pytest.raises(WeightsError, match=r"tiny.pt: the published file of sam2.1_small, expected .* sam2.1_tiny; "):
-        load_model(replace(published, name="sam2.1_tiny", sha256="0" * 64), "cpu")
+        sam2.load(replace(published, name="sam2.1_tiny", sha256="0" * 64), "cpu")
 
 
 def test_finetuned_file_under_the_official_name_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_finetuned_file_under_the_official_name_is_refused(folder: Path, monkeyp
     spec = replace(save(folder, draw_weights()), sha256="0" * 64)
 
     with pytest.raises(WeightsError, match=r"fits sam2.1_tiny, but is another or damaged file, with sha256"):
-        load_model(spec, "cpu")
+        sam2.load(spec, "cpu")
 
 
 def test_pickled_payload_is_refused_and_never_run(folder: Path) -> None:
