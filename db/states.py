@@ -42,3 +42,25 @@ class ChunkState(StrEnum):
     SENT = "sent"  # a message is on its way, or was lost
     RUNNING = "running"  # a worker holds its lease
     DONE = "done"  # each of its assets has an outcome
+
+
+class EmbeddingState(StrEnum):
+    WANTED = "wanted"  # a worker is to make it
+    STORED = "stored"
+    FAILED = "failed"  # `error` says why
+
+
+class ClickKind(StrEnum):
+    """What a reviewer asked with."""
+
+    POINT = "point"  # one or more points
+    BOX = "box"
+    MIXED = "mixed"  # a box and points
+    PICK = "pick"  # a choice among the stored masks
+    REFINE = "refine"  # points on a published mask
+
+
+class AnsweredBy(StrEnum):
+    DECODER = "decoder"  # from the image's embedding
+    STORED = "stored"  # one of the stored masks
+    NOTHING = "nothing"  # no mask was found

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, REAL
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from db.states import AnnotationStatus, ChunkState, JobState, LsState, Verdict
+from db.states import AnnotationStatus, AnsweredBy, ChunkState, ClickKind, EmbeddingState, JobState, LsState, Verdict
 
 asset_id_seq = Sequence("asset_id_seq")
 
@@ -290,3 +290,55 @@ class LsRegion(Base):
     bbox_w: Mapped[int | None] = mapped_column(Integer)
     bbox_h: Mapped[int | None] = mapped_column(Integer)
     area_px: Mapped[int | None] = mapped_column(Integer)
+    region_id: Mapped[str | None]  # Label Studio's, of an added mask that began as the answer to a click
+
+
+class Embedding(Base):
+    """An image's embedding, kept for clicks: wanted, stored or failed. Its bytes are in a folder or a bucket.
+
+    The address is made from the content: weights, precision, format, source, key and etag. So a row never becomes
+    wrong; it only expires.
+    """
+
+    __tablename__ = "embedding"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", EmbeddingState), name="embedding_state"),
+        UniqueConstraint("address", name="embedding_once"),
+        Index("embedding_of_asset", "asset_id"),
+        Index("embedding_wanted", "id", postgresql_where=text("state = 'wanted'")),
+        Index("embedding_used", "used_at", postgresql_where=text("state = 'stored'")),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    address: Mapped[str]
+    asset_id: Mapped[int]  # an asset with these bytes: a worker reads it. Its job may be deleted later.
+    state: Mapped[str] = mapped_column(server_default=EmbeddingState.WANTED)
+    error: Mapped[str | None]
+    size_bytes: Mapped[int] = mapped_column(server_default=text("0"))
+    attempts: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    claimed_until: Mapped[datetime | None]  # a worker makes it until then
+    sent_at: Mapped[datetime | None]  # of its last message to the workers
+    wanted_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    stored_at: Mapped[datetime | None]
+    used_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Click(Base):
+    """One answer to a reviewer's prompt in Label Studio."""
+
+    __tablename__ = "click"
+    __table_args__ = (
+        CheckConstraint(_one_of("kind", ClickKind), name="click_kind"),
+        CheckConstraint(_one_of("answered_by", AnsweredBy), name="click_answered_by"),
+        Index("click_of_task", "ls_task_id"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
+    ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"))
+    clicked_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    kind: Mapped[str]
+    answered_by: Mapped[str]
+    label: Mapped[str | None]
+    milliseconds: Mapped[int] = mapped_column(Integer)
+    prompt_id: Mapped[str]  # region id of the first prompt: the same for all clicks on one object
+    region_id: Mapped[str | None]  # of the answer; null: there was none
