@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     webhook_secret: SecretStr | None = Field(
         None, description="Secret of Label Studio's webhooks (X-Maskfleet-Secret) that wake up `review --follow`"
     )
+    assist_user: str = Field("maskfleet", description="User with which Label Studio calls `maskfleet assist`")
+    assist_password: SecretStr | None = Field(None, description="Its password, at least 16 characters")
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
     state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")
     model: str | None = Field(None, description="Model that `submit` takes when --model is not given")

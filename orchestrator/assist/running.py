@@ -1,0 +1,115 @@
+"""The assist service with everything beside it: decoder children, the thread that looks ahead, an encoder process."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from workers.embeddings.address import EmbeddingFormat
+from workers.embeddings.store import EmbeddingStore, open_store
+from workers.embeddings.sweep import sweep
+from workers.prompts import Prompt
+
+from db.clicks import ClickedTask
+from db.session import Engine
+from db.settings import settings
+from orchestrator.assist.ahead import keep_ahead
+from orchestrator.assist.answers import AnswerKind, Assistant
+from orchestrator.assist.children import Children
+from orchestrator.assist.credential import AssistError, Credential
+from orchestrator.assist.decoding import Decoder
+from orchestrator.assist.service import serve
+from orchestrator.label_studio.client import LabelStudio
+
+_CHILD = ("-P", "-m", "workers.clicks.child")
+_ENCODER = ("-P", "-m", "workers.running.encode")
+_CLICK_SECONDS = 20.0  # how long a click waits for its decoder; then a stored mask answers it
+_PICK_THREADS = 6
+
+log = logging.getLogger(__name__)
+
+
+def run_assist(
+    engine: Engine,
+    client: LabelStudio,
+    projects: Sequence[int],
+    credential: Credential,
+    stop: threading.Event,
+    *,
+    host: str,
+    port: int,
+    as_: AnswerKind,
+    processes: int,
+    ahead: int,
+    encode: bool,
+    started: Callable[[int], None],
+) -> None:
+    """Serve until `stop` is set. Without a store of embeddings, stored masks answer every click.
+
+    processes: decoder children. ahead: how many next tasks of each project have their embeddings ready. encode: make
+    wanted embeddings in a process of this machine. Raises AssistError for `ahead` or `encode` without a store.
+    """
+    store = open_store(settings())
+    if store is None and (ahead or encode):
+        raise AssistError("--ahead and --encode keep embeddings: set MASKFLEET_EMBEDDINGS to a folder or s3:// prefix")
+    embedding_format = EmbeddingFormat(settings().embeddings_format)
+    children = Children(_CHILD, processes if store is not None else 0, seconds=_CLICK_SECONDS)
+    decode = _no_decoder if store is None else Decoder(engine, children, embedding_format)
+    assistant = Assistant(engine, client.url, projects, decode=decode, as_=as_)
+    looking = threading.Thread(
+        target=keep_ahead,
+        args=(engine, client, projects, stop),
+        kwargs={"ahead": ahead, "embedding_format": embedding_format, "after_each": _tidy(engine, store)},
+        name="ahead",
+    )
+    try:
+        with _encoder(encode):
+            looking.start()
+            threads = 2 * processes + _PICK_THREADS
+            serve(assistant.answer, credential, stop, host=host, port=port, threads=threads, started=started)
+    finally:
+        stop.set()
+        children.close()
+        if looking.is_alive():
+            looking.join()
+
+
+def _no_decoder(task: ClickedTask, prompt: Prompt, mask_counts: str | None) -> None:
+    """Without a store there is no embedding to decode."""
+
+
+def _tidy(engine: Engine, store: EmbeddingStore | None) -> Callable[[], None]:
+    """What follows each look ahead: messages for the workers, and the deletion of what is no longer needed."""
+
+    def tidy() -> None:
+        if settings().broker_url is not None:
+            # Imported here, because the module reads the broker's address when it loads.
+            from workers.running.tasks import top_up_or_say
+
+            top_up_or_say(engine)
+        if store is not None:
+            sweep(engine, store, settings())
+
+    return tidy
+
+
+@contextmanager
+def _encoder(is_wanted: bool) -> Iterator[None]:
+    """A process that makes wanted embeddings on the CPU. It ends when its input ends, so also with this process."""
+    if not is_wanted:
+        yield
+        return
+    with subprocess.Popen([sys.executable, *_ENCODER], stdin=subprocess.PIPE) as process:
+        try:
+            yield
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
