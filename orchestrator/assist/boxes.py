@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from orchestrator.assist.asked import Asked, BoxPrompt
+from orchestrator.label_studio.names import PICK_CONTROL
 
 REMEMBERED_SECONDS = 120.0
 _MOST = 10_000
@@ -35,7 +36,7 @@ class Boxes:
         self._lock = threading.Lock()
 
     def join(self, asked: Asked) -> Asked:
-        """Remember the request's box. Without one, add the box that its points follow."""
+        """Remember the request's box. Without one, add the box that its clicks follow."""
         key = (asked.project_id, asked.task_id, asked.label)
         with self._lock:
             if asked.box is not None:
@@ -45,7 +46,7 @@ class Boxes:
                     self._boxes.popitem(last=False)
                 return asked
             remembered = self._boxes.get(key)
-            if remembered is None:
+            if remembered is None or any(point.control == PICK_CONTROL for point in asked.points):
                 return asked
             if self._is_over(remembered, asked):
                 del self._boxes[key]
