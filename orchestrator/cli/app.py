@@ -7,10 +7,10 @@ import logging
 import os
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -55,6 +55,7 @@ app.add_typer(label_studio_app, name="label-studio")
 
 err = stderr_console()
 log = logging.getLogger(__name__)
+opened = ExitStack()  # what the arguments of a command opened; `main` closes it
 
 
 def job_number(job: str) -> int:
@@ -64,7 +65,7 @@ def job_number(job: str) -> int:
     """
     if not is_folder(job):
         return int(job)
-    url = click.get_current_context().with_resource(folder_database(Path(job)))
+    url = opened.enter_context(folder_database(Path(job)))
     os.environ["MASKFLEET_DATABASE_URL"] = url
     settings.cache_clear()
     with deployment_engine().begin() as db:
