@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     resend_seconds: float = Field(300, gt=0, description="A queued chunk not claimed for this long is sent again")
     hang_seconds: float = Field(900, gt=0, description="A worker that finishes no asset for this long is given up")
     drain_seconds: float = Field(50, gt=0, description="Time a worker has to finish its batch after SIGTERM")
+    embeddings: str | None = Field(
+        None, description="Folder or s3://bucket/prefix of kept embeddings; default of `run`: OUT/.maskfleet/embeddings"
+    )
+    embeddings_format: Literal["fp16", "int8"] = Field("fp16", description="How kept embeddings are stored")
+    embeddings_bytes: int = Field(10_000_000_000, ge=0, description="Bytes of all kept embeddings at most")
+    embeddings_days: float = Field(14, gt=0, description="An embedding not used for this long is deleted")
     max_pixels: int = Field(100_000_000, ge=1, description="Larger images are refused from their header")
     max_object_bytes: int = Field(200 * 1024 * 1024, ge=1, description="Larger objects are refused unread")
 
