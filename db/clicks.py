@@ -88,6 +88,19 @@ def assets_of_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequen
     return [row.asset_id for row in rows]
 
 
+def models_of_projects(db: Connection, *, ls_projects: Sequence[LsProject]) -> list[str]:
+    """The models of the jobs that were published to these projects of one server."""
+    rows = db.execute(
+        text(
+            """SELECT DISTINCT model FROM job WHERE id IN (
+                   SELECT p.job_id FROM ls_task t JOIN ls_prediction p ON p.ls_task_id = t.id
+                   WHERE t.server = ANY(:servers) AND t.project_id = ANY(:projects)) ORDER BY model"""
+        ),
+        {"servers": [one.server for one in ls_projects], "projects": [one.project_id for one in ls_projects]},
+    )
+    return list(rows.scalars())
+
+
 def masks_around(db: Connection, *, asset_id: int, x: int, y: int) -> list[StoredMask]:
     """The masks whose boxes hold the pixel, the smallest area first."""
     rows = db.execute(

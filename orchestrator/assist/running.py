@@ -9,12 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from workers.embeddings.address import EmbeddingFormat
-from workers.embeddings.store import EmbeddingStore, open_store
-from workers.embeddings.sweep import sweep
-from workers.prompts import Prompt
-
-from db.clicks import ClickedTask
+from db.clicks import ClickedTask, models_of_projects
+from db.publishing import LsProject
 from db.session import Engine
 from db.settings import settings
 from orchestrator.assist.ahead import keep_ahead
@@ -24,10 +20,13 @@ from orchestrator.assist.credential import AssistError, Credential
 from orchestrator.assist.decoding import Decoder
 from orchestrator.assist.service import serve
 from orchestrator.label_studio.client import LabelStudio
+from workers.embeddings.address import EmbeddingFormat
+from workers.embeddings.store import EmbeddingStore, open_store
+from workers.prompts import Prompt
 
 _CHILD = ("-P", "-m", "workers.clicks.child")
 _ENCODER = ("-P", "-m", "workers.running.encode")
-_CLICK_SECONDS = 20.0  # how long a click waits for its decoder; then a stored mask answers it
+_CLICK_SECONDS = 5.0  # how long a click waits for its decoder; then a stored mask answers it
 _PICK_THREADS = 6
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,12 @@ def run_assist(
     if store is None and (ahead or encode):
         raise AssistError("--ahead and --encode keep embeddings: set MASKFLEET_EMBEDDINGS to a folder or s3:// prefix")
     embedding_format = EmbeddingFormat(settings().embeddings_format)
-    children = Children(_CHILD, processes if store is not None else 0, seconds=_CLICK_SECONDS)
+    children = Children(
+        _CHILD,
+        processes if store is not None else 0,
+        seconds=_CLICK_SECONDS,
+        models=lambda: _models(engine, client.url, projects),
+    )
     decode = _no_decoder if store is None else Decoder(engine, children, embedding_format)
     assistant = Assistant(engine, client.url, projects, decode=decode, as_=as_)
     looking = threading.Thread(
@@ -78,6 +82,12 @@ def run_assist(
             looking.join()
 
 
+def _models(engine: Engine, server: str, projects: Sequence[int]) -> list[str]:
+    """The models of the predictions that the projects hold, to be loaded before the first click."""
+    with engine.begin() as db:
+        return models_of_projects(db, ls_projects=[LsProject(server, number) for number in projects])
+
+
 def _no_decoder(task: ClickedTask, prompt: Prompt, mask_counts: str | None) -> None:
     """Without a store there is no embedding to decode."""
 
@@ -91,8 +101,6 @@ def _tidy(engine: Engine, store: EmbeddingStore | None) -> Callable[[], None]:
             from workers.running.tasks import top_up_or_say
 
             top_up_or_say(engine)
-        if store is not None:
-            sweep(engine, store, settings())
 
     return tidy
 

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from db import jobs
 from db.session import DBAPIError, Engine, check_migrated, is_passing, open_engine
 from db.settings import settings
-from orchestrator.local.folder import folder_database, is_folder
+from orchestrator.local.folder import folder_database, is_folder, state_dir_of
 from orchestrator.terminal.console import stderr_console
 from workers.errors import redact
 
@@ -61,12 +61,14 @@ opened = ExitStack()  # what the arguments of a command opened; `main` closes it
 def job_number(job: str) -> int:
     """A JOB argument: a job's number, or the folder of a `maskfleet run`, which means its newest job.
 
-    A folder's own database then runs until the command ends, and takes the place of MASKFLEET_DATABASE_URL.
+    A folder's own database then runs until the command ends, and takes the place of MASKFLEET_DATABASE_URL. Its kept
+    embeddings are used unless MASKFLEET_EMBEDDINGS names others.
     """
     if not is_folder(job):
         return int(job)
     url = opened.enter_context(folder_database(Path(job)))
     os.environ["MASKFLEET_DATABASE_URL"] = url
+    os.environ.setdefault("MASKFLEET_EMBEDDINGS", str(state_dir_of(Path(job)) / "embeddings"))
     settings.cache_clear()
     with deployment_engine().begin() as db:
         newest = jobs.list_jobs(db, limit=1)

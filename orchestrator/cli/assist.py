@@ -54,8 +54,8 @@ def assist(
 ) -> None:
     """Answer reviewers' clicks and boxes in Label Studio with masks, until SIGTERM or Ctrl-C.
 
-    JOB is only needed for the folder of a `maskfleet run`: its database then serves. `maskfleet label-studio setup
-    --assist URL` makes a project call this service.
+    JOB is only needed for the folder of a `maskfleet run`: its database then serves.
+    `maskfleet label-studio setup --assist URL` makes a project call this service.
     """
     from orchestrator.assist.credential import Credential
     from orchestrator.assist.running import run_assist

@@ -16,11 +16,15 @@ const toggle = document.querySelector('[data-testid="bottombar-auto-annotation-t
 if (toggle && !window.Htx.autoAnnotation) toggle.click();
 return Boolean(window.Htx.autoAnnotation);
 """
-# The control whose smart tool is chosen.
+# The chosen smart tool: its control and its kind. A rectangle's control has two kinds.
 _TOOL = """
 const tools = window.Htx.annotationStore.selected.names.get('image').getToolsManager().allTools();
-return tools.find(tool => tool.selected && tool.dynamic)?.control.name ?? null;
+const tool = tools.find(tool => tool.selected && tool.dynamic);
+return tool ? `${tool.control.name} ${tool.toolName}` : '';
 """
+# The menu of smart tools, in the order of the config's smart controls: a rectangle's control has two.
+_MENU = {"click": (0, "click KeyPointTool"), "box": (1, "box RectangleTool"), "pick": (3, "pick KeyPointTool")}
+_CHOOSE = "document.querySelectorAll('.lsf-toolbar__smart > div')[arguments[0]].click();"
 _LABELED = """
 const row = window.Htx.annotationStore.selected.names.get('prompt');
 return row.selectedLabels.map(label => label.value).join();
@@ -38,7 +42,7 @@ _REGIONS = """
 const regions = window.Htx.annotationStore.selected.regionStore.regions;
 return regions.filter(region => !region.dynamic).map(region => region.cleanId);
 """
-_PRESS = "document.querySelector(`[data-testid=\"bottombar-${arguments[0]}-suggestions-button\"]`)?.click();"
+_PRESS = 'document.querySelector(`[data-testid="bottombar-${arguments[0]}-suggestions-button"]`)?.click();'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +55,10 @@ class Editor:
         self.browser.wait(_AUTO, what="Auto-Annotation switched on")
 
     def choose_tool(self, control: str) -> None:
-        """Press M, which goes round the smart tools, until the tool of this control is chosen."""
-
-        def is_chosen() -> bool:
-            if self.browser.run(_TOOL) == control:
-                return True
-            self.press("m")
-            return False
-
-        wait_for(is_chosen, f"the smart tool {control}", seconds=60)
+        """Choose the smart tool of a control in the toolbar's menu."""
+        place, name = _MENU[control]
+        self.browser.run(_CHOOSE, place)
+        self.browser.wait(f"return (() => {{{_TOOL}}})() === arguments[0];", name, what=f"the smart tool {control}")
 
     def choose_label(self, key: str, label: str) -> None:
         """Press the label's key. A label stays chosen for one prompt."""
