@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, text
 
-_LOCK = 7_271_902_311  # of pg_try_advisory_xact_lock: any number that nothing else uses
+_LOCK = 7_271_902_311  # of pg_try_advisory_lock: any number that nothing else uses
 _UNUSED_MINUTES = 10  # an annotated task may be open again: what is in use is not deleted
 
 
@@ -21,9 +22,19 @@ class StoredEmbedding:
     stored_at: datetime
 
 
-def lock_sweep(db: Connection) -> bool:
-    """Hold the sweep's lock until the transaction ends. False when another process holds it."""
-    return bool(db.execute(text("SELECT pg_try_advisory_xact_lock(:lock)"), {"lock": _LOCK}).scalar_one())
+@contextmanager
+def sweep_lock(engine: Engine) -> Iterator[Connection | None]:
+    """Be the one sweeper. Yields a connection that holds the lock, outside a transaction. None when another holds it.
+
+    Do all writes on this connection. When it breaks, the lock is lost and the write fails too.
+    """
+    with engine.connect() as db:
+        with db.begin():
+            held = db.execute(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": _LOCK}).scalar_one()
+        try:
+            yield db if held else None
+        finally:
+            db.invalidate()  # the pool would keep the connection, and so the lock
 
 
 def drop_expired(db: Connection, *, days: float) -> list[str]:

@@ -11,12 +11,12 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
+from db.leases import ClaimedChunk
 from db.states import EmbeddingState
 
 MAX_ATTEMPTS = 3  # then the embedding fails, until somebody wants it a day later
 
 _RESERVING = 727_190  # the first number of an advisory lock; the second is a job's id
-_DIED = "the worker process died each time"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,17 @@ def embeddable_assets(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, 
     return {row["asset_id"]: EmbeddableAsset(**row) for row in rows}
 
 
+def answered_assets(db: Connection, *, chunk: ClaimedChunk) -> list[EmbeddableAsset]:
+    """The assets of a chunk that were answered from an earlier job: nothing encodes them."""
+    statement = text(
+        f"""SELECT {_ASSET} FROM asset a JOIN job j ON j.id = a.job_id
+            JOIN outcome o ON o.asset_id = a.id AND o.answered_by IS NOT NULL AND o.error_kind IS NULL
+            WHERE a.job_id = :job AND a.id BETWEEN :first AND :last ORDER BY a.id"""
+    )
+    values = {"job": chunk.job_id, "first": chunk.first_asset_id, "last": chunk.last_asset_id}
+    return [EmbeddableAsset(**row) for row in db.execute(statement, values).mappings()]
+
+
 def want(db: Connection, *, addresses: Mapping[int, str]) -> dict[str, EmbeddingState]:
     """Want the embeddings at these addresses, by asset, the most urgent first. Returns each address with its state.
 
@@ -95,19 +106,22 @@ def want_again(db: Connection, *, address: str) -> None:
 _UNMADE = "state = 'wanted', error = NULL, size_bytes = 0, stored_at = NULL, claimed_until = NULL, sent_at = NULL"
 
 
+def fail_abandoned(db: Connection) -> int:
+    """Wanted rows whose last possible claim ran out become failed: their worker died each time. Returns how many."""
+    statement = text(
+        """UPDATE embedding SET state = 'failed', claimed_until = NULL,
+                  error = coalesce(error || '; ', '') || 'the process that made it died'
+           WHERE state = 'wanted' AND attempts >= :most AND claimed_until < now()"""
+    )
+    return db.execute(statement, {"most": MAX_ATTEMPTS}).rowcount
+
+
 def take_unsent(db: Connection, *, most: int, resend_seconds: float, may_resend: bool) -> list[int]:
     """Mark wanted rows as sent, the oldest first, at most `most` in all. Returns their ids; publish after the commit.
 
     These are the rows without a message. With may_resend, also those whose message is older than resend_seconds and
-    that nobody makes. Before that, rows whose last claim ran out become failed.
+    that nobody makes.
     """
-    db.execute(
-        text(
-            f"""UPDATE embedding SET state = 'failed', error = '{_DIED}', claimed_until = NULL
-                WHERE state = 'wanted' AND attempts >= :most AND claimed_until < now()"""
-        ),
-        {"most": MAX_ATTEMPTS},
-    )
     statement = text(
         """WITH fresh AS (
                SELECT count(*) AS n FROM embedding
@@ -220,15 +234,25 @@ def record_stored(db: Connection, *, sizes: Mapping[str, int]) -> None:
     )
 
 
-def record_failed(db: Connection, *, address: str, error: str, lasting: bool) -> None:
-    """An attempt failed. The row is tried again, unless the error is lasting or this was the last attempt."""
+def record_failed(db: Connection, *, address: str, error: str, lasting: bool, retry_seconds: float) -> None:
+    """An attempt failed. The row is tried again after retry_seconds.
+
+    It becomes failed when the error is lasting, and when this was the last attempt.
+    """
     db.execute(
         text(
-            """UPDATE embedding SET error = :error, claimed_until = NULL, sent_at = NULL,
+            """UPDATE embedding SET error = :error, sent_at = NULL,
+                      claimed_until = now() + make_interval(secs => :retry_seconds),
                       state = CASE WHEN :lasting OR attempts >= :most THEN 'failed' ELSE 'wanted' END
                WHERE address = :address AND state = 'wanted'"""
         ),
-        {"address": address, "error": error, "lasting": lasting, "most": MAX_ATTEMPTS},
+        {
+            "address": address,
+            "error": error,
+            "lasting": lasting,
+            "retry_seconds": retry_seconds,
+            "most": MAX_ATTEMPTS,
+        },
     )
 
 

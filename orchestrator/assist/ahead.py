@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from workers.embeddings.address import EmbeddingFormat, embedding_of
+from workers.embeddings.address import EmbeddingError, EmbeddingFormat, embedding_of
 
 from db import clicks, embeddings
 from db.publishing import LsProject
@@ -41,8 +41,8 @@ def keep_ahead(
             for project_id in projects if ahead else ():
                 want_next(engine, client, project_id, count=ahead, embedding_format=embedding_format)
             after_each()
-        except LabelStudioError as error:
-            log.warning("the next tasks are not known, next try in %g s: %s", _LOOK_SECONDS, error)
+        except (LabelStudioError, EmbeddingError) as error:
+            log.warning("the look at the next tasks failed, next try in %g s: %s", _LOOK_SECONDS, error)
         except DBAPIError as error:
             if not is_passing(error):
                 raise

@@ -22,6 +22,7 @@ from orchestrator.assist.service import serve
 from orchestrator.label_studio.client import LabelStudio
 from workers.embeddings.address import EmbeddingFormat
 from workers.embeddings.store import EmbeddingStore, open_store
+from workers.embeddings.sweep import sweep
 from workers.prompts import Prompt
 
 _CHILD = ("-P", "-m", "workers.clicks.child")
@@ -101,6 +102,8 @@ def _tidy(engine: Engine, store: EmbeddingStore | None) -> Callable[[], None]:
             from workers.running.tasks import top_up_or_say
 
             top_up_or_say(engine)
+        if store is not None:
+            sweep(engine, store, settings())
 
     return tidy
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from db import jobs, prompts
 from db.jobs import Job
@@ -19,7 +19,10 @@ from workers.prompts import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools."""
+    """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
+
+    keep_embeddings: for how many of its assets; it changes no mask.
+    """
 
     source: str
     model: str
@@ -33,6 +36,7 @@ class Request:
     prompts: PromptFile | None = None
     detector: AskedDetector | None = None
     text: Sequence[Prompt] = ()
+    keep_embeddings: int | Literal["all"] | None = None
 
     def asked(self) -> dict[str, Any]:
         """The part that is stored on the job's row, JSON-safe."""
@@ -46,6 +50,8 @@ class Request:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "limit": self.limit,
+            # Left out unless it was given: so a job that was stored before this option existed is still the same.
+            **({} if self.keep_embeddings is None else {"keep_embeddings": self.keep_embeddings}),
         }
 
     def model_version(self) -> str:

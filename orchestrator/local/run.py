@@ -78,7 +78,7 @@ def run(
         stack.enter_context(_only_run_in(out, state_dir))
         database_url = stack.enter_context(served_database(state_dir))
         broker_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-broker-"))
-        _become_deployment(database_url, Path(broker_dir))
+        _become_deployment(database_url, Path(broker_dir), state_dir / "embeddings")
         engine = open_engine(database_url)
         stack.callback(engine.dispose)
         job = _begin(engine, request)
@@ -111,10 +111,12 @@ def _only_run_in(out: Path, state_dir: Path) -> Iterator[None]:
         yield
 
 
-def _become_deployment(database_url: str, broker_dir: Path) -> None:
+def _become_deployment(database_url: str, broker_dir: Path, embeddings: Path) -> None:
     """Make this process and its worker use the embedded servers, through the same variables that an operator sets."""
     os.environ["MASKFLEET_DATABASE_URL"] = database_url
     os.environ["MASKFLEET_BROKER_URL"] = f"filesystem://{broker_dir}"
+    if settings().embeddings is None:
+        os.environ["MASKFLEET_EMBEDDINGS"] = str(embeddings.absolute())
     settings.cache_clear()
 
 

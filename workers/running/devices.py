@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workers.running.app import FIRST_QUEUE, QUEUE
+from workers.running.app import QUEUES
 from workers.running.tasks import RUN_DIR_VARIABLE, SUPERVISOR_VARIABLE
 
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -170,7 +170,7 @@ def _start(worker: _WorkerProcess) -> None:
     name = worker.device.name
     # -P: a folder named `db` or `workers` in the current folder must not be imported.
     command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker"]
-    command += ["--queues", f"{FIRST_QUEUE},{QUEUE}"]
+    command += ["--queues", ",".join(QUEUES)]
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
     command += ["--without-gossip", "--without-mingle"]
     environment = os.environ | {

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from botocore.exceptions import ClientError
+
 from db.settings import settings
-from workers.errors import AssetError, ErrorKind, SourceError, TransientError
+from workers.errors import SourceError, TransientError
 from workers.storage.asset import PAGE_SIZE
 from workers.storage.bucket import ATTEMPTS, Bucket
 from workers.storage.client import s3_client
@@ -120,10 +122,9 @@ class BucketObjects(Bucket):
             client = s3_client(self._store, ATTEMPTS)
             client.delete_object(Bucket=self._bucket, Key=self._prefix + key, **self._payer)
         except VENDOR_ERRORS as error:
-            failure = asset_error(key, self._bucket, error)
-            if isinstance(failure, AssetError) and failure.kind is ErrorKind.NOT_FOUND:
-                return
-            raise failure from error
+            if isinstance(error, ClientError) and error.response["Error"].get("Code") == "NoSuchKey":
+                return  # AWS says nothing then, some other stores do
+            raise asset_error(key, self._bucket, error) from error
 
     def stored(self) -> Iterator[StoredObject]:
         where: dict[str, str] = {}
