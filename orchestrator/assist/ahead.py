@@ -6,14 +6,13 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from workers.embeddings.address import EmbeddingError, EmbeddingFormat, embedding_of
-
 from db import clicks, embeddings
 from db.publishing import LsProject
 from db.session import DBAPIError, Engine, is_passing
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.setup import SAMPLING
+from workers.embeddings.address import EmbeddingError, EmbeddingFormat, embedding_of
 from workers.errors import redact
 from workers.models.spec import ModelError
 

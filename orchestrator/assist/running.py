@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,6 +31,7 @@ _CHILD = ("-P", "-m", "workers.clicks.child")
 _ENCODER = ("-P", "-m", "workers.running.encode")
 _CLICK_SECONDS = 5.0  # how long a click waits for its decoder; then a stored mask answers it
 _PICK_THREADS = 6
+_COMPARE_SECONDS = 3600.0
 
 log = logging.getLogger(__name__)
 
@@ -94,16 +97,23 @@ def _no_decoder(task: ClickedTask, prompt: Prompt, mask_counts: str | None) -> N
 
 
 def _tidy(engine: Engine, store: EmbeddingStore | None) -> Callable[[], None]:
-    """What follows each look ahead: messages for the workers, and the deletion of what is no longer needed."""
+    """What follows each look ahead: messages for the workers, and the deletion of what is no longer needed.
+
+    Files are compared with rows once an hour: that lists the whole store.
+    """
+    compared_at = -math.inf
 
     def tidy() -> None:
+        nonlocal compared_at
         if settings().broker_url is not None:
             # Imported here, because the module reads the broker's address when it loads.
             from workers.running.tasks import top_up_or_say
 
             top_up_or_say(engine)
         if store is not None:
-            sweep(engine, store, settings())
+            is_due = time.monotonic() - compared_at > _COMPARE_SECONDS
+            sweep(engine, store, settings(), compare=is_due)
+            compared_at = time.monotonic() if is_due else compared_at
 
     return tidy
 
