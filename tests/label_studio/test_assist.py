@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from db.session import open_engine
+from orchestrator.assist.ahead import next_tasks
+from orchestrator.assist.health import backend_faults, kept_embeddings
 from orchestrator.label_studio.backend import BackendError, Service, register
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.drawn import mask_from_region
-from orchestrator.label_studio.setup import Wanted, set_up_project
+from orchestrator.label_studio.setup import SAMPLING, Wanted, set_up_project
+from orchestrator.local.folder import folder_database
 from tests.label_studio.browser import Browser
 from tests.label_studio.editor import ALT, CONTROL, Editor
 from tests.label_studio.server import Server, serve
@@ -190,6 +195,19 @@ def shown_ids(review: Review, name: str) -> list[str]:
     return [region["id"] for region in prediction["result"] if "parentID" not in region]
 
 
+def test_the_next_tasks_are_those_that_nobody_annotated_in_the_order_of_the_label_stream(review: Review) -> None:
+    tasks = {task["id"]: task for task in review.client.list_tasks(review.project_id, whole=True)}
+    waiting = [task for task in tasks.values() if not task["annotations"]]
+    by_number = sorted(waiting, key=lambda task: task["id"])
+    by_score = sorted(waiting, key=lambda task: (task["predictions"][0]["score"], task["id"]))
+
+    review.client.update_project(review.project_id, sampling="Sequential sampling")
+    assert next_tasks(review.client, review.project_id, 10) == [task["data"]["asset_id"] for task in by_number]
+    review.client.update_project(review.project_id, sampling=SAMPLING)
+    assert next_tasks(review.client, review.project_id, 10) == [task["data"]["asset_id"] for task in by_score]
+    assert next_tasks(review.client, review.project_id, 1) == [task["data"]["asset_id"] for task in by_score[:1]]
+
+
 def test_points_boxes_and_picks_are_answered_accepted_and_counted(
     review: Review, nano: Model, browser: Browser
 ) -> None:
@@ -322,6 +340,20 @@ def test_a_task_without_predictions_that_is_opened_twice_gets_none(review: Revie
     assert review.client.get_task(imported.task_ids[0])["predictions"] == []
     assert review.client.get_project(review.project_id).model_version == version
     review.client.delete_task(imported.task_ids[0])
+
+
+def test_doctor_says_whether_reviewers_get_masks(review: Review) -> None:
+    assert backend_faults(review.client, review.project_id) == []
+    (registered,) = review.client.list_backends(review.project_id)
+    other = review.client.create_project(title="not assisted", label_config="<View></View>")
+    assert backend_faults(review.client, other.id) == [
+        f"project {other.id} has no 'maskfleet assist' among its backends"
+    ]
+    with folder_database(review.out) as url:
+        engine = open_engine(url)
+        assert re.match(r"\d embeddings, \d MB", kept_embeddings(engine))  # annotated tasks need none
+        engine.dispose()
+    assert registered["is_interactive"]
 
 
 def service_at(url: str) -> Service:
