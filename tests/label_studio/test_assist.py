@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,12 +129,18 @@ def nano() -> Model:
 
 @pytest.fixture(scope="module")
 def review(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Review]:
-    """Drawn scenes: run with their embeddings, assisted, published."""
+    with reviewing(server, tmp_path_factory.mktemp("assist"), ("asked.png", "refined.png", "left.png")) as made:
+        yield made
+
+
+@contextmanager
+def reviewing(server: Server, folder: Path, names: Sequence[str]) -> Iterator[Review]:
+    """Drawn scenes of these names: run with their embeddings, assisted, published. folder: for what `run` writes."""
     photos = server.files / "scenes"
     photos.mkdir()
-    for number, name in enumerate(("asked.png", "refined.png", "left.png")):
+    for number, name in enumerate(names):
         Image.fromarray(draw_scene(90_000_000_000_000 + number, SCENE_HW).image).save(photos / name)
-    out = tmp_path_factory.mktemp("assist") / "out"
+    out = folder / "out"
     client = LabelStudio(server.url, server.token)
     made = Review(server=server, client=client, out=out, project_id=0, tasks={}, masks={})
     made.call("run", photos, "--out", out, "--model", "sam_nano", "--keep-embeddings", "all")
