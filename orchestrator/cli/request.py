@@ -59,6 +59,7 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
         exclude=options.exclude or (),
         limit=options.limit,
         fresh=options.fresh,
+        max_failed_fraction=options.max_failed_fraction,
     )
 
 

@@ -19,7 +19,10 @@ from workers.prompts import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools."""
+    """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
+
+    max_failed_fraction: 0..1, of `db.brake`; None is its default.
+    """
 
     source: str
     model: str
@@ -30,6 +33,7 @@ class Request:
     exclude: Sequence[str] = ()
     limit: int | None = None
     fresh: bool = False
+    max_failed_fraction: float | None = None
     prompts: PromptFile | None = None
     detector: AskedDetector | None = None
     text: Sequence[Prompt] = ()
@@ -46,6 +50,8 @@ class Request:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "limit": self.limit,
+            # Left out where it was not given, so that `run` finds the unfinished job of an older version.
+            **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
         }
 
     def model_version(self) -> str:

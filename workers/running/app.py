@@ -96,6 +96,14 @@ def waiting_messages() -> int:
     return waiting
 
 
+def count_waiting() -> int:
+    """`waiting_messages`, for those who do not know kombu. Raises BrokerAway."""
+    try:
+        return waiting_messages()
+    except (OperationalError, OSError) as error:
+        raise BrokerAway(str(error)) from error
+
+
 _REDIS: dict[str, Any] = {
     "socket_timeout": 30,
     "socket_connect_timeout": 5,

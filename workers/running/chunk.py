@@ -8,10 +8,11 @@ kills this process, the reaper knows the few assets that it worked on.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +20,16 @@ from db import leases, prompts
 from db.leases import Asset, ClaimedChunk, LeaseLost, NewOutcome
 from db.session import DBAPIError, is_passing
 from workers.errors import ErrorKind, TransientError, redact
-from workers.images.decode import decode
 from workers.images.pixels import RgbImage
 from workers.models.spec import ModelError
+from workers.running.fetching import DecodeStuck, FetchAhead, NotFetched
 from workers.running.looks import Encode, Look, encode_and_look
+from workers.running.metrics import count_stored, timed
 from workers.running.outcomes import failed_outcome, judge, labeled_outcome, storable_text
 from workers.running.worker import Worker, release, unfit
-from workers.storage.asset import Source
 from workers.storage.source import open_source
 
 _LOOKAHEAD = 2  # batches marked and decoded ahead of the one on the device, so that the device waits for no commit
-_FETCH_THREADS = 4
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     """
     with worker.engine.begin() as db:
         chunk = leases.claim_chunk(
-            db, chunk_id=chunk_id, worker=worker.name, lease_seconds=worker.settings.lease_seconds
+            db, chunk_id=chunk_id, worker=worker.name, lease_seconds=worker.settings.lease_seconds, pid=os.getpid()
         )
         if chunk is None:
             return None
@@ -70,6 +70,16 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     except Draining:
         log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id)
         release(worker, chunk)
+    except DecodeStuck:
+        seconds = worker.settings.decode_seconds
+        log.error(
+            "chunk %d of job %d: a decode takes longer than %g s, and only the end of this process ends it",
+            chunk.id,
+            chunk.job_id,
+            seconds,
+        )
+        release(worker, chunk)
+        worker.on_hang()
     except TransientError as error:
         log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(error)))
         release(worker, chunk, pause=True, error=str(error))
@@ -92,7 +102,6 @@ class _ChunkRun:
         self._worker = worker
         self._settings = worker.settings
         self._chunk = chunk
-        self._images: dict[int, Future[RgbImage]] = {}
         self._transient: TransientError | None = None
         self._lost = threading.Event()
         self._over = threading.Event()
@@ -144,7 +153,7 @@ class _ChunkRun:
     ) -> None:
         source = open_source(self._chunk.source, s3_endpoint=self._settings.s3_endpoint)
         with (
-            ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch") as fetching,
+            FetchAhead(source, self._settings, self._worker.name) as ahead,
             ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
         ):
 
@@ -153,35 +162,31 @@ class _ChunkRun:
                 marked = [asset for batch in batches[k : k + lookahead + 1] for asset in batch]
                 self._record(outcomes, marked)
                 for asset in marked:
-                    if asset.id not in self._images:
-                        self._images[asset.id] = fetching.submit(self._fetch, source, asset)
+                    ahead.start(asset)
 
             try:
                 stores = [storing.submit(store, 0, [])]
                 for k, batch in enumerate(batches):
                     stores[max(k - lookahead, 0)].result()
-                    outcomes = self._segment_batch(batch, encode, look)
+                    outcomes = self._segment_batch(batch, ahead, encode, look)
                     stores.append(storing.submit(store, k + 1, outcomes))
-                    if self._worker.draining():
+                    if self._worker.draining() or ahead.is_stuck:
                         stores[-1].result()
-                        raise Draining
+                        raise Draining  # or DecodeStuck, which the end of the block raises
                 for stored in stores:
                     stored.result()
             finally:
                 storing.shutdown(cancel_futures=True)
-                fetching.shutdown(cancel_futures=True)
 
-    def _fetch(self, source: Source, asset: Asset) -> RgbImage:
-        content = source.read(asset.key, self._settings.max_object_bytes)
-        return decode(content, name=asset.key, max_pixels=self._settings.max_pixels)
-
-    def _segment_batch(self, batch: Sequence[Asset], encode: Encode, look: Look) -> list[NewOutcome]:
+    def _segment_batch(self, batch: Sequence[Asset], ahead: FetchAhead, encode: Encode, look: Look) -> list[NewOutcome]:
         """Outcomes of a batch. An asset that could not be read for a temporary reason has none yet."""
         outcomes: list[NewOutcome] = []
         images: list[tuple[Asset, RgbImage]] = []
         for asset in batch:
             try:
-                images.append((asset, self._images.pop(asset.id).result()))
+                images.append((asset, ahead.image(asset)))
+            except NotFetched:
+                continue
             except TransientError as error:
                 outcomes.extend(self._put_off(asset, error))
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
@@ -193,7 +198,8 @@ class _ChunkRun:
             self._go_on()
             started = time.perf_counter() - share_seconds
             try:
-                found = look(asset, image, embedding)
+                with timed(self._worker.name, "masks"):
+                    found = look(asset, image, embedding)
             except (LeaseLost, DBAPIError, ModelError):
                 raise  # about this worker, not about the asset
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
@@ -201,7 +207,7 @@ class _ChunkRun:
             else:
                 outcomes.append(labeled_outcome(asset, image, found, started, self._chunk.asked.get("label")))
         self._progress_at = time.monotonic()
-        return outcomes
+        return [ahead.with_etag(outcome) for outcome in outcomes]
 
     def _go_on(self) -> None:
         """Tell the heartbeat that the work progresses. Raises LeaseLost when the lease was lost."""
@@ -216,7 +222,8 @@ class _ChunkRun:
         if not images:
             return []
         try:
-            embeddings = encode([image for _, image in images])
+            with timed(self._worker.name, "encode"):
+                embeddings = encode([image for _, image in images])
             return [(asset, image, embedding) for (asset, image), embedding in zip(images, embeddings, strict=True)]
         except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
             if len(images) == 1:
@@ -240,7 +247,7 @@ class _ChunkRun:
         pause = 0.5
         while True:
             try:
-                with self._worker.engine.begin() as db:
+                with timed(self._worker.name, "store"), self._worker.engine.begin() as db:
                     leases.record(
                         db,
                         chunk=self._chunk,
@@ -259,6 +266,8 @@ class _ChunkRun:
         failed = sum(outcome.error_kind is not None for outcome in outcomes)
         self.failed += failed
         self.labeled += len(outcomes) - failed
+        masks = sum(len(outcome.masks) for outcome in outcomes)
+        count_stored(self._worker.name, labeled=len(outcomes) - failed, failed=failed, masks=masks)
 
     def _beat(self) -> None:
         """Extend the lease while assets get finished. A process without progress for hang_seconds is given up."""

@@ -15,10 +15,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from billiard.exceptions import WorkerLostError
 from celery import Task
-from celery.signals import setup_logging, task_failure, worker_init, worker_shutting_down
+from celery.signals import setup_logging, worker_init, worker_shutting_down
+from celery.worker.request import Request
 from kombu.exceptions import OperationalError as BrokerAway
 
 from db import jobs, queue
@@ -26,6 +28,7 @@ from db.session import DBAPIError, Engine, is_passing, open_engine
 from db.settings import settings
 from workers.detectors import detector as detectors
 from workers.errors import redact
+from workers.logs import log_to_stderr, one_line
 from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import Model
@@ -37,10 +40,13 @@ from workers.running.worker import Worker
 # Set by `maskfleet worker`, which owns the folder. A file `stop` in it means that the worker drains.
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 SUPERVISOR_VARIABLE = "MASKFLEET_WORKER_SUPERVISOR"  # its process id
+MODEL_FILE = "model"  # in the folder: the name of the model that was loaded last
+ERROR_FILE = "error"  # in the folder: the last error that was logged, one line
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EX_TEMPFAIL = 75  # sysexits.h: try again later
 _MOST_FAULTS = 3
 _LONGEST_PAUSE_SECONDS = 5.0
+_MOST_OF_AN_ERROR = 500
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +72,36 @@ def _drain(**_: object) -> None:
         (_run_dir() / "stop").touch()
 
 
+class _LastError(logging.Handler):
+    """Keeps the last error in the worker's folder. There the supervisor finds why a worker did not come up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = record.exc_info[1] if record.exc_info else None
+        text = one_line(redact(str(cause or record.getMessage())))[:_MOST_OF_AN_ERROR]
+        with suppress(OSError):
+            (_run_dir() / ERROR_FILE).write_text(text, encoding="utf-8")
+
+
 @setup_logging.connect
-def _log_plainly(**_: object) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def _log(**_: object) -> None:
+    log_to_stderr()
+    logging.getLogger().addHandler(_LastError(logging.ERROR))
     for chatty in ("botocore", "boto3", "urllib3", "s3transfer"):
         logging.getLogger(chatty).setLevel(logging.WARNING)  # their debug lines hold signatures
 
 
-@app.task(name=SEGMENT_CHUNK, bind=True)
+class ChunkRequest(Request):  # type: ignore[misc]  # Celery's classes carry no types
+    """A message in Celery's main process. When the child that took it dies, the child's lease ends now."""
+
+    def on_failure(self, exc_info: Any, *given: Any, **named: Any) -> Any:
+        answer = super().on_failure(exc_info, *given, **named)
+        # A child that leaves by itself is reported as SystemExit.
+        if isinstance(exc_info.exception, WorkerLostError | SystemExit) and self.worker_pid is not None:
+            _expire_lease_of_dead(self.args[0], str(self.hostname), int(self.worker_pid))
+        return answer
+
+
+@app.task(name=SEGMENT_CHUNK, bind=True, Request=ChunkRequest)
 def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
     """Label one chunk. A message that is late, foreign or comes twice finds nothing to claim and does nothing."""
     if type(chunk_id) is not int:
@@ -84,7 +112,7 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
         report = _run_once_postgres_answers(worker, chunk_id)
         _faults_file().unlink(missing_ok=True)
     except ProcessUnfit:
-        log.exception("chunk %d: this process ends", chunk_id)
+        log.exception("chunk %d: this process ends", chunk_id, extra={"chunk": chunk_id})
         _leave()
     top_up_or_say(worker.engine)
     return asdict(report) if report else None
@@ -109,21 +137,18 @@ def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | N
         pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
 
-@task_failure.connect
-def _expire_lease_of_dead(
-    sender: Task | None = None, exception: Exception | None = None, args: tuple[int, ...] = (), **_: object
-) -> None:
-    """The pool's child died: end its lease now. This (main) process knows that nobody else holds it."""
-    if not isinstance(exception, WorkerLostError) or sender is None:
+def _expire_lease_of_dead(chunk_id: object, worker_name: str, pid: int) -> None:
+    """The pool's child died: end its lease, and only its own. A message that came twice may have another holder."""
+    if type(chunk_id) is not int:
         return
-    worker = _worker(sender.request.hostname or "worker")
+    worker = _worker(worker_name)
     try:
         with worker.engine.begin() as db:
-            queue.expire_lease(db, chunk_id=args[0], worker=worker.name)
+            queue.expire_lease(db, chunk_id=chunk_id, worker=worker.name, pid=pid)
     except DBAPIError as error:
         if not is_passing(error):
             raise
-        log.warning("chunk %d: Postgres is away; it continues after its lease expires: %s", args[0], _one_line(error))
+        log.warning("chunk %d: Postgres is away; it continues after its lease expires: %s", chunk_id, _one_line(error))
         return
     top_up_or_say(worker.engine)
 
@@ -187,7 +212,10 @@ def _worker(name: str) -> Worker:
 def _load_model(name: str) -> Model:
     from workers.engine.device import default_device
 
-    return load_model(find_model(name), default_device())
+    model = load_model(find_model(name), default_device())
+    with suppress(OSError):  # the folder's owner may have ended and removed it
+        (_run_dir() / MODEL_FILE).write_text(name)
+    return model
 
 
 def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detectors.PhraseDetector:
