@@ -29,7 +29,8 @@ from workers.running.app import FIRST_QUEUE, QUEUE
 from workers.running.device_lock import hold_device
 from workers.running.heart import Heart, own_beat
 from workers.running.metrics import FOLDER_VARIABLE, serve_worker_metrics
-from workers.running.tasks import ERROR_FILE, MODEL_FILE, RUN_DIR_VARIABLE, SUPERVISOR_VARIABLE
+from workers.running.run_dir import RUN_DIR_VARIABLE, error_file, model_file, stop_file
+from workers.running.tasks import SUPERVISOR_VARIABLE
 
 _LONGEST_PAUSE_SECONDS = 60.0
 _HEALTHY_SECONDS = 60.0  # a worker that lived this long starts again without a pause
@@ -182,7 +183,7 @@ def _beat(worker: _WorkerProcess) -> Beat:
     """The worker's row. Weights are looked for anew each time, because a pull may bring them at any moment."""
     loaded = None
     with suppress(OSError):
-        loaded = (worker.run_dir / MODEL_FILE).read_text()
+        loaded = model_file(worker.run_dir).read_text()
     return replace(
         own_beat(ProcessKind.WORKER),
         name=_node_name(worker.device),
@@ -234,7 +235,7 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
 def _said(worker: _WorkerProcess) -> str:
     """The last error that the worker logged since its start, after a colon. Empty when it logged none."""
     try:
-        return f": {(worker.run_dir / ERROR_FILE).read_text(encoding='utf-8')}"
+        return f": {error_file(worker.run_dir).read_text(encoding='utf-8')}"
     except OSError:
         return ""
 
@@ -252,8 +253,8 @@ def _start(worker: _WorkerProcess) -> None:
         RUN_DIR_VARIABLE: str(worker.run_dir),
         SUPERVISOR_VARIABLE: str(os.getpid()),
     }
-    for told in (MODEL_FILE, ERROR_FILE):
-        (worker.run_dir / told).unlink(missing_ok=True)
+    for of_its_predecessor in (model_file(worker.run_dir), error_file(worker.run_dir)):
+        of_its_predecessor.unlink(missing_ok=True)
     # The worker gets its own session. So Ctrl-C reaches only this process, which then drains its workers in order.
     worker.process = subprocess.Popen(command, env=environment, start_new_session=True)
     worker.started_at = time.monotonic()
@@ -263,7 +264,7 @@ def _start(worker: _WorkerProcess) -> None:
 def _drain(workers: Sequence[_WorkerProcess], drain_seconds: float) -> None:
     running = [worker.process for worker in workers if worker.process is not None]
     for worker in workers:
-        (worker.run_dir / "stop").touch()
+        stop_file(worker.run_dir).touch()
     for process in running:
         process.terminate()
     give_up_at = time.monotonic() + drain_seconds

@@ -14,7 +14,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from billiard.exceptions import WorkerLostError
@@ -28,25 +27,21 @@ from db.session import DBAPIError, Engine, is_passing, open_engine
 from db.settings import settings
 from workers.detectors import detector as detectors
 from workers.errors import redact
-from workers.logs import log_to_stderr, one_line
+from workers.logs import log_to_stderr
 from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import Model
 from workers.running.app import FIRST_QUEUE, QUEUE, SEGMENT_CHUNK, app, publish_chunks, waiting_messages
 from workers.running.chunk import ChunkReport, run_chunk
 from workers.running.outcomes import ProcessUnfit
+from workers.running.run_dir import faults_file, keep_error, model_file, run_dir, stop_file
 from workers.running.worker import Worker
 
-# Set by `maskfleet worker`, which owns the folder. A file `stop` in it means that the worker drains.
-RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 SUPERVISOR_VARIABLE = "MASKFLEET_WORKER_SUPERVISOR"  # its process id
-MODEL_FILE = "model"  # in the folder: the name of the model that was loaded last
-ERROR_FILE = "error"  # in the folder: the last error that was logged, one line
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EX_TEMPFAIL = 75  # sysexits.h: try again later
 _MOST_FAULTS = 3
 _LONGEST_PAUSE_SECONDS = 5.0
-_MOST_OF_AN_ERROR = 500
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +64,14 @@ def _end_with_the_supervisor(**_: object) -> None:
 def _drain(**_: object) -> None:
     """Tell the pool's child that its worker ends. It then finishes its current batch and releases its chunk."""
     with suppress(OSError):  # the folder's owner may have ended and removed it
-        (_run_dir() / "stop").touch()
+        stop_file(run_dir()).touch()
 
 
 class _LastError(logging.Handler):
-    """Keeps the last error in the worker's folder. There the supervisor finds why a worker did not come up."""
+    """Notes the last error that was logged, for the supervisor."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        cause = record.exc_info[1] if record.exc_info else None
-        text = one_line(redact(str(cause or record.getMessage())))[:_MOST_OF_AN_ERROR]
-        with suppress(OSError):
-            (_run_dir() / ERROR_FILE).write_text(text, encoding="utf-8")
+        keep_error(record.exc_info[1] if record.exc_info else record.getMessage())
 
 
 @setup_logging.connect
@@ -110,7 +102,7 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
     worker = _worker(self.request.hostname or "worker")
     try:
         report = _run_once_postgres_answers(worker, chunk_id)
-        _faults_file().unlink(missing_ok=True)
+        faults_file(run_dir()).unlink(missing_ok=True)
     except ProcessUnfit:
         log.exception("chunk %d: this process ends", chunk_id, extra={"chunk": chunk_id})
         _leave()
@@ -204,7 +196,7 @@ def _worker(name: str) -> Worker:
         settings=settings(),
         load_model=_load_model,
         load_detector=_load_detector,
-        draining=lambda: (_run_dir() / "stop").exists(),
+        draining=lambda: stop_file(run_dir()).exists(),
         on_hang=lambda: os._exit(_EX_TEMPFAIL),
     )
 
@@ -214,7 +206,7 @@ def _load_model(name: str) -> Model:
 
     model = load_model(find_model(name), default_device())
     with suppress(OSError):  # the folder's owner may have ended and removed it
-        (_run_dir() / MODEL_FILE).write_text(name)
+        model_file(run_dir()).write_text(name)
     return model
 
 
@@ -226,7 +218,7 @@ def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detec
 
 def _leave() -> None:
     """End this child without a verdict. After _MOST_FAULTS of these in a row, stop the worker: it can label nothing."""
-    faults = _faults_file()
+    faults = faults_file(run_dir())
     seen = len(faults.read_text()) + 1 if faults.exists() else 1
     if faults.parent.is_dir():
         faults.write_text("x" * seen)
@@ -237,11 +229,3 @@ def _leave() -> None:
 
 def _one_line(error: DBAPIError) -> str:
     return redact(" ".join(str(error.orig).split()))
-
-
-def _faults_file() -> Path:
-    return _run_dir() / "faults"
-
-
-def _run_dir() -> Path:
-    return Path(os.environ.get(RUN_DIR_VARIABLE, "/nonexistent"))
