@@ -26,6 +26,7 @@ def log_to_stderr() -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
 
 
 class TextFormatter(logging.Formatter):
@@ -38,7 +39,8 @@ class TextFormatter(logging.Formatter):
         return one_line(super().formatMessage(record))
 
     def formatException(self, ei: ExcInfo) -> str:
-        return _INDENT + super().formatException(ei).replace("\r", "\\r").replace("\n", f"\n{_INDENT}")
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(_INDENT + one_line(line) for line in lines)
 
 
 def one_line(text: str) -> str:

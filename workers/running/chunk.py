@@ -61,27 +61,22 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
             return None
         answered = 0 if chunk.fresh else leases.answer_from_stored(db, chunk=chunk)
         assets = leases.pending_assets(db, chunk=chunk)
-    run = _ChunkRun(worker, chunk)
+    run, about = _ChunkRun(worker, chunk), _log_ids(chunk)
     try:
         run.work_through(assets)
     except LeaseLost as lost:
-        log.warning("%s", lost)
+        log.warning("%s", lost, extra=about)
         release(worker, chunk)  # has an effect only when the chunk is still ours, because its job was cancelled
     except Draining:
-        log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id)
+        log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id, extra=about)
         release(worker, chunk)
     except DecodeStuck:
-        seconds = worker.settings.decode_seconds
-        log.error(
-            "chunk %d of job %d: a decode takes longer than %g s, and only the end of this process ends it",
-            chunk.id,
-            chunk.job_id,
-            seconds,
-        )
+        said = "chunk %d of job %d: a decode does not end, and only the end of this process ends it"
+        log.error(said, chunk.id, chunk.job_id, extra=about)
         release(worker, chunk)
         worker.on_hang()
     except TransientError as error:
-        log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(error)))
+        log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(error)), extra=about)
         release(worker, chunk, pause=True, error=str(error))
     except ModelError as error:  # some parts of a model are loaded at their first use
         raise unfit(worker, chunk, chunk.model, error) from error
@@ -260,7 +255,8 @@ class _ChunkRun:
             except DBAPIError as error:
                 if not is_passing(error) or time.monotonic() + pause > give_up_at:
                     raise
-                log.warning("chunk %d: Postgres did not answer, trying again: %s", self._chunk.id, redact(str(error)))
+                said = "chunk %d: Postgres did not answer, trying again: %s"
+                log.warning(said, self._chunk.id, redact(str(error)), extra=_log_ids(self._chunk))
                 time.sleep(pause)
                 pause = min(pause * 2, 5)
         failed = sum(outcome.error_kind is not None for outcome in outcomes)
@@ -273,7 +269,8 @@ class _ChunkRun:
         """Extend the lease while assets get finished. A process without progress for hang_seconds is given up."""
         while not self._over.wait(self._settings.lease_seconds / 4):
             if time.monotonic() - self._progress_at > self._settings.hang_seconds:
-                log.error("chunk %d: no asset finished for %g s", self._chunk.id, self._settings.hang_seconds)
+                said, seconds = "chunk %d: no asset finished for %g s", self._settings.hang_seconds
+                log.error(said, self._chunk.id, seconds, extra=_log_ids(self._chunk))
                 self._worker.on_hang()
                 return
             try:
@@ -283,4 +280,10 @@ class _ChunkRun:
                 self._lost.set()
                 return
             except DBAPIError as error:
-                log.warning("chunk %d: heartbeat failed: %s", self._chunk.id, redact(str(error)))
+                said = "chunk %d: heartbeat failed: %s"
+                log.warning(said, self._chunk.id, redact(str(error)), extra=_log_ids(self._chunk))
+
+
+def _log_ids(chunk: ClaimedChunk) -> dict[str, int]:
+    """What a log line about a chunk carries apart from its text."""
+    return {"job": chunk.job_id, "chunk": chunk.id}

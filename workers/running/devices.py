@@ -229,7 +229,8 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
     worker.restart_at = now + pause
     worker.last_error = f"exit code {code}{_said(worker)}"
     what = "is given up" if worker.given_up else f"starts again in {pause:g} s"
-    log.error("worker %s ended with %s and %s", worker.device.name, worker.last_error, what)
+    about = {"worker": _node_name(worker.device)}
+    log.error("worker %s ended with %s and %s", worker.device.name, worker.last_error, what, extra=about)
 
 
 def _said(worker: _WorkerProcess) -> str:
@@ -243,7 +244,8 @@ def _said(worker: _WorkerProcess) -> str:
 def _start(worker: _WorkerProcess) -> None:
     name = worker.device.name
     # -P: a folder named `db` or `workers` in the current folder must not be imported.
-    command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker"]
+    # --quiet: without Celery's banner, which is no log line.
+    command = [sys.executable, "-P", "-m", "celery", "--quiet", "--app", "workers.running.app", "worker"]
     command += ["--queues", f"{FIRST_QUEUE},{QUEUE}"]
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
     command += ["--without-gossip", "--without-mingle"]

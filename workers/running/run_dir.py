@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -12,10 +13,12 @@ from pathlib import Path
 from types import TracebackType
 
 from workers.errors import redact
-from workers.logs import one_line
+from workers.logs import log_to_stderr, one_line
 
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 _MOST_OF_AN_ERROR = 500
+
+log = logging.getLogger(__name__)
 
 
 def run_dir() -> Path:
@@ -48,12 +51,13 @@ def keep_error(error: object) -> None:
         error_file(run_dir()).write_text(one_line(redact(str(error)))[:_MOST_OF_AN_ERROR], encoding="utf-8")
 
 
-def keep_last_exception() -> None:
-    """From now on, also note the exception that ends this process."""
+def log_from_the_start() -> None:
+    """In a worker's process: log as the settings say before Celery is up, and note the exception that ends it."""
     if RUN_DIR_VARIABLE in os.environ:
-        sys.excepthook = _note_and_show
+        log_to_stderr()
+        sys.excepthook = _note_and_log
 
 
-def _note_and_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _note_and_log(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     keep_error(f"{kind.__name__}: {error}")
-    sys.__excepthook__(kind, error, trace)
+    log.critical("this process ends", exc_info=(kind, error, trace))

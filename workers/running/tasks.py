@@ -124,7 +124,8 @@ def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | N
                 raise
             if worker.draining():
                 return None
-            log.warning("chunk %d: Postgres does not answer, next try in %g s: %s", chunk_id, pause, _one_line(error))
+            said = "chunk %d: Postgres does not answer, next try in %g s: %s"
+            log.warning(said, chunk_id, pause, _one_line(error), extra={"chunk": chunk_id})
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
@@ -140,7 +141,8 @@ def _expire_lease_of_dead(chunk_id: object, worker_name: str, pid: int) -> None:
     except DBAPIError as error:
         if not is_passing(error):
             raise
-        log.warning("chunk %d: Postgres is away; it continues after its lease expires: %s", chunk_id, _one_line(error))
+        said = "chunk %d: Postgres is away; it continues after its lease expires: %s"
+        log.warning(said, chunk_id, _one_line(error), extra={"chunk": chunk_id})
         return
     top_up_or_say(worker.engine)
 
