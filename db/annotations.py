@@ -36,7 +36,8 @@ class RegionRow:
     """One mask of a chosen annotation.
 
     iou: only for an edited mask: its IoU 0..1 with the mask that was shown. counts, bbox_xywh, area_px: the mask that
-    a person drew; None where the stored mask is unchanged.
+    a person drew; None where the stored mask is unchanged. region_id: of an added mask that began as an answer to a
+    click.
     """
 
     verdict: Verdict
@@ -46,6 +47,7 @@ class RegionRow:
     counts: str | None = None
     bbox_xywh: tuple[int, int, int, int] | None = None
     area_px: int | None = None
+    region_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +170,19 @@ def _insert_annotation(db: Connection, ls_task_id: int, annotation: AnnotationRo
     ).scalar_one_or_none()
     if made is None or not annotation.regions:
         return
-    columns = ("verdict", "mask_n", "label", "iou", "counts", "area_px", "bbox_x", "bbox_y", "bbox_w", "bbox_h")
+    columns = (
+        "verdict",
+        "mask_n",
+        "label",
+        "iou",
+        "counts",
+        "area_px",
+        "region_id",
+        "bbox_x",
+        "bbox_y",
+        "bbox_w",
+        "bbox_h",
+    )
     statement = text(
         f"""INSERT INTO ls_region (ls_annotation_id, i, {", ".join(columns)})
             VALUES (:id, :i, {", ".join(":" + column for column in columns)})"""
@@ -176,5 +190,5 @@ def _insert_annotation(db: Connection, ls_task_id: int, annotation: AnnotationRo
     values = []
     for i, region in enumerate(annotation.regions):
         box = dict(zip(columns[-4:], region.bbox_xywh or (None,) * 4, strict=True))
-        values.append({"id": made, "i": i, **{name: getattr(region, name) for name in columns[:6]}, **box})
+        values.append({"id": made, "i": i, **{name: getattr(region, name) for name in columns[:7]}, **box})
     db.execute(statement, values)

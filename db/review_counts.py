@@ -80,7 +80,7 @@ class Reviewed:
 
 
 # The assets of a job that a project has, each with its task, and with the asset that owns the shown masks.
-_MINE = """mine AS (
+MINE = """mine AS (
     SELECT my.id, my.key, t.id AS ls_task_id, t.task_id, p.asset_id, p.model_version
     FROM asset my JOIN job wanted ON wanted.id = my.job_id
     JOIN job same ON same.source = wanted.source AND same.model_version = wanted.model_version
@@ -100,7 +100,7 @@ def tallies(db: Connection, *, job_id: int, ls_project: LsProject) -> list[Tally
     """
     rows = db.execute(
         text(
-            f"""WITH {_MINE}
+            f"""WITH {MINE}
                 SELECT n.model_version, CASE WHEN r.verdict = 'added' THEN r.label ELSE coalesce(m.label, 'object') END
                            AS label,
                        CASE WHEN m.n IS NOT NULL THEN least(19, floor({_SCORE} * 20))::int END AS band,
@@ -123,7 +123,7 @@ def kept_by_score(db: Connection, *, job_id: int, ls_project: LsProject) -> list
     """Rows (score, masks kept unchanged, masks) over a job's judged predictions: one row a score, highest first."""
     rows = db.execute(
         text(
-            f"""WITH {_MINE}
+            f"""WITH {MINE}
                 SELECT ({_SCORE})::float AS score, count(*) FILTER (WHERE r.verdict = 'kept') AS kept, count(*) AS n
                 FROM mine JOIN ls_annotation n ON n.ls_task_id = mine.ls_task_id AND n.standing = 'chosen'
                      AND n.model_version = mine.model_version
@@ -141,7 +141,7 @@ def asset_counts(db: Connection, *, job_id: int, ls_project: LsProject) -> Asset
     row = (
         db.execute(
             text(
-                f"""WITH {_MINE}, one AS (
+                f"""WITH {MINE}, one AS (
                         SELECT n.id IS NOT NULL AS annotated, n.model_version = mine.model_version AS ours,
                                NOT EXISTS (SELECT 1 FROM ls_region r
                                            WHERE r.ls_annotation_id = n.id AND r.verdict <> 'kept')
@@ -175,7 +175,7 @@ def annotators(db: Connection, *, job_id: int, ls_project: LsProject) -> list[An
     """Who did what on a job's assets. A resubmitted annotation counts again, because it took time again."""
     rows = db.execute(
         text(
-            f"""WITH {_MINE}
+            f"""WITH {MINE}
                 SELECT n.annotator, count(*) FILTER (WHERE n.standing <> 'skipped') AS submitted,
                        count(*) FILTER (WHERE n.standing = 'skipped') AS skipped,
                        coalesce(sum(n.lead_seconds), 0)::float AS seconds_total,
@@ -198,7 +198,7 @@ def lead_seconds(
     """
     row = db.execute(
         text(
-            f"""WITH {_MINE}, took AS (
+            f"""WITH {MINE}, took AS (
                     SELECT sum(n.lead_seconds) AS seconds FROM mine
                     JOIN ls_annotation n ON n.ls_task_id = mine.ls_task_id AND n.standing <> 'skipped'
                     GROUP BY mine.id)
@@ -214,7 +214,7 @@ def worst_assets(db: Connection, *, job_id: int, ls_project: LsProject, limit: i
     """The corrected assets of a job, those that agree least with the prediction first."""
     rows = db.execute(
         text(
-            f"""WITH {_MINE}
+            f"""WITH {MINE}
                 SELECT mine.id AS asset_id, mine.key, mine.task_id, max(o.height) AS height, max(o.width) AS width,
                        (sum(CASE r.verdict WHEN 'kept' THEN 1 WHEN 'edited' THEN coalesce(r.iou, 0) ELSE 0 END)
                         / count(*))::float AS agreement,

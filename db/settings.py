@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     webhook_secret: SecretStr | None = Field(
         None, description="Secret of Label Studio's webhooks (X-Maskfleet-Secret) that wake up `review --follow`"
     )
+    assist_user: str = Field("maskfleet", description="User with which Label Studio calls `maskfleet assist`")
+    assist_password: SecretStr | None = Field(None, description="Its password, at least 16 characters")
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
     state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")
     model: str | None = Field(None, description="Model that `submit` takes when --model is not given")
@@ -45,6 +47,12 @@ class Settings(BaseSettings):
     hang_seconds: float = Field(900, gt=0, description="A worker that finishes no asset for this long is given up")
     drain_seconds: float = Field(50, gt=0, description="Time a worker has to finish its batch after SIGTERM")
     decode_seconds: float = Field(60, gt=0, description="An image that takes longer to decode fails")
+    embeddings: str | None = Field(
+        None, description="Folder or s3://bucket/prefix of kept embeddings; default of `run`: OUT/.maskfleet/embeddings"
+    )
+    embeddings_format: Literal["fp16", "int8"] = Field("fp16", description="How kept embeddings are stored")
+    embeddings_bytes: int = Field(10_000_000_000, ge=0, description="Bytes of all kept embeddings at most")
+    embeddings_days: float = Field(14, gt=0, description="An embedding not used for this long is deleted")
     max_pixels: int = Field(100_000_000, ge=1, description="Larger images are refused from their header")
     max_object_bytes: int = Field(200 * 1024 * 1024, ge=1, description="Larger objects are refused unread")
 

@@ -47,6 +47,24 @@ def encode_counts(mask: BoolMask) -> str:
     return counts.decode("ascii")
 
 
+def decode_counts(counts: str, size_hw: tuple[int, int]) -> BoolMask:
+    """The pixels (H, W) bool of COCO compressed run lengths.
+
+    Raises ValueError unless these are the run lengths that `encode_counts` gives for a mask of this size.
+    """
+    try:
+        rle = {"size": list(size_hw), "counts": counts.encode("ascii")}
+        pixels: BoolMask = coco_mask.decode(rle).astype(np.bool_)
+    except (ValueError, UnicodeEncodeError) as error:
+        raise ValueError(
+            f"counts {counts[:20]!r}: not the run lengths of {size_hw[0]} x {size_hw[1]} pixels"
+        ) from error
+    # Where the runs end too early, pycocotools returns whatever was in memory.
+    if encode_counts(pixels) != counts:
+        raise ValueError(f"counts {counts[:20]!r}: do not add up to {size_hw[0]} x {size_hw[1]} pixels")
+    return pixels
+
+
 def mask_from_pixels(
     pixels: BoolMask, *, predicted_iou: float, stability_score: float | None = None, label: str | None = None
 ) -> Mask:

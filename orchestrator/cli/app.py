@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+from db import jobs
 from db.session import DBAPIError, Engine, check_migrated, is_passing, open_engine
 from db.settings import settings
+from orchestrator.local.folder import folder_database, is_folder, state_dir_of
 from orchestrator.terminal.console import stderr_console
 from workers.errors import redact
 
@@ -22,7 +27,7 @@ USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses i
 # The order in which people need them: make a job, look at it, export its masks, review, operate.
 _ORDER = (
     *("demo", "run", "submit", "watch", "jobs", "show", "cancel", "resume", "retry", "export"),
-    *("label-studio", "publish", "review", "models", "worker", "dispatch", "migrate", "doctor"),
+    *("label-studio", "publish", "assist", "review", "models", "worker", "dispatch", "migrate", "doctor"),
 )
 
 
@@ -50,7 +55,31 @@ app.add_typer(label_studio_app, name="label-studio")
 
 err = stderr_console()
 log = logging.getLogger(__name__)
-JobArgument = Annotated[int, typer.Argument(help="The job's number, as `maskfleet jobs` shows it.", show_default=False)]
+opened = ExitStack()  # what the arguments of a command opened; `main` closes it
+
+
+def job_number(job: str) -> int:
+    """A JOB argument: a job's number, or the folder of a `maskfleet run`, which means its newest job.
+
+    A folder's own database then runs until the command ends, and takes the place of MASKFLEET_DATABASE_URL. Its kept
+    embeddings are used unless MASKFLEET_EMBEDDINGS names others.
+    """
+    if not is_folder(job):
+        return int(job)
+    url = opened.enter_context(folder_database(Path(job)))
+    os.environ["MASKFLEET_DATABASE_URL"] = url
+    os.environ.setdefault("MASKFLEET_EMBEDDINGS", str(state_dir_of(Path(job)) / "embeddings"))
+    settings.cache_clear()
+    with deployment_engine().begin() as db:
+        newest = jobs.list_jobs(db, limit=1)
+    if not newest:
+        fail(f"{job}: its `maskfleet run` has not made a job yet")
+    return newest[0].id
+
+
+JOB_HELP = "The job's number, as `maskfleet jobs` shows it, or the folder that `maskfleet run` wrote."
+JobArgument = Annotated[int, typer.Argument(help=JOB_HELP, metavar="JOB", parser=job_number, show_default=False)]
+OptionalJobArgument = Annotated[int | None, typer.Argument(help=JOB_HELP, metavar="JOB", parser=job_number)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pydantic import ValidationError
 
 from db.session import DatabaseNotReady, OperationalError
+from orchestrator.assist.credential import AssistError
 from orchestrator.cli.app import USAGE, err
 from orchestrator.label_studio.errors import LabelStudioError
+from orchestrator.local.folder import NoFolderError
 from orchestrator.local.postgres import PostgresFailed
 from orchestrator.local.run import RunError
 from workers.errors import SourceError, TransientError, redact
@@ -28,7 +30,9 @@ _FAILURES = (
     DatabaseNotReady,
     RunError,
     PostgresFailed,
+    NoFolderError,
     LabelStudioError,
+    AssistError,
 )
 
 

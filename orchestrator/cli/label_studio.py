@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from rich.progress import (
@@ -20,16 +21,19 @@ from db.settings import settings
 from db.states import ProcessKind
 from orchestrator.cli.app import (
     JsonOption,
+    OptionalJobArgument,
     app,
     database_url,
     deployment_engine,
     err,
     fail,
+    job_number,
     label_studio_app,
     print_json,
     stop_on_signals,
 )
 from orchestrator.cli.options import LocalFilesOption
+from orchestrator.label_studio.backend import Service
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.publication import Options
 from orchestrator.label_studio.publish import follow_project, publish_job
@@ -49,7 +53,7 @@ class RegionForm(StrEnum):
 
 @app.command(epilog="Example: `maskfleet publish 12 --project 3`")
 def publish(
-    job: Annotated[int | None, typer.Argument(help="The job's number; none with --follow: all.")] = None,
+    job: OptionalJobArgument = None,
     project: Annotated[int | None, typer.Option("--project", help="Label Studio's project, by number.")] = None,
     as_: Annotated[RegionForm, typer.Option("--as", help="How masks are drawn; auto: polygons, else brush.")] = (
         RegionForm.AUTO
@@ -63,8 +67,8 @@ def publish(
 ) -> None:
     """Bring a job's assets into a Label Studio project, with their masks as predictions.
 
-    You can run it again at any time. Nothing is sent twice; what was deleted there is sent again. Exits 1 when the
-    project could not take some assets.
+    Without a job, --follow keeps up with all. You can run it again at any time. Nothing is sent twice; what was deleted
+    there is sent again. Exits 1 when the project could not take some assets.
     """
     log_to_stderr()
     number = project_number(project)
@@ -110,9 +114,18 @@ def publish(
 def label_studio_setup(
     project: Annotated[int | None, typer.Option("--project", help="An existing project, by number.")] = None,
     title: Annotated[str, typer.Option("--title", help="Title of the project; it is made if there is none.")] = "",
-    job: Annotated[int | None, typer.Option("--job", help="Take labels and images from this job.")] = None,
+    job: Annotated[
+        int | None,
+        typer.Option("--job", metavar="JOB", parser=job_number, help="Take labels and images from this job."),
+    ] = None,
     label: Annotated[list[str] | None, typer.Option("--label", help="A label to offer; repeatable.")] = None,
-    smart: Annotated[bool, typer.Option("--smart", help="Add smart key points and rectangles.")] = False,
+    smart: Annotated[
+        bool, typer.Option("--smart", help="Add smart controls for clicks and boxes, as --assist does.")
+    ] = False,
+    assist: Annotated[
+        str | None,
+        typer.Option("--assist", metavar="URL", help="Let `maskfleet assist` at this address answer clicks."),
+    ] = None,
     update_config: Annotated[
         bool, typer.Option("--update-config", help="Add what is missing to an existing project's labeling config.")
     ] = False,
@@ -145,6 +158,7 @@ def label_studio_setup(
     wanted = Wanted(
         labels=labels,
         smart=smart,
+        assist=None if assist is None else assist_service(assist),
         update_config=update_config,
         source=source,
         local_files=local_files,
@@ -168,6 +182,16 @@ def label_studio_setup(
     if set_up.missing:
         lines = "\n".join(set_up.missing)
         fail(f"the labeling config lacks these lines; add them, or run again with --update-config:\n{lines}")
+
+
+def assist_service(url: str) -> Service:
+    """The service at this address, with the deployment's user and password."""
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        fail(f"--assist {url!r}: expected an address that Label Studio's server reaches, such as http://assist:9090")
+    password = settings().assist_password
+    if password is None:
+        fail("set MASKFLEET_ASSIST_PASSWORD to the password of `maskfleet assist`, at least 16 characters")
+    return Service(url=url, user=settings().assist_user, password=password.get_secret_value())
 
 
 def _progress_bars() -> Progress:

@@ -80,6 +80,14 @@ MaxFailedOption = Annotated[
         "--max-failed-fraction", min=0, max=1, help="Pause the job when more of its assets fail, after 1,000; 0.5."
     ),
 ]
+KeepEmbeddingsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keep-embeddings",
+        metavar="N|all",
+        help="Keep the embeddings of at most N labeled assets, or of all, so that clicks on them are answered at once.",
+    ),
+]
 NameOption = Annotated[str, typer.Option("--name", help="The job's name, for people.")]
 DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
 
@@ -114,6 +122,7 @@ class JobOptions:
     dry_run: DryRunOption = False
     fresh: FreshOption = False
     max_failed_fraction: MaxFailedOption = None
+    keep_embeddings: KeepEmbeddingsOption = None
     name: NameOption = ""
 
     @property

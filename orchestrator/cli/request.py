@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
@@ -20,12 +20,16 @@ from orchestrator.prompts.files import PromptFile, list_reports, read_prompts
 from orchestrator.terminal.console import printable
 from workers.detectors.detector import AskedDetector
 from workers.detectors.kinds import DetectorKind
+from workers.embeddings.address import keeps_embeddings
+from workers.embeddings.store import open_store
 from workers.errors import redact
 from workers.models.loading import require_decoder, require_libraries
 from workers.models.spec import ModelSpec
 from workers.params import ParamError, parse_params, parse_prompt_params
 from workers.prompts import Prompt, PromptKind
 from workers.storage.source import open_source
+
+_MOST_KEPT = 1_000_000_000
 
 
 def document_root(local_files: Path | None, source: str) -> str | None:
@@ -60,7 +64,27 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
         limit=options.limit,
         fresh=options.fresh,
         max_failed_fraction=options.max_failed_fraction,
+        keep_embeddings=_keep_embeddings(options.keep_embeddings, spec),
     )
+
+
+def _keep_embeddings(given: str | None, spec: ModelSpec) -> int | Literal["all"] | None:
+    if given is None:
+        return None
+    if not keeps_embeddings(spec):
+        fail(f"--keep-embeddings: {spec.name} takes no points and no boxes, so its embeddings would answer no clicks")
+    if given == "all":
+        return "all"
+    if not given.isdecimal() or not 1 <= int(given) <= _MOST_KEPT:
+        fail(f"--keep-embeddings {given}: expected a number from 1 to {_MOST_KEPT:,}, or all")
+    return int(given)
+
+
+def require_embedding_store() -> None:
+    """Refuse --keep-embeddings on a deployment that has no place for them."""
+    if settings().embeddings is None:
+        fail("--keep-embeddings: MASKFLEET_EMBEDDINGS is not set; it names the folder or s3://bucket/prefix for them")
+    open_store(settings())
 
 
 def _asked_detector(options: JobOptions) -> AskedDetector | None:

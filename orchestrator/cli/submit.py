@@ -17,6 +17,7 @@ from orchestrator.cli.request import (
     job_request,
     print_dry_run,
     print_survey,
+    require_embedding_store,
     require_weights,
 )
 from orchestrator.jobs.activity import why_nobody_can
@@ -98,6 +99,8 @@ def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = Fa
     if options.dry_run:
         print_dry_run(request, as_json)
         return
+    if request.keep_embeddings is not None:
+        require_embedding_store()
     open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
     engine = deployment_engine()
     with engine.begin() as db:

@@ -60,7 +60,7 @@ def _obstacles(live: Sequence[Process], job: Job) -> list[str]:
     if ProcessKind.DISPATCHER not in kinds and job.state is JobState.LISTING:
         lines.append("no dispatcher is running to list the source: start `maskfleet dispatch`")
     if ProcessKind.WORKER not in kinds:
-        lines.append("no worker is running: start `maskfleet worker`")
+        lines.append("no worker is running: start `maskfleet worker`, or for a folder the same `maskfleet run` again")
     elif not lines and (why := why_nobody_can(live, job.model)):
         lines.append(why)
     return lines

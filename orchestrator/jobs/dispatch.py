@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 
-from db import brake, jobs
+from db import brake, embeddings, jobs
 from db.session import DBAPIError, Engine, is_passing
 from orchestrator.jobs.prepare import list_for_a_while, match_prompts
 from workers.errors import redact
@@ -43,7 +43,7 @@ def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0
 def tick(engine: Engine) -> bool:
     """One round over all jobs; True while a listing goes on."""
     with engine.begin() as db:
-        if jobs.is_idle(db):
+        if jobs.is_idle(db) and not embeddings.has_wanted(db):
             return False
         to_list = jobs.jobs_to_list(db)
     for job in to_list:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from db import jobs, prompts
 from db.jobs import Job
@@ -22,6 +22,7 @@ class Request:
     """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
 
     max_failed_fraction: 0..1, of `db.brake`; None is its default.
+    keep_embeddings: for how many of its assets; it changes no mask.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Request:
     prompts: PromptFile | None = None
     detector: AskedDetector | None = None
     text: Sequence[Prompt] = ()
+    keep_embeddings: int | Literal["all"] | None = None
 
     def asked(self) -> dict[str, Any]:
         """The part that is stored on the job's row, JSON-safe."""
@@ -52,6 +54,8 @@ class Request:
             "limit": self.limit,
             # Left out where it was not given, so that `run` finds the unfinished job of an older version.
             **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
+            # Left out unless it was given: so a job that was stored before this option existed is still the same.
+            **({} if self.keep_embeddings is None else {"keep_embeddings": self.keep_embeddings}),
         }
 
     def model_version(self) -> str:

@@ -113,6 +113,16 @@ class LabelStudio:
             raise Refused(f"{error}; {STORAGE_REMEDY[kind]}", status=error.status) from error
         return made
 
+    def list_backends(self, project_id: int) -> list[dict[str, Any]]:
+        """The project's ML backends, as the server describes them. It asks each of them whether it is up."""
+        found: list[dict[str, Any]] = self._http.read("GET", "/api/ml", params={"project": project_id})
+        return found
+
+    def write_backend(self, backend_id: int | None, fields: Mapping[str, Any]) -> None:
+        """Add an ML backend (None), or change one. The server calls it before it answers. Never repeated."""
+        path = "/api/ml" if backend_id is None else f"/api/ml/{backend_id}"
+        self._http.send("POST" if backend_id is None else "PATCH", path, seconds=READ_SECONDS, json=dict(fields))
+
     def list_views(self, project_id: int) -> list[dict[str, Any]]:
         """The project's saved Data Manager tabs."""
         found: list[dict[str, Any]] = self._http.read("GET", "/api/dm/views/", params={"project": project_id})

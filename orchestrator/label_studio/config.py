@@ -23,6 +23,7 @@ from orchestrator.label_studio.names import (
     RECTANGLE_CONTROL,
     RegionKind,
 )
+from orchestrator.label_studio.prompt_controls import is_prompt_control
 from orchestrator.shapes.colours import label_colour
 
 _TAGS = {POLYGON_CONTROL: "PolygonLabels", BRUSH_CONTROL: "BrushLabels", RECTANGLE_CONTROL: "RectangleLabels"}
@@ -86,7 +87,9 @@ def find_controls(label_config: str) -> Controls:
     by_kind = {}
     for kind, tag in _TAGS.items():
         for element in root.iter(tag):
-            if image.get("name") in element.get("toName", "").split(",") and kind not in by_kind:
+            if is_prompt_control(element) or kind in by_kind:
+                continue
+            if image.get("name") in element.get("toName", "").split(","):
                 by_kind[kind] = Control(
                     name=element.get("name", ""), to_name=image.get("name", ""), labels=frozenset(_labels(element))
                 )
@@ -163,26 +166,6 @@ def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[st
         for label in labels:
             if control is None or label not in control.labels:
                 ElementTree.SubElement(element, "Label", {"value": label, "background": label_colour(label)})
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def add_smart_tools(label_config: str, labels: Sequence[str]) -> str:
-    """Add key points and make rectangles smart, for an interactive ML backend. Turn off the brush's own smart tool.
-
-    Label Studio's native YOLO export then writes empty files. Ours is not affected.
-    """
-    root = ElementTree.fromstring(label_config)  # noqa: S314
-    for element in root.iter("BrushLabels"):
-        element.set("smart", "false")
-    for element in root.iter("RectangleLabels"):
-        element.set("smart", "true")
-    if root.find(".//KeyPointLabels") is None:
-        image = next(iter(root.iter("Image"))).get("name", IMAGE_CONTROL)
-        names = {"name": _free_name(root, "keypoint"), "toName": image, "smart": "true"}
-        element = ElementTree.SubElement(root, "KeyPointLabels", names)
-        for label in labels:
-            ElementTree.SubElement(element, "Label", {"value": label, "background": label_colour(label)})
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode")
 

@@ -91,6 +91,18 @@ def regions_for(
     return Regions(result=result, ious=tuple(ious), left_out=len(masks) - len(ious))
 
 
+def regions_of_mask(
+    mask: Mask, *, region_id: str, as_: RegionKind, max_brush_bytes: int | None = None
+) -> list[dict[str, Any]]:
+    """One mask as regions, drawn as `regions_for` draws it. region_id: of its first part."""
+    regions = regions_for([mask], asset_id="", as_=as_, max_brush_bytes=max_brush_bytes).result
+    for region in regions:
+        for name in ("id", "parentID"):
+            if name in region:
+                region[name] = region_id + region[name].removeprefix("m-0")
+    return regions
+
+
 def prediction_task(
     *, image: str, asset_id: int | str, size_hw: tuple[int, int], model_version: str, regions: Regions
 ) -> dict[str, Any]:

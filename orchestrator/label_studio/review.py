@@ -17,7 +17,7 @@ The rules for an asset's task in the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -32,16 +32,23 @@ from db.annotations import (
     set_watermark,
     watermark,
 )
+from db.clicks import masks_by_number
 from db.publishing import LsProject
+from db.results import StoredMask
 from db.session import Engine
 from db.states import AnnotationStatus
 from orchestrator.label_studio.client import LabelStudio, has_asset_id
-from orchestrator.label_studio.regions import mask_ordinal
-from orchestrator.label_studio.verdicts import annotator, base_prediction, choose, compare
+from orchestrator.label_studio.names import RegionKind
+from orchestrator.label_studio.prompt_controls import prompt_controls
+from orchestrator.label_studio.regions import mask_ordinal, regions_of_mask
+from orchestrator.label_studio.verdicts import annotator, base_prediction, choose, compare, without_prompts
+from workers.stored_masks import mask_of_row
 
 _PAGE = 20  # whole tasks; one with 150 brush masks is 2 MB
 # A change may be committed after another change with a later time.
 _OVERLAP = timedelta(minutes=1)
+_MAX_N = 2**31 - 1
+_KINDS: Mapping[str, RegionKind] = {"brushlabels": "brush", "rectanglelabels": "rectangle"}
 
 
 def pull(
@@ -55,7 +62,7 @@ def pull(
     stored, and read again when the prediction is known.
     """
     ls_project = LsProject(client.url, project_id)
-    client.get_project(project_id)
+    prompts = prompt_controls(client.get_project(project_id).label_config)
     last = next(
         iter(client.list_tasks(project_id, include=("id", "updated_at"), ordering=("-tasks:updated_at",), page_size=1)),
         None,
@@ -71,20 +78,31 @@ def pull(
     for task in client.list_tasks(project_id, filters, any_of=True, whole=True, page_size=_PAGE):
         page.append(task)
         if len(page) == _PAGE:
-            count += _store(engine, ls_project, page)
+            count += _store(engine, ls_project, page, prompts)
             progress(count)
             page = []
-    count += _store(engine, ls_project, page)
-    count += _read_again(engine, client, ls_project)
+    count += _store(engine, ls_project, page, prompts)
+    count += _read_again(engine, client, ls_project, prompts)
     with engine.begin() as db:
         set_watermark(db, ls_project=ls_project, watermark=newest)
     return count
 
 
-def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]:
+StoredMasks = Callable[[int, Sequence[int]], Sequence[StoredMask]]
+"""Reads masks of an asset by their numbers."""
+
+
+def judge_task(
+    task: Mapping[str, Any],
+    known: KnownTask,
+    *,
+    prompts: Collection[str] = (),
+    stored_masks: StoredMasks = lambda asset_id, numbers: [],
+) -> list[AnnotationRow]:
     """A task's annotations as rows, the chosen one compared with the prediction it began from.
 
-    task: as Label Studio gives it, with its annotations and predictions.
+    task: as Label Studio gives it, with its annotations and predictions. prompts: the names of the project's smart
+    controls. stored_masks: for masks that no region showed and that a person picked.
     """
     annotations, predictions = task.get("annotations") or [], task.get("predictions") or []
     statuses = choose(annotations)
@@ -94,10 +112,15 @@ def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]
         prediction = base_prediction(annotation, predictions)
         version = prediction["model_version"] if prediction is not None else None
         asset_id = _whose_masks(prediction, known)
-        before = prediction["result"] if prediction is not None and asset_id is not None else []
+        before = list(prediction["result"] or []) if prediction is not None and asset_id is not None else []
+        if prediction is None:
+            version, asset_id = _version_of_picks(annotation, known)
         judged = None
         if status is AnnotationStatus.CHOSEN:
-            judged = compare(before or [], annotation.get("result") or [], asset_id=asset_id, size_hw=known.size_hw)
+            after = without_prompts(annotation.get("result") or [], prompts)
+            if asset_id is not None:
+                before += _picked(before, after, asset_id, known, stored_masks)
+            judged = compare(before, after, asset_id=asset_id, size_hw=known.size_hw)
         rows.append(
             AnnotationRow(
                 annotation_id=annotation["id"],
@@ -115,6 +138,38 @@ def judge_task(task: Mapping[str, Any], known: KnownTask) -> list[AnnotationRow]
     return rows
 
 
+def _version_of_picks(annotation: Mapping[str, Any], known: KnownTask) -> tuple[str | None, int | None]:
+    """The version, and the asset that owns its masks, whose masks were picked in an annotation that began from no
+    prediction. None twice if there are none."""
+    ids = [str(region.get("id")) for region in annotation.get("result") or () if isinstance(region, Mapping)]
+    for version, asset_id in known.asset_ids.items():
+        if any(mask_ordinal(own, asset_id) is not None for own in ids):
+            return version, asset_id
+    return None, None
+
+
+def _picked(
+    before: Sequence[Any], after: Sequence[Any], asset_id: int, known: KnownTask, stored_masks: StoredMasks
+) -> list[dict[str, Any]]:
+    """The regions, as the answer to a pick shows them, of stored masks that only the annotation has."""
+    shown = {str(region.get("id")) for region in before if isinstance(region, Mapping)}
+    kinds: dict[int, RegionKind] = {}
+    for region in after:
+        own, kind = (str(region.get(name)) for name in ("id", "type")) if isinstance(region, Mapping) else ("", "")
+        n = mask_ordinal(own, asset_id)
+        if n is not None and n <= _MAX_N and own not in shown and own == f"m{asset_id}-{n}":
+            kinds[n] = _KINDS.get(kind, "polygon")
+    if not kinds or known.size_hw is None:
+        return []
+    return [
+        region
+        for mask in stored_masks(asset_id, sorted(kinds))
+        for region in regions_of_mask(
+            mask_of_row(mask, known.size_hw), region_id=f"m{asset_id}-{mask.n}", as_=kinds[mask.n]
+        )
+    ]
+
+
 def _whose_masks(prediction: Mapping[str, Any] | None, known: KnownTask) -> int | None:
     """The asset whose masks a prediction shows. None if it is not from our outbox, such as an ML backend's.
 
@@ -129,7 +184,7 @@ def _whose_masks(prediction: Mapping[str, Any] | None, known: KnownTask) -> int 
     return asset_id if ours or not regions else None
 
 
-def _read_again(engine: Engine, client: LabelStudio, ls_project: LsProject) -> int:
+def _read_again(engine: Engine, client: LabelStudio, ls_project: LsProject, prompts: Collection[str]) -> int:
     """Read the tasks that could not be judged before and can be now. Returns how many."""
     with engine.begin() as db:
         asset_uids = judgeable(db, ls_project=ls_project)
@@ -141,23 +196,28 @@ def _read_again(engine: Engine, client: LabelStudio, ls_project: LsProject) -> i
             ls_project.project_id, [has_asset_id([asset_uids[i] for i in ids])], whole=True, page_size=_PAGE
         )
         tasks = [task for task in found if task["id"] in ids]
-        count += _store(engine, ls_project, tasks)
+        count += _store(engine, ls_project, tasks, prompts)
         with engine.begin() as db:
             gone = set(ids) - {task["id"] for task in tasks}
             forget_unjudged(db, ls_project=ls_project, task_ids=list(gone))
     return count
 
 
-def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, Any]]) -> int:
+def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, Any]], prompts: Collection[str]) -> int:
     """Judge a page of tasks and replace their stored annotations. Tasks of others are left out."""
     named = [(str(task["data"]["asset_id"]), task) for task in tasks if "asset_id" in task["data"]]
     with engine.begin() as db:
         known = known_tasks(db, ls_project=ls_project, asset_uids=[uid for uid, _ in named])
-    judged = {
-        known[uid].ls_task_id: judge_task(task, known[uid])
-        for uid, task in named
-        if uid in known and known[uid].task_id == task["id"]
-    }
+        judged = {
+            known[uid].ls_task_id: judge_task(
+                task,
+                known[uid],
+                prompts=prompts,
+                stored_masks=lambda asset_id, numbers: masks_by_number(db, asset_id=asset_id, numbers=numbers),
+            )
+            for uid, task in named
+            if uid in known and known[uid].task_id == task["id"]
+        }
     waiting = {
         task["id"]: uid
         for uid, task in named

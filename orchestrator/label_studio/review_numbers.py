@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from db import review_counts
+from db.clicks import ClickTally, click_tallies
 from db.jobs import Job
 from db.publishing import LsProject
 from db.review_counts import Annotator, AssetCounts, Reviewed, Tally
@@ -85,6 +86,7 @@ class Review:
     seconds_mean: float | None
     seconds_median: float | None
     worst: Sequence[Reviewed] = field(default=())
+    clicks: Sequence[ClickTally] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -107,6 +109,7 @@ class Review:
                 "mean": self.seconds_mean,
                 "median": self.seconds_median,
             },
+            "clicks": [asdict(tally) for tally in self.clicks],
             "annotators": [asdict(person) for person in self.annotators],
             "worst": [asdict(asset) for asset in self.worst],
         }
@@ -135,6 +138,7 @@ def read_review(engine: Engine, job: Job, ls_project: LsProject) -> Review:
             seconds_mean=mean,
             seconds_median=median,
             worst=review_counts.worst_assets(db, job_id=job.id, ls_project=ls_project, limit=WORST),
+            clicks=click_tallies(db, job_id=job.id, ls_project=ls_project),
         )
 
 

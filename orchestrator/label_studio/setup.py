@@ -14,10 +14,10 @@ from urllib.parse import unquote
 
 from db.settings import settings
 from orchestrator.label_studio.answers import Project
+from orchestrator.label_studio.backend import Service, other_backends, register
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.config import (
     ALL_KINDS,
-    add_smart_tools,
     find_controls,
     label_config,
     merge_config,
@@ -25,6 +25,7 @@ from orchestrator.label_studio.config import (
 )
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import DEFAULT_LABEL
+from orchestrator.label_studio.prompt_controls import add_prompt_controls
 from workers.storage.source import open_source
 
 SAMPLING = "Uncertainty sampling"  # lowest prediction score first: these tasks need a person most
@@ -38,10 +39,15 @@ class SetupError(LabelStudioError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a project must hold. source: a job's source; the project will show its images. None for no images."""
+    """What a project must hold.
+
+    smart: controls for a reviewer's prompts. assist: the service that answers them; it needs these controls. source: a
+    job's source; the project will show its images. None for no images.
+    """
 
     labels: Sequence[str] = ()
     smart: bool = False
+    assist: Service | None = None
     update_config: bool = False
     source: str | None = None
     local_files: bool = False
@@ -67,8 +73,6 @@ def make_project(client: LabelStudio, title: str, wanted: Wanted) -> SetUp:
     if found:
         return set_up_project(client, found[0], wanted)
     config = _new_config(wanted.labels)
-    if wanted.smart:
-        config = add_smart_tools(config, wanted.labels or [DEFAULT_LABEL])
     project = client.create_project(title=title, label_config=config, sampling=SAMPLING)
     set_up = set_up_project(client, project, wanted)
     set_up.done.insert(0, f"made project {project.id}, {title!r}")
@@ -79,6 +83,8 @@ def set_up_project(client: LabelStudio, project: Project, wanted: Wanted) -> Set
     """Check an existing project's labeling config, and add the storage and the tab that it lacks."""
     set_up = SetUp(project=project)
     _set_up_config(client, set_up, wanted)
+    if wanted.assist is not None:
+        _set_up_assist(client, set_up, wanted.assist)
     if wanted.source is not None:
         _set_up_storage(client, set_up, wanted.source, wanted)
     if all(view["data"].get("title") != VIEW_TITLE for view in client.list_views(project.id)):
@@ -109,11 +115,28 @@ def _set_up_config(client: LabelStudio, set_up: SetUp, wanted: Wanted) -> None:
         if lines:
             config = merge_config(config, kinds=ALL_KINDS, labels=labels)
             set_up.done.append("added to its labeling config: " + "; ".join(line.strip() for line in lines))
-    if wanted.smart and "<KeyPointLabels" not in config:
-        config = add_smart_tools(config, labels)
-        set_up.done.append("added smart key points and rectangles")
+    if wanted.smart or wanted.assist is not None:
+        config = _with_prompt_controls(set_up, config, labels)
     if config != project.label_config:
         set_up.project = client.update_project(project.id, label_config=config)
+
+
+def _with_prompt_controls(set_up: SetUp, config: str, labels: Sequence[str]) -> str:
+    try:
+        smart = add_prompt_controls(config, labels, image_name=find_controls(config).image_name)
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+    if smart != config:
+        set_up.done.append("added the smart controls click, box and pick, with its labels")
+    return smart
+
+
+def _set_up_assist(client: LabelStudio, set_up: SetUp, service: Service) -> None:
+    set_up.done.append(register(client, set_up.project.id, service))
+    if others := other_backends(client, set_up.project.id, service):
+        set_up.done.append(
+            f"the project has other interactive backends, and the editor asks only one: {', '.join(others)}"
+        )
 
 
 def _new_config(labels: Sequence[str]) -> str:

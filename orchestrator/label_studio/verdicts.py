@@ -6,8 +6,8 @@ covers the same pixels under the same labels, even if the page changed its numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 
 from db.annotations import RegionRow
 from db.states import AnnotationStatus, Verdict
+from db.texts import is_storable
 from orchestrator.label_studio.drawn import RegionError, mask_from_region
-from orchestrator.label_studio.names import DEFAULT_LABEL
+from orchestrator.label_studio.names import ANSWER_PREFIX, DEFAULT_LABEL
 from orchestrator.label_studio.regions import mask_ordinal
 from orchestrator.shapes.runs import edges_from_pixels, run_iou
 from workers.masks import BoolMask, mask_from_pixels
@@ -30,6 +31,7 @@ _ATTRIBUTES = (
 )  # fmt: skip
 # A page may write 33.3333 back as 33.33330001. 0.00001 percent of 100,000 pixels is 0.01 pixel.
 _SAME_PERCENT = 1e-5
+_MAX_ID_CHARS = 100
 
 Region = Mapping[str, Any]
 
@@ -93,6 +95,20 @@ def _region_ids(made: Mapping[str, Any]) -> set[str]:
     return {str(region.get("id")) for region in made.get("result") or () if isinstance(region, Mapping)}
 
 
+def without_prompts(result: Sequence[Any], prompt_controls: Collection[str]) -> list[Any]:
+    """The results of an annotation without a reviewer's prompts: key points and boxes of smart controls, their labels.
+
+    prompt_controls: the names of the project's smart controls, and of their row of labels. A label of that row on a
+    drawn region stays: the editor gives it to every region that is drawn while it is chosen.
+    """
+
+    def name(region: Any) -> str:
+        return str(region.get("from_name")) if isinstance(region, Mapping) else ""
+
+    prompts = {r.get("id") for r in result if name(r) in prompt_controls and r.get("type") != "labels"}
+    return [r for r in result if not isinstance(r, Mapping) or r.get("id") not in prompts]
+
+
 def compare(
     before: Sequence[Region], after: Sequence[Region], *, asset_id: int | None, size_hw: tuple[int, int] | None
 ) -> Comparison:
@@ -123,7 +139,8 @@ def compare(
         pixels, damaged = _union(parts, size_hw)
         unreadable += damaged
         if pixels is not None and pixels.any():
-            rows.append(_drawn_row(Verdict.ADDED, None, _Side(parts, labels).label, pixels, None))
+            row = _drawn_row(Verdict.ADDED, None, _Side(parts, labels).label, pixels, None)
+            rows.append(replace(row, region_id=_answer_id(parts[0])))
     return Comparison(regions=tuple(rows), unreadable=unreadable)
 
 
@@ -183,6 +200,12 @@ def _drawn_row(verdict: Verdict, n: int | None, label: str, pixels: BoolMask, io
         bbox_xywh=(x, y, w, h),
         area_px=mask.area_px,
     )
+
+
+def _answer_id(region: Region) -> str | None:
+    """The id of a region that began as an answer to a click. None for one that a person drew."""
+    own = str(region.get("id"))
+    return own if own.startswith(ANSWER_PREFIX) and len(own) <= _MAX_ID_CHARS and is_storable(own) else None
 
 
 def _by_mask(regions: Sequence[Region], asset_id: int | None) -> dict[int, list[Region]]:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from db import jobs, processes
 from db.processes import Process
-from db.session import DatabaseNotReady, OperationalError, check_migrated, open_engine
+from db.session import DatabaseNotReady, DBAPIError, OperationalError, check_migrated, open_engine
 from db.settings import settings
 from db.states import ProcessKind
-from orchestrator.label_studio.client import health_error
+from orchestrator.assist.health import backend_faults, kept_embeddings
+from orchestrator.label_studio.client import LabelStudio, health_error
+from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.terminal.console import printable
 from workers.errors import SourceError, TransientError, redact
 from workers.models.files import is_present, weights_dir
@@ -49,6 +51,7 @@ def examine(source: str | None = None) -> list[Finding]:
         _s3(),
         _source(source, fleet),
         _label_studio(),
+        _assist(),
     ]
 
 
@@ -201,3 +204,30 @@ def _label_studio() -> Finding:
         remedy = "start it, or fix MASKFLEET_LABEL_STUDIO_URL"
         return Finding(what="label studio", ok=False, found=redact(f"{url} does not answer: {error}"), remedy=remedy)
     return Finding(what="label studio", ok=True, found=redact(url))
+
+
+def _assist() -> Finding:
+    """The service for clicks, as the project's reviewers meet it."""
+    deployment = settings()
+    if deployment.assist_password is None:
+        remedy = "for clicks in Label Studio set MASKFLEET_ASSIST_PASSWORD, see docs/assist.md"
+        return Finding(what="assist", ok=None, found="MASKFLEET_ASSIST_PASSWORD is not set", remedy=remedy)
+    faults: list[str] = []
+    parts: list[str] = []
+    try:
+        if deployment.database_url is not None:
+            parts.append(kept_embeddings(open_engine(deployment.database_url.get_secret_value())))
+        url, key, project = (
+            deployment.label_studio_url,
+            deployment.label_studio_api_key,
+            deployment.label_studio_project,
+        )
+        if url is not None and key is not None and project is not None:
+            with LabelStudio(url, key.get_secret_value()) as client:
+                faults = backend_faults(client, project)
+            parts += [] if faults else [f"Label Studio reaches it for project {project}"]
+    except (DBAPIError, LabelStudioError) as error:
+        said = error.orig if isinstance(error, DBAPIError) else error
+        faults.append(redact(" ".join(str(said).split())))
+    remedy = "start `maskfleet assist`, then `maskfleet label-studio setup --project ID --assist URL`" if faults else ""
+    return Finding(what="assist", ok=not faults, found="; ".join([*faults, *parts]), remedy=remedy)

@@ -18,7 +18,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 _START_SECONDS = 60
 _ROOTS_PLACE = Path("/var/tmp/maskfleet-root")  # noqa: S108  its owner and mode are checked before use
@@ -60,10 +60,14 @@ class EmbeddedPostgres:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._run("pg_ctl", "-D", self.data_dir, "-w", "-m", "fast", "stop")
-        shutil.rmtree(self._socket_dir, ignore_errors=True)
+        self.stop(self.url)
         if not self._durable:
             shutil.rmtree(self.data_dir)
+
+    def stop(self, url: str) -> None:
+        """Stop the server over these data, which another process may have started. url: as that process had it."""
+        self._run("pg_ctl", "-D", self.data_dir, "-w", "-m", "fast", "stop")
+        shutil.rmtree(unquote(url.partition("?host=")[2]), ignore_errors=True)
 
     def _init(self) -> None:
         # Made beside its place and then renamed: the remains of an interrupted initdb would look like a cluster.

@@ -24,11 +24,11 @@ from typing import Any
 
 from db import jobs, queue
 from db.jobs import Job
-from db.session import Engine, migrate, open_engine
+from db.session import Engine, open_engine
 from db.settings import settings
 from db.states import JobState
 from orchestrator.jobs.request import Request, submit_job
-from orchestrator.local.postgres import EmbeddedPostgres
+from orchestrator.local.folder import served_database, state_dir_of
 from orchestrator.terminal.console import Console
 from orchestrator.terminal.jobs import follow_job
 from workers.errors import redact
@@ -73,14 +73,13 @@ def run(
     started = time.monotonic()
     open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    state_dir = settings().state_dir or out / ".maskfleet"
+    state_dir = state_dir_of(out)
     with ExitStack() as stack:
         stack.enter_context(_only_run_in(out, state_dir))
-        postgres = stack.enter_context(EmbeddedPostgres(state_dir / "postgres"))
+        database_url = stack.enter_context(served_database(state_dir))
         broker_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-broker-"))
-        _become_deployment(postgres.url, Path(broker_dir))
-        migrate(postgres.url)
-        engine = open_engine(postgres.url)
+        _become_deployment(database_url, Path(broker_dir), state_dir / "embeddings")
+        engine = open_engine(database_url)
         stack.callback(engine.dispose)
         job = _begin(engine, request)
         with _worker(devices, state_dir / "worker.log") as worker, _dispatcher(engine) as dispatcher:
@@ -112,10 +111,12 @@ def _only_run_in(out: Path, state_dir: Path) -> Iterator[None]:
         yield
 
 
-def _become_deployment(database_url: str, broker_dir: Path) -> None:
+def _become_deployment(database_url: str, broker_dir: Path, embeddings: Path) -> None:
     """Make this process and its worker use the embedded servers, through the same variables that an operator sets."""
     os.environ["MASKFLEET_DATABASE_URL"] = database_url
     os.environ["MASKFLEET_BROKER_URL"] = f"filesystem://{broker_dir}"
+    if settings().embeddings is None:
+        os.environ["MASKFLEET_EMBEDDINGS"] = str(embeddings.absolute())
     settings.cache_clear()
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from db.clicks import ClickTally
 from orchestrator.label_studio.review_numbers import Numbers, Review
 from orchestrator.terminal.console import printable
 
@@ -46,6 +47,27 @@ def print_review(console: Console, review: Review) -> None:
     for first, found in (("label", review.by_label), ("score", bands), ("model version", versions)):
         if found:
             console.print(_numbers_table(first, found))
+    if review.clicks:
+        console.print(_clicks_table(review.clicks))
+
+
+def _clicks_table(tallies: Sequence[ClickTally]) -> Table:
+    """Clicks by label. An object is asked for by one click or more; accepted: its mask is in the annotation."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("clicks by label")
+    for name in ("objects", "clicks an object", "accepted", "by the decoder", "by stored masks", "median ms"):
+        table.add_column(name, justify="right")
+    for tally in tallies:
+        table.add_row(
+            Text(printable(tally.label)),
+            f"{tally.objects:,}",
+            f"{tally.clicks / tally.objects:.1f}",
+            f"{tally.accepted / tally.objects:.0%}",
+            f"{tally.by_decoder:,}",
+            f"{tally.by_stored:,}",
+            f"{tally.milliseconds_median:.0f}",
+        )
+    return table
 
 
 def _numbers_table(first: str, rows: Mapping[str, Numbers]) -> Table:

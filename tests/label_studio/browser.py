@@ -55,7 +55,11 @@ class Browser:
         moves = [{"type": "pointerMove", "x": round(x), "y": round(y), "duration": 100} for x, y in way]
         pressed = [moves[0], {"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}]
         mouse = {"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": pressed}
-        self._send("actions", {"actions": [mouse]})
+        self.act(mouse)
+
+    def act(self, *devices: dict[str, Any]) -> None:
+        """Perform the actions of input devices, tick by tick, as WebDriver describes them."""
+        self._send("actions", {"actions": list(devices)})
 
     def screenshot(self) -> bytes:
         """What the window shows, as PNG."""

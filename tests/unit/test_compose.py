@@ -22,7 +22,7 @@ BASE = ROOT / "docker-compose.yml"
 OVERLAYS = [ROOT / "infra" / "gpu.yml", ROOT / "infra" / "gpu-per-device.yml"]
 EXAMPLE = ROOT / "infra" / "env.example"
 SERVICES = yaml.safe_load(BASE.read_text())["services"]
-OURS = ["migrate", "dispatch", "worker", "publisher", "flower"]
+OURS = ["migrate", "dispatch", "worker", "publisher", "assist", "flower"]
 ONE_SHOT = {"migrate"}
 WRITES_INTO_ITSELF = {"label-studio"}
 
@@ -135,7 +135,7 @@ def test_the_defaults_shown_are_the_defaults():
     for name, value in re.findall(r"(?m)^#MASKFLEET_([A-Z0-9_]+)=(\S+)$", EXAMPLE.read_text()):
         default = Settings.model_fields[name.lower()].default
         if default is not None:
-            assert float(value) == default, name
+            assert getattr(Settings(**{name.lower(): value}), name.lower()) == default, name
 
 
 def test_the_settings_of_an_unchanged_deployment_are_valid(monkeypatch):
@@ -213,7 +213,7 @@ def test_make_env_fills_in_every_secret_once_for_the_owner_alone(tmp_path):
     values = dict(line.split("=", 1) for line in env.read_text().splitlines() if line and line[0] != "#")
 
     secrets = [value for name, value in values.items() if f"{name}=\n" in EXAMPLE.read_text()]
-    assert len(secrets) == 9
+    assert len(secrets) == 10
     assert len(set(secrets)) == 9
     assert all(re.fullmatch(r"[0-9a-f]{40}", secret) for secret in secrets)
     assert env.stat().st_mode & 0o777 == 0o600

@@ -12,7 +12,6 @@ from label_studio_sdk.label_interface import LabelInterface
 from orchestrator.label_studio.config import (
     ALL_KINDS,
     ConfigError,
-    add_smart_tools,
     address_regions,
     faults,
     find_controls,
@@ -120,15 +119,6 @@ def test_merging_adds_what_is_missing_and_changes_nothing_else():
         )
         == []
     )
-
-
-def test_smart_tools_are_added_once():
-    smart = add_smart_tools(CONFIG, ["car"])
-
-    assert add_smart_tools(smart, ["car"]) == smart
-    assert 'smart="false"' in smart
-    assert smart.count("<KeyPointLabels") == 1
-    LabelInterface(smart).validate()
 
 
 @pytest.mark.parametrize(

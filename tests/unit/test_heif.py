@@ -288,6 +288,7 @@ def with_size(data, width, height):
     return data[:start] + struct.pack(">II", width, height) + data[start + 8 :]
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_without_memory_or_time(tmp_path):
     plain = hevc_item(Image.new("RGB", (4096, 4096), "teal"))
     bombs = {

@@ -108,6 +108,7 @@ def test_keys_of_one_file_may_be_written_in_different_ways() -> None:
     assert report.unmatched_first == ("gone.png",)
 
 
+@pytest.mark.slow
 def test_many_keys_and_assets_are_matched_in_little_memory() -> None:
     import tracemalloc
 

@@ -38,7 +38,8 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 NANO = find_model("sam_nano")
-pytestmark = pytest.mark.usefixtures("one_thread")
+# slow: each test exports a decoder
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +184,6 @@ def test_every_make_of_prompt_on_a_picture_on_its_side_gets_the_torch_decoders_m
     assert (pixels & object_).sum() > 0.8 * (pixels | object_).sum()
 
 
-@pytest.mark.slow
 def test_automatic_masks_are_the_torch_decoders() -> None:
     scene, model = draw_scene(77_000_000_000_002, (160, 240)), load_model(NANO, "cpu")
     [embedding] = model.embed([scene.image])
@@ -196,7 +196,6 @@ def test_automatic_masks_are_the_torch_decoders() -> None:
     assert min(iou(*pair) for pair in zip(found, expected, strict=True)) >= 0.99
 
 
-@pytest.mark.slow
 def test_low_resolution_logits_of_sams_own_width_are_the_torch_decoders() -> None:
     pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -105,5 +105,5 @@ def test_thousands_of_prompts_are_decoded_a_bounded_number_at_a_time() -> None:
 
     assert [len(masks) for masks in found] == [1] * 153
     assert max(batches) == 64
-    assert batches[-6:].count(1) == 6
+    assert batches[-3:] == [1, 1, 1]
     assert all(a.size_hw == b.size_hw for [a], [b] in pairwise(found))

@@ -100,9 +100,16 @@ RUN_BY = {
 }
 
 
+@pytest.mark.slow  # a process for each; import-linter holds the same of every module
 @pytest.mark.parametrize(
     "module",
-    ["orchestrator.cli.main", "orchestrator.jobs.dispatch", "orchestrator.pages.gallery", "workers.running.tasks"],
+    [
+        "orchestrator.cli.main",
+        "orchestrator.jobs.dispatch",
+        "orchestrator.pages.gallery",
+        "orchestrator.assist.running",
+        "workers.running.tasks",
+    ],
 )
 def test_importing_a_room_loads_no_torch(module: str) -> None:
     program = f"import {module}, sys; sys.exit('torch' in sys.modules or 'segment_anything' in sys.modules)"

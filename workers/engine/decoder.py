@@ -151,13 +151,17 @@ def prompt_logits(
     multimask: bool,
     at_once: int = PROMPTS_AT_ONCE,
     fold_from_dim: int = FOLD_FROM_DIM,
+    decode: Decode | None = None,
+    used_hw: Hw | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode n prompts of one image: (logits (n, outputs, h, w), predicted IoUs (n, outputs)), float32.
 
     Give points, boxes or both. point_coords: (n, p, 2), pixels of the image; every prompt has the same number of
     points. point_labels: (n, p), 1 inside, 0 outside. boxes_xyxy: (n, 4). size_hw: the image's. outputs: 3 if multimask
-    else 1. fold_from_dim: the narrowest decoder that is folded. The logits equal SamPredictor.predict's low_res_masks
-    of each prompt alone; a folded decoder differs by rounding. Raises ModelOutputError where an output is not finite.
+    else 1. fold_from_dim: the narrowest decoder that is folded. decode: the model's decoder of this embedding, if it is
+    already made; the embedding is then not read. used_hw: the first rows and columns that are needed, all by default;
+    others may be left out of the logits. The logits equal SamPredictor.predict's low_res_masks of each prompt alone; a
+    folded decoder differs by rounding. Raises ModelOutputError where an output is not finite.
     """
     model = promptable(sam, fold_from_dim)
     scale = scale_xy(model, size_hw)
@@ -172,7 +176,8 @@ def prompt_logits(
     outputs = slice(1, None) if multimask else slice(0, 1)
     with torch.no_grad():
         sparse = model.encode_prompts(points, boxes)
-        parts = decode_evenly(model, model.decoder(embedding), sparse, outputs, at_once=at_once, used_hw=model.low_hw)
+        decode = decode or model.decoder(embedding)
+        parts = decode_evenly(model, decode, sparse, outputs, at_once=at_once, used_hw=used_hw or model.low_hw)
         _, ious, logits = zip(*parts, strict=True)
     return _finite(torch.cat(logits), "mask logits").float(), _finite(torch.cat(ious), "predicted IoUs").float()
 

@@ -64,8 +64,13 @@ class Promptable(Protocol):
         """Encode n prompts of the same form. boxes: (n, 4), x0, y0, x1, y1 in pixels of the encoder's input."""
         ...
 
-    def decoder(self, embedding: Any) -> Decode:
-        """Make the decoder of this image's prompts. outputs: slice(0, 1) for one mask, slice(1, None) for several."""
+    def decoder(self, embedding: Any, mask_input: torch.Tensor | None = None) -> Decode:
+        """Make the decoder of this image's prompts. outputs: slice(0, 1) for one mask, slice(1, None) for several.
+
+        mask_input: (1, 1, *low_hw) logits of a mask that every prompt refines (`mask_prompt` makes them). What depends
+        on the image alone is computed here, so a kept decoder answers later prompts sooner. It may be kept, and threads
+        may share it.
+        """
         ...
 
 

@@ -8,9 +8,11 @@ of a pass are made together, and one copy brings their runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -19,10 +21,11 @@ from workers.engine.automatic import one_thread
 from workers.engine.boxed_runs import BoxedRuns, encode_runs, take_runs
 from workers.engine.decoder import prompt_logits
 from workers.engine.device_runs import DeviceMasks, read_runs, to_host
-from workers.engine.promptable import ModelOutputError, Promptable
+from workers.engine.mask_prompt import mask_input
+from workers.engine.promptable import Decode, Hw, ModelOutputError, Promptable
 from workers.engine.sam import promptable
 from workers.engine.upsampling import Upsampling
-from workers.masks import Mask
+from workers.masks import BoolMask, Mask
 from workers.params import PromptParams
 from workers.prompts import Prompt, asks_one_point
 
@@ -31,27 +34,61 @@ _AT_ONCE = 64  # prompts; their logits, 256 KiB each, are in memory together
 
 
 def prompted_masks(
-    sam: Sam | Promptable, embedding: Any, prompts: Sequence[Prompt], params: PromptParams, *, size_hw: tuple[int, int]
+    sam: Sam | Promptable,
+    embedding: Any,
+    prompts: Sequence[Prompt],
+    params: PromptParams,
+    *,
+    size_hw: tuple[int, int],
+    decode: Decode | None = None,
 ) -> list[list[Mask]]:
     """The masks of each prompt, in the order of the prompts.
 
     A box or several points give the single-mask output. One point gives the best of three outputs by predicted IoU.
     With multimask=all every prompt gives all three. embedding: the result of `embed` for the image. size_hw: the
-    image's size in pixels. prompts: boxes and points inside it. Raises ModelOutputError where the model gives NaN or
+    image's size in pixels. prompts: boxes and points inside it. decode: the decoder that `prompt_decoder` made for this
+    image, if it was kept; the embedding is then not read. Raises ModelOutputError where the model gives NaN or
     infinity.
     """
+    if not prompts:
+        return []
     model = promptable(sam, fold_from_dim=0)
     upsampling = model.upsampling(size_hw)
     masks_of = _masks_on_device if model.device.type == "cuda" else _masks_on_cpu
     masks: list[list[Mask]] = [[] for _ in prompts]
+    image = _Image(
+        decode=prompt_decoder(model, embedding) if decode is None else decode,
+        size_hw=size_hw,
+        # On a GPU whole frames are upsampled, so all logits are needed there.
+        used_hw=model.low_hw if model.device.type == "cuda" else upsampling.used_hw,
+    )
     for numbers in _decodable_together(prompts):
-        logits, predicted_iou = _decode(model, embedding, [prompts[n] for n in numbers], params, size_hw)
+        logits, predicted_iou = _decode(model, image, [prompts[n] for n in numbers], params)
         runs, scores = masks_of(upsampling, model.mask_threshold, logits.flatten(0, 1), predicted_iou.flatten())
         made = [_to_mask(*one, size_hw) for one in zip(runs, scores, strict=True)]
         kept = logits.shape[1]
         for row, n in enumerate(numbers):
             masks[n] = made[row * kept : (row + 1) * kept]
     return masks
+
+
+def prompt_decoder(sam: Sam | Promptable, embedding: Any, mask: BoolMask | None = None) -> Decode:
+    """The decoder of one image's prompts, for `prompted_masks`. What depends on the image alone is computed here.
+
+    mask: (H, W) bool, a mask of the image that every prompt refines: SAM's mask prompt.
+    """
+    model = promptable(sam, fold_from_dim=0)
+    with torch.no_grad():
+        return model.decoder(embedding, None if mask is None else mask_input(model, mask))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Image:
+    """What all prompts of an image share. used_hw: the rows and columns of the logits that the image covers."""
+
+    decode: Decode
+    size_hw: Hw
+    used_hw: Hw
 
 
 def _decodable_together(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
@@ -66,21 +103,21 @@ def _decodable_together(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         yield from (numbers[first : first + step] for first in range(0, len(numbers), step))
 
 
-def _decode(
-    model: Promptable, embedding: Any, prompts: Sequence[Prompt], params: PromptParams, size_hw: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def _decode(model: Promptable, image: _Image, prompts: Sequence[Prompt], params: PromptParams) -> tuple[Tensor, Tensor]:
     """Decode one group of prompts: logits (n, kept, h, w) and predicted IoUs (n, kept). kept is 1 or 3."""
     one_point = asks_one_point(prompts[0])
     points = np.array([prompt.points for prompt in prompts], np.float64)
     boxes = np.array([prompt.box_xyxy for prompt in prompts]) if prompts[0].box_xyxy is not None else None
     logits, predicted_iou = prompt_logits(
         model,
-        embedding,
-        size_hw=size_hw,
+        None,
+        size_hw=image.size_hw,
         point_coords=points[..., :2] if points.size else None,
         point_labels=points[..., 2].astype(np.int32) if points.size else None,
         boxes_xyxy=boxes,
         multimask=one_point or params.multimask == "all",
+        decode=image.decode,
+        used_hw=image.used_hw,
     )
     if one_point and params.multimask == "best":
         best = predicted_iou.argmax(dim=1, keepdim=True)

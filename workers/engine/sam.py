@@ -73,8 +73,8 @@ class SamPromptable:
             sparse: torch.Tensor = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0]
         return sparse
 
-    def decoder(self, embedding: torch.Tensor) -> Decode:
-        return _decoder(self.sam, embedding, self.fold_from_dim)
+    def decoder(self, embedding: torch.Tensor, mask_input: torch.Tensor | None = None) -> Decode:
+        return _decoder(self.sam, embedding, mask_input, self.fold_from_dim)
 
 
 def input_hw(sam: Sam, size_hw: tuple[int, int]) -> tuple[int, int]:
@@ -86,11 +86,11 @@ def input_hw(sam: Sam, size_hw: tuple[int, int]) -> tuple[int, int]:
     return max(1, height), max(1, width)
 
 
-def _decoder(sam: Sam, embedding: torch.Tensor, fold_from_dim: int) -> Decode:
+def _decoder(sam: Sam, embedding: torch.Tensor, mask_input: torch.Tensor | None, fold_from_dim: int) -> Decode:
     """Make the decoder of this image's prompts: folded where `folds` says so, otherwise the module itself."""
     with half_precision(sam.device, is_wanted=False):
         position = sam.prompt_encoder.get_dense_pe()
-        _, dense = sam.prompt_encoder(points=None, boxes=None, masks=None)
+        _, dense = sam.prompt_encoder(points=None, boxes=None, masks=mask_input)
     if folds(sam.mask_decoder, from_dim=fold_from_dim):
         return _decode_folded(FoldedDecoder(sam.mask_decoder), embedding, position, dense)
 

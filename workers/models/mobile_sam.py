@@ -21,10 +21,13 @@ TRANSFORMER_DIM = 256
 STAGE_DIMS = (64, 128, 160, 320)
 
 
-def build_mobile_sam() -> Sam:
-    """The architecture with random weights, in training mode, float32. Raises ImportError when timm is missing."""
+def build_mobile_sam(image_encoder: nn.Module | None = None) -> Sam:
+    """The architecture with random weights, in training mode, float32. Raises ImportError when timm is missing.
+
+    image_encoder: instead of TinyViT. All other parts are those of SAM's own vit_b, vit_l and vit_h.
+    """
     return Sam(
-        image_encoder=TinyViTEncoder(),
+        image_encoder=image_encoder or TinyViTEncoder(),
         prompt_encoder=PromptEncoder(
             embed_dim=TRANSFORMER_DIM,
             image_embedding_size=(EMBEDDING_SIZE, EMBEDDING_SIZE),

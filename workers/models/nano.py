@@ -33,10 +33,13 @@ WEIGHTS_PATH = Path(__file__).with_name("sam_nano.safetensors")
 WEIGHTS_SHA256 = MODELS["sam_nano"].sha256
 
 
-def build_sam_nano() -> Sam:
-    """The architecture with random weights, in training mode, float32, on the CPU."""
+def build_sam_nano(image_encoder: torch.nn.Module | None = None) -> Sam:
+    """The architecture with random weights, in training mode, float32, on the CPU.
+
+    image_encoder: instead of its own.
+    """
     return Sam(
-        image_encoder=_build_image_encoder(),
+        image_encoder=image_encoder or _build_image_encoder(),
         prompt_encoder=PromptEncoder(
             embed_dim=TRANSFORMER_DIM,
             image_embedding_size=(EMBEDDING_SIZE, EMBEDDING_SIZE),

@@ -102,7 +102,11 @@ class _PromptsInRows(nn.Module):
         """Not used: the file holds the positional encoding."""
         return self.nothing
 
-    def forward(self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if masks is not None:
+            raise ValueError("decoder=onnx answers no mask prompts")
         parts = []
         if points is not None:
             coords, labels = points

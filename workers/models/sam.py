@@ -106,11 +106,13 @@ def load_sam(
     *,
     known: Mapping[str, Architecture] = ARCHITECTURES,
     unpack: Callable[[Any], Any] = lambda checkpoint: checkpoint,
+    without: tuple[str, ...] = (),
 ) -> Any:
     """Build `architecture` with the weights of spec's file: float32, frozen, in evaluation mode, on `device`.
 
     known: other models' architectures. When the file has the weights of one of them, the error names it. unpack: gets
-    the file's content and returns its tensors by name; other content it returns unchanged.
+    the file's content and returns its tensors by name; other content it returns unchanged. without: the prefixes of
+    tensors that `architecture` leaves out. They are not read into memory.
 
     Raises WeightsError when the file is absent, unreadable, truncated, another model's or not the pinned one. The error
     names the file, what it is, and the command that fixes it. Raises torch.cuda.OutOfMemoryError when it does not fit.
@@ -122,11 +124,12 @@ def load_sam(
     # On "meta" the model has no memory of its own. Nothing is initialised only to be replaced by the weights.
     with torch.device("meta"):
         sam = architecture()
-    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state), known=known)
+    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state), known=known, without=without)
     if not verified.ok:
         raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
     # Copied out of the mapped file, so that the file may be replaced while the model is used.
-    weights = {name: tensor.to(device, _dtype(tensor), copy=True) for name, tensor in state.items()}
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(without)}
+    weights = {name: tensor.to(device, _dtype(tensor), copy=True) for name, tensor in kept.items()}
     sam.load_state_dict(weights, strict=True, assign=True)
     if torch.device(device).type == "cuda":
         fuse_attention(sam)
@@ -170,11 +173,12 @@ def _shapes(state: Mapping[str, Tensor]) -> Shapes:
 
 
 def _require_same_shapes(
-    spec: ModelSpec, *, expected: Shapes, found: Shapes, known: Mapping[str, Architecture]
+    spec: ModelSpec, *, expected: Shapes, found: Shapes, known: Mapping[str, Architecture], without: tuple[str, ...]
 ) -> None:
-    if found == expected:
+    compared = {name: shape for name, shape in found.items() if not name.startswith(without)}
+    if compared == expected:
         return
-    differences = _name_other_model(found, known) or _describe_differences(expected, found)
+    differences = _name_other_model(found, known) or _describe_differences(expected, compared)
     raise WeightsError(f"{weights_path(spec)}: {differences}, expected the weights of {spec.name}; {remedy(spec)}")
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 # 80 MiB of buffers. On a GPU all prompts of a call are decoded at once.
 AT_ONCE_ON_CPU = 4
 
+_ENCODER_TENSORS = ("image_encoder.", "no_mem_embed")
 _VIDEO_MEMORY = (
     "memory_attention.",
     "memory_encoder.",
@@ -74,8 +75,19 @@ def load(spec: ModelSpec, device: str) -> Model:
 
 def load_variant(spec: ModelSpec, hiera: Hiera, device: str) -> Model:
     """A SAM 2.1 of these sizes with the weights of spec's file."""
-    known: dict[str, Architecture] = {name: partial(Sam2, sizes) for name, sizes in VARIANTS.items()}
-    return SamModel(load_sam(spec, partial(Sam2, hiera), device, known=ARCHITECTURES | known, unpack=without_memory))
+    return SamModel(load_sam(spec, partial(Sam2, hiera), device, known=_known(), unpack=without_memory))
+
+
+def load_decoder_variant(spec: ModelSpec, hiera: Hiera, device: str) -> Sam2:
+    """The same without its image encoder: it decodes embeddings and makes none."""
+    architecture = partial(Sam2, hiera, has_encoder=False)
+    return cast(
+        Sam2, load_sam(spec, architecture, device, known=_known(), unpack=without_memory, without=_ENCODER_TENSORS)
+    )
+
+
+def _known() -> dict[str, Architecture]:
+    return ARCHITECTURES | {name: partial(Sam2, sizes) for name, sizes in VARIANTS.items()}
 
 
 def without_memory(checkpoint: Any) -> Any:
@@ -90,11 +102,11 @@ class Sam2(nn.Module):
 
     mask_threshold = 0.0
 
-    def __init__(self, hiera: Hiera) -> None:
+    def __init__(self, hiera: Hiera, *, has_encoder: bool = True) -> None:
         """Random weights, in training mode. Raises ImportError when transformers is not installed."""
         super().__init__()
         self.image_px = hiera.image_px
-        self.model = _build(hiera)
+        self.model = _build(hiera, has_encoder=has_encoder)
         self.register_state_dict_post_hook(_to_authors_names)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_to_own_names)  # type: ignore[no-untyped-call]
 
@@ -139,7 +151,7 @@ class Sam2(nn.Module):
             )[0]
         return sparse[0]
 
-    def decoder(self, embedding: list[Tensor]) -> Decode:
+    def decoder(self, embedding: list[Tensor], mask_input: Tensor | None = None) -> Decode:
         """Make the decoder of this image's prompts.
 
         The single mask is the first token's if that is stable, otherwise the best of the other three. This is the
@@ -147,7 +159,7 @@ class Sam2(nn.Module):
         """
         with half_precision(self.device, is_wanted=False):
             position = self.model.get_image_wide_positional_embeddings()
-        dense = self.model.prompt_encoder.no_mask_embed.weight[..., None, None].expand_as(embedding[-1])
+            _, dense = self.model.prompt_encoder(None, None, None, mask_input)
 
         def decode(sparse: Tensor, outputs: slice) -> Iterator[tuple[int, Tensor, MaskLogits]]:
             step = len(sparse) if sparse.is_cuda else AT_ONCE_ON_CPU
@@ -172,7 +184,30 @@ def _pick(logits: Tensor, wanted: Tensor | None, used_hw: Hw) -> tuple[Tensor, T
     return numbers, logits[numbers.to(logits.device), :, : used_hw[0], : used_hw[1]]
 
 
-def _build(hiera: Hiera) -> Any:
+class _Decoding(nn.Module):
+    """The parts of Sam2Model that decode, with its names."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers.models.sam2 import modeling_sam2 as sam2
+
+        super().__init__()
+        config.mask_decoder_config._attn_implementation = "sdpa"  # Sam2Model's own choice
+        self.shared_image_embedding = sam2.Sam2PositionalEmbedding(config.prompt_encoder_config)
+        self.prompt_encoder = sam2.Sam2PromptEncoder(config.prompt_encoder_config)
+        self.mask_decoder = sam2.Sam2MaskDecoder(config.mask_decoder_config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def get_image_wide_positional_embeddings(self) -> Tensor:
+        from transformers import Sam2Model
+
+        positions: Tensor = Sam2Model.get_image_wide_positional_embeddings(self)
+        return positions
+
+
+def _build(hiera: Hiera, *, has_encoder: bool) -> Any:
     from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VisionConfig
 
     widths = [hiera.width * 2**stage for stage in range(4)]
@@ -198,7 +233,7 @@ def _build(hiera: Hiera) -> Any:
         prompt_encoder_config={"hidden_size": hiera.channels, "image_size": hiera.image_px},
         mask_decoder_config={"hidden_size": hiera.channels},
     )
-    model = Sam2Model(config)
+    model = Sam2Model(config) if has_encoder else _Decoding(config)
     head = model.mask_decoder.iou_prediction_head
     head.forward = partial(_in_float32, head.forward)
     return model

@@ -34,20 +34,26 @@ def build_sam_hq(
     window: int = 14,
 ) -> Sam:
     """The architecture with random weights, in training mode. The first four arguments are the image encoder's."""
+    encoder = HqImageEncoder(
+        img_size=image_px,
+        patch_size=PATCH_SIZE_PX,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        out_chans=channels,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=window,
+        global_attn_indexes=global_blocks,
+    )
+    return build_around(encoder, width=width, image_px=image_px, channels=channels)
+
+
+def build_around(image_encoder: nn.Module, *, width: int, image_px: int = 1024, channels: int = 256) -> Sam:
+    """The same with another image encoder. width: of the features that the decoder gets from SAM-HQ's own."""
     grid = (image_px // PATCH_SIZE_PX, image_px // PATCH_SIZE_PX)
     return Sam(
-        image_encoder=HqImageEncoder(
-            img_size=image_px,
-            patch_size=PATCH_SIZE_PX,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            out_chans=channels,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=window,
-            global_attn_indexes=global_blocks,
-        ),
+        image_encoder=image_encoder,
         prompt_encoder=PromptEncoder(
             embed_dim=channels, image_embedding_size=grid, input_image_size=(image_px, image_px), mask_in_chans=16
         ),

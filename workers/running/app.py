@@ -1,4 +1,4 @@
-"""Celery's app. Its messages carry chunk ids and nothing else, over Redis or a folder.
+"""Celery's app. Its messages carry ids of chunks or of wanted embeddings and nothing else, over Redis or a folder.
 
 Postgres is the truth. A message only wakes a worker up: it may be lost, late or come twice. So there is no result
 backend and no retry by the broker. After a crash the message counts as done, and the reaper decides what happens to
@@ -22,7 +22,12 @@ from workers.running.run_dir import log_from_the_start
 QUEUE = "maskfleet"
 # The queue of chunks that a worker had before. Redis reads the queues in the order of their names, so it comes first.
 FIRST_QUEUE = "first.maskfleet"
+# Embeddings that reviewers wait for come before all chunks. The folder broker takes turns between the queues instead.
+EMBED_QUEUE = "embed.maskfleet"
+QUEUES = (EMBED_QUEUE, FIRST_QUEUE, QUEUE)
 SEGMENT_CHUNK = "maskfleet.segment_chunk"
+EMBED = "maskfleet.embed"
+EMBEDS_A_MESSAGE = 16
 
 
 def make_app(broker_url: str | None) -> Celery:
@@ -77,20 +82,27 @@ def check_broker() -> str:
 
 def publish_chunks(chunk_ids: Sequence[int], *, queue: str = QUEUE, broker: Celery | None = None) -> None:
     """Send one message for each chunk over one connection. Raises kombu's OperationalError when the broker is away."""
-    sender = broker or app
+    _publish(SEGMENT_CHUNK, [(chunk_id,) for chunk_id in chunk_ids], queue, broker or app)
+
+
+def publish_embeds(ids: Sequence[int], *, broker: Celery | None = None) -> None:
+    """Send the ids of wanted embeddings, EMBEDS_A_MESSAGE at most in a message. Raises like `publish_chunks`."""
+    messages = [(list(ids[k : k + EMBEDS_A_MESSAGE]),) for k in range(0, len(ids), EMBEDS_A_MESSAGE)]
+    _publish(EMBED, messages, EMBED_QUEUE, broker or app)
+
+
+def _publish(task: str, messages: Sequence[tuple[Any, ...]], queue: str, sender: Celery) -> None:
     with sender.connection_for_write() as connection:
         connection.ensure_connection(max_retries=1, timeout=5)
         producer = sender.amqp.Producer(connection)
-        for chunk_id in chunk_ids:
-            sender.send_task(
-                SEGMENT_CHUNK, (chunk_id,), queue=queue, producer=producer, retry=False, ignore_result=True
-            )
+        for arguments in messages:
+            sender.send_task(task, arguments, queue=queue, producer=producer, retry=False, ignore_result=True)
 
 
-def waiting_messages() -> int:
-    """How many messages wait in both queues. Raises kombu's OperationalError when the broker is away."""
+def waiting_messages(*queues: str) -> int:
+    """How many messages wait in these queues. Raises kombu's OperationalError when the broker is away."""
     waiting = 0
-    for queue in (FIRST_QUEUE, QUEUE):
+    for queue in queues:
         with app.connection_for_read() as connection, suppress(*connection.channel_errors):  # if empty, it is absent
             connection.ensure_connection(max_retries=1, timeout=5)
             waiting += int(connection.default_channel.queue_declare(queue, passive=True).message_count)
@@ -98,9 +110,9 @@ def waiting_messages() -> int:
 
 
 def count_waiting() -> int:
-    """`waiting_messages`, for those who do not know kombu. Raises BrokerAway."""
+    """How many messages wait in all queues. Raises BrokerAway."""
     try:
-        return waiting_messages()
+        return waiting_messages(*QUEUES)
     except (OperationalError, OSError) as error:
         raise BrokerAway(str(error)) from error
 
@@ -111,7 +123,7 @@ _REDIS: dict[str, Any] = {
     "socket_keepalive": True,
     "health_check_interval": 25,
     "visibility_timeout": 3600,
-    "queue_order_strategy": "sorted",  # FIRST_QUEUE before QUEUE
+    "queue_order_strategy": "sorted",  # EMBED_QUEUE, FIRST_QUEUE, QUEUE
 }
 
 

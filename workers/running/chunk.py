@@ -23,7 +23,8 @@ from workers.errors import ErrorKind, TransientError, redact
 from workers.images.pixels import RgbImage
 from workers.models.spec import ModelError
 from workers.running.fetching import DecodeStuck, FetchAhead, NotFetched
-from workers.running.looks import Encode, Look, encode_and_look
+from workers.running.keeping import Keeper, start_keeper, want_answered
+from workers.running.looks import Encode, Look, encode_and_look, model_embedding
 from workers.running.metrics import count_stored, timed
 from workers.running.outcomes import failed_outcome, judge, labeled_outcome, storable_text
 from workers.running.worker import Worker, release, unfit
@@ -61,6 +62,8 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
             return None
         answered = 0 if chunk.fresh else leases.answer_from_stored(db, chunk=chunk)
         assets = leases.pending_assets(db, chunk=chunk)
+    if answered:
+        want_answered(worker, chunk)
     run, about = _ChunkRun(worker, chunk), _log_ids(chunk)
     try:
         run.work_through(assets)
@@ -97,6 +100,8 @@ class _ChunkRun:
         self._worker = worker
         self._settings = worker.settings
         self._chunk = chunk
+        self._keeper: Keeper | None = None
+        self._to_keep: dict[int, tuple[Asset, Any]] = {}  # labeled assets with their embeddings, until they are stored
         self._transient: TransientError | None = None
         self._lost = threading.Event()
         self._over = threading.Event()
@@ -128,8 +133,13 @@ class _ChunkRun:
         trusted = [asset for asset in assets if asset.deaths_alone is None]
         suspects = [[asset] for asset in assets if asset.deaths_alone is not None]
         batches = [trusted[k : k + size] for k in range(0, len(trusted), size)]
-        self._run_batches(batches, encode, look, lookahead=_LOOKAHEAD)
-        self._run_batches(suspects, encode, look, lookahead=0)
+        self._keeper = start_keeper(self._worker, self._chunk)
+        try:
+            self._run_batches(batches, encode, look, lookahead=_LOOKAHEAD)
+            self._run_batches(suspects, encode, look, lookahead=0)
+        finally:
+            if self._keeper is not None:
+                self._keeper.close()
 
     def _skip_unprompted(self, assets: Sequence[Asset]) -> list[Asset]:
         """Label the assets without a prompt, with no masks and without reading them. Returns the other assets."""
@@ -156,6 +166,7 @@ class _ChunkRun:
                 """Commit the outcomes before batch k and mark the next batches in flight. Only then fetch those."""
                 marked = [asset for batch in batches[k : k + lookahead + 1] for asset in batch]
                 self._record(outcomes, marked)
+                self._keep_embeddings(outcomes)
                 for asset in marked:
                     ahead.start(asset)
 
@@ -176,16 +187,7 @@ class _ChunkRun:
     def _segment_batch(self, batch: Sequence[Asset], ahead: FetchAhead, encode: Encode, look: Look) -> list[NewOutcome]:
         """Outcomes of a batch. An asset that could not be read for a temporary reason has none yet."""
         outcomes: list[NewOutcome] = []
-        images: list[tuple[Asset, RgbImage]] = []
-        for asset in batch:
-            try:
-                images.append((asset, ahead.image(asset)))
-            except NotFetched:
-                continue
-            except TransientError as error:
-                outcomes.extend(self._put_off(asset, error))
-            except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
-                outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
+        images = self._read(batch, ahead, outcomes)
         began = time.perf_counter()
         encoded = self._embed(encode, images, outcomes)
         share_seconds = (time.perf_counter() - began) / max(len(encoded), 1)  # each image's share of the batch's time
@@ -201,8 +203,26 @@ class _ChunkRun:
                 outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
             else:
                 outcomes.append(labeled_outcome(asset, image, found, started, self._chunk.asked.get("label")))
+                if self._keeper is not None and (kept := model_embedding(embedding)) is not None:
+                    self._to_keep[asset.id] = ahead.as_read(asset), kept
         self._progress_at = time.monotonic()
         return [ahead.with_etag(outcome) for outcome in outcomes]
+
+    def _read(
+        self, batch: Sequence[Asset], ahead: FetchAhead, outcomes: list[NewOutcome]
+    ) -> list[tuple[Asset, RgbImage]]:
+        """The pictures of a batch. An asset that gives none gets an outcome, or waits for the chunk's next run."""
+        images: list[tuple[Asset, RgbImage]] = []
+        for asset in batch:
+            try:
+                images.append((asset, ahead.image(asset)))
+            except NotFetched:
+                continue
+            except TransientError as error:
+                outcomes.extend(self._put_off(asset, error))
+            except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
+                outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
+        return images
 
     def _go_on(self) -> None:
         """Tell the heartbeat that the work progresses. Raises LeaseLost when the lease was lost."""
@@ -227,6 +247,12 @@ class _ChunkRun:
             judge(error)  # ends the process when the device is lost
         half = len(images) // 2
         return [*self._embed(encode, images[:half], outcomes), *self._embed(encode, images[half:], outcomes)]
+
+    def _keep_embeddings(self, outcomes: Sequence[NewOutcome]) -> None:
+        """Hand over the embeddings of outcomes that are committed."""
+        if self._keeper is not None:
+            ids = [outcome.asset_id for outcome in outcomes if outcome.asset_id in self._to_keep]
+            self._keeper.keep([self._to_keep.pop(asset_id) for asset_id in ids])
 
     def _put_off(self, asset: Asset, error: TransientError) -> list[NewOutcome]:
         """Leave the asset for the chunk's next run. After MAX_TRANSIENT_FAILURES tries the asset fails."""

@@ -25,7 +25,7 @@ from db.processes import Beat
 from db.states import ProcessKind
 from workers.models.files import is_present
 from workers.models.registry import MODELS
-from workers.running.app import FIRST_QUEUE, QUEUE
+from workers.running.app import QUEUES
 from workers.running.device_lock import hold_device
 from workers.running.heart import Heart, own_beat
 from workers.running.metrics import FOLDER_VARIABLE, serve_worker_metrics
@@ -246,7 +246,7 @@ def _start(worker: _WorkerProcess) -> None:
     # -P: a folder named `db` or `workers` in the current folder must not be imported.
     # --quiet: without Celery's banner, which is no log line.
     command = [sys.executable, "-P", "-m", "celery", "--quiet", "--app", "workers.running.app", "worker"]
-    command += ["--queues", f"{FIRST_QUEUE},{QUEUE}"]
+    command += ["--queues", ",".join(QUEUES)]
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
     command += ["--without-gossip", "--without-mingle"]
     environment = os.environ | {

@@ -89,8 +89,12 @@ class FetchAhead:
 
     def with_etag(self, outcome: NewOutcome) -> NewOutcome:
         """The outcome, with the etag of the asset's bytes when they were not those that were listed."""
-        etag = self._etags.pop(outcome.asset_id, None)
+        etag = self._etags.get(outcome.asset_id)
         return outcome if etag is None else replace(outcome, etag=etag)
+
+    def as_read(self, asset: Asset) -> Asset:
+        """The asset, with the etag of the bytes that were read."""
+        return replace(asset, etag=self._etags.get(asset.id, asset.etag))
 
     def _fetch(self, asset: Asset) -> RgbImage:
         with timed(self._worker, "fetch"):

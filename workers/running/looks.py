@@ -176,6 +176,11 @@ class _Detected:
     embedding: Any
 
 
+def model_embedding(encoded: Any) -> Any:
+    """The model's embedding in what `Encode` returned for an image. None when the image was not encoded."""
+    return encoded.embedding if isinstance(encoded, _Detected) else encoded
+
+
 def _detecting(model: Model, detector: Detector, asked: AskedDetector) -> Encode:
     """Runs the detector first. The model then encodes only the images that have a box."""
 

@@ -1,4 +1,4 @@
-"""The Celery side of a worker: one task, and the parts that a process sets up once and keeps.
+"""The Celery side of a worker: its two tasks, and the parts that a process sets up once and keeps.
 
 Heavy work happens only in the pool's child, at first use. The import of this module loads no torch and no model.
 """
@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from billiard.exceptions import WorkerLostError
 from celery import Task
@@ -26,13 +27,15 @@ from db import jobs, queue
 from db.session import DBAPIError, Engine, is_passing, open_engine
 from db.settings import settings
 from workers.detectors import detector as detectors
+from workers.embeddings.store import open_store
 from workers.errors import redact
 from workers.logs import log_to_stderr
 from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import Model
-from workers.running.app import FIRST_QUEUE, QUEUE, SEGMENT_CHUNK, app, publish_chunks, waiting_messages
-from workers.running.chunk import ChunkReport, run_chunk
+from workers.running.app import EMBED, FIRST_QUEUE, QUEUE, SEGMENT_CHUNK, app, publish_chunks, waiting_messages
+from workers.running.chunk import run_chunk
+from workers.running.embedding import embed_wanted, send_wanted
 from workers.running.outcomes import ProcessUnfit
 from workers.running.run_dir import faults_file, keep_error, model_file, run_dir, stop_file
 from workers.running.worker import Worker
@@ -44,6 +47,7 @@ _MOST_FAULTS = 3
 _LONGEST_PAUSE_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @worker_init.connect
@@ -101,7 +105,7 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
         return None
     worker = _worker(self.request.hostname or "worker")
     try:
-        report = _run_once_postgres_answers(worker, chunk_id)
+        report = _once_postgres_answers(worker, f"chunk {chunk_id}", lambda: run_chunk(worker, chunk_id))
         faults_file(run_dir()).unlink(missing_ok=True)
     except ProcessUnfit:
         log.exception("chunk %d: this process ends", chunk_id, extra={"chunk": chunk_id})
@@ -110,22 +114,41 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
     return asdict(report) if report else None
 
 
-def _run_once_postgres_answers(worker: Worker, chunk_id: int) -> ChunkReport | None:
-    """Run a chunk. While Postgres is away, keep the message and wait. Otherwise the queue would be emptied for nothing.
+@app.task(name=EMBED, bind=True)
+def embed(self: Task, ids: list[int]) -> int | None:
+    """Make wanted embeddings. A message that is late, foreign or comes twice finds nothing to claim."""
+    if not isinstance(ids, list) or not all(type(row_id) is int for row_id in ids):
+        log.error("message with embeddings %.80r: expected a list of whole numbers; ignored", ids)
+        return None
+    worker = _worker(self.request.hostname or "worker")
+    store = open_store(worker.settings)
+    if store is None:
+        log.warning("%d embeddings are wanted, but MASKFLEET_EMBEDDINGS is not set here", len(ids))
+        return None
+    try:
+        stored = _once_postgres_answers(worker, "embeddings", lambda: embed_wanted(worker, store, ids))
+    except ProcessUnfit:
+        log.exception("embeddings %s: this process ends", ids)
+        _leave()
+    top_up_or_say(worker.engine)
+    return stored
 
-    A chunk that was claimed before the outage is not claimed again. Its lease expires, and another worker continues it.
+
+def _once_postgres_answers(worker: Worker, what: str, work: Callable[[], T]) -> T | None:
+    """Do the work. While Postgres is away, keep the message and wait. Otherwise the queue would be emptied for nothing.
+
+    What was claimed before the outage is not claimed again. The claim expires, and another worker continues.
     """
     pause = 0.5
     while True:
         try:
-            return run_chunk(worker, chunk_id)
+            return work()
         except DBAPIError as error:
             if not is_passing(error):
                 raise
             if worker.draining():
                 return None
-            said = "chunk %d: Postgres does not answer, next try in %g s: %s"
-            log.warning(said, chunk_id, pause, _one_line(error), extra={"chunk": chunk_id})
+            log.warning("%s: Postgres does not answer, next try in %g s: %s", what, pause, _one_line(error))
         time.sleep(pause)
         pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
@@ -158,7 +181,7 @@ def top_up_or_say(engine: Engine) -> None:
 
 
 def top_up(engine: Engine) -> int:
-    """Reap expired leases, finish jobs, refill the queue. Returns how many chunks were sent.
+    """Reap expired leases, finish jobs, refill the queues. Returns how many chunks were sent.
 
     Idempotent, and safe from many processes at once. It commits before it publishes. A chunk whose message is lost in
     between, in a crash or a flushed broker, is sent again after `resend_seconds`. But not while its message may still
@@ -171,7 +194,8 @@ def top_up(engine: Engine) -> int:
             queue.reap(db)
             jobs.finish_jobs(db)
             stale = queue.has_stale_sent(db, resend_seconds=deployment.resend_seconds)
-        is_empty = stale and waiting_messages() == 0
+        send_wanted(engine)
+        is_empty = stale and waiting_messages(FIRST_QUEUE, QUEUE) == 0
         with engine.begin() as db:
             if stale:
                 queue.resend_stale(db, resend_seconds=deployment.resend_seconds, queue_is_empty=is_empty)

@@ -1,0 +1,102 @@
+"""JOB may be the folder that `maskfleet run` wrote: its database runs for as long as a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from db.session import open_engine
+from orchestrator.local.folder import folder_database, state_dir_of
+from tests.deployment import draw_pictures
+from tests.e2e.test_run import MASKFLEET, environment, run
+
+pytestmark = pytest.mark.integration
+
+
+def call(*words: str | Path, code: int = 0) -> str:
+    done = subprocess.run(
+        [*MASKFLEET, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+    return done.stdout or done.stderr
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run over three pictures, one of them a text."""
+    folder = tmp_path_factory.mktemp("folder")
+    source = draw_pictures(folder / "pictures", 2)
+    (source / "half.jpg").write_bytes(b"a text")
+    run(source, "--out", folder / "out", "--model", "stub", code=1)
+    return folder / "out"
+
+
+def server_runs(out: Path) -> bool:
+    """Whether the folder's server runs. It is root's copy elsewhere, so it is found by its command line."""
+    state = str(state_dir_of(out).absolute())
+    note = Path("/var/tmp/maskfleet-root")
+    folders = [state, *(str(p.parent) for p in note.glob("*/belongs-to") if p.read_text() == state)]
+    commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+    return any(folder in command and "postgres" in command for folder in folders for command in commands)
+
+
+def test_a_finished_run_is_shown_and_exported_by_its_folder(out: Path, tmp_path: Path) -> None:
+    shown = json.loads(call("show", out, "--json"))
+    call("export", out, "--format", "yolo", "--out", tmp_path / "yolo")
+
+    assert (shown["assets"]["labeled"], shown["assets"]["failed"]) == (2, 1)
+    assert sorted(p.suffix for p in (tmp_path / "yolo").rglob("*") if p.is_file() and p.suffix != ".yaml")
+    assert not server_runs(out)
+
+
+def test_failed_assets_of_a_folder_run_again_with_the_next_run(tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / "pictures", 1)
+    (source / "half.png").write_bytes(b"a text")
+    run(source, "--out", tmp_path / "out", "--model", "stub", code=1)
+    draw_pictures(tmp_path / "other", 1)
+    (source / "half.png").write_bytes((tmp_path / "other" / "0000.png").read_bytes())
+
+    assert "1 assets of job 1 run again" in call("retry", tmp_path / "out")
+    run(source, "--out", tmp_path / "out", "--model", "stub")
+
+
+def test_several_commands_share_one_server_and_the_last_stops_it(out: Path) -> None:
+    with folder_database(out) as url:
+        assert json.loads(call("show", out, "--json"))["assets"]["labeled"] == 2
+        engine = open_engine(url)
+        with engine.begin() as db:  # the command that ended has not stopped our server
+            assert db.exec_driver_sql("SELECT count(*) FROM outcome").scalar_one() == 3
+        engine.dispose()
+        assert server_runs(out)
+    assert not server_runs(out)
+
+
+def test_a_command_that_was_killed_leaves_the_folder_usable(out: Path) -> None:
+    script = (
+        "import pathlib, sys, time\n"
+        "from orchestrator.local.folder import folder_database\n"
+        "with folder_database(pathlib.Path(sys.argv[1])):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        os.kill(holder.pid, signal.SIGKILL)
+
+    assert json.loads(call("show", out, "--json"))["assets"]["labeled"] == 2
+    assert not server_runs(out)
+
+
+def test_another_folder_and_a_typing_error_are_named(tmp_path: Path) -> None:
+    said = call("show", tmp_path, code=2)
+    assert "no folder that `maskfleet run` wrote" in said
+    assert str(tmp_path) in said
