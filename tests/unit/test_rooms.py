@@ -85,6 +85,7 @@ RUN_BY = {
     "workers.models.transformers_checkpoints": "unit/test_transformers_detector.py",
     "workers.running.device_lock": "faults/test_operators.py",
     "workers.running.heart": "faults/test_operators.py",
+    "workers.running.held_lease": "faults/test_faults.py",
     "workers.running.looks": "integration/test_prompted_jobs.py",
     "workers.running.metrics": "metrics/test_metrics.py",
     "workers.running.run_dir": "faults/test_operators.py",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from workers.errors import ErrorKind, TransientError, redact
 from workers.images.pixels import RgbImage
 from workers.models.spec import ModelError
 from workers.running.fetching import DecodeStuck, FetchAhead, NotFetched
+from workers.running.held_lease import HeldLease, log_ids
 from workers.running.keeping import Keeper, start_keeper, want_answered
 from workers.running.looks import Encode, Look, encode_and_look, model_embedding
 from workers.running.metrics import count_stored, timed
@@ -64,7 +64,7 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
         assets = leases.pending_assets(db, chunk=chunk)
     if answered:
         want_answered(worker, chunk)
-    run, about = _ChunkRun(worker, chunk), _log_ids(chunk)
+    run, about = _ChunkRun(worker, chunk), log_ids(chunk)
     try:
         run.work_through(assets)
     except LeaseLost as lost:
@@ -103,32 +103,25 @@ class _ChunkRun:
         self._keeper: Keeper | None = None
         self._to_keep: dict[int, tuple[Asset, Any]] = {}  # labeled assets with their embeddings, until they are stored
         self._transient: TransientError | None = None
-        self._lost = threading.Event()
-        self._over = threading.Event()
-        self._progress_at = time.monotonic()
+        self._lease = HeldLease(worker, chunk)
 
     def work_through(self, assets: Sequence[Asset]) -> None:
         """Find the outcome of every asset, then mark the chunk done. Suspects run last, each alone."""
-        heart = threading.Thread(target=self._beat, name=f"heartbeat-{self._chunk.id}", daemon=True)
-        heart.start()
-        try:
+        with self._lease:
             if assets:
                 self._segment_all(assets)
             if self._transient is not None:
                 raise self._transient
             with self._worker.engine.begin() as db:
                 leases.finish_chunk(db, chunk=self._chunk)
-        finally:
-            self._over.set()
-            heart.join()
 
     def _segment_all(self, assets: Sequence[Asset]) -> None:
         if self._chunk.asked.get("prompts"):
             assets = self._skip_unprompted(assets)
         if not assets:
             return
-        encode, look = encode_and_look(self._worker, self._chunk, self._go_on)
-        self._progress_at = time.monotonic()
+        encode, look = encode_and_look(self._worker, self._chunk, self._lease.go_on)
+        self._lease.progress()
         size = self._settings.batch_size
         trusted = [asset for asset in assets if asset.deaths_alone is None]
         suspects = [[asset] for asset in assets if asset.deaths_alone is not None]
@@ -192,7 +185,7 @@ class _ChunkRun:
         encoded = self._embed(encode, images, outcomes)
         share_seconds = (time.perf_counter() - began) / max(len(encoded), 1)  # each image's share of the batch's time
         for asset, image, embedding in encoded:
-            self._go_on()
+            self._lease.go_on()
             started = time.perf_counter() - share_seconds
             try:
                 with timed(self._worker.name, "masks"):
@@ -205,7 +198,7 @@ class _ChunkRun:
                 outcomes.append(labeled_outcome(asset, image, found, started, self._chunk.asked.get("label")))
                 if self._keeper is not None and (kept := model_embedding(embedding)) is not None:
                     self._to_keep[asset.id] = ahead.as_read(asset), kept
-        self._progress_at = time.monotonic()
+        self._lease.progress()
         return [ahead.with_etag(outcome) for outcome in outcomes]
 
     def _read(
@@ -223,12 +216,6 @@ class _ChunkRun:
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
                 outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
         return images
-
-    def _go_on(self) -> None:
-        """Tell the heartbeat that the work progresses. Raises LeaseLost when the lease was lost."""
-        if self._lost.is_set():
-            raise LeaseLost(f"chunk {self._chunk.id}: the lease was lost while it ran")
-        self._progress_at = time.monotonic()
 
     def _embed(
         self, encode: Encode, images: Sequence[tuple[Asset, RgbImage]], outcomes: list[NewOutcome]
@@ -282,7 +269,7 @@ class _ChunkRun:
                 if not is_passing(error) or time.monotonic() + pause > give_up_at:
                     raise
                 said = "chunk %d: Postgres did not answer, trying again: %s"
-                log.warning(said, self._chunk.id, redact(str(error)), extra=_log_ids(self._chunk))
+                log.warning(said, self._chunk.id, redact(str(error)), extra=log_ids(self._chunk))
                 time.sleep(pause)
                 pause = min(pause * 2, 5)
         failed = sum(outcome.error_kind is not None for outcome in outcomes)
@@ -290,26 +277,3 @@ class _ChunkRun:
         self.labeled += len(outcomes) - failed
         masks = sum(len(outcome.masks) for outcome in outcomes)
         count_stored(self._worker.name, labeled=len(outcomes) - failed, failed=failed, masks=masks)
-
-    def _beat(self) -> None:
-        """Extend the lease while assets get finished. A process without progress for hang_seconds is given up."""
-        while not self._over.wait(self._settings.lease_seconds / 4):
-            if time.monotonic() - self._progress_at > self._settings.hang_seconds:
-                said, seconds = "chunk %d: no asset finished for %g s", self._settings.hang_seconds
-                log.error(said, self._chunk.id, seconds, extra=_log_ids(self._chunk))
-                self._worker.on_hang()
-                return
-            try:
-                with self._worker.engine.begin() as db:
-                    leases.extend_lease(db, chunk=self._chunk, lease_seconds=self._settings.lease_seconds)
-            except LeaseLost:
-                self._lost.set()
-                return
-            except DBAPIError as error:
-                said = "chunk %d: heartbeat failed: %s"
-                log.warning(said, self._chunk.id, redact(str(error)), extra=_log_ids(self._chunk))
-
-
-def _log_ids(chunk: ClaimedChunk) -> dict[str, int]:
-    """What a log line about a chunk carries apart from its text."""
-    return {"job": chunk.job_id, "chunk": chunk.id}
