@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from billiard.exceptions import WorkerLostError
 from celery import Task
-from celery.signals import setup_logging, worker_init, worker_shutting_down
+from celery.signals import celeryd_after_setup, setup_logging, worker_init, worker_shutting_down
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError as BrokerAway
 
@@ -84,6 +84,12 @@ def _log(**_: object) -> None:
     logging.getLogger().addHandler(_LastError(logging.ERROR))
     for chatty in ("botocore", "boto3", "urllib3", "s3transfer"):
         logging.getLogger(chatty).setLevel(logging.WARNING)  # their debug lines hold signatures
+
+
+@celeryd_after_setup.connect
+def _silence_billiard(**_: object) -> None:
+    """Without this the pool's children log in billiard's own form before `_log` is called there."""
+    os.environ.pop("_MP_FORK_LOGLEVEL_", None)
 
 
 class ChunkRequest(Request):  # type: ignore[misc]  # Celery's classes carry no types
