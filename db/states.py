@@ -72,3 +72,4 @@ class ProcessKind(StrEnum):
     DISPATCHER = "dispatcher"
     PUBLISHER = "publisher"
     REVIEWER = "reviewer"
+    ASSIST = "assist"

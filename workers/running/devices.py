@@ -258,7 +258,8 @@ def _start(worker: _WorkerProcess) -> None:
     for of_its_predecessor in (model_file(worker.run_dir), error_file(worker.run_dir)):
         of_its_predecessor.unlink(missing_ok=True)
     # The worker gets its own session. So Ctrl-C reaches only this process, which then drains its workers in order.
-    worker.process = subprocess.Popen(command, env=environment, start_new_session=True)
+    # Logs go to stderr. What Celery itself prints on stdout ("Warm shutdown") would be no log line.
+    worker.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     worker.started_at = time.monotonic()
     log.info("worker %s started as process %d", name, worker.process.pid)
 

@@ -30,7 +30,7 @@ def upgrade() -> None:
         sa.Column("last_error", sa.Text(), nullable=True),
         sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint("kind IN ('worker', 'dispatcher', 'publisher', 'reviewer')", name="process_kind"),
+        sa.CheckConstraint("kind IN ('worker', 'dispatcher', 'publisher', 'reviewer', 'assist')", name="process_kind"),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("kind", "host", "pid", "name", name="process_once"),
     )
