@@ -21,7 +21,10 @@ _RESERVING = 727_190  # the first number of an advisory lock; the second is a jo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddableAsset:
-    """An asset with what decides its embedding. fast: its job encodes in bfloat16 (precision=fast)."""
+    """An asset with what decides its embedding. fast: its job encodes in bfloat16 (precision=fast).
+
+    etag: of the bytes that its job read; those that were listed when it read none.
+    """
 
     asset_id: int
     source: str
@@ -52,7 +55,8 @@ class Totals:
     failed: int
 
 
-_ASSET = """a.id AS asset_id, j.source, a.key, a.etag, j.model, j.model_version,
+_ASSET = """a.id AS asset_id, j.source, a.key,
+            coalesce((SELECT etag FROM outcome WHERE asset_id = a.id), a.etag) AS etag, j.model, j.model_version,
             coalesce(j.asked->'params'->>'precision' = 'fast', false) AS fast"""
 
 

@@ -17,7 +17,8 @@ from sqlalchemy import Connection, RowMapping, text
 
 from db.states import JobState
 
-MAX_LIST_FAILURES = 10
+LIST_PATIENCE_SECONDS = 3600.0
+LONGEST_LIST_PAUSE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ class Counts:
     """How far a job is. Always true: listed = labeled + failed + pending. Running assets count as pending too.
 
     without_prompts: assets of a job with prompts that no prompt names. They are labeled with no masks, and their image
-    is not read.
+    is not read. changed: assets whose bytes were not those of the listing when they were read.
     """
 
     listed: int
@@ -63,6 +64,7 @@ class Counts:
     failed_by_kind: dict[str, int]
     reused: int
     without_prompts: int
+    changed: int = 0
 
     @property
     def pending(self) -> int:
@@ -118,7 +120,7 @@ def count_job(db: Connection, *, job_id: int) -> Counts:
     by_kind = db.execute(
         text(
             """SELECT error_kind, count(*) AS assets, sum(mask_count) AS masks, count(answered_by) AS reused,
-                      count(*) - count(width) AS without_size
+                      count(*) - count(width) AS without_size, count(etag) AS changed
                FROM outcome WHERE job_id = :job_id GROUP BY error_kind"""
         ),
         {"job_id": job_id},
@@ -141,6 +143,7 @@ def count_job(db: Connection, *, job_id: int) -> Counts:
         failed_by_kind=dict(sorted(failed_by_kind.items())),
         reused=sum(row.reused for row in by_kind),
         without_prompts=sum(row.without_size for row in by_kind if row.error_kind is None),
+        changed=sum(row.changed for row in by_kind),
     )
 
 
@@ -175,11 +178,11 @@ def cancel_job(db: Connection, *, job_id: int) -> bool:
 
 
 def resume_job(db: Connection, *, job_id: int) -> bool:
-    """Let a cancelled or failed job continue where it stopped. False if it was neither."""
+    """Let a cancelled, paused or failed job continue where it stopped. False if it was none of these."""
     statement = text(
         """UPDATE job SET state = CASE WHEN listed_at IS NULL THEN 'listing' ELSE 'running' END,
-                  error = NULL, list_failures = 0, finished_at = NULL
-           WHERE id = :job_id AND state IN ('cancelled', 'failed')"""
+                  error = NULL, list_failures = 0, list_failing_since = NULL, list_retry_at = NULL, finished_at = NULL
+           WHERE id = :job_id AND state IN ('cancelled', 'failed', 'paused')"""
     )
     resumed = db.execute(statement, {"job_id": job_id}).rowcount == 1
     if resumed:
@@ -210,14 +213,18 @@ def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
     db.execute(
         text(
             """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
-                      transient_failures = 0, ready_at = NULL
+                      transient_failures = 0, ready_at = NULL, labeled = NULL, failed = NULL, masks = NULL
                WHERE job_id = :job_id AND EXISTS (
                    SELECT 1 FROM unnest(CAST(:ids AS bigint[])) id WHERE id BETWEEN first_asset_id AND last_asset_id)"""
         ),
         {"job_id": job_id, "ids": ids},
     )
     db.execute(
-        text("UPDATE job SET state = 'running', finished_at = NULL WHERE id = :job_id AND state = 'done'"),
+        text(
+            """UPDATE job SET state = CASE state WHEN 'done' THEN 'running' ELSE state END,
+                      finished_at = CASE state WHEN 'done' THEN NULL ELSE finished_at END,
+                      judged_assets = NULL, judged_failed = NULL WHERE id = :job_id"""
+        ),
         {"job_id": job_id},
     )
     return len(ids)
@@ -229,7 +236,12 @@ def delete_job(db: Connection, *, job_id: int) -> bool:
 
 
 def jobs_to_list(db: Connection) -> list[Job]:
-    rows = db.execute(text(f"SELECT {JOB_COLUMNS} FROM job WHERE state = 'listing' ORDER BY id")).mappings()
+    """Jobs with a listing to go on with, without those that pause after a failure."""
+    statement = text(
+        f"""SELECT {JOB_COLUMNS} FROM job
+            WHERE state = 'listing' AND (list_retry_at IS NULL OR list_retry_at <= now()) ORDER BY id"""
+    )
+    rows = db.execute(statement).mappings()
     return [Job.from_row(row) for row in rows]
 
 
@@ -243,14 +255,31 @@ def jobs_to_match(db: Connection) -> list[Job]:
 
 
 def record_list_failure(db: Connection, *, job: Job, error: str, lasting: bool) -> None:
-    """Count a failed listing. The job fails at once on a lasting error, and after MAX_LIST_FAILURES temporary ones."""
+    """Store why a listing failed. The job fails at once on a lasting error, and after an hour of temporary ones.
+
+    After a temporary one it is listed again in 1 s, 2 s, 4 s ... (at most 300 s), and its error says so meanwhile.
+    """
     db.execute(
         text(
-            """UPDATE job SET list_failures = list_failures + 1, error = :error,
-                      state = CASE WHEN :lasting OR list_failures + 1 >= :most THEN 'failed' ELSE state END
+            """UPDATE job SET list_failures = list_failures + 1,
+                      list_failing_since = coalesce(list_failing_since, now()),
+                      list_retry_at = now() + make_interval(secs => pause.secs),
+                      state = CASE WHEN pause.ends THEN 'failed' ELSE state END,
+                      error = :error || CASE WHEN :lasting THEN '' WHEN pause.ends THEN
+                          ' (tried ' || list_failures + 1 || ' times in an hour)' ELSE
+                          ' (try ' || list_failures + 1 || '; the next is in ' || pause.secs || ' s)' END
+               FROM (SELECT least(power(2, least(list_failures, 20)), :longest) AS secs,
+                            :lasting OR list_failing_since < now() - make_interval(secs => :patience) AS ends
+                     FROM job WHERE id = :id) AS pause
                WHERE id = :id AND state = 'listing'"""
         ),
-        {"id": job.id, "error": error, "lasting": lasting, "most": MAX_LIST_FAILURES},
+        {
+            "id": job.id,
+            "error": error,
+            "lasting": lasting,
+            "longest": LONGEST_LIST_PAUSE_SECONDS,
+            "patience": LIST_PATIENCE_SECONDS,
+        },
     )
 
 

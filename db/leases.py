@@ -55,7 +55,7 @@ class NewOutcome:
     """What a worker found for one asset. A labeled asset has error_kind None, and its masks.
 
     Labeled without a size: its job has no prompt for it, so its image was not read. Labeled with an error: some of its
-    prompts could not be used.
+    prompts could not be used. etag: of the bytes that were read, when they are not those that were listed.
     """
 
     asset_id: int
@@ -64,11 +64,14 @@ class NewOutcome:
     width: int | None = None
     height: int | None = None
     segment_ms: int | None = None
+    etag: str | None = None
     masks: Sequence[StoredMask] = ()
 
 
-def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: float) -> ClaimedChunk | None:
-    """Take the lease of a chunk.
+def claim_chunk(
+    db: Connection, *, chunk_id: int, worker: str, lease_seconds: float, pid: int | None = None
+) -> ClaimedChunk | None:
+    """Take the lease of a chunk. pid: of this process, with which `queue.expire_lease` can end the lease.
 
     None when it is finished, when a live worker holds it, when its job does not run, or when its job's prompts are not
     matched yet.
@@ -76,8 +79,8 @@ def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: fl
     row = (
         db.execute(
             text(
-                """UPDATE chunk SET state = 'running', token = token + 1, worker = :worker, in_flight = '{}',
-                          lease_until = now() + make_interval(secs => :lease)
+                """UPDATE chunk SET state = 'running', token = token + 1, worker = :worker, worker_pid = :pid,
+                          in_flight = '{}', claimed_at = now(), lease_until = now() + make_interval(secs => :lease)
                    FROM job
                    WHERE chunk.id = :id AND job.id = chunk.job_id AND job.state IN ('listing', 'running')
                      AND (job.asked->>'prompts' IS NULL OR job.matched IS NOT NULL)
@@ -85,7 +88,7 @@ def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: fl
                    RETURNING chunk.id, chunk.token, job_id, first_asset_id, last_asset_id, transient_failures,
                              source, model, model_version, asked, fresh"""
             ),
-            {"id": chunk_id, "worker": worker, "lease": lease_seconds},
+            {"id": chunk_id, "worker": worker, "pid": pid, "lease": lease_seconds},
         )
         .mappings()
         .one_or_none()
@@ -96,7 +99,8 @@ def claim_chunk(db: Connection, *, chunk_id: int, worker: str, lease_seconds: fl
 def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
     """Copy the masks of assets that an earlier job labeled: same source, key, etag and model_version.
 
-    Returns how many assets were answered this way. Call it in the transaction of `claim_chunk`, under its lease.
+    The etag is that of the bytes which the earlier job really read, and they may not be those that it listed. Returns
+    how many assets were answered this way. Call it in the transaction of `claim_chunk`, under its lease.
     """
     statement = text(
         """WITH answered AS (
@@ -104,8 +108,9 @@ def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
                SELECT DISTINCT ON (a.id) a.id, a.job_id, o.error, o.width, o.height, o.mask_count, o.worker, o.asset_id
                FROM job j
                JOIN asset b ON b.job_id = j.id
-               JOIN asset a ON a.key = b.key AND a.etag = b.etag AND a.size_bytes = b.size_bytes
-               JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL
+               JOIN asset a ON a.key = b.key
+               JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL AND a.etag = coalesce(o.etag, b.etag)
+                 AND (o.etag IS NOT NULL OR a.size_bytes = b.size_bytes)
                WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id
                  AND a.job_id = :job_id AND a.id BETWEEN :first AND :last
                  -- The same prompt file may mean an asset in one listing and not in another.
@@ -173,10 +178,11 @@ def record(
         db.execute(
             text(
                 """INSERT INTO outcome (asset_id, job_id, error_kind, error, width, height, mask_count, segment_ms,
-                                        worker)
+                                        etag, worker)
                    SELECT *, :worker FROM unnest(CAST(:asset_id AS bigint[]), CAST(:job_id AS bigint[]),
                        CAST(:error_kind AS text[]), CAST(:error AS text[]), CAST(:width AS int[]),
-                       CAST(:height AS int[]), CAST(:mask_count AS int[]), CAST(:segment_ms AS int[]))
+                       CAST(:height AS int[]), CAST(:mask_count AS int[]), CAST(:segment_ms AS int[]),
+                       CAST(:etag AS text[]))
                    ON CONFLICT (asset_id) DO NOTHING RETURNING asset_id"""
             ),
             {
@@ -185,7 +191,7 @@ def record(
                 "mask_count": [len(outcome.masks) for outcome in outcomes],
                 **{
                     name: [getattr(outcome, name) for outcome in outcomes]
-                    for name in ("asset_id", "error_kind", "error", "width", "height", "segment_ms")
+                    for name in ("asset_id", "error_kind", "error", "width", "height", "segment_ms", "etag")
                 },
             },
         ).scalars()
@@ -204,8 +210,11 @@ def extend_lease(db: Connection, *, chunk: ClaimedChunk, lease_seconds: float) -
 
 
 def finish_chunk(db: Connection, *, chunk: ClaimedChunk) -> None:
-    """Mark the chunk done. Raises LeaseLost when this worker no longer holds it."""
-    _hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
+    """Mark the chunk done, and count its outcomes. Raises LeaseLost when this worker no longer holds it."""
+    counted = """(labeled, failed, masks) = (
+        SELECT count(*) FILTER (WHERE error_kind IS NULL), count(error_kind), coalesce(sum(mask_count), 0)
+        FROM outcome WHERE job_id = chunk.job_id AND asset_id BETWEEN chunk.first_asset_id AND chunk.last_asset_id)"""
+    _hold(db, chunk=chunk, set_=f"state = 'done', in_flight = '{{}}', {counted}", lease=0)
 
 
 def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False) -> None:

@@ -40,6 +40,8 @@ def add_assets(
         db.execute(
             text(
                 f"""UPDATE job SET list_cursor = :cursor, asset_count = asset_count + :n, list_failures = 0,
+                           list_failing_since = NULL, list_retry_at = NULL,
+                           error = CASE WHEN list_failures > 0 THEN NULL ELSE error END,
                            skipped = CAST(:skipped AS jsonb),
                            listed_at = CASE WHEN :complete THEN now() END,
                            state = CASE WHEN :complete THEN 'running' ELSE state END

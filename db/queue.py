@@ -62,14 +62,17 @@ def _count_deaths(db: Connection, *, in_flight: Sequence[int]) -> None:
     )
 
 
-def expire_lease(db: Connection, *, chunk_id: int, worker: str) -> None:
-    """End the lease of a worker that is known to be dead now, so that the reaper judges its chunk."""
+def expire_lease(db: Connection, *, chunk_id: int, worker: str, pid: int) -> None:
+    """End now the lease of a process that is known to be dead, so that the reaper judges its chunk.
+
+    pid: of that process. Another process of the same worker may hold the chunk already, if its message came twice.
+    """
     db.execute(
         text(
             """UPDATE chunk SET lease_until = now() - interval '1 second'
-               WHERE id = :id AND worker = :worker AND state = 'running'"""
+               WHERE id = :id AND worker = :worker AND worker_pid = :pid AND state = 'running'"""
         ),
-        {"id": chunk_id, "worker": worker},
+        {"id": chunk_id, "worker": worker, "pid": pid},
     )
 
 

@@ -93,8 +93,8 @@ def migration_config(url: str) -> Config:
     return config
 
 
-def check_migrated(engine: Engine) -> None:
-    """Raise DatabaseNotReady unless the tables are those of this version."""
+def check_migrated(engine: Engine) -> str:
+    """The newest migration. Raises DatabaseNotReady unless the tables are those of this version."""
     script = ScriptDirectory(str(_MIGRATIONS))
     with engine.connect() as connection:
         found = MigrationContext.configure(connection).get_current_revision()
@@ -103,3 +103,4 @@ def check_migrated(engine: Engine) -> None:
             f"database {engine.url.render_as_string()} is at migration {found}, expected "
             f"{script.get_current_head()}: run `maskfleet migrate`"
         )
+    return str(found)

@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
     state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")
     model: str | None = Field(None, description="Model that `submit` takes when --model is not given")
+    log_format: Literal["text", "json"] = Field("text", description="`json`: one JSON object a log line")
     chunk_size: int = Field(64, ge=1, le=10_000, description="Assets one Celery message stands for")
     batch_size: int = Field(4, ge=1, le=256, description="Assets in flight together inside a chunk")
     window_chunks: int = Field(64, ge=1, description="Chunks kept in the queue at most")
@@ -45,6 +46,7 @@ class Settings(BaseSettings):
     resend_seconds: float = Field(300, gt=0, description="A queued chunk not claimed for this long is sent again")
     hang_seconds: float = Field(900, gt=0, description="A worker that finishes no asset for this long is given up")
     drain_seconds: float = Field(50, gt=0, description="Time a worker has to finish its batch after SIGTERM")
+    decode_seconds: float = Field(60, gt=0, description="An image that takes longer to decode fails")
     embeddings: str | None = Field(
         None, description="Folder or s3://bucket/prefix of kept embeddings; default of `run`: OUT/.maskfleet/embeddings"
     )

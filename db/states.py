@@ -10,6 +10,7 @@ class JobState(StrEnum):
     RUNNING = "running"  # listed; chunks remain
     DONE = "done"  # every asset has an outcome
     CANCELLED = "cancelled"  # by a person; `resume` continues it
+    PAUSED = "paused"  # too many of its assets failed; `resume` continues it
     FAILED = "failed"  # its source could not be listed; `resume` tries again
 
 
@@ -64,3 +65,11 @@ class AnsweredBy(StrEnum):
     DECODER = "decoder"  # from the image's embedding
     STORED = "stored"  # one of the stored masks
     NOTHING = "nothing"  # no mask was found
+
+
+class ProcessKind(StrEnum):
+    WORKER = "worker"  # one device of `maskfleet worker`
+    DISPATCHER = "dispatcher"
+    PUBLISHER = "publisher"
+    REVIEWER = "reviewer"
+    ASSIST = "assist"

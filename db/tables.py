@@ -7,13 +7,11 @@ Times are on the database's clock.
 from __future__ import annotations
 
 from datetime import datetime
-from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
-    DateTime,
     ForeignKey,
     Identity,
     Index,
@@ -24,26 +22,35 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, REAL
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.dialects.postgresql import ARRAY, REAL
+from sqlalchemy.orm import Mapped, mapped_column
 
-from db.states import AnnotationStatus, AnsweredBy, ChunkState, ClickKind, EmbeddingState, JobState, LsState, Verdict
+from db.base import Base, one_of
+from db.ls_tables import Click, LsAnnotation, LsPrediction, LsPull, LsRegion, LsTask, LsUnjudged
+from db.states import ChunkState, EmbeddingState, JobState, ProcessKind
+
+__all__ = [
+    "Asset",
+    "Base",
+    "Chunk",
+    "Click",
+    "Embedding",
+    "Job",
+    "LsAnnotation",
+    "LsPrediction",
+    "LsPull",
+    "LsRegion",
+    "LsTask",
+    "LsUnjudged",
+    "MaskRow",
+    "Outcome",
+    "Process",
+    "PromptMatch",
+    "PromptRow",
+    "Suspect",
+]
 
 asset_id_seq = Sequence("asset_id_seq")
-
-
-def _one_of(column: str, states: type[StrEnum]) -> str:
-    return f"{column} IN ({', '.join(repr(str(state)) for state in states)})"
-
-
-class Base(DeclarativeBase):
-    type_annotation_map: ClassVar[dict[Any, Any]] = {
-        str: Text,
-        int: BigInteger,
-        datetime: DateTime(timezone=True),
-        dict[str, Any]: JSONB,
-        list[Any]: JSONB,
-    }
 
 
 class Job(Base):
@@ -51,7 +58,7 @@ class Job(Base):
 
     __tablename__ = "job"
     __table_args__ = (
-        CheckConstraint(_one_of("state", JobState), name="job_state"),
+        CheckConstraint(one_of("state", JobState), name="job_state"),
         Index("job_answers", "source", "model_version"),
     )
 
@@ -65,10 +72,15 @@ class Job(Base):
     fresh: Mapped[bool] = mapped_column(server_default=text("false"))
     list_cursor: Mapped[str | None] = mapped_column(Text(collation="C"))
     list_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    list_failing_since: Mapped[datetime | None]
+    list_retry_at: Mapped[datetime | None]  # after a transient failure: not listed again before this time
     asset_count: Mapped[int] = mapped_column(server_default=text("0"))
     matched: Mapped[dict[str, Any] | None]  # for a job with prompts: counts of its matched keys; chunks wait for it
     skipped: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     error: Mapped[str | None]
+    # Outcomes when the job was last paused. The next judgement of its failures does not count them again.
+    judged_assets: Mapped[int | None]
+    judged_failed: Mapped[int | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     listed_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -114,7 +126,7 @@ class Chunk(Base):
 
     __tablename__ = "chunk"
     __table_args__ = (
-        CheckConstraint(_one_of("state", ChunkState), name="chunk_state"),
+        CheckConstraint(one_of("state", ChunkState), name="chunk_state"),
         # Without this a lease of NULL would never expire, and its chunk would never end.
         CheckConstraint("state <> 'running' OR lease_until IS NOT NULL", name="chunk_running_has_lease"),
         Index("chunk_new", "job_id", "id", postgresql_where=text("state = 'new'")),
@@ -136,6 +148,12 @@ class Chunk(Base):
     transient_failures: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     in_flight: Mapped[list[int]] = mapped_column(ARRAY(BigInteger), server_default=text("'{}'"))
     worker: Mapped[str | None]
+    worker_pid: Mapped[int | None]  # of the process that claimed it: a worker's name outlives its processes
+    claimed_at: Mapped[datetime | None]
+    # Of a done chunk, its outcomes and masks. Null: not counted, because a worker of an older version finished it.
+    labeled: Mapped[int | None]
+    failed: Mapped[int | None]
+    masks: Mapped[int | None]
 
 
 class Suspect(Base):
@@ -163,6 +181,7 @@ class Outcome(Base):
     segment_ms: Mapped[int | None] = mapped_column(Integer)
     worker: Mapped[str | None]
     answered_by: Mapped[int | None]  # asset of an earlier job with the same bytes and model_version
+    etag: Mapped[str | None]  # of the bytes that were read, when they were not those that were listed
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -185,114 +204,6 @@ class MaskRow(Base):
     prompt: Mapped[dict[str, Any] | None]
 
 
-class LsTask(Base):
-    """One asset in one project of Label Studio. Several jobs may have labeled it."""
-
-    __tablename__ = "ls_task"
-    __table_args__ = (
-        UniqueConstraint("server", "project_id", "asset_uid", name="ls_task_once_a_project"),
-        UniqueConstraint("server", "project_id", "task_id", name="ls_task_of_one_asset"),
-    )
-
-    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
-    server: Mapped[str]
-    project_id: Mapped[int]
-    asset_uid: Mapped[str]  # data.asset_id there: the first 16 hexadecimal digits of the sha256 of `uri`
-    uri: Mapped[str]  # source and key as one address
-    task_id: Mapped[int | None]  # Label Studio's; null until it is known
-
-
-class LsPrediction(Base):
-    """One model version's prediction on an ls_task. Stored as `sending` before its request is sent."""
-
-    __tablename__ = "ls_prediction"
-    __table_args__ = (
-        CheckConstraint(_one_of("state", LsState), name="ls_prediction_state"),
-        Index("ls_prediction_of_asset", "asset_id"),
-        Index("ls_prediction_of_job", "job_id"),
-    )
-
-    ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"), primary_key=True)
-    model_version: Mapped[str] = mapped_column(primary_key=True)
-    # The asset that owns the masks: the region m<asset_id>-<n> is that asset's n-th mask. The job may be deleted later.
-    asset_id: Mapped[int]
-    job_id: Mapped[int]
-    state: Mapped[str] = mapped_column(server_default=LsState.SENDING)
-    error: Mapped[str | None]
-    mask_count: Mapped[int] = mapped_column(Integer, server_default=text("0"))
-    left_out: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # masks that no region shows
-    iou_sum: Mapped[float] = mapped_column(REAL, server_default=text("0"))  # IoU of shown masks with their regions
-    iou_min: Mapped[float | None] = mapped_column(REAL)
-    sent_at: Mapped[datetime] = mapped_column(server_default=func.now())
-
-
-class LsPull(Base):
-    """How far the annotations of a project have been read."""
-
-    __tablename__ = "ls_pull"
-
-    server: Mapped[str] = mapped_column(primary_key=True)
-    project_id: Mapped[int] = mapped_column(primary_key=True)
-    watermark: Mapped[datetime]  # Label Studio's clock: every change of a task before this time has been read
-    pulled_at: Mapped[datetime] = mapped_column(server_default=func.now())
-
-
-class LsUnjudged(Base):
-    """A task with annotations that were read before their prediction was known: it is read again when it is."""
-
-    __tablename__ = "ls_unjudged"
-
-    server: Mapped[str] = mapped_column(primary_key=True)
-    project_id: Mapped[int] = mapped_column(primary_key=True)
-    task_id: Mapped[int] = mapped_column(primary_key=True)  # Label Studio's
-    asset_uid: Mapped[str]
-
-
-class LsAnnotation(Base):
-    """One annotation of an ls_task, as last read. All annotations of a task are replaced together."""
-
-    __tablename__ = "ls_annotation"
-    __table_args__ = (
-        CheckConstraint(_one_of("standing", AnnotationStatus), name="ls_annotation_standing"),
-        UniqueConstraint("ls_task_id", "annotation_id", name="ls_annotation_once_a_task"),
-        Index("ls_annotation_chosen", "ls_task_id", unique=True, postgresql_where=text("standing = 'chosen'")),
-    )
-
-    id: Mapped[int] = mapped_column(Identity(), primary_key=True)
-    ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"))
-    annotation_id: Mapped[int]  # Label Studio's
-    annotator: Mapped[int | None]  # Label Studio's user
-    standing: Mapped[str]
-    ground_truth: Mapped[bool]
-    lead_seconds: Mapped[float | None] = mapped_column(REAL)
-    updated_at: Mapped[datetime]  # Label Studio's clock
-    # The prediction it began from, and the asset that owns its masks. Null: it began from no prediction of ours.
-    model_version: Mapped[str | None]
-    asset_id: Mapped[int | None]
-    unread: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # regions that we cannot read as masks
-
-
-class LsRegion(Base):
-    """One mask of a chosen annotation: a predicted mask with its verdict, or one that a person added."""
-
-    __tablename__ = "ls_region"
-    __table_args__ = (CheckConstraint(_one_of("verdict", Verdict), name="ls_region_verdict"),)
-
-    ls_annotation_id: Mapped[int] = mapped_column(ForeignKey("ls_annotation.id", ondelete="CASCADE"), primary_key=True)
-    i: Mapped[int] = mapped_column(Integer, primary_key=True)
-    verdict: Mapped[str]
-    mask_n: Mapped[int | None] = mapped_column(Integer)  # of the annotation's asset_id; null: added
-    label: Mapped[str]
-    iou: Mapped[float | None] = mapped_column(REAL)  # of the shown mask with the correction; only for edited masks
-    counts: Mapped[str | None]  # COCO compressed run lengths of a person's mask; null: the stored mask, or deleted
-    bbox_x: Mapped[int | None] = mapped_column(Integer)
-    bbox_y: Mapped[int | None] = mapped_column(Integer)
-    bbox_w: Mapped[int | None] = mapped_column(Integer)
-    bbox_h: Mapped[int | None] = mapped_column(Integer)
-    area_px: Mapped[int | None] = mapped_column(Integer)
-    region_id: Mapped[str | None]  # Label Studio's, of an added mask that began as the answer to a click
-
-
 class Embedding(Base):
     """An image's embedding, kept for clicks: wanted, stored or failed. Its bytes are in a folder or a bucket.
 
@@ -302,7 +213,7 @@ class Embedding(Base):
 
     __tablename__ = "embedding"
     __table_args__ = (
-        CheckConstraint(_one_of("state", EmbeddingState), name="embedding_state"),
+        CheckConstraint(one_of("state", EmbeddingState), name="embedding_state"),
         UniqueConstraint("address", name="embedding_once"),
         Index("embedding_of_asset", "asset_id"),
         Index("embedding_wanted", "id", postgresql_where=text("state = 'wanted'")),
@@ -323,22 +234,25 @@ class Embedding(Base):
     used_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
-class Click(Base):
-    """One answer to a reviewer's prompt in Label Studio."""
+class Process(Base):
+    """A command that serves this deployment, or one of its devices. It writes its row every few seconds."""
 
-    __tablename__ = "click"
+    __tablename__ = "process"
     __table_args__ = (
-        CheckConstraint(_one_of("kind", ClickKind), name="click_kind"),
-        CheckConstraint(_one_of("answered_by", AnsweredBy), name="click_answered_by"),
-        Index("click_of_task", "ls_task_id"),
+        CheckConstraint(one_of("kind", ProcessKind), name="process_kind"),
+        UniqueConstraint("kind", "host", "pid", "name", name="process_once"),
     )
 
     id: Mapped[int] = mapped_column(Identity(), primary_key=True)
-    ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"))
-    clicked_at: Mapped[datetime] = mapped_column(server_default=func.now())
     kind: Mapped[str]
-    answered_by: Mapped[str]
-    label: Mapped[str | None]
-    milliseconds: Mapped[int] = mapped_column(Integer)
-    prompt_id: Mapped[str]  # region id of the first prompt: the same for all clicks on one object
-    region_id: Mapped[str | None]  # of the answer; null: there was none
+    name: Mapped[str]  # of a worker: as in chunk.worker
+    host: Mapped[str]
+    pid: Mapped[int]  # of the command
+    device: Mapped[str | None]  # CUDA UUID, or cpu
+    version: Mapped[str]
+    models: Mapped[list[Any]] = mapped_column(server_default=text("'[]'"))  # names of those with weights there
+    model: Mapped[str | None]  # the one that was loaded last
+    failed_starts: Mapped[int] = mapped_column(Integer, server_default=text("0"))  # in a row
+    last_error: Mapped[str | None]
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())

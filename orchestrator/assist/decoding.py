@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 
-from workers.clicks.messages import ClickRequest
-from workers.embeddings.address import EmbeddingFormat, Stamp, embedding_of
-
 from db import embeddings
 from db.clicks import ClickedTask
 from db.session import Engine
 from db.states import EmbeddingState
 from orchestrator.assist.children import Children
+from workers.clicks.messages import ClickRequest
+from workers.embeddings.address import EmbeddingFormat, Stamp, embedding_of
 from workers.masks import Mask
 from workers.models.spec import ModelError
 from workers.prompts import Prompt

@@ -9,16 +9,19 @@ from typing import Annotated
 import typer
 
 from db.settings import settings
+from db.states import ProcessKind
 from orchestrator.cli.app import (
     OptionalJobArgument,
     app,
+    database_url,
     engine_once_postgres_answers,
     err,
     fail,
-    log_to_stderr,
     stop_on_signals,
 )
 from orchestrator.cli.label_studio import connect_label_studio, project_number
+from workers.logs import log_to_stderr
+from workers.running.heart import Heart, own_beat
 
 
 class AnswerForm(StrEnum):
@@ -68,7 +71,8 @@ def assist(
     projects = project or [project_number(None)]
     stop = stop_on_signals()
     engine = engine_once_postgres_answers(stop)
-    with connect_label_studio() as client:
+    heart = Heart(database_url(), lambda: [own_beat(ProcessKind.ASSIST)])
+    with connect_label_studio() as client, heart:
         run_assist(
             engine,
             client,

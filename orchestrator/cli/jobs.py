@@ -47,7 +47,9 @@ def watch(
     why = why if found.state is JobState.DONE else None
     if why:
         err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
-    if why or counts.failed or found.state is JobState.FAILED:
+    if found.state is JobState.PAUSED:
+        err.print(f"paused: {printable(found.error or '')}", style="red", markup=False)
+    if why or counts.failed or found.state in (JobState.FAILED, JobState.PAUSED):
         raise typer.Exit(1)
 
 
@@ -97,13 +99,13 @@ def cancel(job: JobArgument) -> None:
 
 @app.command(epilog="Example: `maskfleet resume 12`")
 def resume(job: JobArgument) -> None:
-    """Let a cancelled or failed job go on where it stopped."""
+    """Let a cancelled, paused or failed job go on where it stopped."""
     engine = deployment_engine()
     with engine.begin() as db:
         done = jobs.resume_job(db, job_id=job)
     found, _ = read_job(engine, job)
     if not done:
-        fail(f"job {job} is {found.state}: only a cancelled or failed job can be resumed")
+        fail(f"job {job} is {found.state}: only a cancelled, paused or failed job can be resumed")
     err.print(f"job {job} goes on; maskfleet watch {job} follows it")
 
 

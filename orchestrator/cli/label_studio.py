@@ -18,16 +18,17 @@ from rich.progress import (
 from db import results
 from db.jobs import Job
 from db.settings import settings
+from db.states import ProcessKind
 from orchestrator.cli.app import (
     JsonOption,
     OptionalJobArgument,
     app,
+    database_url,
     deployment_engine,
     err,
     fail,
     job_number,
     label_studio_app,
-    log_to_stderr,
     print_json,
     stop_on_signals,
 )
@@ -39,6 +40,8 @@ from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.publish import print_report, report_as_json
+from workers.logs import log_to_stderr
+from workers.running.heart import Heart, own_beat
 
 
 class RegionForm(StrEnum):
@@ -92,9 +95,10 @@ def publish(
 
         if follow:
             stop = stop_on_signals()
-            follow_project(
-                engine, client, number, options, job_id=job, stop=stop, published_pass=passed, progress=progress
-            )
+            with Heart(database_url(), lambda: [own_beat(ProcessKind.PUBLISHER)]):
+                follow_project(
+                    engine, client, number, options, job_id=job, stop=stop, published_pass=passed, progress=progress
+                )
         else:
             found, _ = read_job(engine, job or 0)
             passed(found, publish_job(engine, client, found, number, options, progress=progress, waiting=waiting))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from db.session import migrate as migrate_database
 from db.settings import settings
+from db.states import ProcessKind
 from orchestrator.cli.app import (
     USAGE,
     JsonOption,
@@ -19,22 +20,33 @@ from orchestrator.cli.app import (
     engine_once_postgres_answers,
     err,
     fail,
-    log_to_stderr,
     print_json,
     require_broker,
     stop_on_signals,
 )
 from orchestrator.cli.options import DevicesOption
 from orchestrator.local.doctor import examine
+from workers.logs import log_to_stderr
+from workers.running.heart import Heart, own_beat
+
+MetricsPortOption = Annotated[
+    int | None, typer.Option("--metrics-port", min=1, max=65535, help="Answer Prometheus on this port.")
+]
+MetricsAddressOption = Annotated[
+    str, typer.Option("--metrics-address", help="Where that port listens; the default is only this machine.")
+]
 
 
 @app.command(epilog="Example: `maskfleet worker --devices 0,1`")
 def worker(
     devices: DevicesOption = "all",
+    metrics_port: MetricsPortOption = None,
+    metrics_address: MetricsAddressOption = "127.0.0.1",
     parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
 ) -> None:
     """Run one worker process on each CUDA device (or the CPU) and restart dead ones. SIGTERM drains them."""
-    from workers.running.devices import DeviceError, find_devices, serve
+    from workers.running.device_lock import DeviceHeld
+    from workers.running.devices import DeviceError, Tended, find_devices, serve
     from workers.running.tasks import top_up_or_say
 
     log_to_stderr()
@@ -45,19 +57,44 @@ def worker(
         fail(str(error))
     stop = stop_on_signals()
     engine = engine_once_postgres_answers(stop)
-    top_up = partial(top_up_or_say, engine)
-    raise typer.Exit(serve(found, stop, drain_seconds=settings().drain_seconds, top_up=top_up, parent_pid=parent))
+    tended = Tended(
+        database_url=database_url(),
+        drain_seconds=settings().drain_seconds,
+        top_up=partial(top_up_or_say, engine),
+        metrics=None if metrics_port is None else (metrics_address, metrics_port),
+        parent_pid=parent,
+    )
+    try:
+        code = serve(found, stop, tended)
+    except DeviceHeld as error:
+        fail(str(error))
+    except OSError as error:
+        if metrics_port is None:
+            raise
+        fail(f"--metrics-port {metrics_port}: {error}")
+    raise typer.Exit(code)
 
 
-@app.command(epilog="Example: `maskfleet dispatch`")
-def dispatch() -> None:
+@app.command(epilog="Example: `maskfleet dispatch --metrics-port 9108`")
+def dispatch(
+    metrics_port: MetricsPortOption = None,
+    metrics_address: MetricsAddressOption = "127.0.0.1",
+) -> None:
     """List new jobs, keep the queue full, and take back the work of dead workers."""
     from orchestrator.jobs.dispatch import dispatch as run_dispatcher
+    from orchestrator.jobs.metrics import serve_metrics
 
     log_to_stderr()
     require_broker()
     stop = stop_on_signals()
-    run_dispatcher(engine_once_postgres_answers(stop), stop)
+    engine = engine_once_postgres_answers(stop)
+    if metrics_port is not None:
+        try:
+            serve_metrics(metrics_address, metrics_port, database_url=database_url())
+        except OSError as error:
+            fail(f"--metrics-port {metrics_port}: {error}")
+    with Heart(database_url(), lambda: [own_beat(ProcessKind.DISPATCHER)]):
+        run_dispatcher(engine, stop)
 
 
 @app.command(epilog="Example: `maskfleet migrate`")
@@ -67,10 +104,15 @@ def migrate() -> None:
     err.print("the database is up to date")
 
 
-@app.command(epilog="Example: `maskfleet doctor`")
-def doctor(as_json: JsonOption = False) -> None:
-    """Show on one screen what is reachable, what is missing, and how to fix it."""
-    findings = examine()
+@app.command(epilog="Example: `maskfleet doctor s3://bucket/street`")
+def doctor(
+    source: Annotated[
+        str | None, typer.Argument(help="Also try to list this: a folder, or s3://bucket/prefix.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show on one screen what is reachable, who is at work, what is missing, and how to fix it."""
+    findings = examine(source)
     if as_json:
         print_json([{"what": f.what, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings])
     else:

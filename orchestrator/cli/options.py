@@ -74,6 +74,12 @@ ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Leav
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Take this many assets at most.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be taken, and store nothing.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again, even if an earlier job has the answer.")]
+MaxFailedOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-failed-fraction", min=0, max=1, help="Pause the job when more of its assets fail, after 1,000; 0.5."
+    ),
+]
 KeepEmbeddingsOption = Annotated[
     str | None,
     typer.Option(
@@ -82,7 +88,6 @@ KeepEmbeddingsOption = Annotated[
         help="Keep the embeddings of at most N labeled assets, or of all, so that clicks on them are answered at once.",
     ),
 ]
-
 NameOption = Annotated[str, typer.Option("--name", help="The job's name, for people.")]
 DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
 
@@ -116,6 +121,7 @@ class JobOptions:
     limit: LimitOption = None
     dry_run: DryRunOption = False
     fresh: FreshOption = False
+    max_failed_fraction: MaxFailedOption = None
     keep_embeddings: KeepEmbeddingsOption = None
     name: NameOption = ""
 

@@ -63,6 +63,7 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
         exclude=options.exclude or (),
         limit=options.limit,
         fresh=options.fresh,
+        max_failed_fraction=options.max_failed_fraction,
         keep_embeddings=_keep_embeddings(options.keep_embeddings, spec),
     )
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from db import jobs, publishing
 from db.session import DBAPIError, Engine, is_passing
 from db.settings import settings
-from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
+from db.states import ProcessKind
+from orchestrator.cli.app import JobArgument, JsonOption, app, database_url, deployment_engine, err, fail, print_json
 from orchestrator.cli.label_studio import connect_label_studio, project_number
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.errors import Unavailable
@@ -22,6 +23,7 @@ from orchestrator.local.run import INTERRUPTED
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.review import print_review
 from workers.errors import redact
+from workers.running.heart import Heart, own_beat
 
 
 @app.command(epilog="Example: `maskfleet review 12 --project 3 --html review.html`")
@@ -49,6 +51,8 @@ def review(
     called = threading.Event()
     with ExitStack() as stack:
         client = stack.enter_context(connect_label_studio())
+        if follow:
+            stack.enter_context(Heart(database_url(), lambda: [own_beat(ProcessKind.REVIEWER)]))
         if listen is not None:
             if not follow:
                 fail("--listen only wakes --follow: give both")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from db import processes
 from db.settings import settings
 from orchestrator.cli.app import JsonOption, app, deployment_engine, err, fail, print_json
 from orchestrator.cli.options import DevicesOption, JobOptions, LocalFilesOption, SourceArgument, takes_job_options
@@ -19,6 +20,7 @@ from orchestrator.cli.request import (
     require_embedding_store,
     require_weights,
 )
+from orchestrator.jobs.activity import why_nobody_can
 from orchestrator.jobs.findings import nothing_found
 from orchestrator.jobs.request import Request, submit_job
 from orchestrator.jobs.survey import survey
@@ -103,6 +105,9 @@ def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = Fa
     engine = deployment_engine()
     with engine.begin() as db:
         job = submit_job(db, request)
+        obstacle = why_nobody_can(processes.live(db), request.model)
+    if obstacle:
+        err.print(obstacle, style="yellow", markup=False)
     if as_json:
         print_json(job_as_json(*read_job(engine, job.id)))
     else:

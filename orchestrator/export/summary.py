@@ -33,6 +33,7 @@ def write_summary(db: Connection, job: Job, out: Path, seconds: float, notes: Se
         "pending": counts.pending,
         "answered_from_stored": counts.reused,
         "without_prompts": counts.without_prompts,
+        "changed": counts.changed,
         "prompts": prompts_report(db, job),
         "detector": detector_report(db, job),
         "text": text_report(db, job),

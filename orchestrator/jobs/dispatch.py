@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
-from db import embeddings, jobs
+from db import brake, embeddings, jobs
 from db.session import DBAPIError, Engine, is_passing
 from orchestrator.jobs.prepare import list_for_a_while, match_prompts
 from workers.errors import redact
@@ -16,16 +17,20 @@ from workers.running.tasks import top_up
 
 _LONGEST_PAUSE_SECONDS = 5.0
 _LIST_SECONDS = 2.0  # then the other jobs and the queue get their turn
+_JUDGE_SECONDS = 5.0  # between two looks at the jobs' failed assets
 
 log = logging.getLogger(__name__)
 
 
 def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0) -> None:
     """Run until `stop` is set. While Postgres is away it waits, with growing pauses."""
-    pause = idle_seconds
+    pause, judge_at = idle_seconds, 0.0
     while not stop.is_set():
         try:
             busy = tick(engine)
+            if time.monotonic() >= judge_at:
+                pause_failing(engine)
+                judge_at = time.monotonic() + _JUDGE_SECONDS
             pause = 0.05 if busy else idle_seconds
         except DBAPIError as error:
             if not is_passing(error):
@@ -49,3 +54,11 @@ def tick(engine: Engine) -> bool:
         match_prompts(engine, job)
     top_up(engine)
     return bool(to_list)
+
+
+def pause_failing(engine: Engine) -> None:
+    """Pause the jobs of which too many assets failed, and say so."""
+    with engine.begin() as db:
+        paused = brake.pause_failing_jobs(db)
+    for one in paused:
+        log.error("job %d is paused: %s", one.job_id, one.reason, extra={"job": one.job_id})

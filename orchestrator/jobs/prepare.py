@@ -60,7 +60,7 @@ def match_prompts(engine: Engine, job: Job) -> None:
             pairs = ((pair.asset, pair.key) for pair in matching.pairs(exact=False))
             prompts.store_matches(db, job_id=job.id, pairs=pairs, matched=matching.report().as_json())
     except MatchingError as error:
-        log.error("job %d: %s", job.id, error)
+        log.error("job %d: %s", job.id, error, extra={"job": job.id})
         with engine.begin() as db:
             jobs.note_error(db, job_id=job.id, error=str(error))
 
@@ -92,6 +92,6 @@ def _store(engine: Engine, job: Job, page: Selection) -> Job | None:
 
 
 def _note_failure(engine: Engine, job: Job, error: str, *, lasting: bool) -> None:
-    log.error("job %d: %s could not be listed: %s", job.id, job.source, redact(error))
+    log.error("job %d: %s could not be listed: %s", job.id, job.source, redact(error), extra={"job": job.id})
     with engine.begin() as db:
         jobs.record_list_failure(db, job=job, error=redact(error), lasting=lasting)

@@ -1,4 +1,4 @@
-"""What `show` and `run` print about a job's prompts, detector and phrases."""
+"""What `show` and `run` print about a job: its prompts, detector and phrases, and who is at work."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from db.jobs import Counts, Job
 from db.published import Published
 from db.results import FailedAsset
 from db.session import Connection
+from orchestrator.jobs.activity import Activity, read_activity
 
 _NAMED = 5
 _NOT_MATCHED: dict[str, Any] = {"by_rule": None, "unmatched": None, "unmatched_first": []}
@@ -26,6 +27,7 @@ class JobReport:
 
     job: Job
     counts: Counts
+    activity: Activity
     failed: Sequence[FailedAsset] | None
     published: Sequence[Published]
     prompts: dict[str, Any] | None
@@ -33,11 +35,17 @@ class JobReport:
     phrases: list[dict[str, Any]] | None
     model_busy_fraction: float | None
 
+    @property
+    def error(self) -> str | None:
+        """What keeps the job from going on: what is stored on its row, or else what can be seen now."""
+        return self.job.error or "; ".join(self.activity.obstacles) or None
+
 
 def read_report(db: Connection, job: Job, counts: Counts, *, with_failed: bool) -> JobReport:
     return JobReport(
         job=job,
         counts=counts,
+        activity=read_activity(db, job, counts),
         failed=results.failed_assets(db, job_id=job.id) if with_failed else None,
         published=published.published(db, job_id=job.id),
         prompts=prompts_report(db, job),

@@ -21,6 +21,7 @@ from workers.prompts import Prompt
 class Request:
     """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
 
+    max_failed_fraction: 0..1, of `db.brake`; None is its default.
     keep_embeddings: for how many of its assets; it changes no mask.
     """
 
@@ -33,6 +34,7 @@ class Request:
     exclude: Sequence[str] = ()
     limit: int | None = None
     fresh: bool = False
+    max_failed_fraction: float | None = None
     prompts: PromptFile | None = None
     detector: AskedDetector | None = None
     text: Sequence[Prompt] = ()
@@ -50,6 +52,8 @@ class Request:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "limit": self.limit,
+            # Left out where it was not given, so that `run` finds the unfinished job of an older version.
+            **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
             # Left out unless it was given: so a job that was stored before this option existed is still the same.
             **({} if self.keep_embeddings is None else {"keep_embeddings": self.keep_embeddings}),
         }

@@ -36,7 +36,7 @@ from workers.storage.source import open_source
 
 _LOOKED_AT = 10  # images that are tried on the server before files are published
 _FOLLOW_SECONDS = 3.0
-_OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
+_OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED)
 
 log = logging.getLogger(__name__)
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from importlib.util import find_spec
+from pathlib import Path
 
+from db import jobs, processes
+from db.processes import Process
 from db.session import DatabaseNotReady, DBAPIError, OperationalError, check_migrated, open_engine
 from db.settings import settings
+from db.states import ProcessKind
 from orchestrator.assist.health import backend_faults, kept_embeddings
 from orchestrator.label_studio.client import LabelStudio, health_error
 from orchestrator.label_studio.errors import LabelStudioError
-from workers.errors import redact
+from orchestrator.terminal.console import printable
+from workers.errors import SourceError, TransientError, redact
 from workers.models.files import is_present, weights_dir
 from workers.models.registry import MODELS, find_model
 from workers.storage.client import endpoint_error, has_credentials
+from workers.storage.source import open_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +36,37 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> list[Finding]:
-    """Check everything. Never raises."""
-    return [_python(), _devices(), _weights(), _postgres(), _broker(), _s3(), _label_studio(), _assist()]
+def examine(source: str | None = None) -> list[Finding]:
+    """Check everything. source: also try to list it. Never raises."""
+    postgres, fleet = _postgres(), None
+    if postgres.ok:
+        fleet = _read_fleet()
+    return [
+        _python(),
+        _devices(),
+        _weights(fleet),
+        postgres,
+        *([] if fleet is None else [_workers(fleet), _dispatchers(fleet)]),
+        _broker(),
+        _s3(),
+        _source(source, fleet),
+        _label_studio(),
+        _assist(),
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fleet:
+    """What the database says: live processes, and the source of the newest job that lies in a bucket."""
+
+    live: Sequence[Process]
+    bucket: str | None
+
+
+def _read_fleet() -> _Fleet:
+    with open_engine(_database_url() or "").begin() as db:
+        sources = (job.source for job in jobs.list_jobs(db, limit=20))
+        return _Fleet(live=processes.live(db), bucket=next((s for s in sources if s.startswith("s3://")), None))
 
 
 def _python() -> Finding:
@@ -53,38 +89,77 @@ def _devices() -> Finding:
     return Finding(what="devices", ok=True, found=names if devices[0].cuda_id else f"{names} (no CUDA device)")
 
 
-def _weights() -> Finding:
+def _weights(fleet: _Fleet | None) -> Finding:
+    """What is on this machine, and what the live workers say of theirs."""
     present = [spec.name for spec in MODELS.values() if is_present(spec)]
     real = [name for name in present if not find_model(name).demonstration]
     remedy = "" if real else "for real work: maskfleet models pull sam_vit_b"
-    return Finding(what="weights", ok=True, found=f"{', '.join(present)} in {weights_dir()}", remedy=remedy)
+    found = f"here {', '.join(present)} in {weights_dir()}"
+    for worker in _of_kind(fleet, ProcessKind.WORKER):
+        found += f"; {worker.name}: {', '.join(worker.models) or 'none'}"
+        remedy = remedy if set(worker.models) <= {"sam_nano"} else ""
+    return Finding(what="weights", ok=True, found=found, remedy=remedy)
+
+
+def _workers(fleet: _Fleet) -> Finding:
+    """The live workers. Not ok when there is none, or when one does not come up."""
+    workers = _of_kind(fleet, ProcessKind.WORKER)
+    if not workers:
+        return Finding(what="workers", ok=None, found="none is running", remedy="start `maskfleet worker`")
+    troubles = [worker.trouble for worker in workers if worker.trouble]
+    if troubles:
+        return Finding(what="workers", ok=False, found="; ".join(troubles), remedy="its log says more; restart it then")
+    found = ", ".join(f"{worker.name} on {worker.device} since {_time(worker)}" for worker in workers)
+    return Finding(what="workers", ok=True, found=found)
+
+
+def _dispatchers(fleet: _Fleet) -> Finding:
+    found = [f"{one.name} (process {one.pid}) since {_time(one)}" for one in _of_kind(fleet, ProcessKind.DISPATCHER)]
+    if not found:
+        remedy = "start `maskfleet dispatch`: without it no source is listed"
+        return Finding(what="dispatchers", ok=None, found="none is running", remedy=remedy)
+    return Finding(what="dispatchers", ok=True, found=", ".join(found))
+
+
+def _of_kind(fleet: _Fleet | None, kind: ProcessKind) -> list[Process]:
+    return [] if fleet is None else [process for process in fleet.live if process.kind is kind]
+
+
+def _time(process: Process) -> str:
+    return f"{process.started_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _database_url() -> str | None:
+    url = settings().database_url
+    return None if url is None else url.get_secret_value()
 
 
 def _postgres() -> Finding:
-    url = settings().database_url
+    url = _database_url()
     if url is None:
         remedy = "`maskfleet run` brings its own; a deployment sets MASKFLEET_DATABASE_URL"
         return Finding(what="postgres", ok=None, found="MASKFLEET_DATABASE_URL is not set", remedy=remedy)
-    engine = open_engine(url.get_secret_value())
+    engine = open_engine(url)
     where = engine.url.render_as_string()
     try:
-        check_migrated(engine)
+        migration = check_migrated(engine)
     except OperationalError as error:
         remedy = "start it, or fix MASKFLEET_DATABASE_URL"
         return Finding(what="postgres", ok=False, found=redact(str(error.orig).strip()), remedy=remedy)
     except DatabaseNotReady as error:
         return Finding(what="postgres", ok=False, found=str(error), remedy="maskfleet migrate")
-    return Finding(what="postgres", ok=True, found=where)
+    return Finding(what="postgres", ok=True, found=f"{where}, at migration {migration}, the newest of this version")
 
 
 def _broker() -> Finding:
     if settings().broker_url is None:
         remedy = "`maskfleet run` brings its own; a deployment sets MASKFLEET_BROKER_URL"
         return Finding(what="broker", ok=None, found="MASKFLEET_BROKER_URL is not set", remedy=remedy)
-    from workers.running.app import BrokerAway, check_broker  # here, because it loads Celery
+    from workers.running.app import BrokerAway, check_broker, count_waiting  # here, because it loads Celery
 
     try:
-        return Finding(what="broker", ok=True, found=check_broker())
+        where = check_broker()
+        return Finding(what="broker", ok=True, found=f"{where}, {count_waiting():,} messages wait")
     except BrokerAway as error:
         remedy = "start it, or fix MASKFLEET_BROKER_URL"
         return Finding(what="broker", ok=False, found=redact(str(error)), remedy=remedy)
@@ -101,6 +176,23 @@ def _s3() -> Finding:
         return Finding(what="s3", ok=False, found=f"{endpoint} does not answer: {error}", remedy=remedy)
     keys = "anonymous" if settings().s3_anonymous else "credentials found"
     return Finding(what="s3", ok=True, found=f"{keys}, {endpoint}")
+
+
+def _source(given: str | None, fleet: _Fleet | None) -> Finding:
+    """One list request with the credentials of this machine: of the given source, or of the newest job's bucket."""
+    source = given or (fleet.bucket if fleet else None)
+    if source is None:
+        remedy = "`maskfleet doctor s3://bucket/prefix` tries one"
+        return Finding(what="source", ok=None, found="no bucket is known to try the credentials on", remedy=remedy)
+    where = source if "://" in source else str(Path(source).expanduser().absolute())
+    said = printable(redact(where))
+    try:
+        open_source(where, s3_endpoint=settings().s3_endpoint).check()
+    except (SourceError, TransientError) as error:
+        remedy = "fix what it says; the workers need the same credentials"
+        return Finding(what="source", ok=False, found=printable(redact(str(error))), remedy=remedy)
+    of = "" if given else ", the newest job's in a bucket,"
+    return Finding(what="source", ok=True, found=f"{said}{of} was listed with one request")
 
 
 def _label_studio() -> Finding:

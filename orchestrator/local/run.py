@@ -89,7 +89,7 @@ def run(
                 dispatcher.check()
 
             job = follow_job(engine, job.id, console=console, refresh_seconds=0.3, check=check)
-        if job.state is JobState.FAILED:
+        if job.state in (JobState.FAILED, JobState.PAUSED):
             raise RunError(f"{request.source}: {job.error}")
         seconds = time.monotonic() - started
         return _write_outputs(engine, job, out, seconds=seconds, notice=notice, local_files=local_files)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +21,9 @@ from db.states import JobState
 from orchestrator.jobs.reports import JobReport
 from orchestrator.terminal.console import printable
 from orchestrator.terminal.publish import published_rows
-from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
+from orchestrator.terminal.rows import activity_rows, detector_rows, prompt_rows, text_rows
 
-OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED)
+OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED)
 _LONGEST_PAUSE_SECONDS = 30.0
 _PLAIN_LINE_SECONDS = 10.0  # between lines when the output is no terminal
 
@@ -130,6 +131,8 @@ def jobs_table(jobs: Sequence[tuple[Job, Counts]]) -> Table:
 def report_as_json(report: JobReport) -> dict[str, Any]:
     """What `show --json` prints."""
     document = job_as_json(report.job, report.counts) | {
+        "error": report.error,
+        **report.activity.as_json(),
         "prompts": report.prompts,
         "detector": report.detector,
         "text": report.phrases,
@@ -172,7 +175,9 @@ def _job_rows(report: JobReport) -> dict[str, str]:
         "answered from stored": f"{counts.reused:,}" if counts.reused else "",
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
         "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),
-        "error": job.error or "",
+        "error": report.error or "",
+        **activity_rows(report.activity),
+        "changed": f"{counts.changed:,} were changed after the listing" if counts.changed else "",
         "without prompts": without,
         **(prompt_rows(report.prompts) if report.prompts else {}),
         **(detector_rows(report.detector) if report.detector else {}),
@@ -192,6 +197,7 @@ def failed_table(failed: Sequence[FailedAsset]) -> Table:
 
 def _note(job: Job, counts: Counts) -> str:
     parts = ["listing"] if job.state is JobState.LISTING else []
+    parts += [f"[yellow]{escape(printable(job.error))}[/yellow]"] if job.error and job.list_failures else []
     parts += [f"{counts.masks:,} masks"]
     parts += [f"[red]{counts.failed:,} failed[/red]"] if counts.failed else []
     return ", ".join(parts)
@@ -201,8 +207,8 @@ def _what_to_do(job: Job, counts: Counts, *, shown_failed: bool) -> list[str]:
     lines = []
     if counts.failed and not shown_failed:
         lines.append(f"maskfleet show {job.id} --failed    lists the failed assets with their reasons")
-    if counts.failed and job.state is JobState.DONE:
+    if counts.failed and job.state in (JobState.DONE, JobState.PAUSED):
         lines.append(f"maskfleet retry {job.id}    tries the failed assets again")
-    if job.state in (JobState.CANCELLED, JobState.FAILED):
+    if job.state in (JobState.CANCELLED, JobState.FAILED, JobState.PAUSED):
         lines.append(f"maskfleet resume {job.id}    goes on where it stopped")
     return lines

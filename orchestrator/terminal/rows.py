@@ -1,10 +1,13 @@
-"""A job's prompts, detector and phrases as rows of a table."""
+"""A job's prompts, detector, phrases and workers as rows of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
+from db.progress import AtWork
+from orchestrator.jobs.activity import Activity
 from orchestrator.jobs.findings import matching_rows
 
 
@@ -43,3 +46,34 @@ def text_rows(report: list[dict[str, Any]]) -> dict[str, str]:
     """The line of a job's page about its phrases."""
     named = (f"{p['masks']:,} {p['text']}{'' if p['label'] == p['text'] else ' as ' + p['label']}" for p in report)
     return {"text": ", ".join(named)}
+
+
+def activity_rows(activity: Activity) -> dict[str, str]:
+    """Who works at a job, how fast, and the newest error of each kind."""
+    chunks = activity.chunks
+    is_open = chunks.waiting or chunks.queued or chunks.running
+    return {
+        "chunks": f"{chunks.waiting:,} waiting, {chunks.queued:,} queued, {chunks.running:,} running"
+        if is_open
+        else "",
+        "speed": _speed(activity),
+        **{f"at work: {worker.worker}": _at_work(worker) for worker in activity.workers},
+        **{f"last {error.error_kind}": f"{error.key}: {error.error}" for error in activity.last_errors},
+        "failed starts": "; ".join(activity.failed_starts),
+    }
+
+
+def _speed(activity: Activity) -> str:
+    rate, left = activity.assets_per_second, activity.seconds_left
+    if rate is None:
+        return ""
+    speed = f"{rate:,.1f} assets a second" if rate >= 1 else f"{1 / rate:,.1f} seconds an asset"
+    return speed if left is None else f"{speed}, about {timedelta(seconds=round(left))} left"
+
+
+def _at_work(worker: AtWork) -> str:
+    """Times are those of the database's clock, so a worker's own clock does not matter."""
+    held = "" if worker.held_seconds is None else f", held for {worker.held_seconds:.0f} s"
+    lease = f"lease for {worker.lease_seconds:.0f} s more" if worker.lease_seconds > 0 else "lease expired"
+    device = f" on {worker.device}" if worker.device else ""
+    return f"chunk {worker.chunk_id}{device}, {worker.in_flight} assets in flight{held}, {lease}"

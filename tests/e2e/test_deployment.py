@@ -160,12 +160,23 @@ def test_doctor_says_what_is_reachable_and_how_to_mend_the_rest(deployment: Depl
         "devices": True,
         "weights": True,
         "postgres": True,
+        "workers": None,
+        "dispatchers": None,
         "broker": True,
         "s3": True,
+        "source": None,
         "label studio": None,
+        "assist": None,
     }
     password = deployment.broker_url.split(":")[2].split("@")[0]
     assert password not in json.dumps(findings)
+    deployment.call("submit", f"s3://{bucket}/street", "--model", "stub", code=1)  # it is empty
+    [of_the_newest_job] = [f for f in deployment.call_json("doctor") if f["what"] == "source"]
+    assert of_the_newest_job["ok"]
+    assert f"s3://{bucket}/street" in of_the_newest_job["found"]
+    tried = {f["what"]: f for f in deployment.call_json("doctor", "s3://nobody-has-this", code=2)}
+    assert tried["source"]["ok"] is False
+    assert "NoSuchBucket" in tried["source"]["found"]
     deployment.broker_url = "redis://:hidden-password@127.0.0.1:9/0"
     deployment.settings["MASKFLEET_S3_ENDPOINT"] = "http://127.0.0.1:9"
     broken = {f["what"]: f for f in deployment.call_json("doctor", code=2)}

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import Engine, text
 
-from db import jobs, leases, listing, prompts, queue, results
+from db import brake, jobs, leases, listing, progress, prompts, queue, results
+from db.jobs import Job
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
 from db.states import JobState
@@ -418,3 +420,134 @@ def test_a_job_whose_prompts_mean_other_assets_is_not_answered_from_stored(engin
             assert len(prompted) == 1
             record(engine, chunk, [labeled(next(iter(prompted)))])
     assert prompted == set()
+
+
+def test_a_late_report_of_a_dead_process_ends_no_lease_of_its_successor(engine: Engine) -> None:
+    [chunk_id] = chunk_ids(engine, make_job(engine, keys=1))
+    with engine.begin() as db:
+        leases.claim_chunk(db, chunk_id=chunk_id, worker="cpu0@host", lease_seconds=-1, pid=100)
+    reap(engine)
+    with engine.begin() as db:  # the message came twice: the worker's next process takes the chunk
+        successor = leases.claim_chunk(db, chunk_id=chunk_id, worker="cpu0@host", lease_seconds=60, pid=200)
+    assert successor is not None
+
+    with engine.begin() as db:
+        queue.expire_lease(db, chunk_id=chunk_id, worker="cpu0@host", pid=100)
+    assert reap(engine) == 0
+
+    with engine.begin() as db:
+        queue.expire_lease(db, chunk_id=chunk_id, worker="cpu0@host", pid=200)
+    assert reap(engine) == 1
+
+
+def test_bytes_that_had_changed_answer_later_jobs_under_their_own_etag(engine: Engine) -> None:
+    first = make_job(engine, keys=["a.jpg", "b.jpg"])
+    chunk = claim(engine, chunk_ids(engine, first)[0])
+    a, b = pending(engine, chunk)
+    record(engine, chunk, [replace(labeled(a.id), etag="etag-of-new-bytes"), labeled(b.id)])
+
+    old_again = claim(engine, chunk_ids(engine, make_job(engine, keys=["a.jpg", "b.jpg"]))[0])
+    with engine.begin() as db:
+        assert leases.answer_from_stored(db, chunk=old_again) == 1  # b.jpg; nobody computed a.jpg's listed bytes
+    new = make_job(engine, keys=["a.jpg"])
+    with engine.begin() as db:
+        db.execute(
+            text("UPDATE asset SET etag = 'etag-of-new-bytes', size_bytes = 11 WHERE job_id = :id"), {"id": new.id}
+        )
+        assert leases.answer_from_stored(db, chunk=claim(engine, chunk_ids(engine, new)[0])) == 1
+    assert count(engine, first).changed == 1
+
+
+def test_counts_of_done_and_open_chunks_are_those_of_the_outcomes(engine: Engine) -> None:
+    job = make_job(engine, keys=12, chunk_size=4)
+    first, second, third = chunk_ids(engine, job)
+    for chunk_id in (first, second, third):
+        chunk = claim(engine, chunk_id)
+        one, two, three, _ = pending(engine, chunk)
+        failed = NewOutcome(asset_id=three.id, error_kind="not_image")
+        record(engine, chunk, [labeled(one.id, masks=2), labeled(two.id, masks=0), failed])
+        if chunk_id != third:
+            finish(engine, chunk)
+    with engine.begin() as db:  # finished by a worker of an older version, which does not count
+        db.execute(text("UPDATE chunk SET labeled = NULL, failed = NULL, masks = NULL WHERE id = :id"), {"id": second})
+
+        totals = progress.totals(db, job_ids=[job.id])[job.id]
+
+    assert (totals.labeled, totals.failed, totals.masks) == (6, 3, 6)
+    with engine.begin() as db:
+        jobs.retry_failed(db, job_id=job.id, error_kind=None)
+        totals = progress.totals(db, job_ids=[job.id])[job.id]
+    assert (totals.labeled, totals.failed, totals.masks) == (6, 0, 6)
+
+
+def test_a_listing_that_fails_for_a_passing_reason_is_tried_for_an_hour_with_growing_pauses(engine: Engine) -> None:
+    with engine.begin() as db:
+        job = jobs.insert_job(db, name="", source="s3://b/p", model="stub", model_version="v", asked={}, fresh=False)
+
+    def fail() -> tuple[Job, float]:
+        with engine.begin() as db:
+            jobs.record_list_failure(db, job=job, error="the store is busy", lasting=False)
+            pause = db.execute(text("SELECT extract(epoch FROM list_retry_at - now()) FROM job")).scalar_one()
+            return jobs.get_job(db, job_id=job.id), float(pause)
+
+    tries = [fail() for _ in range(20)]
+    assert [round(pause) for _, pause in tries[:4]] == [1, 2, 4, 8]
+    assert round(tries[-1][1]) == 300
+    assert tries[-1][0].state == "listing"
+    assert "the store is busy (try 20; the next is in 300 s)" in str(tries[-1][0].error)
+    with engine.begin() as db:
+        assert jobs.jobs_to_list(db) == []
+        db.execute(text("UPDATE job SET list_retry_at = now()"))
+        assert [found.id for found in jobs.jobs_to_list(db)] == [job.id]
+        db.execute(text("UPDATE job SET list_failing_since = now() - interval '61 minutes'"))
+    assert fail()[0].state == "failed"
+    with engine.begin() as db:
+        jobs.resume_job(db, job_id=job.id)
+        assert [found.id for found in jobs.jobs_to_list(db)] == [job.id]
+
+
+def test_a_job_of_which_too_many_assets_fail_is_paused_with_the_reasons_and_goes_on_when_resumed(
+    engine: Engine,
+) -> None:
+    job = make_job(engine, keys=4000, chunk_size=500)
+    todo = chunk_ids(engine, job)
+
+    def work(failed: int) -> list[brake.Paused]:
+        """One chunk with so many failures, and what the brake does then."""
+        chunk = claim(engine, todo.pop(0))
+        assets = pending(engine, chunk)
+        verdicts = ["forbidden"] * (failed - 1) + ["not_image"] * min(failed, 1)
+        outcomes = [
+            NewOutcome(asset_id=asset.id, error_kind=kind, error=f"{asset.key} is {kind}")
+            for asset, kind in zip(assets, verdicts, strict=False)
+        ]
+        record(engine, chunk, [*outcomes, *(labeled(asset.id, masks=0) for asset in assets[failed:])])
+        finish(engine, chunk)
+        with engine.begin() as db:
+            return brake.pause_failing_jobs(db)
+
+    assert work(failed=500) == []  # only 500 are judged
+    [paused] = work(failed=250)
+
+    assert "750 of 1,000 assets failed, more than --max-failed-fraction 0.5" in paused.reason
+    assert "748 forbidden, such as" in paused.reason
+    with engine.begin() as db:
+        assert jobs.get_job(db, job_id=job.id).state == "paused"
+        assert queue.take_window(db, window=10).all == []
+        assert jobs.resume_job(db, job_id=job.id)
+        assert brake.pause_failing_jobs(db) == []
+    assert [work(failed) for failed in (500, 0)] == [[], []]  # half of what came after the pause
+    assert len(work(failed=500)) == 1
+
+
+def test_a_job_may_ask_for_its_own_brake(engine: Engine) -> None:
+    for fraction in (0.0, 1.0):
+        job = make_job(engine, keys=1100, chunk_size=1000, asked={"max_failed_fraction": fraction})
+        chunk = claim(engine, chunk_ids(engine, job)[0])
+        assets = pending(engine, chunk)
+        kind = {"error_kind": "not_image", "error": "no"}
+        failed = [NewOutcome(asset_id=asset.id, **kind) for asset in assets[: 1 if fraction == 0 else 1000]]
+        record(engine, chunk, [*failed, *(labeled(asset.id, masks=0) for asset in assets[len(failed) :])])
+        finish(engine, chunk)
+        with engine.begin() as db:
+            assert [paused.job_id for paused in brake.pause_failing_jobs(db)] == ([job.id] if fraction == 0 else [])

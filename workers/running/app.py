@@ -17,6 +17,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 
 from db.settings import settings
+from workers.running.run_dir import log_from_the_start
 
 QUEUE = "maskfleet"
 # The queue of chunks that a worker had before. Redis reads the queues in the order of their names, so it comes first.
@@ -108,6 +109,14 @@ def waiting_messages(*queues: str) -> int:
     return waiting
 
 
+def count_waiting() -> int:
+    """How many messages wait in all queues. Raises BrokerAway."""
+    try:
+        return waiting_messages(*QUEUES)
+    except (OperationalError, OSError) as error:
+        raise BrokerAway(str(error)) from error
+
+
 _REDIS: dict[str, Any] = {
     "socket_timeout": 30,
     "socket_connect_timeout": 5,
@@ -125,5 +134,6 @@ def _folders(folder: Path) -> dict[str, Any]:
     return {"data_folder_in": str(messages), "data_folder_out": str(messages), "control_folder": str(control)}
 
 
+log_from_the_start()  # this module is the first of ours that a Celery process loads
 _broker_url = settings().broker_url
 app = make_app(_broker_url.get_secret_value() if _broker_url else None)

@@ -8,10 +8,10 @@ kills this process, the reaper knows the few assets that it worked on.
 from __future__ import annotations
 
 import logging
-import threading
+import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +19,18 @@ from db import leases, prompts
 from db.leases import Asset, ClaimedChunk, LeaseLost, NewOutcome
 from db.session import DBAPIError, is_passing
 from workers.errors import ErrorKind, TransientError, redact
-from workers.images.decode import decode
 from workers.images.pixels import RgbImage
 from workers.models.spec import ModelError
+from workers.running.fetching import DecodeStuck, FetchAhead, NotFetched
+from workers.running.held_lease import HeldLease, log_ids
 from workers.running.keeping import Keeper, keeping, want_answered
 from workers.running.looks import Encode, Look, encode_and_look
+from workers.running.metrics import count_stored, timed
 from workers.running.outcomes import failed_outcome, judge, labeled_outcome, storable_text
 from workers.running.worker import Worker, release, unfit
-from workers.storage.asset import Source
 from workers.storage.source import open_source
 
 _LOOKAHEAD = 2  # batches marked and decoded ahead of the one on the device, so that the device waits for no commit
-_FETCH_THREADS = 4
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     """
     with worker.engine.begin() as db:
         chunk = leases.claim_chunk(
-            db, chunk_id=chunk_id, worker=worker.name, lease_seconds=worker.settings.lease_seconds
+            db, chunk_id=chunk_id, worker=worker.name, lease_seconds=worker.settings.lease_seconds, pid=os.getpid()
         )
         if chunk is None:
             return None
@@ -64,17 +64,22 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
         assets = leases.pending_assets(db, chunk=chunk)
     if answered:
         want_answered(worker, chunk)
-    run = _ChunkRun(worker, chunk)
+    run, about = _ChunkRun(worker, chunk), log_ids(chunk)
     try:
         run.work_through(assets)
     except LeaseLost as lost:
-        log.warning("%s", lost)
+        log.warning("%s", lost, extra=about)
         release(worker, chunk)  # has an effect only when the chunk is still ours, because its job was cancelled
     except Draining:
-        log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id)
+        log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id, extra=about)
         release(worker, chunk)
+    except DecodeStuck:
+        said = "chunk %d of job %d: a decode does not end, and only the end of this process ends it"
+        log.error(said, chunk.id, chunk.job_id, extra=about)
+        release(worker, chunk)
+        worker.on_hang()
     except TransientError as error:
-        log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(error)))
+        log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(error)), extra=about)
         release(worker, chunk, pause=True, error=str(error))
     except ModelError as error:  # some parts of a model are loaded at their first use
         raise unfit(worker, chunk, chunk.model, error) from error
@@ -95,35 +100,27 @@ class _ChunkRun:
         self._worker = worker
         self._settings = worker.settings
         self._chunk = chunk
-        self._images: dict[int, Future[RgbImage]] = {}
         self._keeper: Keeper | None = None
         self._transient: TransientError | None = None
-        self._lost = threading.Event()
-        self._over = threading.Event()
-        self._progress_at = time.monotonic()
+        self._lease = HeldLease(worker, chunk)
 
     def work_through(self, assets: Sequence[Asset]) -> None:
         """Find the outcome of every asset, then mark the chunk done. Suspects run last, each alone."""
-        heart = threading.Thread(target=self._beat, name=f"heartbeat-{self._chunk.id}", daemon=True)
-        heart.start()
-        try:
+        with self._lease:
             if assets:
                 self._segment_all(assets)
             if self._transient is not None:
                 raise self._transient
             with self._worker.engine.begin() as db:
                 leases.finish_chunk(db, chunk=self._chunk)
-        finally:
-            self._over.set()
-            heart.join()
 
     def _segment_all(self, assets: Sequence[Asset]) -> None:
         if self._chunk.asked.get("prompts"):
             assets = self._skip_unprompted(assets)
         if not assets:
             return
-        encode, look = encode_and_look(self._worker, self._chunk, self._go_on)
-        self._progress_at = time.monotonic()
+        encode, look = encode_and_look(self._worker, self._chunk, self._lease.go_on)
+        self._lease.progress()
         size = self._settings.batch_size
         trusted = [asset for asset in assets if asset.deaths_alone is None]
         suspects = [[asset] for asset in assets if asset.deaths_alone is not None]
@@ -149,7 +146,7 @@ class _ChunkRun:
     ) -> None:
         source = open_source(self._chunk.source, s3_endpoint=self._settings.s3_endpoint)
         with (
-            ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch") as fetching,
+            FetchAhead(source, self._settings, self._worker.name) as ahead,
             ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
         ):
 
@@ -160,47 +157,35 @@ class _ChunkRun:
                 if self._keeper is not None:
                     self._keeper.keep(outcomes)
                 for asset in marked:
-                    if asset.id not in self._images:
-                        self._images[asset.id] = fetching.submit(self._fetch, source, asset)
+                    ahead.start(asset)
 
             try:
                 stores = [storing.submit(store, 0, [])]
                 for k, batch in enumerate(batches):
                     stores[max(k - lookahead, 0)].result()
-                    outcomes = self._segment_batch(batch, encode, look)
+                    outcomes = self._segment_batch(batch, ahead, encode, look)
                     stores.append(storing.submit(store, k + 1, outcomes))
-                    if self._worker.draining():
+                    if self._worker.draining() or ahead.is_stuck:
                         stores[-1].result()
-                        raise Draining
+                        raise Draining  # or DecodeStuck, which the end of the block raises
                 for stored in stores:
                     stored.result()
             finally:
                 storing.shutdown(cancel_futures=True)
-                fetching.shutdown(cancel_futures=True)
 
-    def _fetch(self, source: Source, asset: Asset) -> RgbImage:
-        content = source.read(asset.key, self._settings.max_object_bytes)
-        return decode(content, name=asset.key, max_pixels=self._settings.max_pixels)
-
-    def _segment_batch(self, batch: Sequence[Asset], encode: Encode, look: Look) -> list[NewOutcome]:
+    def _segment_batch(self, batch: Sequence[Asset], ahead: FetchAhead, encode: Encode, look: Look) -> list[NewOutcome]:
         """Outcomes of a batch. An asset that could not be read for a temporary reason has none yet."""
         outcomes: list[NewOutcome] = []
-        images: list[tuple[Asset, RgbImage]] = []
-        for asset in batch:
-            try:
-                images.append((asset, self._images.pop(asset.id).result()))
-            except TransientError as error:
-                outcomes.extend(self._put_off(asset, error))
-            except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
-                outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
+        images = self._read(batch, ahead, outcomes)
         began = time.perf_counter()
         encoded = self._embed(encode, images, outcomes)
         share_seconds = (time.perf_counter() - began) / max(len(encoded), 1)  # each image's share of the batch's time
         for asset, image, embedding in encoded:
-            self._go_on()
+            self._lease.go_on()
             started = time.perf_counter() - share_seconds
             try:
-                found = look(asset, image, embedding)
+                with timed(self._worker.name, "masks"):
+                    found = look(asset, image, embedding)
             except (LeaseLost, DBAPIError, ModelError):
                 raise  # about this worker, not about the asset
             except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
@@ -208,15 +193,25 @@ class _ChunkRun:
             else:
                 outcomes.append(labeled_outcome(asset, image, found, started, self._chunk.asked.get("label")))
                 if self._keeper is not None:
-                    self._keeper.note(asset, embedding)
-        self._progress_at = time.monotonic()
-        return outcomes
+                    self._keeper.note(ahead.as_read(asset), embedding)
+        self._lease.progress()
+        return [ahead.with_etag(outcome) for outcome in outcomes]
 
-    def _go_on(self) -> None:
-        """Tell the heartbeat that the work progresses. Raises LeaseLost when the lease was lost."""
-        if self._lost.is_set():
-            raise LeaseLost(f"chunk {self._chunk.id}: the lease was lost while it ran")
-        self._progress_at = time.monotonic()
+    def _read(
+        self, batch: Sequence[Asset], ahead: FetchAhead, outcomes: list[NewOutcome]
+    ) -> list[tuple[Asset, RgbImage]]:
+        """The pictures of a batch. An asset that gives none gets an outcome, or waits for the chunk's next run."""
+        images: list[tuple[Asset, RgbImage]] = []
+        for asset in batch:
+            try:
+                images.append((asset, ahead.image(asset)))
+            except NotFetched:
+                continue
+            except TransientError as error:
+                outcomes.extend(self._put_off(asset, error))
+            except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
+                outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
+        return images
 
     def _embed(
         self, encode: Encode, images: Sequence[tuple[Asset, RgbImage]], outcomes: list[NewOutcome]
@@ -225,7 +220,8 @@ class _ChunkRun:
         if not images:
             return []
         try:
-            embeddings = encode([image for _, image in images])
+            with timed(self._worker.name, "encode"):
+                embeddings = encode([image for _, image in images])
             return [(asset, image, embedding) for (asset, image), embedding in zip(images, embeddings, strict=True)]
         except Exception as error:  # noqa: BLE001  one bad asset never stops its neighbours
             if len(images) == 1:
@@ -249,7 +245,7 @@ class _ChunkRun:
         pause = 0.5
         while True:
             try:
-                with self._worker.engine.begin() as db:
+                with timed(self._worker.name, "store"), self._worker.engine.begin() as db:
                     leases.record(
                         db,
                         chunk=self._chunk,
@@ -262,25 +258,12 @@ class _ChunkRun:
             except DBAPIError as error:
                 if not is_passing(error) or time.monotonic() + pause > give_up_at:
                     raise
-                log.warning("chunk %d: Postgres did not answer, trying again: %s", self._chunk.id, redact(str(error)))
+                said = "chunk %d: Postgres did not answer, trying again: %s"
+                log.warning(said, self._chunk.id, redact(str(error)), extra=log_ids(self._chunk))
                 time.sleep(pause)
                 pause = min(pause * 2, 5)
         failed = sum(outcome.error_kind is not None for outcome in outcomes)
         self.failed += failed
         self.labeled += len(outcomes) - failed
-
-    def _beat(self) -> None:
-        """Extend the lease while assets get finished. A process without progress for hang_seconds is given up."""
-        while not self._over.wait(self._settings.lease_seconds / 4):
-            if time.monotonic() - self._progress_at > self._settings.hang_seconds:
-                log.error("chunk %d: no asset finished for %g s", self._chunk.id, self._settings.hang_seconds)
-                self._worker.on_hang()
-                return
-            try:
-                with self._worker.engine.begin() as db:
-                    leases.extend_lease(db, chunk=self._chunk, lease_seconds=self._settings.lease_seconds)
-            except LeaseLost:
-                self._lost.set()
-                return
-            except DBAPIError as error:
-                log.warning("chunk %d: heartbeat failed: %s", self._chunk.id, redact(str(error)))
+        masks = sum(len(outcome.masks) for outcome in outcomes)
+        count_stored(self._worker.name, labeled=len(outcomes) - failed, failed=failed, masks=masks)

@@ -10,18 +10,27 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from db.processes import Beat
+from db.states import ProcessKind
+from workers.models.files import is_present
+from workers.models.registry import MODELS
 from workers.running.app import QUEUES
-from workers.running.tasks import RUN_DIR_VARIABLE, SUPERVISOR_VARIABLE
+from workers.running.device_lock import hold_device
+from workers.running.heart import Heart, own_beat
+from workers.running.metrics import FOLDER_VARIABLE, serve_worker_metrics
+from workers.running.run_dir import RUN_DIR_VARIABLE, error_file, model_file, stop_file
+from workers.running.tasks import SUPERVISOR_VARIABLE
 
 _LONGEST_PAUSE_SECONDS = 60.0
 _HEALTHY_SECONDS = 60.0  # a worker that lived this long starts again without a pause
@@ -97,42 +106,98 @@ class _WorkerProcess:
     restart_at: float = 0.0
     quick_deaths: int = 0
     given_up: bool = field(default=False)
+    last_error: str | None = None
+
+    @property
+    def failed_starts(self) -> int:
+        """How often in a row it ended soon after its start. 0 once it has lived for a while."""
+        is_well = self.process is not None and time.monotonic() - self.started_at > _HEALTHY_SECONDS
+        return 0 if is_well else self.quick_deaths
 
 
-def serve(
-    devices: Sequence[Device],
-    stop: threading.Event,
-    *,
-    drain_seconds: float,
-    top_up: Callable[[], object],
-    top_up_seconds: float = 10,
-    parent_pid: int | None = None,
-) -> int:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tended:
+    """How `serve` tends its workers. drain_seconds: for the end of each one's batch. top_up: called every
+    top_up_seconds, so that the queue fills even when no dispatcher runs. metrics: address and port for Prometheus, or
+    None. parent_pid: the workers also stop when that process has ended, and a device is given up sooner, because a
+    person waits."""
+
+    database_url: str
+    drain_seconds: float
+    top_up: Callable[[], object]
+    top_up_seconds: float = 10
+    metrics: tuple[str, int] | None = None
+    parent_pid: int | None = None
+
+
+def serve(devices: Sequence[Device], stop: threading.Event, tended: Tended) -> int:
     """Run a worker on each device until `stop` is set. Returns the exit code: 1 when every device was given up.
 
     Then each worker finishes its current batch and releases its chunk. A worker that needs longer than drain_seconds is
-    killed, and its lease expires. top_up is called every top_up_seconds, so that the queue fills even when no
-    dispatcher runs. With parent_pid the workers also stop when that process has ended, and a device is given up sooner,
-    because a person waits.
+    killed, and its lease expires. Raises DeviceHeld when a worker of another command is on one of the CUDA devices, and
+    OSError when the metrics' port is taken.
     """
-    most_quick_deaths = _MOST_QUICK_DEATHS if parent_pid is None else _MOST_QUICK_DEATHS_WHILE_WAITED_FOR
-    with tempfile.TemporaryDirectory(prefix="maskfleet-worker-") as folder:
-        workers = [_WorkerProcess(device=device, run_dir=Path(folder) / device.name) for device in devices]
+    with ExitStack() as stack:
+        for device in devices:
+            if device.cuda_id:
+                stack.enter_context(hold_device(device.cuda_id))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-worker-")))
+        workers = [_WorkerProcess(device=device, run_dir=folder / device.name) for device in devices]
         for worker in workers:
             worker.run_dir.mkdir()
-        next_top_up = time.monotonic() + top_up_seconds
-        topping_up: threading.Thread | None = None
-        while not stop.wait(_POLL_SECONDS) and not all(worker.given_up for worker in workers):
-            for worker in workers:
-                _keep_alive(worker, most_quick_deaths)
-            if parent_pid is not None and os.getppid() != parent_pid:
-                log.info("the command that started these workers has ended")
-                break
-            if time.monotonic() >= next_top_up:
-                topping_up = _in_background(top_up, topping_up)
-                next_top_up = time.monotonic() + top_up_seconds
-        _drain(workers, drain_seconds)
+        if tended.metrics:
+            _offer_metrics(workers, folder / "metrics", *tended.metrics)
+        stack.enter_context(Heart(tended.database_url, lambda: [_beat(worker) for worker in workers]))
+        _tend(workers, stop, tended)
+        _drain(workers, tended.drain_seconds)
         return int(all(worker.given_up for worker in workers))
+
+
+def _tend(workers: Sequence[_WorkerProcess], stop: threading.Event, tended: Tended) -> None:
+    """Keep the workers alive until `stop` is set, the parent has ended, or all of them are given up."""
+    most_quick_deaths = _MOST_QUICK_DEATHS if tended.parent_pid is None else _MOST_QUICK_DEATHS_WHILE_WAITED_FOR
+    next_top_up = time.monotonic() + tended.top_up_seconds
+    topping_up: threading.Thread | None = None
+    while not stop.wait(_POLL_SECONDS) and not all(worker.given_up for worker in workers):
+        for worker in workers:
+            _keep_alive(worker, most_quick_deaths)
+        if tended.parent_pid is not None and os.getppid() != tended.parent_pid:
+            log.info("the command that started these workers has ended")
+            return
+        if time.monotonic() >= next_top_up:
+            topping_up = _in_background(tended.top_up, topping_up)
+            next_top_up = time.monotonic() + tended.top_up_seconds
+
+
+def _offer_metrics(workers: Sequence[_WorkerProcess], folder: Path, address: str, port: int) -> None:
+    folder.mkdir()
+    os.environ[FOLDER_VARIABLE] = str(folder)  # for the Celery processes that are started next
+
+    def failed_starts() -> dict[str, int]:
+        return {_node_name(worker.device): worker.failed_starts for worker in workers}
+
+    serve_worker_metrics(address, port, folder=folder, failed_starts=failed_starts)
+
+
+def _beat(worker: _WorkerProcess) -> Beat:
+    """The worker's row. Weights are looked for anew each time, because a pull may bring them at any moment."""
+    loaded = None
+    with suppress(OSError):
+        loaded = model_file(worker.run_dir).read_text()
+    return replace(
+        own_beat(ProcessKind.WORKER),
+        name=_node_name(worker.device),
+        device=worker.device.cuda_id or "cpu",
+        models=[spec.name for spec in MODELS.values() if is_present(spec)],
+        model=loaded,
+        failed_starts=worker.failed_starts,
+        last_error=worker.last_error if worker.failed_starts else None,
+    )
+
+
+def _node_name(device: Device) -> str:
+    """What Celery calls the worker, and what `chunk.worker` holds."""
+    return f"{device.name}@{socket.gethostname()}"
 
 
 def _in_background(action: Callable[[], object], before: threading.Thread | None) -> threading.Thread:
@@ -162,14 +227,25 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
     worker.given_up = worker.quick_deaths >= most_quick_deaths
     pause = min(2.0 ** (worker.quick_deaths - 1), _LONGEST_PAUSE_SECONDS) if worker.quick_deaths else 0.0
     worker.restart_at = now + pause
+    worker.last_error = f"exit code {code}{_said(worker)}"
     what = "is given up" if worker.given_up else f"starts again in {pause:g} s"
-    log.error("worker %s ended with exit code %s and %s", worker.device.name, code, what)
+    about = {"worker": _node_name(worker.device)}
+    log.error("worker %s ended with %s and %s", worker.device.name, worker.last_error, what, extra=about)
+
+
+def _said(worker: _WorkerProcess) -> str:
+    """The last error that the worker logged since its start, after a colon. Empty when it logged none."""
+    try:
+        return f": {error_file(worker.run_dir).read_text(encoding='utf-8')}"
+    except OSError:
+        return ""
 
 
 def _start(worker: _WorkerProcess) -> None:
     name = worker.device.name
     # -P: a folder named `db` or `workers` in the current folder must not be imported.
-    command = [sys.executable, "-P", "-m", "celery", "--app", "workers.running.app", "worker"]
+    # --quiet: without Celery's banner, which is no log line.
+    command = [sys.executable, "-P", "-m", "celery", "--quiet", "--app", "workers.running.app", "worker"]
     command += ["--queues", ",".join(QUEUES)]
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
     command += ["--without-gossip", "--without-mingle"]
@@ -179,8 +255,11 @@ def _start(worker: _WorkerProcess) -> None:
         RUN_DIR_VARIABLE: str(worker.run_dir),
         SUPERVISOR_VARIABLE: str(os.getpid()),
     }
+    for of_its_predecessor in (model_file(worker.run_dir), error_file(worker.run_dir)):
+        of_its_predecessor.unlink(missing_ok=True)
     # The worker gets its own session. So Ctrl-C reaches only this process, which then drains its workers in order.
-    worker.process = subprocess.Popen(command, env=environment, start_new_session=True)
+    # Logs go to stderr. What Celery itself prints on stdout ("Warm shutdown") would be no log line.
+    worker.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     worker.started_at = time.monotonic()
     log.info("worker %s started as process %d", name, worker.process.pid)
 
@@ -188,7 +267,7 @@ def _start(worker: _WorkerProcess) -> None:
 def _drain(workers: Sequence[_WorkerProcess], drain_seconds: float) -> None:
     running = [worker.process for worker in workers if worker.process is not None]
     for worker in workers:
-        (worker.run_dir / "stop").touch()
+        stop_file(worker.run_dir).touch()
     for process in running:
         process.terminate()
     give_up_at = time.monotonic() + drain_seconds

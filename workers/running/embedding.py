@@ -105,8 +105,12 @@ def _make(worker: Worker, store: EmbeddingStore, wanted: WantedEmbedding) -> Non
 
 
 def _read(asset: EmbeddableAsset, deployment: Settings) -> bytes:
+    """The asset's bytes. Raises AssetError when they are not those that the embedding's address names."""
     source = open_source(asset.source, s3_endpoint=deployment.s3_endpoint)
-    return source.read(asset.key, deployment.max_object_bytes)
+    read = source.read_with_etag(asset.key, deployment.max_object_bytes)
+    if read.etag and asset.etag and read.etag != asset.etag:
+        raise AssetError(ErrorKind.NOT_FOUND, f"{asset.key}: was changed, and its bytes are no longer there")
+    return read.content
 
 
 def _record_failure(worker: Worker, wanted: WantedEmbedding, error: Exception) -> None:

@@ -52,7 +52,8 @@ def failed_outcome(asset: Asset, error: Exception, *, job_id: int) -> NewOutcome
     """The outcome of an asset that raised this error. Internal errors are logged. Raises ProcessUnfit like `judge`."""
     kind, text = judge(error)
     if kind is ErrorKind.INTERNAL:
-        log.error("asset %d of job %d: %s", asset.id, job_id, redact(text), exc_info=error)
+        about = {"asset": asset.id, "job": job_id}
+        log.error("asset %d of job %d: %s", asset.id, job_id, redact(text), exc_info=error, extra=about)
     return NewOutcome(asset_id=asset.id, error_kind=kind, error=storable_text(text))
 
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from billiard.exceptions import WorkerLostError
 from celery import Task
-from celery.signals import setup_logging, task_failure, worker_init, worker_shutting_down
+from celery.signals import celeryd_after_setup, setup_logging, worker_init, worker_shutting_down
+from celery.worker.request import Request
 from kombu.exceptions import OperationalError as BrokerAway
 
 from db import jobs, queue
@@ -29,6 +29,7 @@ from db.settings import settings
 from workers.detectors import detector as detectors
 from workers.embeddings.store import open_store
 from workers.errors import redact
+from workers.logs import log_to_stderr
 from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import Model
@@ -36,10 +37,9 @@ from workers.running.app import EMBED, FIRST_QUEUE, QUEUE, SEGMENT_CHUNK, app, p
 from workers.running.chunk import run_chunk
 from workers.running.embedding import embed_wanted, send_wanted
 from workers.running.outcomes import ProcessUnfit
+from workers.running.run_dir import faults_file, keep_error, model_file, run_dir, stop_file
 from workers.running.worker import Worker
 
-# Set by `maskfleet worker`, which owns the folder. A file `stop` in it means that the worker drains.
-RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 SUPERVISOR_VARIABLE = "MASKFLEET_WORKER_SUPERVISOR"  # its process id
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _EX_TEMPFAIL = 75  # sysexits.h: try again later
@@ -68,17 +68,42 @@ def _end_with_the_supervisor(**_: object) -> None:
 def _drain(**_: object) -> None:
     """Tell the pool's child that its worker ends. It then finishes its current batch and releases its chunk."""
     with suppress(OSError):  # the folder's owner may have ended and removed it
-        (_run_dir() / "stop").touch()
+        stop_file(run_dir()).touch()
+
+
+class _LastError(logging.Handler):
+    """Notes the last error that was logged, for the supervisor."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        keep_error(record.exc_info[1] if record.exc_info else record.getMessage())
 
 
 @setup_logging.connect
-def _log_plainly(**_: object) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def _log(**_: object) -> None:
+    log_to_stderr()
+    logging.getLogger().addHandler(_LastError(logging.ERROR))
     for chatty in ("botocore", "boto3", "urllib3", "s3transfer"):
         logging.getLogger(chatty).setLevel(logging.WARNING)  # their debug lines hold signatures
 
 
-@app.task(name=SEGMENT_CHUNK, bind=True)
+@celeryd_after_setup.connect
+def _silence_billiard(**_: object) -> None:
+    """Without this the pool's children log in billiard's own form before `_log` is called there."""
+    os.environ.pop("_MP_FORK_LOGLEVEL_", None)
+
+
+class ChunkRequest(Request):  # type: ignore[misc]  # Celery's classes carry no types
+    """A message in Celery's main process. When the child that took it dies, the child's lease ends now."""
+
+    def on_failure(self, exc_info: Any, *given: Any, **named: Any) -> Any:
+        answer = super().on_failure(exc_info, *given, **named)
+        # A child that leaves by itself is reported as SystemExit.
+        if isinstance(exc_info.exception, WorkerLostError | SystemExit) and self.worker_pid is not None:
+            _expire_lease_of_dead(self.args[0], str(self.hostname), int(self.worker_pid))
+        return answer
+
+
+@app.task(name=SEGMENT_CHUNK, bind=True, Request=ChunkRequest)
 def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
     """Label one chunk. A message that is late, foreign or comes twice finds nothing to claim and does nothing."""
     if type(chunk_id) is not int:
@@ -87,9 +112,9 @@ def segment_chunk(self: Task, chunk_id: int) -> dict[str, int] | None:
     worker = _worker(self.request.hostname or "worker")
     try:
         report = _once_postgres_answers(worker, f"chunk {chunk_id}", lambda: run_chunk(worker, chunk_id))
-        _faults_file().unlink(missing_ok=True)
+        faults_file(run_dir()).unlink(missing_ok=True)
     except ProcessUnfit:
-        log.exception("chunk %d: this process ends", chunk_id)
+        log.exception("chunk %d: this process ends", chunk_id, extra={"chunk": chunk_id})
         _leave()
     top_up_or_say(worker.engine)
     return asdict(report) if report else None
@@ -134,21 +159,19 @@ def _once_postgres_answers(worker: Worker, what: str, work: Callable[[], T]) -> 
         pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
 
-@task_failure.connect
-def _expire_lease_of_dead(
-    sender: Task | None = None, exception: Exception | None = None, args: tuple[int, ...] = (), **_: object
-) -> None:
-    """The pool's child died: end its lease now. This (main) process knows that nobody else holds it."""
-    if not isinstance(exception, WorkerLostError) or sender is None or sender.name != SEGMENT_CHUNK:
+def _expire_lease_of_dead(chunk_id: object, worker_name: str, pid: int) -> None:
+    """The pool's child died: end its lease, and only its own. A message that came twice may have another holder."""
+    if type(chunk_id) is not int:
         return
-    worker = _worker(sender.request.hostname or "worker")
+    worker = _worker(worker_name)
     try:
         with worker.engine.begin() as db:
-            queue.expire_lease(db, chunk_id=args[0], worker=worker.name)
+            queue.expire_lease(db, chunk_id=chunk_id, worker=worker.name, pid=pid)
     except DBAPIError as error:
         if not is_passing(error):
             raise
-        log.warning("chunk %d: Postgres is away; it continues after its lease expires: %s", args[0], _one_line(error))
+        said = "chunk %d: Postgres is away; it continues after its lease expires: %s"
+        log.warning(said, chunk_id, _one_line(error), extra={"chunk": chunk_id})
         return
     top_up_or_say(worker.engine)
 
@@ -205,7 +228,7 @@ def _worker(name: str) -> Worker:
         settings=settings(),
         load_model=_load_model,
         load_detector=_load_detector,
-        draining=lambda: (_run_dir() / "stop").exists(),
+        draining=lambda: stop_file(run_dir()).exists(),
         on_hang=lambda: os._exit(_EX_TEMPFAIL),
     )
 
@@ -213,7 +236,10 @@ def _worker(name: str) -> Worker:
 def _load_model(name: str) -> Model:
     from workers.engine.device import default_device
 
-    return load_model(find_model(name), default_device())
+    model = load_model(find_model(name), default_device())
+    with suppress(OSError):  # the folder's owner may have ended and removed it
+        model_file(run_dir()).write_text(name)
+    return model
 
 
 def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detectors.PhraseDetector:
@@ -224,7 +250,7 @@ def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detec
 
 def _leave() -> None:
     """End this child without a verdict. After _MOST_FAULTS of these in a row, stop the worker: it can label nothing."""
-    faults = _faults_file()
+    faults = faults_file(run_dir())
     seen = len(faults.read_text()) + 1 if faults.exists() else 1
     if faults.parent.is_dir():
         faults.write_text("x" * seen)
@@ -235,11 +261,3 @@ def _leave() -> None:
 
 def _one_line(error: DBAPIError) -> str:
     return redact(" ".join(str(error.orig).split()))
-
-
-def _faults_file() -> Path:
-    return _run_dir() / "faults"
-
-
-def _run_dir() -> Path:
-    return Path(os.environ.get(RUN_DIR_VARIABLE, "/nonexistent"))

@@ -44,6 +44,14 @@ class Page:
     skipped: Mapping[SkipReason, int]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What one asset's bytes are now. etag: as in `Listed`, of exactly these bytes; None when the store gives none."""
+
+    content: bytes
+    etag: str | None
+
+
 class Source(Protocol):
     """A place with assets, a folder or an S3 prefix. Several threads may use it at once."""
 
@@ -62,6 +70,10 @@ class Source(Protocol):
     def read(self, key: str, max_bytes: int) -> bytes:
         """The asset's bytes. Raises AssetError (not_found, forbidden, too_large before the body is read) or
         TransientError."""
+        ...
+
+    def read_with_etag(self, key: str, max_bytes: int) -> Content:
+        """`read`, with the etag of what was read: the object may have changed since it was listed."""
         ...
 
 

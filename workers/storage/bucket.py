@@ -14,7 +14,7 @@ import urllib3.exceptions
 from db.settings import settings
 from db.texts import is_storable
 from workers.errors import SourceError, TransientError, redact
-from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_size
+from workers.storage.asset import PAGE_SIZE, Content, Listed, Page, SkipReason, check_size
 from workers.storage.client import s3_client, store_of_settings
 from workers.storage.refusals import VENDOR_ERRORS, asset_error, no_answer, source_error
 
@@ -59,6 +59,9 @@ class Bucket:
             where = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def read(self, key: str, max_bytes: int) -> bytes:
+        return self.read_with_etag(key, max_bytes).content
+
+    def read_with_etag(self, key: str, max_bytes: int) -> Content:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return self._read_once(key, max_bytes)
@@ -97,10 +100,10 @@ class Bucket:
             if entry["Size"] == 0 and (not key or key.endswith("/")):
                 skipped[SkipReason.FOLDER_MARKER] += 1
             else:
-                objects.append(Listed(key=key, size_bytes=entry["Size"], etag=entry.get("ETag", "").strip('"')))
+                objects.append(Listed(key=key, size_bytes=entry["Size"], etag=_bare_etag(entry.get("ETag"))))
         return Page(objects=objects, cursor=cursor, skipped=skipped)
 
-    def _read_once(self, key: str, max_bytes: int) -> bytes:
+    def _read_once(self, key: str, max_bytes: int) -> Content:
         try:
             client = s3_client(self._store, ATTEMPTS)
             answer = client.get_object(Bucket=self._bucket, Key=self._prefix + key, **self._payer)
@@ -112,7 +115,7 @@ class Bucket:
             content: bytes = body.read()
         if len(content) != expected:
             raise urllib3.exceptions.IncompleteRead(len(content), expected - len(content))
-        return content
+        return Content(content=content, etag=_bare_etag(answer.get("ETag")) or None)
 
     def _request(self, attempts: int, operation: str, **arguments: object) -> Any:
         """One call about the bucket as a whole. Raises TransientError, or SourceError with the remedy."""
@@ -120,3 +123,8 @@ class Bucket:
             return getattr(s3_client(self._store, attempts), operation)(Bucket=self._bucket, **self._payer, **arguments)
         except VENDOR_ERRORS as error:
             raise source_error(self.uri(""), error, anonymous=self._store.anonymous) from error
+
+
+def _bare_etag(etag: str | None) -> str:
+    """An entity tag without its quotes, and without the mark that some gateways set when they compress (RFC 9110)."""
+    return (etag or "").removeprefix("W/").strip('"')

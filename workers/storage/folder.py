@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
-from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, check_size
+from workers.storage.asset import PAGE_SIZE, Content, Listed, Page, SkipReason, check_size
 
 
 class Folder:
@@ -54,6 +54,9 @@ class Folder:
             yield Page(objects=objects, cursor=cursor, skipped=skipped)
 
     def read(self, key: str, max_bytes: int) -> bytes:
+        return self.read_with_etag(key, max_bytes).content
+
+    def read_with_etag(self, key: str, max_bytes: int) -> Content:
         path = os.path.join(self._root, key.encode())
         if "\0" in key or not _is_inside(path, os.path.realpath(self._root)):
             raise AssetError(ErrorKind.FORBIDDEN, f"{key!r}: leads out of the folder {os.fsdecode(self._root)}")
@@ -66,10 +69,18 @@ class Folder:
                     raise AssetError(ErrorKind.NOT_FOUND, f"{key}: is no longer a regular file")
                 check_size(key, status.st_size, max_bytes)
                 content = file.read(max_bytes + 1)
+                after = os.fstat(descriptor)
         except OSError as error:
             raise _file_error(key, error) from error
         check_size(key, len(content), max_bytes)  # it may have grown in the meantime
-        return content
+        # Bytes from before and after a write are those of no listing.
+        return Content(
+            content=content, etag=_etag(status) if _etag(after) == _etag(status) else f"{_etag(after)}-mixed"
+        )
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def _walk(root: bytes, after: bytes) -> Iterator[bytes | SkipReason]:
@@ -131,7 +142,7 @@ def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason
         return SkipReason.NOT_A_FILE  # a circle of links, or a link into a folder that we may not enter
     if not stat.S_ISREG(status.st_mode):
         return SkipReason.NOT_A_FILE
-    return Listed(key=name, size_bytes=status.st_size, etag=f"{status.st_size}-{status.st_mtime_ns}")
+    return Listed(key=name, size_bytes=status.st_size, etag=_etag(status))
 
 
 def _is_inside(path: bytes, real_root: bytes) -> bool:

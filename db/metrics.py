@@ -1,0 +1,153 @@
+"""SQL of what operators measure: each function gives samples of one metric, (values of its labels, number).
+
+Jobs that are over for an hour are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sqlalchemy import Connection, text
+
+from db import processes, progress
+from db.states import ProcessKind
+
+Sample = tuple[tuple[str, ...], float]
+
+_WATCHED = """SELECT id FROM job
+              WHERE state NOT IN ('done', 'cancelled', 'failed') OR finished_at > now() - interval '1 hour'"""
+
+
+def jobs_by_state(db: Connection) -> Iterator[Sample]:
+    return _samples(db, "SELECT state, count(*) FROM job GROUP BY state")
+
+
+def assets_by_state(db: Connection) -> Iterator[Sample]:
+    """labeled, failed, running (in flight) and pending (the rest); together they are what is listed."""
+    found = progress.totals(db, job_ids=_watched(db))
+    statement = text(
+        """SELECT id, asset_count, (SELECT coalesce(sum(cardinality(in_flight)), 0) FROM chunk
+                                    WHERE job_id = job.id AND state = 'running') AS running
+           FROM job WHERE id = ANY(:ids) ORDER BY id"""
+    )
+    for row in db.execute(statement, {"ids": list(found)}):
+        job = found[row.id]
+        left = row.asset_count - job.labeled - job.failed
+        yield (str(row.id), "labeled"), job.labeled
+        yield (str(row.id), "failed"), job.failed
+        yield (str(row.id), "running"), min(int(row.running), left)
+        yield (str(row.id), "pending"), max(left - int(row.running), 0)
+
+
+def masks(db: Connection) -> Iterator[Sample]:
+    for job_id, found in progress.totals(db, job_ids=_watched(db)).items():
+        yield (str(job_id),), found.masks
+
+
+def failed_by_kind(db: Connection) -> Iterator[Sample]:
+    return _samples(
+        db,
+        f"""SELECT job_id, error_kind, count(*) FROM outcome
+            WHERE job_id IN ({_WATCHED}) AND error_kind IS NOT NULL GROUP BY job_id, error_kind""",
+    )
+
+
+def chunks_by_state(db: Connection) -> Iterator[Sample]:
+    """Of jobs that run. `new` waits for room in the queue."""
+    return _samples(
+        db,
+        """SELECT s.state, count(c.id) FROM (VALUES ('new'), ('sent'), ('running')) AS s (state)
+           LEFT JOIN (SELECT c.id, c.state FROM chunk c JOIN job j ON j.id = c.job_id
+                      WHERE c.state <> 'done' AND j.state IN ('listing', 'running')) c USING (state)
+           GROUP BY s.state""",
+    )
+
+
+def oldest_chunks(db: Connection) -> Iterator[Sample]:
+    return _samples(
+        db,
+        """SELECT 'sent', coalesce(extract(epoch FROM now() - min(c.sent_at)), 0)
+           FROM chunk c JOIN job j ON j.id = c.job_id
+           WHERE c.state = 'sent' AND j.state IN ('listing', 'running')
+           UNION ALL
+           SELECT 'running', coalesce(extract(epoch FROM now() - min(claimed_at)), 0)
+           FROM chunk WHERE state = 'running'""",
+    )
+
+
+def lease_overdue(db: Connection) -> Iterator[Sample]:
+    return _samples(
+        db,
+        """SELECT extract(epoch FROM now() - min(lease_until)) FROM chunk WHERE state = 'running'
+           HAVING count(*) > 0""",
+    )
+
+
+def listing_failing(db: Connection) -> Iterator[Sample]:
+    return _samples(
+        db,
+        """SELECT id, extract(epoch FROM now() - list_failing_since) FROM job
+           WHERE state = 'listing' AND list_failing_since IS NOT NULL""",
+    )
+
+
+def live_processes(db: Connection) -> Iterator[Sample]:
+    """All kinds, so that an alert sees a 0."""
+    kinds = [process.kind for process in processes.live(db)]
+    for kind in ProcessKind:
+        yield (str(kind),), kinds.count(kind)
+
+
+def failed_starts(db: Connection) -> Iterator[Sample]:
+    for process in processes.live(db):
+        if process.kind is ProcessKind.WORKER:
+            yield (process.name,), process.failed_starts
+
+
+def unpublished(db: Connection) -> Iterator[Sample]:
+    """Of jobs that a project has something of: labeled assets minus the predictions that are not waiting."""
+    sent = list(
+        _samples(
+            db,
+            f"""SELECT p.job_id, t.project_id, count(*) FILTER (WHERE p.state <> 'sending')
+                FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+                WHERE p.job_id IN ({_WATCHED}) GROUP BY p.job_id, t.project_id""",
+        )
+    )
+    labeled = progress.totals(db, job_ids=sorted({int(labels[0]) for labels, _ in sent})) if sent else {}
+    for labels, number in sent:
+        yield labels, max(labeled[int(labels[0])].labeled - number, 0)
+
+
+def predictions(db: Connection) -> Iterator[Sample]:
+    return _samples(
+        db,
+        f"""SELECT p.job_id, t.project_id, p.state, count(*)
+            FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+            WHERE p.job_id IN ({_WATCHED}) GROUP BY p.job_id, t.project_id, p.state""",
+    )
+
+
+def review_ages(db: Connection) -> Iterator[Sample]:
+    return _samples(
+        db, "SELECT project_id, extract(epoch FROM now() - max(pulled_at)) FROM ls_pull GROUP BY project_id"
+    )
+
+
+def embeddings(db: Connection) -> Iterator[Sample]:
+    return _samples(db, "SELECT state, count(*) FROM embedding GROUP BY state")
+
+
+def embedding_bytes(db: Connection) -> Iterator[Sample]:
+    return _samples(db, "SELECT state, sum(size_bytes) FROM embedding GROUP BY state")
+
+
+def _watched(db: Connection) -> list[int]:
+    return list(db.execute(text(f"{_WATCHED} ORDER BY id")).scalars())
+
+
+def _samples(db: Connection, statement: str) -> Iterator[Sample]:
+    """The rows of a statement: the last column is the number, those before it are the labels."""
+    for row in db.execute(text(statement)):
+        *labels, number = row
+        yield tuple(str(label) for label in labels), float(number)

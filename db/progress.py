@@ -1,0 +1,129 @@
+"""How far jobs are and who works at them, from counters and from the few chunks that are open.
+
+`db.jobs.count_job` reads every outcome of a job. What is here is for loops, and for pages that are looked at often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+_RECENT_CHUNKS = 256  # those sent last: their outcomes give the rate
+_RECENT_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Outcomes of one job so far."""
+
+    labeled: int
+    failed: int
+    masks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtWork:
+    """A worker that holds a chunk of the job. lease_seconds: until its lease expires; below 0 it has expired.
+
+    in_flight: assets that it works on now. device and model are None when the worker wrote no row.
+    """
+
+    worker: str
+    device: str | None
+    model: str | None
+    chunk_id: int
+    in_flight: int
+    held_seconds: float | None
+    lease_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkCounts:
+    """A job's open chunks. waiting: for room in the queue, or for their pause to end. queued: a message is sent."""
+
+    waiting: int
+    queued: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastError:
+    """The newest failed asset of one kind."""
+
+    error_kind: str
+    key: str
+    error: str
+
+
+def totals(db: Connection, *, job_ids: Sequence[int]) -> dict[int, Totals]:
+    """Outcomes of these jobs, from the counts of their done chunks and the outcomes of their open ones."""
+    statement = text(
+        """SELECT job_id, sum(labeled)::bigint AS labeled, sum(failed)::bigint AS failed, sum(masks)::bigint AS masks
+           FROM (
+               SELECT job_id, labeled, failed, masks FROM chunk
+               WHERE job_id = ANY(:ids) AND state = 'done' AND labeled IS NOT NULL
+               UNION ALL
+               SELECT c.job_id, count(*) FILTER (WHERE o.error_kind IS NULL), count(o.error_kind),
+                      coalesce(sum(o.mask_count), 0)
+               FROM chunk c
+               JOIN outcome o ON o.asset_id BETWEEN c.first_asset_id AND c.last_asset_id AND o.job_id = c.job_id
+               WHERE c.job_id = ANY(:ids) AND CASE WHEN c.state = 'done' THEN c.labeled IS NULL ELSE c.token > 0 END
+               GROUP BY c.job_id) AS parts
+           GROUP BY job_id"""
+    )
+    rows = db.execute(statement, {"ids": list(job_ids)})
+    found = {row.job_id: Totals(labeled=row.labeled, failed=row.failed, masks=row.masks) for row in rows}
+    return {job_id: found.get(job_id, Totals(labeled=0, failed=0, masks=0)) for job_id in job_ids}
+
+
+def at_work(db: Connection, *, job_id: int) -> list[AtWork]:
+    """The workers that hold a chunk of the job, by name."""
+    statement = text(
+        """SELECT c.worker, p.device, p.model, c.id AS chunk_id, cardinality(c.in_flight) AS in_flight,
+                  extract(epoch FROM now() - c.claimed_at)::float AS held_seconds,
+                  extract(epoch FROM c.lease_until - now())::float AS lease_seconds
+           FROM chunk c LEFT JOIN LATERAL (
+               SELECT device, model FROM process WHERE kind = 'worker' AND name = c.worker
+               ORDER BY seen_at DESC LIMIT 1) p ON true
+           WHERE c.job_id = :job_id AND c.state = 'running' ORDER BY c.worker, c.id"""
+    )
+    return [AtWork(**row) for row in db.execute(statement, {"job_id": job_id}).mappings()]
+
+
+def count_chunks(db: Connection, *, job_id: int) -> ChunkCounts:
+    statement = text("SELECT state, count(*) FROM chunk WHERE job_id = :job_id AND state <> 'done' GROUP BY state")
+    found = {row[0]: row[1] for row in db.execute(statement, {"job_id": job_id})}
+    return ChunkCounts(waiting=found.get("new", 0), queued=found.get("sent", 0), running=found.get("running", 0))
+
+
+def assets_per_second(db: Connection, *, job_id: int) -> float | None:
+    """How many outcomes workers stored a second, over the last ten minutes at most. None when they stored none.
+
+    Answers from stored outcomes do not count: they come at another speed.
+    """
+    statement = text(
+        """WITH recent AS (
+               SELECT first_asset_id, last_asset_id FROM chunk
+               WHERE job_id = :job_id AND state IN ('running', 'done') AND sent_at IS NOT NULL
+               ORDER BY sent_at DESC LIMIT :chunks)
+           SELECT count(*) / greatest(extract(epoch FROM now() - min(o.created_at)), 1)
+           FROM recent
+           JOIN outcome o ON o.asset_id BETWEEN first_asset_id AND last_asset_id AND o.job_id = :job_id
+           WHERE o.answered_by IS NULL AND o.created_at > now() - make_interval(secs => :secs)"""
+    )
+    values = {"job_id": job_id, "chunks": _RECENT_CHUNKS, "secs": _RECENT_SECONDS}
+    rate = db.execute(statement, values).scalar_one()
+    return float(rate) if rate else None
+
+
+def last_errors(db: Connection, *, job_id: int) -> list[LastError]:
+    """The newest failed asset of each kind. Reads the job's failed outcomes."""
+    statement = text(
+        """SELECT DISTINCT ON (o.error_kind) o.error_kind, a.key, coalesce(o.error, '') AS error
+           FROM outcome o JOIN asset a ON a.id = o.asset_id
+           WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL
+           ORDER BY o.error_kind, o.created_at DESC, o.asset_id DESC"""
+    )
+    return [LastError(**row) for row in db.execute(statement, {"job_id": job_id}).mappings()]

@@ -1,0 +1,122 @@
+"""Assets are read and decoded ahead of the model, in threads, and a decode has a time limit.
+
+A thread inside a decoder of C cannot be stopped. So an asset that takes too long gets its verdict, and the process ends
+after its batch: only that frees the thread. Nothing is paid for this by pictures that decode in time.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+
+from db.leases import Asset, NewOutcome
+from db.settings import Settings
+from workers.errors import AssetError, ErrorKind
+from workers.images.decode import decode
+from workers.images.pixels import RgbImage
+from workers.running.metrics import timed
+from workers.storage.asset import Source
+
+_THREADS = 4
+_LOOK_SECONDS = 0.5  # between looks at a decode that has not begun
+
+
+class DecodeStuck(Exception):
+    """A decode did not end in time, and its thread cannot be stopped. The process must end."""
+
+
+class NotFetched(Exception):
+    """No thread is free for this asset, because decodes that do not end hold them all. Nothing is known about it."""
+
+
+class FetchAhead:
+    """Reads and decodes the assets of one source. Use it in a `with` block, which may end with DecodeStuck.
+
+    is_stuck: a decode did not end in time. Every outcome of the batch is to be stored, and then the block to be left.
+    """
+
+    def __init__(self, source: Source, settings: Settings, worker: str) -> None:
+        self._source = source
+        self._settings = settings
+        self._worker = worker
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
+        self._images: dict[int, Future[RgbImage]] = {}
+        self._started: set[int] = set()
+        self._decoding_since: dict[int, float] = {}
+        self._etags: dict[int, str] = {}
+        self._running: list[Future[RgbImage]] = []
+        self.is_stuck = False
+
+    def __enter__(self) -> FetchAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        while not self.is_stuck and wait(self._running, timeout=_LOOK_SECONDS).not_done:
+            self.is_stuck = self._count_overdue() > 0
+        if self.is_stuck:
+            raise DecodeStuck
+
+    def start(self, asset: Asset) -> None:
+        """Begin to read an asset, unless that was begun before."""
+        if asset.id in self._started:
+            return
+        self._started.add(asset.id)
+        self._images[asset.id] = self._threads.submit(self._fetch, asset)
+        self._running = [future for future in self._running if not future.done()] + [self._images[asset.id]]
+
+    def image(self, asset: Asset) -> RgbImage:
+        """The picture of an asset that was started. Waits for it, at most decode_seconds from the decode's begin.
+
+        Raises what reading and decoding raise, AssetError(decode_timeout), NotFetched.
+        """
+        future = self._images.pop(asset.id)
+        while True:
+            try:
+                return future.result(timeout=self._seconds_left(asset.id))
+            except TimeoutError:
+                if future.done():
+                    return future.result()
+            if self._is_overdue(asset.id):
+                self.is_stuck = True
+                limit = self._settings.decode_seconds
+                message = f"{asset.key}: {asset.size_bytes:,} bytes, not decoded within {limit:g} s; save it as PNG"
+                raise AssetError(ErrorKind.DECODE_TIMEOUT, message)
+            if asset.id not in self._decoding_since and self._count_overdue() >= _THREADS:
+                self.is_stuck = True
+                raise NotFetched(asset.key)
+
+    def with_etag(self, outcome: NewOutcome) -> NewOutcome:
+        """The outcome, with the etag of the asset's bytes when they were not those that were listed."""
+        etag = self._etags.get(outcome.asset_id)
+        return outcome if etag is None else replace(outcome, etag=etag)
+
+    def as_read(self, asset: Asset) -> Asset:
+        """The asset, with the etag of the bytes that were read."""
+        return replace(asset, etag=self._etags.get(asset.id, asset.etag))
+
+    def _fetch(self, asset: Asset) -> RgbImage:
+        with timed(self._worker, "fetch"):
+            read = self._source.read_with_etag(asset.key, self._settings.max_object_bytes)
+        if read.etag and asset.etag and read.etag != asset.etag:
+            self._etags[asset.id] = read.etag
+        self._decoding_since[asset.id] = time.monotonic()
+        try:
+            with timed(self._worker, "decode"):
+                return decode(read.content, name=asset.key, max_pixels=self._settings.max_pixels)
+        finally:
+            del self._decoding_since[asset.id]
+
+    def _seconds_left(self, asset_id: int) -> float:
+        since = self._decoding_since.get(asset_id)
+        if since is None:
+            return _LOOK_SECONDS
+        return max(since + self._settings.decode_seconds - time.monotonic(), 0.01)
+
+    def _is_overdue(self, asset_id: int) -> bool:
+        since = self._decoding_since.get(asset_id)
+        return since is not None and time.monotonic() - since > self._settings.decode_seconds
+
+    def _count_overdue(self) -> int:
+        return sum(self._is_overdue(asset_id) for asset_id in tuple(self._decoding_since))
