@@ -111,14 +111,23 @@ def _prompt(region: Region) -> PointPrompt | BoxPrompt | None:
             id=own, control=control, x=_percent(x), y=_percent(y), inside=bool(region.get("is_positive", True))
         )
     width, height = _number(value["width"]), _number(value["height"])
-    box = _turned_box(x, y, width, height, _number(value.get("rotation", 0)))
-    return BoxPrompt(id=own, box_xyxy=box)
+    frame_wh = _number(region.get("original_width", 1)), _number(region.get("original_height", 1))
+    return BoxPrompt(id=own, box_xyxy=_turned_box((x, y, width, height), _number(value.get("rotation", 0)), frame_wh))
 
 
-def _turned_box(x: float, y: float, width: float, height: float, degrees: float) -> tuple[float, float, float, float]:
-    """The bounding box of a rectangle that is turned around its corner x, y. Percents count as pixels of a square."""
+def _turned_box(
+    xywh: tuple[float, float, float, float], degrees: float, frame_wh: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """The bounding box, x0, y0, x1, y1 in percent, of a rectangle in percent that is turned around its corner x, y.
+
+    It is turned in pixels. frame_wh: width and height of the image, or numbers in the same ratio.
+    """
+    x, y, width, height = xywh
+    ratio = frame_wh[0] / frame_wh[1] if min(frame_wh) > 0 else 1.0  # a percent of the width, in percents of the height
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    corners = [(x + u * cos - v * sin, y + u * sin + v * cos) for u in (0.0, width) for v in (0.0, height)]
+    corners = [
+        (x + u * cos - v * sin / ratio, y + u * ratio * sin + v * cos) for u in (0.0, width) for v in (0.0, height)
+    ]
     xs, ys = zip(*corners, strict=True)
     return _percent(min(xs)), _percent(min(ys)), _percent(max(xs)), _percent(max(ys))
 

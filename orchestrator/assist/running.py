@@ -31,6 +31,7 @@ _CHILD = ("-P", "-m", "workers.clicks.child")
 _ENCODER = ("-P", "-m", "workers.running.encode")
 _CLICK_SECONDS = 5.0  # how long a click waits for its decoder; then a stored mask answers it
 _PICK_THREADS = 6
+_SWITCH_SECONDS = 0.0005  # Python's 5 ms would let /health wait behind every thread that makes regions
 _COMPARE_SECONDS = 3600.0
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def run_assist(
         kwargs={"ahead": ahead, "embedding_format": embedding_format, "after_each": _tidy(engine, store)},
         name="ahead",
     )
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         with _encoder(encode):
             looking.start()

@@ -61,6 +61,14 @@ def test_a_turned_rectangle_is_its_bounding_box():
     assert found.box_xyxy == pytest.approx((30, 50, 50, 60))
 
 
+def test_a_rectangle_is_turned_in_pixels_and_not_in_percents():
+    turned = box("r", 50, 50, 10, 20, rotation=90) | {"original_width": 200, "original_height": 100}
+    found = asked(body(turned)).box
+
+    assert found is not None  # 20 x 20 pixels, turned: 20 pixels to the left and 20 down
+    assert found.box_xyxy == pytest.approx((40, 50, 50, 70))
+
+
 def test_points_and_boxes_outside_the_image_are_moved_to_its_border():
     assert asked(body(*point("a", -5, 140))).points[0] == PointPrompt(id="a", control="click", x=0, y=100, inside=True)
     found = asked(body(box("r", -10, 90, 30, 30))).box
