@@ -38,8 +38,8 @@ def sweep_lock(engine: Engine) -> Iterator[Connection | None]:
 
 
 def drop_expired(db: Connection, *, days: float) -> list[str]:
-    """Delete the rows not used for so long, and failed ones after a day. Returns the addresses of the stored ones."""
-    db.execute(text("DELETE FROM embedding WHERE state = 'failed' AND wanted_at < now() - interval '1 day'"))
+    """Delete the rows not used for so long, and failed ones after an hour. Returns the addresses of the stored ones."""
+    db.execute(text("DELETE FROM embedding WHERE state = 'failed' AND wanted_at < now() - interval '1 hour'"))
     statement = text(
         "DELETE FROM embedding WHERE used_at < now() - make_interval(secs => :seconds) RETURNING address, state"
     )

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from db.leases import ClaimedChunk
 from db.states import EmbeddingState
 
-MAX_ATTEMPTS = 3  # then the embedding fails, until somebody wants it a day later
+MAX_ATTEMPTS = 3  # then the embedding fails, until somebody wants it an hour later
 
 _RESERVING = 727_190  # the first number of an advisory lock; the second is a job's id
 
@@ -81,17 +81,19 @@ def answered_assets(db: Connection, *, chunk: ClaimedChunk) -> list[EmbeddableAs
 def want(db: Connection, *, addresses: Mapping[int, str]) -> dict[str, EmbeddingState]:
     """Want the embeddings at these addresses, by asset, the most urgent first. Returns each address with its state.
 
-    A new address becomes `wanted`. A known one keeps its state and its place in the order, and counts as used now.
+    A new address becomes `wanted`. A known one keeps its state and its place in the order, and counts as used now. Of
+    one call, the most urgent counts as used last. So when not all fit into the budget, the least urgent are deleted.
     """
     rows = db.execute(
         text(
-            """INSERT INTO embedding (address, asset_id)
-               SELECT address, asset_id FROM unnest(CAST(:addresses AS text[]), CAST(:assets AS bigint[]))
+            """INSERT INTO embedding (address, asset_id, used_at)
+               SELECT address, asset_id, now() - n * interval '1 millisecond'
+               FROM unnest(CAST(:addresses AS text[]), CAST(:assets AS bigint[]))
                    WITH ORDINALITY AS asked (address, asset_id, n)
                WHERE n IN (SELECT min(n) FROM unnest(CAST(:addresses AS text[])) WITH ORDINALITY AS o (address, n)
                            GROUP BY o.address)
                ORDER BY n
-               ON CONFLICT (address) DO UPDATE SET used_at = now(), asset_id = EXCLUDED.asset_id
+               ON CONFLICT (address) DO UPDATE SET used_at = EXCLUDED.used_at, asset_id = EXCLUDED.asset_id
                RETURNING address, state"""
         ),
         {"addresses": list(addresses.values()), "assets": list(addresses)},

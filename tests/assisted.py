@@ -70,7 +70,13 @@ class PublishedAsset:
 
 
 def published_asset(
-    engine: Engine, masks: Sequence[BoolMask], *, key: str = "a.jpg", task_id: int = 30, source: str = ""
+    engine: Engine,
+    masks: Sequence[BoolMask],
+    *,
+    key: str = "a.jpg",
+    task_id: int = 30,
+    model: str = "stub",
+    model_version: str = "stub@55555555+00000000",
 ) -> PublishedAsset:
     """An asset of a job of its own with these masks, published to PROJECT of SERVER."""
     size_hw = (masks[0].shape[0], masks[0].shape[1])
@@ -81,7 +87,8 @@ def published_asset(
         [key],
         lambda _, asset_id: stored(asset_id, masks, scores=scores, labels=labels),
         sizes_hw={key: size_hw},
-        source=source,
+        model=model,
+        model_version=model_version,
     )
     uri = f"{job.source}/{key}"
     uid = asset_uid(uri)

@@ -21,6 +21,7 @@ def make_job(
     keys: Sequence[str] | int = 3,
     chunk_size: int = 64,
     source: str = "s3://bucket/photos",
+    model: str = "stub",
     model_version: str = "stub@55555555+00000000",
     fresh: bool = False,
     asked: Mapping[str, object] | None = None,
@@ -29,7 +30,7 @@ def make_job(
     names = [f"{n:04}.jpg" for n in range(keys)] if isinstance(keys, int) else keys
     with engine.begin() as db:
         job = jobs.insert_job(
-            db, name="a job", source=source, model="stub", model_version=model_version, asked=asked or {}, fresh=fresh
+            db, name="a job", source=source, model=model, model_version=model_version, asked=asked or {}, fresh=fresh
         )
         listed = listing.add_assets(
             db,

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 from workers.clicks.messages import (
     ClickAnswer,
@@ -77,7 +78,8 @@ class _Child:
         self._closed = threading.Event()
         self._died = threading.Event()
         self.is_ready = False
-        threading.Thread(target=self._keep_up, name=f"decoder-{number}", daemon=True).start()
+        self._thread = threading.Thread(target=self._keep_up, name=f"decoder-{number}", daemon=True)
+        self._thread.start()
 
     def ask(self, request: ClickRequest) -> ClickAnswer | None:
         """The child's answer. None when there is none within the patience of a click.
@@ -100,7 +102,7 @@ class _Child:
         process = self._process
         if process is not None:
             process.kill()
-            process.wait()
+        self._thread.join()
 
     def _exchange(self, request: ClickRequest, answered: queue.SimpleQueue[ClickAnswer | None]) -> None:
         """Send one request and wait for its answer. The caller acquired `_busy`; it is released here."""
@@ -163,12 +165,20 @@ class _Child:
             self._greet(self._process)
             while not self._died.wait(0.2) and self._process.poll() is None:
                 pass
-            self.is_ready = False
-            self._process.kill()
-            self._process.wait()
+            self._end(self._process)
             is_young = time.monotonic() - started < _LONGEST_PAUSE_SECONDS
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS) if is_young else _FIRST_PAUSE_SECONDS
             self._closed.wait(pause)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        self.is_ready = False
+        process.kill()
+        process.wait()
+        with self._busy:  # a request that is with the child ends first
+            for pipe in (process.stdin, process.stdout):
+                with suppress(OSError):  # what the child has not read cannot be written any more
+                    if pipe is not None:
+                        pipe.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

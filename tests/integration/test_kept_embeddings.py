@@ -466,12 +466,22 @@ def test_a_budget_of_three_keeps_the_three_of_five_that_were_used_last(engine: E
     assert sweep(engine, store, Settings(embeddings_bytes=399)) == Swept()
 
 
-def test_what_was_not_used_for_days_goes_and_what_failed_may_be_wanted_again_a_day_later(
+def test_of_what_was_wanted_together_the_most_urgent_stays(engine: Engine, store: EmbeddingStore) -> None:
+    names = fill(engine, store, 4)
+    assets = {row["address"]: row["asset_id"] for row in rows(engine).values()}
+    want(engine, {assets[name]: name for name in (names[2], names[0], names[3], names[1])})
+
+    sweep(engine, store, Settings(embeddings_bytes=250))
+
+    assert kept_names(store) == [names[0], names[2]]
+
+
+def test_what_was_not_used_for_days_goes_and_what_failed_may_be_wanted_again_an_hour_later(
     engine: Engine, store: EmbeddingStore
 ) -> None:
     names = fill(engine, store, 4)
     age(engine, "used_at", f"address = '{names[1]}'", 15 * 86_400)
-    age(engine, "wanted_at", "true", 2 * 86_400)
+    age(engine, "wanted_at", "true", 3700)
     with engine.begin() as db:
         db.execute(text("UPDATE embedding SET state = 'failed' WHERE address = :a"), {"a": names[2]})
     age(engine, "used_at", f"address = '{names[2]}'", 0)

@@ -68,11 +68,16 @@ def labeled_job(
     *,
     sizes_hw: Mapping[str, tuple[int, int]] | None = None,
     source: str = "",
+    model: str = "stub",
     model_version: str = "stub@55555555+00000000",
 ) -> Job:
     """A finished job. masks: of a key and its asset's id."""
     job = make_job(
-        engine, keys=keys, source=source or f"s3://bucket/{secrets.token_hex(4)}", model_version=model_version
+        engine,
+        keys=keys,
+        source=source or f"s3://bucket/{secrets.token_hex(4)}",
+        model=model,
+        model_version=model_version,
     )
     for chunk_id in chunk_ids(engine, job):
         chunk = claim(engine, chunk_id)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from db.session import open_engine
+from orchestrator.assist.ahead import next_tasks
+from orchestrator.assist.health import backend_faults, kept_embeddings
 from orchestrator.label_studio.backend import BackendError, Service, register
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.drawn import mask_from_region
-from orchestrator.label_studio.setup import Wanted, set_up_project
+from orchestrator.label_studio.setup import SAMPLING, Wanted, set_up_project
+from orchestrator.local.folder import folder_database
 from tests.label_studio.browser import Browser
 from tests.label_studio.editor import ALT, CONTROL, Editor
 from tests.label_studio.server import Server, serve
@@ -124,12 +129,18 @@ def nano() -> Model:
 
 @pytest.fixture(scope="module")
 def review(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Review]:
-    """Drawn scenes: run with their embeddings, assisted, published."""
+    with reviewing(server, tmp_path_factory.mktemp("assist"), ("asked.png", "refined.png", "left.png")) as made:
+        yield made
+
+
+@contextmanager
+def reviewing(server: Server, folder: Path, names: Sequence[str]) -> Iterator[Review]:
+    """Drawn scenes of these names: run with their embeddings, assisted, published. folder: for what `run` writes."""
     photos = server.files / "scenes"
     photos.mkdir()
-    for number, name in enumerate(("asked.png", "refined.png", "left.png")):
+    for number, name in enumerate(names):
         Image.fromarray(draw_scene(90_000_000_000_000 + number, SCENE_HW).image).save(photos / name)
-    out = tmp_path_factory.mktemp("assist") / "out"
+    out = folder / "out"
     client = LabelStudio(server.url, server.token)
     made = Review(server=server, client=client, out=out, project_id=0, tasks={}, masks={})
     made.call("run", photos, "--out", out, "--model", "sam_nano", "--keep-embeddings", "all")
@@ -179,7 +190,8 @@ def at(place: Place, x: float, y: float) -> tuple[float, float]:
 
 
 def pixels_of(annotation: dict[str, Any], own: str) -> BoolMask:
-    regions = [r for r in annotation["result"] if r["id"] == own or r.get("parentID") == own]
+    parts = [r for r in annotation["result"] if r["id"] == own or r.get("parentID") == own]
+    regions = [part for part in parts if part["type"] != "labels"]
     found: BoolMask = np.any([mask_from_region(region) for region in regions], axis=0)
     return found
 
@@ -187,6 +199,19 @@ def pixels_of(annotation: dict[str, Any], own: str) -> BoolMask:
 def shown_ids(review: Review, name: str) -> list[str]:
     (prediction,) = review.client.get_task(review.tasks[name])["predictions"]
     return [region["id"] for region in prediction["result"] if "parentID" not in region]
+
+
+def test_the_next_tasks_are_those_that_nobody_annotated_in_the_order_of_the_label_stream(review: Review) -> None:
+    tasks = {task["id"]: task for task in review.client.list_tasks(review.project_id, whole=True)}
+    waiting = [task for task in tasks.values() if not task["annotations"]]
+    by_number = sorted(waiting, key=lambda task: task["id"])
+    by_score = sorted(waiting, key=lambda task: (task["predictions"][0]["score"], task["id"]))
+
+    review.client.update_project(review.project_id, sampling="Sequential sampling")
+    assert next_tasks(review.client, review.project_id, 10) == [task["data"]["asset_id"] for task in by_number]
+    review.client.update_project(review.project_id, sampling=SAMPLING)
+    assert next_tasks(review.client, review.project_id, 10) == [task["data"]["asset_id"] for task in by_score]
+    assert next_tasks(review.client, review.project_id, 1) == [task["data"]["asset_id"] for task in by_score[:1]]
 
 
 def test_points_boxes_and_picks_are_answered_accepted_and_counted(
@@ -206,15 +231,14 @@ def test_points_boxes_and_picks_are_answered_accepted_and_counted(
     place = open_task(browser, review.server, review.project_id, review.tasks[name], len(regions(review, name)))
     editor = Editor(browser=browser)
     editor.use_auto_annotation()
-    before = len(editor.regions())
 
     # A point, then a point outside: both reach the decoder, and the second answer takes the place of the first.
     x, y = middle(hidden[0]["pixels"])
     editor.choose_tool("click")
     editor.choose_label("1", "object")
-    (first,) = editor.prompt(at(place, x, y))
+    first, *_ = editor.prompt(at(place, x, y))
     editor.choose_label("1", "object")
-    (second,) = editor.prompt(at(place, 3, 3), held=(ALT,))
+    second, *_ = editor.prompt(at(place, 3, 3), held=(ALT,))
     assert first.startswith("assist-")
     assert second != first
     keep(browser, "assist-points")
@@ -229,7 +253,7 @@ def test_points_boxes_and_picks_are_answered_accepted_and_counted(
     editor.prompt(at(place, *box[:2]), at(place, box[0] + 9, box[1] + 9), at(place, *box[2:]))
     editor.choose_tool("click")
     editor.choose_label("1", "object")
-    (boxed,) = editor.prompt(at(place, 3, 3), held=(ALT,))
+    boxed, *_ = editor.prompt(at(place, 3, 3), held=(ALT,))
     keep(browser, "assist-box")
     editor.accept()
 
@@ -240,11 +264,11 @@ def test_points_boxes_and_picks_are_answered_accepted_and_counted(
     editor.choose_label("1", "object")
     editor.prompt(at(place, columns[0] + 2, rows[0]))
     editor.choose_label("1", "object")
-    (picked,) = editor.prompt(at(place, columns[-1] - 2, rows[-1]))
+    picked, *_ = editor.prompt(at(place, columns[-1] - 2, rows[-1]))
     keep(browser, "assist-pick")
     editor.accept()
     assert picked.endswith(f"-{wanted['n']}")
-    assert len(editor.regions()) == before + 3
+    assert {second, boxed, picked} <= set(editor.regions())
 
     annotation = submit(browser, review.client, review.tasks[name])
     assert iou(pixels_of(annotation, second), expected(by_points)) > 0.9
@@ -292,7 +316,7 @@ def test_a_published_mask_is_refined_and_review_calls_it_edited(review: Review, 
 
 
 def test_prompts_that_stay_in_an_annotation_are_neither_masks_nor_unreadable(review: Review, browser: Browser) -> None:
-    """Submit with a box and a point that were never accepted or rejected."""
+    """Accept with the tick on the region itself, which leaves the prompts, and submit."""
     name = "left.png"
     place = open_task(browser, review.server, review.project_id, review.tasks[name], len(regions(review, name)))
     editor = Editor(browser=browser)
@@ -301,12 +325,12 @@ def test_prompts_that_stay_in_an_annotation_are_neither_masks_nor_unreadable(rev
     editor.choose_tool("box")
     editor.choose_label("1", "object")
     editor.prompt(at(place, 20, 20), at(place, 40, 40), at(place, 100, 100))
-    browser.run("window.Htx.annotationStore.selected.suggestions.clear();")
+    editor.tick()
     annotation = submit(browser, review.client, review.tasks[name])
 
     assert any(region["from_name"] == "box" for region in annotation["result"])
     after = review.numbers()
-    assert after["masks"]["added"] == before["added"]
+    assert after["masks"]["added"] == before["added"] + 1
     assert after["masks"]["kept"] == before["kept"] + SHOWN
     assert after["assets"]["unreadable_regions"] == 0
 
@@ -322,6 +346,20 @@ def test_a_task_without_predictions_that_is_opened_twice_gets_none(review: Revie
     assert review.client.get_task(imported.task_ids[0])["predictions"] == []
     assert review.client.get_project(review.project_id).model_version == version
     review.client.delete_task(imported.task_ids[0])
+
+
+def test_doctor_says_whether_reviewers_get_masks(review: Review) -> None:
+    assert backend_faults(review.client, review.project_id) == []
+    (registered,) = review.client.list_backends(review.project_id)
+    other = review.client.create_project(title="not assisted", label_config="<View></View>")
+    assert backend_faults(review.client, other.id) == [
+        f"project {other.id} has no 'maskfleet assist' among its backends"
+    ]
+    with folder_database(review.out) as url:
+        engine = open_engine(url)
+        assert re.match(r"\d embeddings, \d MB", kept_embeddings(engine))  # annotated tasks need none
+        engine.dispose()
+    assert registered["is_interactive"]
 
 
 def service_at(url: str) -> Service:

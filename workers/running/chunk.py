@@ -23,8 +23,8 @@ from workers.images.pixels import RgbImage
 from workers.models.spec import ModelError
 from workers.running.fetching import DecodeStuck, FetchAhead, NotFetched
 from workers.running.held_lease import HeldLease, log_ids
-from workers.running.keeping import Keeper, start_keeper, want_answered
-from workers.running.looks import Encode, Look, encode_and_look, model_embedding
+from workers.running.keeping import Keeper, keeping, want_answered
+from workers.running.looks import Encode, Look, encode_and_look
 from workers.running.metrics import count_stored, timed
 from workers.running.outcomes import failed_outcome, judge, labeled_outcome, storable_text
 from workers.running.worker import Worker, release, unfit
@@ -101,7 +101,6 @@ class _ChunkRun:
         self._settings = worker.settings
         self._chunk = chunk
         self._keeper: Keeper | None = None
-        self._to_keep: dict[int, tuple[Asset, Any]] = {}  # labeled assets with their embeddings, until they are stored
         self._transient: TransientError | None = None
         self._lease = HeldLease(worker, chunk)
 
@@ -126,13 +125,9 @@ class _ChunkRun:
         trusted = [asset for asset in assets if asset.deaths_alone is None]
         suspects = [[asset] for asset in assets if asset.deaths_alone is not None]
         batches = [trusted[k : k + size] for k in range(0, len(trusted), size)]
-        self._keeper = start_keeper(self._worker, self._chunk)
-        try:
+        with keeping(self._worker, self._chunk) as self._keeper:
             self._run_batches(batches, encode, look, lookahead=_LOOKAHEAD)
             self._run_batches(suspects, encode, look, lookahead=0)
-        finally:
-            if self._keeper is not None:
-                self._keeper.close()
 
     def _skip_unprompted(self, assets: Sequence[Asset]) -> list[Asset]:
         """Label the assets without a prompt, with no masks and without reading them. Returns the other assets."""
@@ -159,7 +154,8 @@ class _ChunkRun:
                 """Commit the outcomes before batch k and mark the next batches in flight. Only then fetch those."""
                 marked = [asset for batch in batches[k : k + lookahead + 1] for asset in batch]
                 self._record(outcomes, marked)
-                self._keep_embeddings(outcomes)
+                if self._keeper is not None:
+                    self._keeper.keep(outcomes)
                 for asset in marked:
                     ahead.start(asset)
 
@@ -196,8 +192,8 @@ class _ChunkRun:
                 outcomes.append(failed_outcome(asset, error, job_id=self._chunk.job_id))
             else:
                 outcomes.append(labeled_outcome(asset, image, found, started, self._chunk.asked.get("label")))
-                if self._keeper is not None and (kept := model_embedding(embedding)) is not None:
-                    self._to_keep[asset.id] = ahead.as_read(asset), kept
+                if self._keeper is not None:
+                    self._keeper.note(ahead.as_read(asset), embedding)
         self._lease.progress()
         return [ahead.with_etag(outcome) for outcome in outcomes]
 
@@ -234,12 +230,6 @@ class _ChunkRun:
             judge(error)  # ends the process when the device is lost
         half = len(images) // 2
         return [*self._embed(encode, images[:half], outcomes), *self._embed(encode, images[half:], outcomes)]
-
-    def _keep_embeddings(self, outcomes: Sequence[NewOutcome]) -> None:
-        """Hand over the embeddings of outcomes that are committed."""
-        if self._keeper is not None:
-            ids = [outcome.asset_id for outcome in outcomes if outcome.asset_id in self._to_keep]
-            self._keeper.keep([self._to_keep.pop(asset_id) for asset_id in ids])
 
     def _put_off(self, asset: Asset, error: TransientError) -> list[NewOutcome]:
         """Leave the asset for the chunk's next run. After MAX_TRANSIENT_FAILURES tries the asset fails."""

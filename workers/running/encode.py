@@ -25,7 +25,7 @@ from workers.running.embedding import embed_wanted
 from workers.running.worker import Worker
 
 _POLL_SECONDS = 1.0
-_NICENESS = 10  # below the service that answers clicks
+_NICENESS = 5  # below the service that answers clicks
 
 log = logging.getLogger(__name__)
 

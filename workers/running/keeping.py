@@ -8,17 +8,19 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from db import embeddings
 from db.embeddings import EmbeddableAsset
-from db.leases import Asset, ClaimedChunk
+from db.leases import Asset, ClaimedChunk, NewOutcome
 from db.session import Connection, DBAPIError
 from workers.embeddings.address import EmbeddingError, EmbeddingFormat, EmbeddingOf, embedding_of
 from workers.embeddings.store import EmbeddingStore, open_store
 from workers.errors import SourceError, redact
 from workers.models.spec import ModelError
+from workers.running.looks import model_embedding
 from workers.running.outcomes import storable_text
 from workers.running.worker import Worker
 
@@ -30,20 +32,29 @@ log = logging.getLogger(__name__)
 
 
 class Keeper:
-    """One thread that writes the embeddings of one chunk's assets. `close` it when the chunk is over."""
+    """Writes the embeddings of one chunk's labeled assets, in a thread of its own. `keeping` makes and closes it."""
 
     def __init__(self, worker: Worker, chunk: ClaimedChunk, store: EmbeddingStore) -> None:
         self._worker = worker
         self._chunk = chunk
         self._store = store
+        self._noted: dict[int, tuple[Asset, Any]] = {}
         self._failures = 0
         self._is_over = False
         self._batches: queue.Queue[Sequence[tuple[Asset, Any]] | None] = queue.Queue(_WAITING_BATCHES)
         self._thread = threading.Thread(target=self._run, name=f"keep-{chunk.id}", daemon=True)
         self._thread.start()
 
-    def keep(self, batch: Sequence[tuple[Asset, Any]]) -> None:
-        """Hand over labeled assets, whose outcomes are committed, with their embeddings. Waits for a slow store."""
+    def note(self, asset: Asset, encoded: Any) -> None:
+        """An asset was labeled. encoded: what `Encode` returned for it. It waits for the commit of its outcome."""
+        embedding = model_embedding(encoded)
+        if embedding is not None and not self._is_over:
+            self._noted[asset.id] = asset, embedding
+
+    def keep(self, outcomes: Sequence[NewOutcome]) -> None:
+        """These outcomes are committed: hand over the embeddings of their assets. Waits while the store is slow."""
+        ids = [outcome.asset_id for outcome in outcomes if outcome.asset_id in self._noted]
+        batch = [self._noted.pop(asset_id) for asset_id in ids]
         if not batch or self._is_over:
             return
         try:
@@ -119,10 +130,19 @@ class Keeper:
         return embedding_of(embeddable, EmbeddingFormat(self._worker.settings.embeddings_format))
 
 
-def start_keeper(worker: Worker, chunk: ClaimedChunk) -> Keeper | None:
+@contextmanager
+def keeping(worker: Worker, chunk: ClaimedChunk) -> Iterator[Keeper | None]:
     """The keeper of a chunk whose job keeps embeddings. None for another job, or where no store is set."""
-    if "keep_embeddings" not in chunk.asked:
-        return None
+    store = _store(worker, chunk) if "keep_embeddings" in chunk.asked else None
+    keeper = None if store is None else Keeper(worker, chunk, store)
+    try:
+        yield keeper
+    finally:
+        if keeper is not None:
+            keeper.close()
+
+
+def _store(worker: Worker, chunk: ClaimedChunk) -> EmbeddingStore | None:
     try:
         store = open_store(worker.settings)
     except SourceError as error:
@@ -130,8 +150,7 @@ def start_keeper(worker: Worker, chunk: ClaimedChunk) -> Keeper | None:
         return None
     if store is None:
         log.warning("chunk %d: no embeddings are kept: MASKFLEET_EMBEDDINGS is not set here", chunk.id)
-        return None
-    return Keeper(worker, chunk, store)
+    return store
 
 
 def want_answered(worker: Worker, chunk: ClaimedChunk) -> None:
