@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     resend_seconds: float = Field(300, gt=0, description="A queued chunk not claimed for this long is sent again")
     hang_seconds: float = Field(900, gt=0, description="A worker that finishes no asset for this long is given up")
     drain_seconds: float = Field(50, gt=0, description="Time a worker has to finish its batch after SIGTERM")
-    decode_seconds: float = Field(60, gt=0, description="An image that takes longer to decode fails")
+    decode_seconds: float = Field(60, gt=0, description="Computing time that decoding one image may take")
     embeddings: str | None = Field(
         None, description="Folder or s3://bucket/prefix of kept embeddings; default of `run`: OUT/.maskfleet/embeddings"
     )

@@ -153,6 +153,48 @@ def test_a_job_whose_bucket_is_gone_fails_with_the_reason_and_can_be_resumed(
     deployment.call("resume", str(job))
 
 
+def test_a_store_that_does_not_answer_is_listed_again_and_the_job_says_so_meanwhile(
+    deployment: Deployment, bucket: str, tmp_path: Path
+) -> None:
+    upload(deployment, draw_pictures(tmp_path / "pictures", 2), "p")
+    job = deployment.submit(f"s3://{bucket}/p")
+    endpoint = deployment.settings["MASKFLEET_S3_ENDPOINT"]
+    deployment.settings["MASKFLEET_S3_ENDPOINT"] = "http://127.0.0.1:9"
+    cut_off = deployment.start("dispatch")
+
+    wait_for(lambda: "the next is in" in (deployment.read(job)[0].error or ""), "a second try", logs=deployment.logs)
+    assert deployment.read(job)[0].state == "listing"
+    assert terminate(cut_off) == 0
+    deployment.settings["MASKFLEET_S3_ENDPOINT"] = endpoint
+    deployment.start("dispatch")
+    wait_for(lambda: deployment.read(job)[0].state == "running", "the listing to go on", logs=deployment.logs)
+    assert deployment.read(job)[0].error is None
+
+
+def test_a_job_whose_assets_fail_is_paused_and_watch_says_why(deployment: Deployment, tmp_path: Path) -> None:
+    # Each chunk has one picture, on which the model works for longer than half the time between looks of the brake.
+    deployment.settings |= {"MASKFLEET_CHUNK_SIZE": "100", "MASKFLEET_STUB_SECONDS": "3"}
+    pictures = {f"{n:04}.png": (9, 9, 9) for n in range(0, 1600, 100)}
+    source = draw_pictures(tmp_path / "pictures", 0, special=pictures)
+    for n in range(1600):
+        if n % 100:
+            (source / f"{n:04}.png").write_bytes(b"no picture")
+    deployment.start("dispatch")
+    deployment.start("worker", "--devices", "cpu")
+
+    job = deployment.submit(source)
+    deployment.call("watch", str(job), code=1)
+
+    shown = deployment.call_json("show", str(job))
+    assert shown["state"] == "paused"
+    assert "failed, more than --max-failed-fraction 0.5" in shown["error"]
+    assert "not_image, such as" in shown["error"]
+    assert shown["assets"]["pending"] > 0
+    deployment.call("resume", str(job))
+    counts = deployment.wait_until_done(job)  # fewer than 1,000 came after the pause
+    assert (counts.labeled, counts.failed) == (16, 1584)
+
+
 def test_doctor_says_what_is_reachable_and_how_to_mend_the_rest(deployment: Deployment, bucket: str) -> None:
     findings = {f["what"]: f for f in deployment.call_json("doctor")}
     assert {name: f["ok"] for name, f in findings.items()} == {

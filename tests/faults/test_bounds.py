@@ -65,7 +65,7 @@ def test_decodes_without_end_hold_neither_their_neighbours_nor_the_process(
     assets = [Asset(id=n, key=f"{n}.png", size_bytes=8, etag="") for n in range(5)]
     verdicts = []
 
-    with pytest.raises(DecodeStuck), FetchAhead(Folder(str(tmp_path)), Settings(decode_seconds=0.1), "cpu0") as ahead:  # noqa: PT012
+    with pytest.raises(DecodeStuck), FetchAhead(Folder(str(tmp_path)), Settings(decode_seconds=0.01), "cpu0") as ahead:  # noqa: PT012
         for asset in assets:
             ahead.start(asset)
         for asset in assets:
@@ -80,6 +80,18 @@ def test_decodes_without_end_hold_neither_their_neighbours_nor_the_process(
     assert verdicts == [ErrorKind.DECODE_TIMEOUT] * 4 + [
         None
     ]  # four threads are held, and nothing is known of the fifth
+
+
+def test_time_in_which_a_decode_does_not_compute_is_no_decoding_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is busy or frozen gives no verdict."""
+    (tmp_path / "a.png").write_bytes(b"anything")
+    monkeypatch.setattr(fetching, "decode", lambda *_, **__: time.sleep(1) or "pixels")
+    with FetchAhead(Folder(str(tmp_path)), Settings(decode_seconds=0.3), "cpu0") as ahead:
+        asset = Asset(id=1, key="a.png", size_bytes=8, etag="")
+        ahead.start(asset)
+        assert ahead.image(asset) == "pixels"
 
 
 def test_other_threads_run_while_a_large_picture_is_decoded() -> None:

@@ -1,14 +1,16 @@
 """Assets are read and decoded ahead of the model, in threads, and a decode has a time limit.
 
-A thread inside a decoder of C cannot be stopped. So an asset that takes too long gets its verdict, and the process ends
-after its batch: only that frees the thread. Nothing is paid for this by pictures that decode in time.
+The limit is on computing time, so that a busy or frozen machine gives no verdict. A thread inside a decoder of C cannot
+be stopped. So an asset that takes too long gets its verdict, and the process ends after its batch: only that frees the
+thread. Nothing is paid for this by pictures that decode in time.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from db.leases import Asset, NewOutcome
 from db.settings import Settings
@@ -19,7 +21,8 @@ from workers.running.metrics import timed
 from workers.storage.asset import Source
 
 _THREADS = 4
-_LOOK_SECONDS = 0.5  # between looks at a decode that has not begun
+_LOOK_SECONDS = 0.5  # between looks at a decode that goes on
+_WAITS = 10  # decoders with threads of their own, or that wait, may take so many times the limit on the wall's clock
 
 
 class DecodeStuck(Exception):
@@ -28,6 +31,32 @@ class DecodeStuck(Exception):
 
 class NotFetched(Exception):
     """No thread is free for this asset, because decodes that do not end hold them all. Nothing is known about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """A decode that goes on: when it began, and the clock of its thread's computing time (None: not on this system)."""
+
+    began_at: float
+    cpu_clock: int | None
+    cpu_began_at: float
+
+    @classmethod
+    def begin(cls) -> _Decode:
+        """A decode that begins now in this thread."""
+        clock_of = getattr(time, "pthread_getcpuclockid", None)
+        clock = None if clock_of is None else clock_of(threading.get_ident())
+        return cls(time.monotonic(), clock, 0.0 if clock is None else time.clock_gettime(clock))
+
+    def takes_longer_than(self, seconds: float) -> bool:
+        passed = time.monotonic() - self.began_at
+        if self.cpu_clock is None:
+            return passed > seconds
+        try:
+            computed = time.clock_gettime(self.cpu_clock) - self.cpu_began_at
+        except OSError:  # its thread has just ended
+            return False
+        return computed > seconds or passed > _WAITS * seconds
 
 
 class FetchAhead:
@@ -43,7 +72,7 @@ class FetchAhead:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
         self._images: dict[int, Future[RgbImage]] = {}
         self._started: set[int] = set()
-        self._decoding_since: dict[int, float] = {}
+        self._decodes: dict[int, _Decode] = {}
         self._etags: dict[int, str] = {}
         self._running: list[Future[RgbImage]] = []
         self.is_stuck = False
@@ -67,14 +96,14 @@ class FetchAhead:
         self._running = [future for future in self._running if not future.done()] + [self._images[asset.id]]
 
     def image(self, asset: Asset) -> RgbImage:
-        """The picture of an asset that was started. Waits for it, at most decode_seconds from the decode's begin.
+        """The picture of an asset that was started. Waits for it while its decode computes for at most decode_seconds.
 
         Raises what reading and decoding raise, AssetError(decode_timeout), NotFetched.
         """
         future = self._images.pop(asset.id)
         while True:
             try:
-                return future.result(timeout=self._seconds_left(asset.id))
+                return future.result(timeout=_LOOK_SECONDS)
             except TimeoutError:
                 if future.done():
                     return future.result()
@@ -83,7 +112,7 @@ class FetchAhead:
                 limit = self._settings.decode_seconds
                 message = f"{asset.key}: {asset.size_bytes:,} bytes, not decoded within {limit:g} s; save it as PNG"
                 raise AssetError(ErrorKind.DECODE_TIMEOUT, message)
-            if asset.id not in self._decoding_since and self._count_overdue() >= _THREADS:
+            if asset.id not in self._decodes and self._count_overdue() >= _THREADS:
                 self.is_stuck = True
                 raise NotFetched(asset.key)
 
@@ -101,22 +130,16 @@ class FetchAhead:
             read = self._source.read_with_etag(asset.key, self._settings.max_object_bytes)
         if read.etag and asset.etag and read.etag != asset.etag:
             self._etags[asset.id] = read.etag
-        self._decoding_since[asset.id] = time.monotonic()
+        self._decodes[asset.id] = _Decode.begin()
         try:
             with timed(self._worker, "decode"):
                 return decode(read.content, name=asset.key, max_pixels=self._settings.max_pixels)
         finally:
-            del self._decoding_since[asset.id]
-
-    def _seconds_left(self, asset_id: int) -> float:
-        since = self._decoding_since.get(asset_id)
-        if since is None:
-            return _LOOK_SECONDS
-        return max(since + self._settings.decode_seconds - time.monotonic(), 0.01)
+            del self._decodes[asset.id]
 
     def _is_overdue(self, asset_id: int) -> bool:
-        since = self._decoding_since.get(asset_id)
-        return since is not None and time.monotonic() - since > self._settings.decode_seconds
+        decode_of = self._decodes.get(asset_id)
+        return decode_of is not None and decode_of.takes_longer_than(self._settings.decode_seconds)
 
     def _count_overdue(self) -> int:
-        return sum(self._is_overdue(asset_id) for asset_id in tuple(self._decoding_since))
+        return sum(self._is_overdue(asset_id) for asset_id in tuple(self._decodes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, start_http_server
@@ -36,7 +37,12 @@ def timed(worker: str, step: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _steps.labels(worker, step).observe(time.perf_counter() - started)
+        _step(worker, step).observe(time.perf_counter() - started)
+
+
+@cache
+def _step(worker: str, step: str) -> Histogram:
+    return _steps.labels(worker, step)
 
 
 def count_stored(worker: str, *, labeled: int, failed: int, masks: int) -> None:
