@@ -40,58 +40,61 @@ class Proxy:
         return self.spoil.pop(0) if self.spoil else ""
 
 
+class _Handler(BaseHTTPRequestHandler):
+    proxy: Proxy
+    protocol_version = "HTTP/1.1"
+
+    def _forward(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
+        self.proxy.requests.append((self.command, self.path, size))
+        if size > self.proxy.max_body:
+            self.close_connection = True
+            self._answer(413, b"<html>413 Request Entity Too Large</html>", "text/html")
+            return
+        body = self.rfile.read(size)
+        spoil = self.proxy.next_spoil(self.path)
+        if spoil == "503":
+            self._answer(503, b"busy", "text/plain")
+        elif spoil == "late":
+            self._answer(504, b"gateway time-out", "text/plain")
+            self.wfile.flush()
+            time.sleep(self.proxy.late_seconds)  # in the gateway's own queue
+            self._ask_server(body)
+            self.proxy.handed_on_late += 1
+        else:
+            self._pass_on(self._ask_server(body), spoil)
+
+    def _ask_server(self, body: bytes) -> httpx.Response:
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+        return httpx.request(self.command, self.proxy.target + self.path, content=body, headers=headers, timeout=300)
+
+    def _pass_on(self, answer: httpx.Response, spoil: str) -> None:
+        if spoil == "drop":
+            self.close_connection = True
+        elif spoil:
+            self._answer(int(spoil), b"the answer was lost", "text/plain")
+        else:
+            self._answer(answer.status_code, answer.content, answer.headers.get("content-type", ""))
+
+    def _answer(self, status: int, body: bytes, content_type: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PATCH = do_DELETE = _forward
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @contextmanager
 def proxy_of(target: str) -> Iterator[Proxy]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _forward(self) -> None:
-            size = int(self.headers.get("Content-Length") or 0)
-            proxy.requests.append((self.command, self.path, size))
-            if size > proxy.max_body:
-                self.close_connection = True
-                self._answer(413, b"<html>413 Request Entity Too Large</html>", "text/html")
-                return
-            body = self.rfile.read(size)
-            spoil = proxy.next_spoil(self.path)
-            if spoil == "503":
-                self._answer(503, b"busy", "text/plain")
-            elif spoil == "late":
-                self._answer(504, b"gateway time-out", "text/plain")
-                self.wfile.flush()
-                time.sleep(proxy.late_seconds)  # in the gateway's own queue
-                self._ask_server(body)
-                proxy.handed_on_late += 1
-            else:
-                self._pass_on(self._ask_server(body), spoil)
-
-        def _ask_server(self, body: bytes) -> httpx.Response:
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
-            return httpx.request(self.command, target + self.path, content=body, headers=headers, timeout=300)
-
-        def _pass_on(self, answer: httpx.Response, spoil: str) -> None:
-            if spoil == "drop":
-                self.close_connection = True
-            elif spoil:
-                self._answer(int(spoil), b"the answer was lost", "text/plain")
-            else:
-                self._answer(answer.status_code, answer.content, answer.headers.get("content-type", ""))
-
-        def _answer(self, status: int, body: bytes, content_type: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_POST = do_PATCH = do_DELETE = _forward
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    handler = type("Handler", (_Handler,), {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
-        proxy = Proxy(url=f"http://127.0.0.1:{server.server_address[1]}", target=target)
+        proxy = handler.proxy = Proxy(url=f"http://127.0.0.1:{server.server_address[1]}", target=target)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield proxy
