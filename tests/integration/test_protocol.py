@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import Connection, Engine, text
 
 from db import jobs, leases, listing, queue
@@ -27,7 +34,7 @@ from tests.integration.protocol_model import ACTIVE, Claim, Model, ModelChunk, M
 
 pytestmark = pytest.mark.integration
 
-EXAMPLES = int(os.environ.get("MASKFLEET_TEST_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("MASKFLEET_TEST_EXAMPLES", "40"))
 CHUNK_SIZE, WINDOW, LEASE_SECONDS, LONG_AGO = 3, 4, 3600.0, "now() - interval '2 hours'"
 KINDS = ("not_found", "internal")
 ANY = st.integers(min_value=0, max_value=10**6)
@@ -55,6 +62,13 @@ class Protocol(RuleBasedStateMachine):
             job = jobs.insert_job(db, name="", source="s3://b", model="stub", model_version="v", asked={}, fresh=False)
         self.model.jobs[job.id] = ModelJob(job.id)
         self.old_rows[job.id] = job
+
+    @initialize(count=st.integers(1, 9))
+    def begin(self, count: int) -> None:
+        """A run begins with chunks, for without them nothing can happen."""
+        self.submit()
+        self.list_a_page(0, count, True, False)
+        self.dispatch("all")
 
     @precondition(lambda self: any(job.state == "listing" for job in self.model.jobs.values()))
     @rule(which=ANY, count=st.integers(0, 7), complete=st.booleans(), by_a_late_lister=st.booleans())
@@ -211,6 +225,16 @@ class Protocol(RuleBasedStateMachine):
             chunk.state = "done"
 
     @precondition(lambda self: self.claims)
+    @rule(which=ANY)
+    def work_through_a_chunk(self, which: int) -> None:
+        """As a worker does that nothing disturbs. It does not forget the chunk: late threads of it may write again."""
+        claim = pick(self.claims, which)
+        while claim in self.claims and claim.todo:
+            self.commit(self.claims.index(claim), 3, 0, None)
+        if claim in self.claims:
+            self.finish_a_chunk([c for c in self.claims if not c.todo].index(claim))
+
+    @precondition(lambda self: self.claims)
     @rule(which=ANY, after_an_error=st.booleans())
     def release(self, which: int, after_an_error: bool) -> None:
         claim = pick(self.claims, which)
@@ -244,6 +268,15 @@ class Protocol(RuleBasedStateMachine):
         with self.engine.begin() as db:
             db.execute(text(f"UPDATE chunk SET lease_until = {LONG_AGO} WHERE id = :id"), {"id": chunk.id})
         chunk.expired = True
+
+    @precondition(lambda self: any(c.state == "running" for c in self.model.chunks.values()))
+    @rule(which=ANY)
+    def a_sleeping_worker_is_replaced(self, which: int) -> None:
+        """It still believes that it holds the chunk."""
+        chunk = pick([c for c in self.model.chunks.values() if c.state == "running"], which)
+        self.a_lease_runs_out([c for c in self.model.chunks.values() if c.state == "running"].index(chunk))
+        self.reap()
+        self._claim(chunk.id)
 
     @rule()
     def reap(self) -> None:
