@@ -99,10 +99,6 @@ def require_broker() -> None:
         fail("MASKFLEET_BROKER_URL is not set: name the deployment's Redis, such as redis://:password@host:6379/0")
 
 
-def log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-
 def print_json(document: object) -> None:
     print(json.dumps(document, ensure_ascii=False, indent=2))
 

@@ -24,7 +24,6 @@ from orchestrator.cli.app import (
     err,
     fail,
     label_studio_app,
-    log_to_stderr,
     print_json,
     stop_on_signals,
 )
@@ -35,6 +34,7 @@ from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.publish import print_report, report_as_json
+from workers.log_lines import log_to_stderr
 
 
 class RegionForm(StrEnum):

@@ -19,13 +19,13 @@ from orchestrator.cli.app import (
     engine_once_postgres_answers,
     err,
     fail,
-    log_to_stderr,
     print_json,
     require_broker,
     stop_on_signals,
 )
 from orchestrator.cli.options import DevicesOption
 from orchestrator.local.doctor import examine
+from workers.log_lines import log_to_stderr
 
 
 @app.command(epilog="Example: `maskfleet worker --devices 0,1`")

@@ -151,7 +151,7 @@ def faults(controls: Controls, prediction: Mapping[str, Any]) -> list[str]:
 
 def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[str]) -> str:
     """Add the lines of `missing_lines` to a config, and change nothing else."""
-    root = ElementTree.fromstring(label_config)  # noqa: S314
+    root = ElementTree.fromstring(label_config)  # noqa: S314  as above
     controls = find_controls(label_config)
     for kind in kinds:
         control = controls.by_kind.get(kind)
@@ -172,7 +172,7 @@ def add_smart_tools(label_config: str, labels: Sequence[str]) -> str:
 
     Label Studio's native YOLO export then writes empty files. Ours is not affected.
     """
-    root = ElementTree.fromstring(label_config)  # noqa: S314
+    root = ElementTree.fromstring(label_config)  # noqa: S314  as above
     for element in root.iter("BrushLabels"):
         element.set("smart", "false")
     for element in root.iter("RectangleLabels"):

@@ -26,6 +26,7 @@ from db.session import DBAPIError, Engine, is_passing, open_engine
 from db.settings import settings
 from workers.detectors import detector as detectors
 from workers.errors import redact
+from workers.log_lines import log_to_stderr
 from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import Model
@@ -68,7 +69,7 @@ def _drain(**_: object) -> None:
 
 @setup_logging.connect
 def _log_plainly(**_: object) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     for chatty in ("botocore", "boto3", "urllib3", "s3transfer"):
         logging.getLogger(chatty).setLevel(logging.WARNING)  # their debug lines hold signatures
 
