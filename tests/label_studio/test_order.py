@@ -112,6 +112,19 @@ def test_a_second_publisher_waits_until_the_first_is_through(
     assert tasks_an_asset(client, project_id) == {1: 20}
 
 
+def test_a_gateway_that_hands_a_request_on_after_its_504_doubles_nothing(
+    engine: Engine, client: LabelStudio, through_proxy: LabelStudio, proxy: Proxy, project_id: int
+) -> None:
+    job = any_job(engine, keys=70)
+    proxy.spoil, proxy.late_seconds = ["late"], 3.0
+
+    report = publish_job(engine, through_proxy, job, project_id, Options(settle_seconds=60))
+
+    wait_for(lambda: proxy.handed_on_late == 1, "the late request", seconds=60)
+    assert (report.created, report.adopted) == (20, 50)
+    assert tasks_an_asset(client, project_id) == {1: 70}
+
+
 KEYS = [f"{n:02}.jpg" for n in range(30)]  # a reader reads 20 tasks at a time
 
 

@@ -222,10 +222,24 @@ MUTATIONS = (
     ),
     Mutation(
         name="what is in doubt is looked up before it is sent again",
-        file="orchestrator/label_studio/doubts.py",
-        before="there = {r.ls_task_id: versioned[r.asset_uid][0].id for r in rows if r.asset_uid in versioned}",
-        after="there: dict[int, int] = {}",
-        tests=(f"{_ORDER}::test_what_a_dead_publisher_left_in_doubt_is_looked_up_and_not_sent_again",),
+        file="orchestrator/label_studio/sending.py",
+        before="        tasks, versioned = find_on_server(self._client, self._project_id, uids, self._model_version)\n",
+        after="        tasks, versioned = {}, {}\n",
+        tests=(f"{_PUBLISH}::test_an_outbox_that_was_lost_is_made_again_from_the_server",),
+    ),
+    Mutation(
+        name="a task's number is looked up before it is written to",
+        file="orchestrator/label_studio/sending.py",
+        before="        if self._careful or any(entry.task_id is not None for entry in entries):\n",
+        after="        if self._careful:\n",
+        tests=(f"{_PUBLISH}::test_a_number_that_the_server_gave_to_another_task_is_not_written_to",),
+    ),
+    Mutation(
+        name="a request whose answer was lost is waited for before it is sent again",
+        file="orchestrator/label_studio/sending.py",
+        before="(0 if error.status in (429, 500) else self._settle_seconds)",
+        after="0",
+        tests=(f"{_ORDER}::test_a_gateway_that_hands_a_request_on_after_its_504_doubles_nothing",),
     ),
     Mutation(
         name="after a lost answer the server is asked what arrived",
