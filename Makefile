@@ -28,7 +28,7 @@ ifneq ($(CA_BUNDLE),)
 CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
 endif
 
-.PHONY: help setup demo check unit test coverage lint picture bench
+.PHONY: help setup demo check unit test coverage lint picture bench mutate fuzz
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
@@ -79,6 +79,12 @@ picture: .venv/.complete  ## Draw docs/rooms.svg, the picture of the code's fold
 bench: .venv/.complete  ## Run every script of tests/benchmarks (JSON=1 for JSON documents)
 	@failed=0; for script in tests/benchmarks/[a-z]*.py; do \
 		echo "# $$script" >&2; .venv/bin/python "$$script" $(if $(JSON),--json) || failed=1; done; exit $$failed
+
+mutate: .venv/.complete  ## Remove each safeguard in a copy, one at a time, and see that a test notices (ONLY="text of a name")
+	@.venv/bin/python -m tests.mutations.run $(if $(ONLY),--only "$(ONLY)")
+
+fuzz: .venv/.complete  ## Read damaged files with every reader (MINUTES=n); finds go to out/fuzz
+	@.venv/bin/python -m tests.fuzz.run --minutes $(or $(MINUTES),1)
 
 ifneq ($(wildcard tests/faults/campaign.py),)
 .PHONY: campaign

@@ -4,20 +4,64 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _require_broker_address(value: SecretStr) -> SecretStr:
+    _require_address(value.get_secret_value(), "redis://host:6379/0")
+    return value
+
+
+def _require_http_address(value: str) -> str:
+    _require_address(value, "http(s)://host[:port]")
+    if urlsplit(value).scheme not in ("http", "https"):
+        raise ValueError("not an address, expected http(s)://host[:port]")
+    return value
+
+
+def _require_address(value: str, expected: str) -> None:
+    """Raise ValueError without the value, which may hold a password."""
+    try:
+        parts = urlsplit(value)
+        is_address = bool(parts.scheme and "://" in value) and (parts.port or 0) >= 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ValueError(f"not an address, expected {expected}")
+
+
+def _require_header_text(value: SecretStr) -> SecretStr:
+    secret = value.get_secret_value()
+    if not (secret.isascii() and secret.isprintable() and secret.strip() == secret):
+        raise ValueError("it goes into an HTTP header, expected letters, digits and signs without line breaks")
+    return value
+
+
+HttpAddress = Annotated[str, AfterValidator(_require_http_address)]
+HeaderSecret = Annotated[SecretStr, AfterValidator(_require_header_text)]
 
 
 class Settings(BaseSettings):
     """One field a setting. The README and `maskfleet doctor` show its description."""
 
-    model_config = SettingsConfigDict(env_prefix="MASKFLEET_", frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix="MASKFLEET_",
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
 
     database_url: SecretStr | None = Field(None, description="PostgreSQL, postgresql://user:password@host:5432/name")
-    broker_url: SecretStr | None = Field(None, description="Celery broker, redis://:password@host:6379/0")
-    s3_endpoint: str | None = Field(None, description="Endpoint of an S3-compatible store; unset means AWS")
+    broker_url: Annotated[SecretStr, AfterValidator(_require_broker_address)] | None = Field(
+        None, description="Celery broker, redis://:password@host:6379/0"
+    )
+    s3_endpoint: HttpAddress | None = Field(None, description="Endpoint of an S3-compatible store; unset means AWS")
     s3_addressing_style: Literal["auto", "path", "virtual"] | None = Field(
         None, description="Where S3 requests carry the bucket; unset means as the AWS profile says, else `auto`"
     )
@@ -25,12 +69,12 @@ class Settings(BaseSettings):
         None, description="`requester` pays for reading buckets whose owner does not"
     )
     s3_anonymous: bool = Field(False, description="Unsigned S3 requests, for public buckets")
-    label_studio_url: str | None = Field(None, description="Label Studio, http://host:8080")
-    label_studio_api_key: SecretStr | None = Field(None, description="Label Studio legacy or personal access token")
+    label_studio_url: HttpAddress | None = Field(None, description="Label Studio, http://host:8080")
+    label_studio_api_key: HeaderSecret | None = Field(None, description="Label Studio legacy or personal access token")
     label_studio_project: int | None = Field(
         None, description="Project that `publish` takes when --project is not given"
     )
-    webhook_secret: SecretStr | None = Field(
+    webhook_secret: HeaderSecret | None = Field(
         None, description="Secret of Label Studio's webhooks (X-Maskfleet-Secret) that wake up `review --follow`"
     )
     assist_user: str = Field("maskfleet", description="User with which Label Studio calls `maskfleet assist`")

@@ -49,10 +49,15 @@ class Deployment:
             **self.settings,
         }
 
-    def start(self, *words: str) -> subprocess.Popen[bytes]:
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a command. environment: variables of this process alone."""
         with (self.folder / f"{words[0]}-{len(self.started)}.log").open("wb") as log:
             process = subprocess.Popen(
-                [*MASKFLEET, *words], env=self.environment, stdout=log, stderr=log, start_new_session=True
+                [*MASKFLEET, *words],
+                env={**self.environment, **environment},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.started.append(process)
         return process

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ast
 import codecs
 import json
+import re
 from collections.abc import Mapping
 
 MOST_CLASSES = 100_000  # a larger number in a file is a mistake, and would need a list of that length
 
+_MOST_DEPTH = 100
+_BRACKETS = re.compile(r"[\[\]{}]")
 _REPEATED = "a class number comes twice, expected one name for each number"
 
 Names = dict[int, str]
@@ -19,6 +22,19 @@ Names = dict[int, str]
 
 class ClassNamesError(ValueError):
     """Class names cannot be read. The message says what was found and what was expected."""
+
+
+def shallow(text: str) -> str:
+    """The text of a YAML file, unless its brackets are nested deeper than in any file that people write.
+
+    PyYAML's time grows with the square of that depth: 25,000 brackets take minutes. Raises ValueError.
+    """
+    depth = 0
+    for bracket in _BRACKETS.findall(text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        if depth > _MOST_DEPTH:
+            raise ValueError(f"brackets are nested more than {_MOST_DEPTH} deep")
+    return text
 
 
 def decode_text(content: bytes) -> str:

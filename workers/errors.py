@@ -53,22 +53,29 @@ class SourceError(Exception):
 _HIDDEN = "[redacted]"
 _FIELD = (
     r"(?<![a-z0-9_])[a-z0-9_-]{0,40}(?:password|passwd|pwd|passphrase|secret|secret_?access_?key|token|credential"
-    r"|signature|api[_-]?key)"
+    r"|signature|api[_-]?key|access_?key(?:_?id)?)"
 )
-_VALUE = rf"(?!\s*{re.escape(_HIDDEN)})(?:'[^']*'|\"[^\"]*\"|[^\s&,;'\"]+)"
+_VALUE = rf"(?!\s*{re.escape(_HIDDEN)})(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|[^\s&,;'\"]+)"
+_DSN_USER = r"\b[a-z][a-z0-9+.-]{0,30}://[^\s:/@]*"
+# A port after the colon is not a password.
+_DSN_PASSWORD = rf"(?!\d{{1,5}}(?:[/?#\s]|$)|\s|{re.escape(_HIDDEN)})(?:[^\s]*|[^\r\n@]{{1,128}})"
 _SECRETS = (
     # Authorization: Bearer x / Token x / AWS4-HMAC-SHA256 Credential=…, also as an entry of a dict or JSON
     (rf"(authorization['\"]?\s*[:=]\s*)(?!\s*{re.escape(_HIDDEN)})(?:'[^']*'|\"[^\"]*\"|[^\r\n]+)", rf"\1{_HIDDEN}"),
     (r"\b((?:bearer|token)\s+)[a-z0-9._~+/=-]{16,}", rf"\1{_HIDDEN}"),
-    # scheme://user:password@host. A port after the colon is not a password.
-    (r"(\b[a-z][a-z0-9+.-]{0,30}://[^\s:/@]*):(?!\d{1,5}(?:[/?#\s]|$))[^\s]*@", rf"\1:{_HIDDEN}@"),
+    # scheme://user:password@host, also with spaces in the password
+    (rf"({_DSN_USER}):{_DSN_PASSWORD}@", rf"\1:{_HIDDEN}@"),
+    # Azure's shared access signature, and a key in a header
+    (r"([?&]sig=)[^\s&'\"]+", rf"\1{_HIDDEN}"),
+    (rf"(\bx-[a-z-]{{0,30}}(?:key|token|secret)\s*:\s*){_VALUE}", rf"\1{_HIDDEN}"),
     # "password": "x" and 'token': 'x'
     (rf"(['\"]{_FIELD}['\"]\s*[:=]\s*){_VALUE}", rf"\1{_HIDDEN}"),
     # password=x, API_KEY=x, ?X-Amz-Signature=x&…, password='x y'
     (rf"({_FIELD}\s*=\s*){_VALUE}", rf"\1{_HIDDEN}"),
     (rf"(\b(?:password|passphrase|secret(?:[_-]?key)?)\s*:\s*){_VALUE}", rf"\1{_HIDDEN}"),
-    # AWS key ids (long-lived, temporary) and JSON web tokens, anywhere in the text
+    # AWS key ids (long-lived, temporary), tokens of Hugging Face and GitHub, and JSON web tokens, anywhere in the text
     (r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}", _HIDDEN),
+    (r"\b(?:hf_|gh[pousr]_|github_pat_)[a-z0-9_]{16,}", _HIDDEN),
     (r"\beyJ[a-z0-9_-]{8,}\.[a-z0-9_-]+(?:\.[a-z0-9_-]*)?", _HIDDEN),
 )
 _PATTERNS = tuple((re.compile(pattern, re.IGNORECASE), replacement) for pattern, replacement in _SECRETS)
@@ -77,8 +84,9 @@ _PATTERNS = tuple((re.compile(pattern, re.IGNORECASE), replacement) for pattern,
 def redact(text: str) -> str:
     """Remove everything that looks like a credential from a message, before it is stored, logged or shown.
 
-    Covers AWS key ids and signatures, Authorization headers, fields such as `token=`, passwords in DSNs, web tokens. It
-    rather removes too much: a harmless `token=7` is removed too. Redacting twice changes nothing.
+    Covers AWS key ids and signatures, Azure's signatures, Authorization headers, fields such as `token=`, passwords in
+    DSNs, web tokens, tokens of Hugging Face and GitHub. It rather removes too much: a harmless `token=7` is removed
+    too. Redacting twice changes nothing.
     """
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)

@@ -6,15 +6,14 @@ A log holds keys of objects and messages of servers, which are foreign. In eithe
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from types import TracebackType
 
 import structlog
 
 from db.settings import settings
+from workers.errors import redact
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _INDENT = "    "
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
@@ -30,22 +29,27 @@ def log_to_stderr() -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """One line an event, with control characters escaped. A trace follows on indented lines."""
+    """One line an event, without secrets, with control characters escaped. A trace follows on indented lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
+        return printable(redact(super().formatMessage(record)))
 
     def formatException(self, ei: ExcInfo) -> str:
-        lines = super().formatException(ei).split("\n")
-        return "\n".join(_INDENT + one_line(line) for line in lines)
+        lines = redact(super().formatException(ei)).split("\n")
+        return "\n".join(_INDENT + printable(line) for line in lines)
 
 
-def one_line(text: str) -> str:
-    """The text with its control characters and line ends escaped."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def printable(text: str) -> str:
+    """A key or message on one line, without control sequences that a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _redacted(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Take the secrets out of an event's texts."""
+    return {name: redact(value) if isinstance(value, str) else value for name, value in event.items()}
 
 
 def _json_formatter() -> logging.Formatter:
@@ -60,6 +64,7 @@ def _json_formatter() -> logging.Formatter:
         ],
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            _redacted,
             structlog.processors.JSONRenderer(),
         ],
     )

@@ -48,7 +48,9 @@ def errors_as_messages() -> Iterator[None]:
             raise
         message = str(error)
     except ValidationError as error:
-        message = "; ".join(f"MASKFLEET_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+        message = "; ".join(
+            f"MASKFLEET_{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+        )
     except OperationalError as error:
         message = f"Postgres did not answer: {error.orig}; `maskfleet doctor` says more"
     except BrokenPipeError:

@@ -6,6 +6,7 @@ A trainer skips other files without a message. The suffix that a file gets here 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from workers.storage.asset import Source
 
 # The suffixes that every version of ultralytics knows (data/utils.py, IMG_FORMATS). Newer ones know more.
 _KNOWN_SUFFIXES = frozenset((".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"))
+_USUAL_SUFFIX = re.compile(r"\.[a-z0-9]{1,10}")
 _SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "TIFF": ".tif", "BMP": ".bmp"}
 
 
@@ -62,4 +64,6 @@ def write_image(data: bytes, targets: Sequence[Path]) -> None:
 
 
 def _suffix(key: str) -> str:
-    return PurePosixPath(key).suffix.lower()
+    """The key's suffix, or none where it is no usual one: a key may end with anything, of any length."""
+    suffix = PurePosixPath(key).suffix.lower()
+    return suffix if _USUAL_SUFFIX.fullmatch(suffix) else ""

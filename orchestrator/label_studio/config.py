@@ -154,7 +154,7 @@ def faults(controls: Controls, prediction: Mapping[str, Any]) -> list[str]:
 
 def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[str]) -> str:
     """Add the lines of `missing_lines` to a config, and change nothing else."""
-    root = ElementTree.fromstring(label_config)  # noqa: S314
+    root = ElementTree.fromstring(label_config)  # noqa: S314  as above
     controls = find_controls(label_config)
     for kind in kinds:
         control = controls.by_kind.get(kind)

@@ -41,7 +41,7 @@ def add_prompt_controls(label_config: str, labels: Sequence[str], *, image_name:
     Other controls are no longer smart: in Label Studio each is, unless its tag says otherwise. Raises ValueError if
     another tag has one of the names.
     """
-    root = ElementTree.fromstring(label_config)  # noqa: S314
+    root = ElementTree.fromstring(label_config)  # noqa: S314  as above
     before = ElementTree.tostring(root)
     for element in root.iter():
         if element.tag in _RESULT_TAGS:

@@ -166,14 +166,15 @@ def _broker() -> Finding:
 
 
 def _s3() -> Finding:
-    endpoint = settings().s3_endpoint or "AWS"
+    address = settings().s3_endpoint
+    endpoint = redact(address or "AWS")
     if not has_credentials():
         keys = "for s3:// sources set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         remedy = f"{keys}; for public buckets MASKFLEET_S3_ANONYMOUS=true"
         return Finding(what="s3", ok=None, found=f"no credentials for {endpoint}", remedy=remedy)
-    if settings().s3_endpoint and (error := endpoint_error(endpoint)):
+    if address and (error := endpoint_error(address)):
         remedy = "start it, or fix MASKFLEET_S3_ENDPOINT"
-        return Finding(what="s3", ok=False, found=f"{endpoint} does not answer: {error}", remedy=remedy)
+        return Finding(what="s3", ok=False, found=redact(f"{endpoint} does not answer: {error}"), remedy=remedy)
     keys = "anonymous" if settings().s3_anonymous else "credentials found"
     return Finding(what="s3", ok=True, found=f"{keys}, {endpoint}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from db.texts import is_storable
-from workers.class_names import decode_text
+from workers.class_names import decode_text, shallow
 from workers.detectors.detector import AskedDetector
 from workers.detectors.files import examine, require_classes
 from workers.detectors.kinds import DetectorError, DetectorKind
@@ -70,7 +70,8 @@ def read_label_map(path: Path) -> dict[str, str | None]:
     Raises DetectorError with the first bad entry.
     """
     try:
-        value = yaml.load(decode_text(path.read_bytes()), Loader=_WordsOrNull)  # noqa: S506  it makes text and null
+        text = shallow(decode_text(path.read_bytes()))
+        value = yaml.load(text, Loader=_WordsOrNull)  # noqa: S506  it makes text and null
     except OSError as error:
         raise DetectorError(f"{path}: cannot be read ({error.strerror}); expected a label map") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from orchestrator.prompts.entries import PromptFileError, shown
-from workers.class_names import ClassNamesError, Names, decode_text, names_of_lines, names_of_pairs
+from workers.class_names import ClassNamesError, Names, decode_text, names_of_lines, names_of_pairs, shallow
 from workers.errors import AssetError, ErrorKind
 from workers.storage.asset import Source
 from workers.storage.source import open_source
@@ -148,7 +148,7 @@ class _WrittenText(yaml.BaseLoader):  # type: ignore[misc]  # PyYAML has no type
 def _read_yaml(source: Source, place: str, file_name: str) -> dict[str, Any]:
     text = _read_text(source, place, file_name)
     try:
-        document = yaml.load(text or "", Loader=_WrittenText)  # noqa: S506  it makes text of every scalar
+        document = yaml.load(shallow(text or ""), Loader=_WrittenText)  # noqa: S506  it makes text of every scalar
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PromptFileError(f"{place}/{file_name}: expected YAML with `names:` ({error})") from error
     return document if isinstance(document, dict) else {}

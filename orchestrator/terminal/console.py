@@ -6,12 +6,9 @@ import sys
 
 from rich.console import Console
 
+from workers.logs import printable
+
 __all__ = ["Console", "printable", "stderr_console"]
-
-
-def printable(text: str) -> str:
-    """A key or message without control sequences that a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def stderr_console() -> Console:

@@ -4,20 +4,23 @@
     make campaign ASSETS=300 FAULTS=20 JSON=1      one document
     .venv/bin/python -m tests.faults.campaign --seed 7 --only "freeze redis"
 
-The schedule follows from the seed. Exit status 1 where anything was lost, doubled or wrong.
+The schedule follows from the seed. The table is also in out/campaign.md, which is written again after each fault. Exit
+status 1 where anything was lost, doubled or wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from tests.deployment import Deployment, draw_pictures
 from tests.faults.books import Books, check
 from tests.faults.fleet import Fleet
 from tests.faults.kinds import KINDS
+from tests.faults.store import serve_store
 from tests.redis_server import redis_program, serve_redis
 from tests.stub.stub_model import BROKEN, FULL, POISON
 from tests.waiting import wait_for
@@ -45,6 +49,7 @@ class Campaign:
     fleet: Fleet
     pictures: Path
     calls: Path
+    progress: Callable[[str], None]
     planted: dict[str, str | None] = field(default_factory=dict)
     jobs: dict[int, set[str]] = field(default_factory=dict)
     recoveries: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -65,16 +70,12 @@ class Campaign:
         (folder / f"{mark:03}-text.png").write_text("not a picture")
         keys = {path.name for path in folder.iterdir()}
         self.planted |= {key: kinds.get(key) for key in keys}
-        job = self.fleet.deployment.submit(folder)
+        job = self.fleet.deployment.submit(self.fleet.store.source(f"{folder.name}/"))
         self.jobs[job] = keys
 
     def outcomes(self) -> int:
         with self.fleet.deployment.engine.begin() as db:
             return int(db.execute(text("SELECT count(*) FROM outcome")).scalar_one())
-
-    def is_over(self) -> bool:
-        with self.fleet.deployment.engine.begin() as db:
-            return not db.execute(text("SELECT count(*) FROM job WHERE state <> 'done'")).scalar_one()
 
     def meet(self, name: str) -> None:
         """Let a fault happen, keep the fleet up, and wait for the next outcome."""
@@ -82,10 +83,22 @@ class Campaign:
         over, before = time.monotonic(), self.outcomes()
         wait_for(lambda: self._goes_on(before), f"an outcome after: {name}", PATIENCE_SECONDS, logs=self._logs)
         self.recoveries[name].append(time.monotonic() - over)
+        self.progress(table(report(None, dict(self.recoveries))))
+
+    def finish(self) -> None:
+        """Wait for the end of all jobs. What was forbidden for a while is retried, as an operator does."""
+        wait_for(self._is_over, "the jobs to be over", 3600, logs=self._logs)
+        for job in self.jobs:
+            while "forbidden" in self.fleet.deployment.read(job)[1].failed_by_kind:
+                self.fleet.deployment.call("retry", str(job), "--kind", "forbidden")
+                wait_for(self._is_over, "the retried assets", 3600, logs=self._logs)
+
+    def _is_over(self) -> bool:
+        self.fleet.keep_up()
+        return self.fleet.is_over()
 
     def _goes_on(self, before: int) -> bool:
-        self.fleet.keep_up()
-        return self.outcomes() > before or self.is_over()
+        return self._is_over() or self.outcomes() > before
 
     def _logs(self) -> str:
         return self.fleet.deployment.logs()
@@ -97,16 +110,39 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=len(KINDS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=sorted(KINDS), help="this kind alone")
+    parser.add_argument("--out", type=Path, default=Path("out") / "campaign.md", help="the table, fault by fault")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of a table")
     args = parser.parse_args()
     guard()
-    books, recoveries = run(args.assets, args.faults, seed=args.seed, only=args.only)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    head = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, seed {args.seed}\n\n"
+    books, recoveries = run(
+        args.assets,
+        args.faults,
+        seed=args.seed,
+        only=args.only,
+        progress=lambda so_far: replace_text(args.out, head + so_far),
+    )
     document = report(books, recoveries)
+    replace_text(args.out, head + table(document))
     print(json.dumps(document, indent=2) if args.json else table(document))
     sys.exit(0 if books.balanced else 1)
 
 
-def run(assets: int, faults: int, *, seed: int = 1, only: str | None = None) -> tuple[Books, dict[str, list[float]]]:
+def replace_text(path: Path, text: str) -> None:
+    making = path.with_name(path.name + ".making")
+    making.write_text(text + "\n")
+    making.replace(path)
+
+
+def run(
+    assets: int,
+    faults: int,
+    *,
+    seed: int = 1,
+    only: str | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[Books, dict[str, list[float]]]:
     """Run a campaign on servers of its own. Returns the books, and the recoveries by kind in seconds."""
     program = redis_program()
     if program is None:
@@ -118,17 +154,27 @@ def run(assets: int, faults: int, *, seed: int = 1, only: str | None = None) -> 
         folder = Path(name)
         (folder / "redis").mkdir()
         (folder / "logs").mkdir()
-        with serve_redis(program, folder / "redis") as redis_url:
+        (folder / "pictures").mkdir()
+        with (
+            serve_redis(program, folder / "redis") as redis_url,
+            serve_store(folder / "pictures") as store,
+        ):
             migrate(postgres.url)
             deployment = Deployment(
                 database_url=postgres.url,
                 broker_url=f"{redis_url}/0",
                 folder=folder / "logs",
                 engine=open_engine(postgres.url),
-                settings={"MASKFLEET_STUB_SECONDS": "0.05", "MASKFLEET_STUB_CALLS": str(folder / "calls")},
+                settings={
+                    "MASKFLEET_STUB_SECONDS": "0.05",
+                    "MASKFLEET_STUB_CALLS": str(folder / "calls"),
+                    "MASKFLEET_S3_ENDPOINT": store.endpoint,
+                    "AWS_ACCESS_KEY_ID": "key",
+                    "AWS_SECRET_ACCESS_KEY": "secret",
+                },
             )
-            fleet = Fleet(deployment=deployment, random=random.Random(seed))
-            campaign = Campaign(fleet=fleet, pictures=folder / "pictures", calls=folder / "calls")
+            fleet = Fleet(deployment=deployment, store=store, random=random.Random(seed))
+            campaign = Campaign(fleet=fleet, pictures=folder / "pictures", calls=folder / "calls", progress=progress)
             try:
                 go(campaign, assets, list(schedule(faults, random.Random(seed), only)))
             finally:
@@ -156,22 +202,23 @@ def go(campaign: Campaign, assets: int, names: list[str]) -> None:
         first, last = (len(names) * n // len(sizes) for n in (number, number + 1))
         for name in names[first:last]:
             campaign.meet(name)
-        wait_for(lambda: (campaign.fleet.keep_up(), campaign.is_over())[1], "the job to be over", 3600)
+        campaign.finish()
 
 
-def report(books: Books, recoveries: dict[str, list[float]]) -> dict[str, Any]:
+def report(books: Books | None, recoveries: dict[str, list[float]]) -> dict[str, Any]:
+    """books: None while the campaign goes on."""
     by_fault = [
         {"fault": name, "count": len(seconds), "longest_recovery_s": round(max(seconds), 1)}
         for name, seconds in sorted(recoveries.items())
     ]
     longest = max((row["longest_recovery_s"] for row in by_fault), default=0.0)
     faults = sum(row["count"] for row in by_fault)
-    return {**asdict(books), "faults": faults, "longest_recovery_s": longest, "by_fault": by_fault}
+    return {**(asdict(books) if books else {}), "faults": faults, "longest_recovery_s": longest, "by_fault": by_fault}
 
 
 def table(document: dict[str, Any]) -> str:
-    lines = [f"{'fault':40} {'count':>5} {'longest recovery, s':>20}"]
-    lines += [f"{row['fault']:40} {row['count']:5} {row['longest_recovery_s']:20.1f}" for row in document["by_fault"]]
+    lines = ["| fault | count | longest recovery, s |", "|---|---|---|"]
+    lines += [f"| {row['fault']} | {row['count']} | {row['longest_recovery_s']:.1f} |" for row in document["by_fault"]]
     counts = {name: value for name, value in document.items() if name != "by_fault"}
     return "\n".join([*lines, "", *(f"{name:20} {value}" for name, value in counts.items())])
 

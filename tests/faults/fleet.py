@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 
 import psutil
 import redis
+from sqlalchemy import text
 
 from tests.deployment import Deployment
+from tests.faults.store import Store
 
 WORKERS, DISPATCHERS = 2, 1
 
 
 @dataclass
 class Fleet:
-    """Two workers and a dispatcher of a deployment. random: chooses whom a fault meets."""
+    """Two workers and a dispatcher of a deployment, over a store. random: chooses whom a fault meets."""
 
     deployment: Deployment
+    store: Store
     random: random.Random
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     dispatchers: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -44,6 +47,11 @@ class Fleet:
         """A process that labels, if one is up."""
         children = [child for worker in self.workers for child in self.deployment.pool_children(worker)]
         return self.random.choice(children) if children else None
+
+    def is_over(self) -> bool:
+        """Whether all jobs are done."""
+        with self.deployment.engine.begin() as db:
+            return not db.execute(text("SELECT count(*) FROM job WHERE state <> 'done'")).scalar_one()
 
     def broker(self) -> redis.Redis:
         return redis.Redis.from_url(self.deployment.broker_url)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 
 import psutil
 from sqlalchemy import text
@@ -14,6 +21,7 @@ from sqlalchemy import text
 from tests.deployment import terminate
 from tests.faults.fleet import Fleet
 from tests.faults.outages import alter, end_connections, postgres_refuses_everybody
+from tests.waiting import wait_for
 from workers.running.app import QUEUE, SEGMENT_CHUNK, make_app
 
 Fault = Callable[[Fleet], None]
@@ -124,6 +132,72 @@ def cancel_and_resume_a_job(fleet: Fleet) -> None:
         fleet.deployment.call("resume", str(job))
 
 
+def fill_redis(fleet: Fleet) -> None:
+    """Its memory is full: it takes nothing more."""
+    broker = fleet.broker()
+    broker.config_set("maxmemory", "1mb")
+    try:
+        time.sleep(5)
+    finally:
+        broker.config_set("maxmemory", "0")
+
+
+def fill_the_disk_of_redis(fleet: Fleet) -> None:
+    """It cannot save what it holds, and takes nothing more (MISCONF). A folder has the place of its file."""
+    broker = fleet.broker()
+    taken = Path(broker.config_get("dir")["dir"]) / "full.rdb"
+    taken.mkdir(exist_ok=True)
+    broker.config_set("dbfilename", taken.name)
+    broker.config_set("save", "3600 1")
+    broker.bgsave()
+    wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save", 60)
+    try:
+        time.sleep(4)
+    finally:
+        broker.config_set("dbfilename", "dump.rdb")
+        broker.config_set("save", "")
+        broker.bgsave()
+        wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "ok", "a save", 60)
+
+
+def forbid_all_objects(fleet: Fleet) -> None:
+    """The bucket's policy is wrong for a while. `forbidden` is a verdict, so an operator retries those assets."""
+    refused = fleet.store.refused
+    fleet.store.forbids = True
+    try:
+        wait_for(lambda: fleet.store.refused > refused or fleet.is_over(), "a refused read", 120)
+        time.sleep(2)
+    finally:
+        fleet.store.forbids = False
+
+
+def put_a_workers_clock_an_hour_off(fleet: Fleet) -> None:
+    """In the place of a worker that is killed. It stays until another fault meets it."""
+    worker = fleet.worker()
+    fleet.deployment.kill_tree(worker)
+    fleet.workers.remove(worker)
+    off = fleet.random.choice(["+3600", "-3600"])
+    fleet.workers.append(fleet.deployment.start("worker", "--devices", "cpu", **clock_off_by(off)))
+
+
+def clock_off_by(seconds: str) -> dict[str, str]:
+    """The variables that give a process another time of day."""
+    return {"LD_PRELOAD": str(clock_library()), "CLOCK_OFF_SECONDS": seconds}
+
+
+@cache
+def clock_library() -> Path | None:
+    """clock_off.c, compiled. None without a C compiler, or where libraries are not preloaded."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        return None
+    library = Path(tempfile.mkdtemp(prefix="maskfleet-clock-")) / "clock_off.so"
+    atexit.register(shutil.rmtree, library.parent, ignore_errors=True)
+    source = Path(__file__).with_name("clock_off.c")
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"]
+    return library if subprocess.run(command, check=False, capture_output=True).returncode == 0 else None
+
+
 KINDS: dict[str, Fault] = {
     fault.__name__.replace("_", " "): fault
     for fault in (
@@ -146,5 +220,9 @@ KINDS: dict[str, Fault] = {
         turn_postgres_read_only,
         lock_the_outcomes,
         cancel_and_resume_a_job,
+        fill_redis,
+        fill_the_disk_of_redis,
+        forbid_all_objects,
+        *([put_a_workers_clock_an_hour_off] if shutil.which("cc") and sys.platform == "linux" else []),
     )
 }

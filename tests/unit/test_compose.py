@@ -141,7 +141,8 @@ def test_the_defaults_shown_are_the_defaults():
 def test_the_settings_of_an_unchanged_deployment_are_valid(monkeypatch):
     for name, value in SERVICES["dispatch"]["environment"].items():
         if name.startswith("MASKFLEET_") and value is not None:
-            monkeypatch.setenv(name, re.sub(r"\$\{[^}]*\}", "value", value))
+            default = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+            monkeypatch.setenv(name, re.sub(r"\$\{[^}]*\}", "value", default))
 
     made = Settings()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from workers.errors import redact
-from workers.logs import log_to_stderr, one_line
+from workers.logs import log_to_stderr, printable
 
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 _MOST_OF_AN_ERROR = 500
@@ -48,7 +48,7 @@ def error_file(folder: Path) -> Path:
 def keep_error(error: object) -> None:
     """Note an error for the supervisor, which tells people why a worker does not come up."""
     with suppress(OSError):  # the folder's owner may have ended and removed it
-        error_file(run_dir()).write_text(one_line(redact(str(error)))[:_MOST_OF_AN_ERROR], encoding="utf-8")
+        error_file(run_dir()).write_text(printable(redact(str(error)))[:_MOST_OF_AN_ERROR], encoding="utf-8")
 
 
 def log_from_the_start() -> None:

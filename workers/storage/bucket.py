@@ -56,7 +56,11 @@ class Bucket:
             cursor = page.cursor
             if not answer.get("IsTruncated"):
                 return
-            where = {"ContinuationToken": answer["NextContinuationToken"]}
+            if not (token := answer.get("NextContinuationToken")):
+                raise SourceError(
+                    f"{self.uri('')}: the store says that its listing goes on after {cursor!r}, but not how"
+                )
+            where = {"ContinuationToken": token}
 
     def read(self, key: str, max_bytes: int) -> bytes:
         return self.read_with_etag(key, max_bytes).content

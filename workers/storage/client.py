@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import botocore
 import botocore.client
+import botocore.exceptions
 import urllib3
 import urllib3.exceptions
 
@@ -75,7 +76,12 @@ def _config(store: Store, attempts: int) -> Any:
 
 def has_credentials() -> bool:
     """Whether the environment or a profile has keys for S3, or no keys are needed (anonymous)."""
-    return settings().s3_anonymous or boto3.Session().get_credentials() is not None
+    if settings().s3_anonymous:
+        return True
+    try:
+        return boto3.Session().get_credentials() is not None
+    except botocore.exceptions.ProfileNotFound:  # AWS_PROFILE names none
+        return False
 
 
 def endpoint_error(endpoint: str) -> str | None:

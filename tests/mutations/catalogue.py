@@ -1,0 +1,276 @@
+"""Changes that each remove one safeguard of the code, with the tests that must notice.
+
+A test that passes without the safeguard proves nothing about it. `make mutate` applies the changes one at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+_QUERIES = "tests/integration/test_queries.py"
+_FENCING = "tests/integration/test_fencing.py"
+_CHUNKS = "tests/integration/test_chunk_runs.py"
+_PUBLISH = "tests/label_studio/test_publish.py"
+_ORDER = "tests/label_studio/test_order.py"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutation:
+    """before: text that is in the file exactly once. tests: ids of pytest, of which one must fail."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+    def apply(self, root: Path) -> None:
+        """Change the file below root. Raises ValueError when the text is not there exactly once."""
+        path = root / self.file
+        source = path.read_text()
+        if (count := source.count(self.before)) != 1:
+            raise ValueError(f"{self.name}: {self.file} has the text {count} times, expected once: {self.before!r}")
+        path.write_text(source.replace(self.before, self.after))
+
+
+MUTATIONS = (
+    # leases and their tokens
+    Mutation(
+        name="the token check of a worker's writes",
+        file="db/leases.py",
+        before="WHERE id = :id AND token = :token AND state = 'running'\n                  AND EXISTS",
+        after="WHERE id = :id AND state = 'running'\n                  AND EXISTS",
+        tests=(f"{_QUERIES}::test_a_worker_that_woke_after_its_lease_expired_writes_nothing",),
+    ),
+    Mutation(
+        name="the state check of a worker's writes",
+        file="db/leases.py",
+        before="WHERE id = :id AND token = :token AND state = 'running'\n                  AND EXISTS",
+        after="WHERE id = :id AND token = :token\n                  AND EXISTS",
+        tests=(f"{_FENCING}::test_a_finished_chunk_takes_no_more_writes_from_the_worker_that_finished_it",),
+    ),
+    Mutation(
+        name="the job's state in a worker's writes",
+        file="db/leases.py",
+        before="""
+                  AND EXISTS (SELECT 1 FROM job WHERE id = chunk.job_id AND state IN ('listing', 'running'))""",
+        after="",
+        tests=(f"{_QUERIES}::test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed",),
+    ),
+    Mutation(
+        name="the token check of a release",
+        file="db/leases.py",
+        before='WHERE id = :id AND token = :token AND state = \'running\'"""\n        ),\n'
+        '        {"id": chunk.id, "token": chunk.token, "failed"',
+        after='WHERE id = :id AND state = \'running\'"""\n        ),\n'
+        '        {"id": chunk.id, "token": chunk.token, "failed"',
+        tests=(f"{_FENCING}::test_a_worker_that_lost_its_chunk_does_not_release_it_for_its_heir",),
+    ),
+    Mutation(
+        name="the chunk's state in a claim",
+        file="db/leases.py",
+        before="\n                     AND chunk.state IN ('new', 'sent')",
+        after="",
+        tests=(f"{_QUERIES}::test_a_chunk_is_claimed_by_one_of_many_workers_at_once",),
+    ),
+    Mutation(
+        name="the new token of a claim",
+        file="db/leases.py",
+        before="SET state = 'running', token = token + 1, worker",
+        after="SET state = 'running', worker",
+        tests=(f"{_FENCING}::test_each_claim_and_each_end_of_a_lease_has_a_token_of_its_own",),
+    ),
+    Mutation(
+        name="the new token of a chunk that is taken back",
+        file="db/queue.py",
+        before="SET state = 'new', token = token + 1, in_flight",
+        after="SET state = 'new', in_flight",
+        tests=(f"{_FENCING}::test_each_claim_and_each_end_of_a_lease_has_a_token_of_its_own",),
+    ),
+    Mutation(
+        name="an outcome that exists is kept",
+        file="db/leases.py",
+        before="""CAST(:etag AS text[]))
+                   ON CONFLICT (asset_id) DO NOTHING""",
+        after="""CAST(:etag AS text[]))
+                   ON CONFLICT (asset_id) DO UPDATE SET mask_count = excluded.mask_count""",
+        tests=(f"{_QUERIES}::test_recording_the_same_outcome_twice_keeps_the_first",),
+    ),
+    Mutation(
+        name="the etag's comparison before an answer from stored",
+        file="db/leases.py",
+        before="o.error_kind IS NULL AND a.etag = coalesce(o.etag, b.etag)",
+        after="o.error_kind IS NULL",
+        tests=(f"{_FENCING}::test_an_asset_whose_etag_changed_is_not_answered_from_stored",),
+    ),
+    # queue and reaper
+    Mutation(
+        name="deaths count only of an asset that ran alone",
+        file="db/queue.py",
+        before='"alone": 1 if len(in_flight) == 1 else 0',
+        after='"alone": 1',
+        tests=(f"{_QUERIES}::test_assets_in_flight_together_become_suspects_and_come_last",),
+    ),
+    Mutation(
+        name="two dispatchers do not send the same chunk",
+        file="db/queue.py",
+        before="(SELECT id FROM wanted) AND state = 'new' FOR UPDATE SKIP LOCKED)",
+        after="(SELECT id FROM wanted))",
+        tests=(f"{_FENCING}::test_a_chunk_that_another_dispatcher_is_sending_is_left_to_it",),
+    ),
+    Mutation(
+        name="no copy of a message that may still wait",
+        file="db/queue.py",
+        before='lost = "" if queue_is_empty else f"AND {_OVERTAKEN}"',
+        after='lost = ""',
+        tests=(f"{_QUERIES}::test_a_lost_message_is_noticed_though_the_queue_is_never_empty",),
+    ),
+    Mutation(
+        name="commit before publish",
+        file="workers/running/tasks.py",
+        before="""            sent = queue.take_window(db, window=deployment.window_chunks)
+        for chunk_ids, lane in ((sent.returned, FIRST_QUEUE), (sent.new, QUEUE)):
+            if chunk_ids:
+                publish_chunks(chunk_ids, queue=lane)
+""",
+        after="""            sent = queue.take_window(db, window=deployment.window_chunks)
+            for chunk_ids, lane in ((sent.returned, FIRST_QUEUE), (sent.new, QUEUE)):
+                if chunk_ids:
+                    publish_chunks(chunk_ids, queue=lane)
+""",
+        tests=("tests/faults/test_commit_first.py",),
+    ),
+    # jobs
+    Mutation(
+        name="a job with an open chunk is not done",
+        file="db/jobs.py",
+        before="""
+           AND NOT EXISTS (SELECT 1 FROM chunk WHERE job_id = job.id AND state <> 'done') RETURNING id""",
+        after=" RETURNING id",
+        tests=(f"{_QUERIES}::test_a_job_is_done_when_it_is_listed_and_no_chunk_is_open",),
+    ),
+    Mutation(
+        name="the cursor's comparison before a page is stored",
+        file="db/listing.py",
+        before=" AND list_cursor IS NOT DISTINCT FROM :before",
+        after="",
+        tests=(f"{_QUERIES}::test_a_page_is_stored_once_however_many_listers_come_with_it",),
+    ),
+    Mutation(
+        name="retry takes only what failed",
+        file="db/jobs.py",
+        before="WHERE job_id = :job_id AND error_kind IS NOT NULL\n",
+        after="WHERE job_id = :job_id\n",
+        tests=(f"{_FENCING}::test_retry_keeps_what_is_labeled",),
+    ),
+    Mutation(
+        name="a retried chunk is taken from the worker that holds it",
+        file="db/jobs.py",
+        before="SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,\n"
+        "                      transient_failures",
+        after="SET state = CASE state WHEN 'running' THEN state ELSE 'new' END,\n"
+        "                      transient_failures",
+        tests=(f"{_FENCING}::test_what_is_retried_while_its_chunk_runs_is_not_left_behind",),
+    ),
+    # a chunk's run
+    Mutation(
+        name="in flight is committed before an asset is read",
+        file="workers/running/chunk.py",
+        before="""                self._record(outcomes, marked)
+                if self._keeper is not None:
+                    self._keeper.keep(outcomes)
+                for asset in marked:
+                    ahead.start(asset)
+""",
+        after="""                for asset in marked:
+                    ahead.start(asset)
+                self._record(outcomes, marked)
+                if self._keeper is not None:
+                    self._keeper.keep(outcomes)
+""",
+        tests=(f"{_CHUNKS}::test_no_asset_is_read_before_it_is_marked_as_in_flight",),
+    ),
+    Mutation(
+        name="a lost lease stops the work",
+        file="workers/running/held_lease.py",
+        before="                self._lost.set()\n                return\n",
+        after="                return\n",
+        tests=(f"{_CHUNKS}::test_a_worker_that_lost_its_lease_starts_no_further_asset",),
+    ),
+    Mutation(
+        name="the heartbeat's stop in a worker where nothing moves",
+        file="workers/running/held_lease.py",
+        before="                self._worker.on_hang()\n                return\n",
+        after="                pass\n",
+        tests=(f"{_CHUNKS}::test_a_worker_in_which_no_asset_finishes_gives_itself_up",),
+    ),
+    # publish and review
+    Mutation(
+        name="the outbox's intent before the request",
+        file="orchestrator/label_studio/outgoing.py",
+        before="""                ids = self._write_intents(batch)
+                before = thread.submit(self._sender.deliver, batch, before)
+                in_flight.append((ids, before))
+""",
+        after="""                before = thread.submit(self._sender.deliver, batch, before)
+                before.result()
+                ids = self._write_intents(batch)
+                in_flight.append((ids, before))
+""",
+        tests=(f"{_ORDER}::test_what_a_request_carries_is_in_the_outbox_before_the_server_sees_it",),
+    ),
+    Mutation(
+        name="what is in doubt is looked up before it is sent again",
+        file="orchestrator/label_studio/sending.py",
+        before="        tasks, versioned = find_on_server(self._client, self._project_id, uids, self._model_version)\n",
+        after="        tasks, versioned = {}, {}\n",
+        tests=(f"{_PUBLISH}::test_an_outbox_that_was_lost_is_made_again_from_the_server",),
+    ),
+    Mutation(
+        name="a task's number is looked up before it is written to",
+        file="orchestrator/label_studio/sending.py",
+        before="        if self._careful or any(entry.task_id is not None for entry in entries):\n",
+        after="        if self._careful:\n",
+        tests=(f"{_PUBLISH}::test_a_number_that_the_server_gave_to_another_task_is_not_written_to",),
+    ),
+    Mutation(
+        name="a request whose answer was lost is waited for before it is sent again",
+        file="orchestrator/label_studio/sending.py",
+        before="(0 if error.status in (429, 500) else self._settle_seconds)",
+        after="0",
+        tests=(f"{_ORDER}::test_a_gateway_that_hands_a_request_on_after_its_504_doubles_nothing",),
+    ),
+    Mutation(
+        name="after a lost answer the server is asked what arrived",
+        file="orchestrator/label_studio/sending.py",
+        before="                entries = self._missing_at_last(entries, acknowledged, error)\n",
+        after="",
+        tests=(f"{_PUBLISH}::test_an_answer_that_is_lost_is_looked_up_and_nothing_is_sent_twice[504]",),
+    ),
+    Mutation(
+        name="one publisher a project",
+        file="db/publishing.py",
+        before='text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")',
+        after='text("SELECT true OR hashtextextended(:name, 0) = 0")',
+        tests=(f"{_ORDER}::test_a_second_publisher_waits_until_the_first_is_through",),
+    ),
+    Mutation(
+        name="the watermark moves after the pages are stored",
+        file="orchestrator/label_studio/review.py",
+        before="    count = 0\n    page: list[dict[str, Any]] = []\n",
+        after="    with engine.begin() as db:\n"
+        "        set_watermark(db, ls_project=ls_project, watermark=newest)\n"
+        "    count = 0\n    page: list[dict[str, Any]] = []\n",
+        tests=(f"{_ORDER}::test_a_reader_that_is_stopped_between_two_pages_reads_the_rest_the_next_time",),
+    ),
+    Mutation(
+        name="the watermark's overlap",
+        file="orchestrator/label_studio/review.py",
+        before="_changed_since(seen - _OVERLAP)",
+        after="_changed_since(seen)",
+        tests=(f"{_ORDER}::test_a_change_that_was_committed_late_with_an_earlier_time_is_read",),
+    ),
+)
