@@ -81,9 +81,23 @@ def psycopg2_url(url: str) -> URL:
         ) from error
 
 
-def migrate(url: str) -> None:
-    """Bring the tables to this version. Two may run at once: an advisory lock lets one through at a time."""
+def migrate(url: str) -> tuple[str | None, str]:
+    """Bring the tables to this version. Two may run at once: an advisory lock lets one through at a time.
+
+    Returns the migration that was found, None for an empty database, and the one that the tables are at now.
+    """
+    engine = open_engine(url)
+    found = _migration(engine)
     command.upgrade(migration_config(url), "head")
+    now = _migration(engine)
+    engine.dispose()
+    return found, now or ""
+
+
+def _migration(engine: Engine) -> str | None:
+    with engine.connect() as connection:
+        found: str | None = MigrationContext.configure(connection).get_current_revision()
+    return found
 
 
 def migration_config(url: str) -> Config:
@@ -96,8 +110,7 @@ def migration_config(url: str) -> Config:
 def check_migrated(engine: Engine) -> str:
     """The newest migration. Raises DatabaseNotReady unless the tables are those of this version."""
     script = ScriptDirectory(str(_MIGRATIONS))
-    with engine.connect() as connection:
-        found = MigrationContext.configure(connection).get_current_revision()
+    found = _migration(engine)
     if found != script.get_current_head():
         raise DatabaseNotReady(
             f"database {engine.url.render_as_string()} is at migration {found}, expected "

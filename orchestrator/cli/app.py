@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -43,10 +44,25 @@ app = typer.Typer(
     cls=_InOrder,
     help="Masks on every image of a folder or bucket before people start work.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(version("maskfleet"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    wanted: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Masks on every image of a folder or bucket before people start work."""
+
 
 models_app = typer.Typer(help="The models, and their weights on this machine.", no_args_is_help=True)
 app.add_typer(models_app, name="models")

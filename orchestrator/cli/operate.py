@@ -100,8 +100,11 @@ def dispatch(
 @app.command(epilog="Example: `maskfleet migrate`")
 def migrate() -> None:
     """Bring the database's tables to this version; safe to run twice."""
-    migrate_database(database_url())
-    err.print("the database is up to date")
+    found, now = migrate_database(database_url())
+    if found == now:
+        err.print(f"the tables were at migration {now} already")
+    else:
+        err.print(f"the tables are at migration {now} now, before: {found or 'none'}")
 
 
 @app.command(epilog="Example: `maskfleet doctor s3://bucket/street`")

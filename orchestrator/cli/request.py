@@ -46,6 +46,10 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
     detector = _asked_detector(options)
     text = read_phrases(options.text or [])
     _require_one_way(spec, options, detector, text)
+    if source.startswith("s3:") and not source.startswith("s3://"):
+        fail(
+            f"{source}: did you mean s3://{source.removeprefix('s3:').lstrip('/')}? A folder of that name is ./{source}"
+        )
     where = source if "://" in source else str(Path(source).expanduser().absolute())
     is_automatic = options.prompt_file is None and not (detector or text)
     params = _params(options, is_automatic=is_automatic)

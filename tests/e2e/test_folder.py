@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -100,3 +101,11 @@ def test_another_folder_and_a_typing_error_are_named(tmp_path: Path) -> None:
     said = call("show", tmp_path, code=2)
     assert "no folder that `maskfleet run` wrote" in said
     assert str(tmp_path) in said
+
+
+def test_a_typing_error_in_an_address_is_asked_about(tmp_path: Path) -> None:
+    assert "did you mean s3://bucket/photos?" in run("s3:/bucket/photos", "--out", tmp_path / "out", code=2).stderr
+
+
+def test_the_version_is_printed() -> None:
+    assert call("--version").strip() == version("maskfleet")
