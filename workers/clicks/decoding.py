@@ -27,7 +27,7 @@ from workers.prompts import fit, takes
 
 # A kept decoder of SAM holds 3.5 times its embedding's float32 bytes (14 MiB), one of SAM-HQ or SAM 2.1 up to twice.
 _TIMES_ITS_EMBEDDING = 4
-MOST_KEPT_BYTES = 160 * 1024 * 1024  # ten images of a vit_*; the child as a whole then stays below 600 MB
+MOST_KEPT_BYTES = 80 * 1024 * 1024  # five images of a vit_*; the child's own memory then stays below 600 MB
 
 _Key: TypeAlias = tuple[str, str | None]  # address, and the run lengths of the mask that is refined
 
