@@ -100,10 +100,12 @@ def keep(name: str, seed: int, said: str, last_input: Path) -> None:
 
 
 def target_of(name: str) -> Target:
-    from tests.fuzz import weights
+    targets = {target.name: target for part in (images, label_studio, listings, prompts) for target in part.TARGETS}
+    if name in targets:
+        return targets[name]
+    from tests.fuzz import weights  # it loads torch
 
-    parts = (images, label_studio, listings, prompts, weights)
-    return next(target for part in parts for target in part.TARGETS if target.name == name)
+    return next(target for target in weights.TARGETS if target.name == name)
 
 
 def run_target(target: Target, examples: int, seed: int, folder: Path) -> dict[str, object]:

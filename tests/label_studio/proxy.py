@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -26,6 +26,8 @@ class Proxy:
     late_seconds: float = 1.0
     before_import: Callable[[], None] = lambda: None
     requests: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes of the body
+    spoiled: int = 0
+    late_on_the_way: int = 0
     handed_on_late: int = 0
 
     def imports(self) -> list[int]:
@@ -37,7 +39,9 @@ class Proxy:
         if "/import" not in path:
             return ""
         self.before_import()
-        return self.spoil.pop(0) if self.spoil else ""
+        spoil = self.spoil.pop(0) if self.spoil else ""
+        self.spoiled += bool(spoil)
+        return spoil
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -56,11 +60,13 @@ class _Handler(BaseHTTPRequestHandler):
         if spoil == "503":
             self._answer(503, b"busy", "text/plain")
         elif spoil == "late":
+            self.proxy.late_on_the_way += 1
             self._answer(504, b"gateway time-out", "text/plain")
             self.wfile.flush()
             time.sleep(self.proxy.late_seconds)  # in the gateway's own queue
             self._ask_server(body)
             self.proxy.handed_on_late += 1
+            self.proxy.late_on_the_way -= 1
         else:
             self._pass_on(self._ask_server(body), spoil)
 
@@ -77,11 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(answer.status_code, answer.content, answer.headers.get("content-type", ""))
 
     def _answer(self, status: int, body: bytes, content_type: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with suppress(BrokenPipeError, ConnectionResetError):  # who asked was killed
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
     do_GET = do_POST = do_PATCH = do_DELETE = _forward
 
