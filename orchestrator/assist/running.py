@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from db.clicks import ClickedTask, models_of_projects
 from db.publishing import LsProject
-from db.session import Engine
+from db.session import DBAPIError, Engine
 from db.settings import settings
 from orchestrator.assist.ahead import keep_ahead
 from orchestrator.assist.answers import AnswerKind, Assistant
@@ -25,6 +25,7 @@ from orchestrator.label_studio.client import LabelStudio
 from workers.embeddings.address import EmbeddingFormat
 from workers.embeddings.store import EmbeddingStore, open_store
 from workers.embeddings.sweep import sweep
+from workers.errors import redact
 from workers.prompts import Prompt
 
 _CHILD = ("-P", "-m", "workers.clicks.child")
@@ -69,12 +70,17 @@ def run_assist(
     )
     decode = _no_decoder if store is None else Decoder(engine, children, embedding_format)
     assistant = Assistant(engine, client.url, projects, decode=decode, as_=as_)
-    looking = threading.Thread(
-        target=keep_ahead,
-        args=(engine, client, projects, stop),
-        kwargs={"ahead": ahead, "embedding_format": embedding_format, "after_each": _tidy(engine, store)},
-        name="ahead",
-    )
+    failures: list[Exception] = []
+
+    def look_ahead() -> None:
+        tidy = _tidy(engine, store)
+        try:
+            keep_ahead(engine, client, projects, stop, ahead=ahead, embedding_format=embedding_format, after_each=tidy)
+        except Exception as error:  # noqa: BLE001  raised below, in the thread that can end the service
+            failures.append(error)
+            stop.set()
+
+    looking = threading.Thread(target=look_ahead, name="ahead")
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         with _encoder(encode):
@@ -86,12 +92,18 @@ def run_assist(
         children.close()
         if looking.is_alive():
             looking.join()
+    if failures:
+        raise failures[0]
 
 
 def _models(engine: Engine, server: str, projects: Sequence[int]) -> list[str]:
     """The models of the predictions that the projects hold, to be loaded before the first click."""
-    with engine.begin() as db:
-        return models_of_projects(db, ls_projects=[LsProject(server, number) for number in projects])
+    try:
+        with engine.begin() as db:
+            return models_of_projects(db, ls_projects=[LsProject(server, number) for number in projects])
+    except DBAPIError as error:  # the first click on a model then waits for its weights
+        log.warning("the projects' models are not known: %s", redact(str(error.orig).strip()))
+        return []
 
 
 def _no_decoder(task: ClickedTask, prompt: Prompt, mask_counts: str | None) -> None:

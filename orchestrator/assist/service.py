@@ -14,7 +14,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler, stream_request_body
 
-from orchestrator.assist.credential import Credential
+from orchestrator.assist.credential import AssistError, Credential
 
 # Label Studio sends all predictions of a task with each click.
 MAX_BODY_BYTES = 64_000_000
@@ -93,7 +93,7 @@ def serve(
 ) -> None:
     """Answer requests until `stop` is set. started: called with the port once requests are taken (port 0: any free).
 
-    Raises OSError when the port is taken.
+    Raises AssistError when the port is taken.
     """
     asyncio.run(_serve(answer, credential, stop, host=host, port=port, threads=threads, started=started))
 
@@ -116,7 +116,10 @@ async def _serve(
         ]
         application = Application(routes, log_function=lambda _: None)
         server = HTTPServer(application, max_body_size=MAX_BODY_BYTES, idle_connection_timeout=120)
-        sockets = bind_sockets(port, host)
+        try:
+            sockets = bind_sockets(port, host)
+        except OSError as error:
+            raise AssistError(f"cannot listen at {host}:{port} ({error.strerror}): choose another --port") from error
         server.add_sockets(sockets)
         started(sockets[0].getsockname()[1])
         await asyncio.get_running_loop().run_in_executor(None, stop.wait)

@@ -317,6 +317,20 @@ def test_health_is_answered_while_a_click_is_under_way():
         clicking.join()
 
 
+def test_a_port_that_is_taken_is_named():
+    with served(lambda body: NOTHING) as url:
+        port = int(url.rpartition(":")[2])
+        with pytest.raises(AssistError, match=f"cannot listen at 127.0.0.1:{port} .*choose another --port"):
+            serve(
+                lambda body: NOTHING,
+                Credential("maskfleet", PASSWORD),
+                threading.Event(),
+                host="127.0.0.1",
+                port=port,
+                threads=1,
+            )
+
+
 def test_a_short_password_is_refused_with_a_command_that_makes_one():
     with pytest.raises(AssistError, match="has 15 characters, expected at least 16: `openssl rand"):
         Credential("maskfleet", "x" * 15)
