@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from db import clicks, embeddings
 from db.publishing import LsProject
 from db.session import DBAPIError, Engine, is_passing
+from db.settings import settings
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.setup import SAMPLING
@@ -37,8 +38,9 @@ def keep_ahead(
     """
     while not stop.is_set():
         try:
-            for project_id in projects if ahead else ():
-                want_next(engine, client, project_id, count=ahead, embedding_format=embedding_format)
+            count = within_budget(engine, ahead, budget_bytes=settings().embeddings_bytes // max(1, len(projects)))
+            for project_id in projects if count else ():
+                want_next(engine, client, project_id, count=count, embedding_format=embedding_format)
             after_each()
         except (LabelStudioError, EmbeddingError) as error:
             log.warning("the look at the next tasks failed, next try in %g s: %s", _LOOK_SECONDS, error)
@@ -49,6 +51,18 @@ def keep_ahead(
                 "Postgres does not answer, next try in %g s: %s", _LOOK_SECONDS, redact(str(error.orig).strip())
             )
         stop.wait(_LOOK_SECONDS)
+
+
+def within_budget(engine: Engine, count: int, *, budget_bytes: int) -> int:
+    """At most `count`, and at most what the budget holds at the mean size of what is stored.
+
+    More would be made, and deleted at the next sweep, for ever.
+    """
+    with engine.begin() as db:
+        found = embeddings.totals(db)
+    if not found.size_bytes:
+        return count
+    return min(count, budget_bytes * found.stored // found.size_bytes)
 
 
 def want_next(

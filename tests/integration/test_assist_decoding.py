@@ -13,6 +13,7 @@ from sqlalchemy import Engine, text
 
 from db import embeddings
 from db.states import EmbeddingState
+from orchestrator.assist.ahead import within_budget
 from orchestrator.assist.answers import Assistant
 from orchestrator.assist.children import Children
 from orchestrator.assist.decoding import Decoder
@@ -171,3 +172,14 @@ def test_a_model_without_points_is_answered_from_stored_masks_and_wants_nothing(
     assert answer(assistant_of(engine, children), asset, 160, 120)[0] == "stored"
     with engine.begin() as db:
         assert db.execute(text("SELECT count(*) FROM embedding")).scalar_one() == 0
+
+
+def test_no_more_is_kept_ahead_than_the_budget_holds(engine: Engine, store: EmbeddingStore, nano: Model) -> None:
+    assert within_budget(engine, 200, budget_bytes=1) == 200  # nothing is stored yet, so no size is known
+    for number in range(2):
+        keep(engine, store, nano, published(engine, number), number)
+    with engine.begin() as db:
+        size_bytes = embeddings.totals(db).size_bytes // 2
+
+    assert within_budget(engine, 200, budget_bytes=5 * size_bytes) == 5
+    assert within_budget(engine, 3, budget_bytes=5 * size_bytes) == 3
