@@ -240,6 +240,8 @@ class Protocol(RuleBasedStateMachine):
         claim = pick(self.claims, which)
         with self.engine.begin() as db:
             leases.release_chunk(db, chunk=claim.chunk, transient_error=after_an_error)
+            # Only `pauses_end` ends a pause, not the time that a busy machine takes.
+            db.execute(text("UPDATE chunk SET ready_at = now() + interval '1 day' WHERE ready_at IS NOT NULL"))
         self.claims.remove(claim)
         chunk = self.model.chunks.get(claim.chunk.id)
         if chunk is not None and chunk.holder is claim:
