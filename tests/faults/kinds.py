@@ -127,9 +127,15 @@ def lock_the_outcomes(fleet: Fleet) -> None:
 def cancel_and_resume_a_job(fleet: Fleet) -> None:
     with fleet.deployment.engine.begin() as db:
         job = db.execute(text("SELECT id FROM job WHERE state IN ('listing', 'running') LIMIT 1")).scalar()
-    if job is not None:
+    if job is None:
+        return
+    try:
         fleet.deployment.call("cancel", str(job))
-        fleet.deployment.call("resume", str(job))
+    except AssertionError:
+        if fleet.is_over():  # it was done in the meantime
+            return
+        raise
+    fleet.deployment.call("resume", str(job))
 
 
 def fill_redis(fleet: Fleet) -> None:

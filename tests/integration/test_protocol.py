@@ -240,6 +240,8 @@ class Protocol(RuleBasedStateMachine):
         claim = pick(self.claims, which)
         with self.engine.begin() as db:
             leases.release_chunk(db, chunk=claim.chunk, transient_error=after_an_error)
+            # Only `pauses_end` ends a pause, not the time that a busy machine takes.
+            db.execute(text("UPDATE chunk SET ready_at = now() + interval '1 day' WHERE ready_at IS NOT NULL"))
         self.claims.remove(claim)
         chunk = self.model.chunks.get(claim.chunk.id)
         if chunk is not None and chunk.holder is claim:
@@ -270,13 +272,24 @@ class Protocol(RuleBasedStateMachine):
         chunk.expired = True
 
     @precondition(lambda self: any(c.state == "running" for c in self.model.chunks.values()))
-    @rule(which=ANY)
-    def a_sleeping_worker_is_replaced(self, which: int) -> None:
-        """It still believes that it holds the chunk."""
-        chunk = pick([c for c in self.model.chunks.values() if c.state == "running"], which)
-        self.a_lease_runs_out([c for c in self.model.chunks.values() if c.state == "running"].index(chunk))
+    @rule(which=ANY, replaced=st.booleans(), wakes=st.sampled_from(["commit", "heartbeat", "release", "not yet"]))
+    def a_worker_sleeps_past_its_lease(self, which: int, replaced: bool, wakes: str) -> None:
+        """It still believes that it holds the chunk, which another worker may hold by now."""
+        running = [c for c in self.model.chunks.values() if c.state == "running"]
+        chunk = pick(running, which)
+        sleeper = chunk.holder
+        self.a_lease_runs_out(running.index(chunk))
         self.reap()
-        self._claim(chunk.id)
+        if replaced:
+            self._claim(chunk.id)
+        if sleeper not in self.claims:
+            return
+        if wakes == "commit":
+            self.commit(self.claims.index(sleeper), 1, 1, None)
+        elif wakes == "heartbeat":
+            self.heartbeat(self.claims.index(sleeper))
+        elif wakes == "release":
+            self.release(self.claims.index(sleeper), False)
 
     @rule()
     def reap(self) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -33,6 +34,13 @@ class Proxy:
     def imports(self) -> list[int]:
         """The sizes of the bodies of all imports, in bytes."""
         return [size for method, path, size in self.requests if method == "POST" and "/import" in path]
+
+    def hand_on_late(self, request: Callable[[], httpx.Response]) -> None:
+        """Let the server have a request that was answered long ago, as a gateway with a queue does."""
+        time.sleep(self.late_seconds)
+        request()
+        self.handed_on_late += 1
+        self.late_on_the_way -= 1
 
     def next_spoil(self, path: str) -> str:
         """What becomes of this request's answer; nothing, unless it is an import and one is left."""
@@ -61,18 +69,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(503, b"busy", "text/plain")
         elif spoil == "late":
             self.proxy.late_on_the_way += 1
+            # In a thread: the next request may come over this connection, and must not wait for the late one.
+            threading.Thread(target=self.proxy.hand_on_late, args=(self._request(body),), daemon=True).start()
             self._answer(504, b"gateway time-out", "text/plain")
-            self.wfile.flush()
-            time.sleep(self.proxy.late_seconds)  # in the gateway's own queue
-            self._ask_server(body)
-            self.proxy.handed_on_late += 1
-            self.proxy.late_on_the_way -= 1
         else:
-            self._pass_on(self._ask_server(body), spoil)
+            self._pass_on(self._request(body)(), spoil)
 
-    def _ask_server(self, body: bytes) -> httpx.Response:
+    def _request(self, body: bytes) -> Callable[[], httpx.Response]:
+        """This request, ready to go to the server."""
         headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
-        return httpx.request(self.command, self.proxy.target + self.path, content=body, headers=headers, timeout=300)
+        url = self.proxy.target + self.path
+        return partial(httpx.request, self.command, url, content=body, headers=headers, timeout=300)
 
     def _pass_on(self, answer: httpx.Response, spoil: str) -> None:
         if spoil == "drop":

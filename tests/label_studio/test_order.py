@@ -116,7 +116,7 @@ def test_a_gateway_that_hands_a_request_on_after_its_504_doubles_nothing(
     engine: Engine, client: LabelStudio, through_proxy: LabelStudio, proxy: Proxy, project_id: int
 ) -> None:
     job = any_job(engine, keys=70)
-    proxy.spoil, proxy.late_seconds = ["late"], 3.0
+    proxy.spoil, proxy.late_seconds = ["late"], 5.0
 
     report = publish_job(engine, through_proxy, job, project_id, Options(settle_seconds=60))
 
