@@ -33,6 +33,20 @@ def test_the_deployment_has_every_part():
     assert SERVICES.keys() == {"postgres", "redis", "s3", *OURS, "label-studio"}
 
 
+@pytest.mark.parametrize("path", [BASE, *OVERLAYS], ids=lambda path: path.stem)
+def test_no_key_stands_twice(path):
+    """PyYAML takes the last of two; docker compose refuses the file."""
+    mappings = [yaml.compose(path.read_text())]
+    while mappings:
+        node = mappings.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if key.value != "<<"]
+            assert len(keys) == len(set(keys)), keys
+            mappings += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            mappings += node.value
+
+
 @every_service
 def test_a_service_says_whether_it_is_well(name):
     check = SERVICES[name]["healthcheck"]
