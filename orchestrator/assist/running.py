@@ -86,7 +86,16 @@ def run_assist(
         with _encoder(encode):
             looking.start()
             threads = 2 * processes + _PICK_THREADS
-            serve(assistant.answer, credential, stop, host=host, port=port, threads=threads, started=started)
+            serve(
+                assistant.answer,
+                credential,
+                stop,
+                host=host,
+                port=port,
+                threads=threads,
+                started=started,
+                decoders=children.ready,
+            )
     finally:
         stop.set()
         children.close()

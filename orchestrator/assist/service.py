@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 class _Handler(RequestHandler):
     """Refuses a request without the right credential before its body is read."""
 
-    def initialize(self, credential: Credential) -> None:
+    def initialize(self, credential: Credential, decoders: Callable[[], int]) -> None:
         self.credential = credential
+        self.decoders = decoders
         self.body = bytearray()
 
     def prepare(self) -> None:
@@ -51,7 +52,7 @@ class _Handler(RequestHandler):
 
 
 class _Fixed(_Handler):
-    """/health, /setup, /versions, /webhook: always the same answer. A body is not looked at."""
+    """/health, /setup, /versions, /webhook: the same answer whatever the body. /health also counts decoders that are up."""
 
     ANSWERS: ClassVar[dict[str, dict[str, Any]]] = {
         "health": {"status": "UP", "model_class": _VERSION},
@@ -61,7 +62,7 @@ class _Fixed(_Handler):
     }
 
     def get(self, name: str) -> None:
-        self.reply(self.ANSWERS[name])
+        self.reply(self.ANSWERS[name] | ({"decoders": self.decoders()} if name == "health" else {}))
 
     post = get
 
@@ -70,9 +71,13 @@ class _Predict(_Handler):
     """/predict: answered in a thread, so that /health stays quick."""
 
     def initialize(  # type: ignore[override]
-        self, credential: Credential, answer: Callable[[bytes], dict[str, Any]], threads: ThreadPoolExecutor
+        self,
+        credential: Credential,
+        decoders: Callable[[], int],
+        answer: Callable[[bytes], dict[str, Any]],
+        threads: ThreadPoolExecutor,
     ) -> None:
-        super().initialize(credential)
+        super().initialize(credential, decoders)
         self.answer = answer
         self.threads = threads
 
@@ -90,17 +95,20 @@ def serve(
     port: int,
     threads: int,
     started: Callable[[int], None] = lambda _: None,
+    decoders: Callable[[], int] = lambda: 0,
 ) -> None:
     """Answer requests until `stop` is set. started: called with the port once requests are taken (port 0: any free).
+    decoders: how many decoder children are up, for /health.
 
     Raises AssistError when the port is taken.
     """
-    asyncio.run(_serve(answer, credential, stop, host=host, port=port, threads=threads, started=started))
+    about = {"credential": credential, "decoders": decoders}
+    asyncio.run(_serve(answer, about, stop, host=host, port=port, threads=threads, started=started))
 
 
 async def _serve(
     answer: Callable[[bytes], dict[str, Any]],
-    credential: Credential,
+    about: dict[str, Any],
     stop: threading.Event,
     *,
     host: str,
@@ -110,9 +118,9 @@ async def _serve(
 ) -> None:
     with ThreadPoolExecutor(threads, thread_name_prefix="answer") as pool:
         routes: list[Any] = [
-            (r"/(health|setup|versions|webhook)/?", _Fixed, {"credential": credential}),
-            (r"/predict/?", _Predict, {"credential": credential, "answer": answer, "threads": pool}),
-            (r"/.*", _Unknown, {"credential": credential}),
+            (r"/(health|setup|versions|webhook)/?", _Fixed, about),
+            (r"/predict/?", _Predict, {**about, "answer": answer, "threads": pool}),
+            (r"/.*", _Unknown, about),
         ]
         application = Application(routes, log_function=lambda _: None)
         server = HTTPServer(application, max_body_size=MAX_BODY_BYTES, idle_connection_timeout=120)

@@ -9,7 +9,8 @@ import numpy as np
 
 from db.annotations import KnownTask
 from orchestrator.label_studio.brush import BrushError, decode_brush, encode_brush_counts
-from orchestrator.label_studio.config import ConfigError, add_smart_tools, find_controls, label_config, merge_config
+from orchestrator.label_studio.config import ConfigError, find_controls, label_config, merge_config
+from orchestrator.label_studio.prompt_controls import add_prompt_controls, prompt_controls
 from orchestrator.label_studio.review import judge_task
 from orchestrator.shapes.runs import edges_of_masks
 from tests.fuzz.target import Target, files
@@ -28,9 +29,10 @@ def _mask() -> np.ndarray:
 
 def _read_config(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
-    find_controls(text)
+    controls = find_controls(text)
     merge_config(text, kinds=["polygon", "brush"], labels=["car", "new"])
-    add_smart_tools(text, ["car"])
+    prompt_controls(text)
+    add_prompt_controls(text, ["car"], image_name=controls.image_name)
 
 
 def _regions() -> list[dict[str, Any]]:
@@ -66,7 +68,7 @@ TARGETS = [
     Target(
         name="labeling configs",
         read=_read_config,
-        allowed=(ConfigError,),
+        allowed=(ConfigError, ValueError),
         seeds=lambda: [
             label_config(["car", 'a "b" <c> & д']).encode(),
             b'<View><Image name="i" value="$image"/><Choices name="c" toName="i"><Choice value="x"/></Choices></View>',

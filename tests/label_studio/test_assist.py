@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -136,20 +137,25 @@ def review(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @contextmanager
 def reviewing(server: Server, folder: Path, names: Sequence[str]) -> Iterator[Review]:
     """Drawn scenes of these names: run with their embeddings, assisted, published. folder: for what `run` writes."""
+    with LabelStudio(server.url, server.token) as client:
+        yield from _reviewing(server, client, folder / "out", names)
+
+
+def _reviewing(server: Server, client: LabelStudio, out: Path, names: Sequence[str]) -> Iterator[Review]:
     photos = server.files / "scenes"
     photos.mkdir()
     for number, name in enumerate(names):
         Image.fromarray(draw_scene(90_000_000_000_000 + number, SCENE_HW).image).save(photos / name)
-    out = folder / "out"
-    client = LabelStudio(server.url, server.token)
     made = Review(server=server, client=client, out=out, project_id=0, tasks={}, masks={})
     made.call("run", photos, "--out", out, "--model", "sam_nano", "--keep-embeddings", "all")
     setup = ["label-studio", "setup", "--job", out, "--local-files"]
     project_id = int(made.call(*setup, "--title", "assisted"))
+    published = ["publish", out, "--project", str(project_id), "--max-masks", str(SHOWN)]
+    made.call(*published, "--local-files", server.files)
     with assisting(server, out / "assist.log", out, "--project", str(project_id)) as url:
         made.call("label-studio", "setup", "--project", str(project_id), "--assist", url)
-        published = ["publish", out, "--project", str(project_id), "--max-masks", str(SHOWN)]
-        made.call(*published, "--local-files", server.files)
+        cores = len(os.sched_getaffinity(0))
+        wait_for(lambda: decoders(url) == cores, "the decoders with their models", seconds=300)
         yield Review(
             server=server,
             client=client,
@@ -158,6 +164,10 @@ def reviewing(server: Server, folder: Path, names: Sequence[str]) -> Iterator[Re
             tasks={t["data"]["image"].rpartition("/")[2]: t["id"] for t in client.list_tasks(project_id)},
             masks=masks_of(out),
         )
+
+
+def decoders(url: str) -> int:
+    return int(httpx.get(f"{url}/health", auth=("maskfleet", PASSWORD), timeout=30).json()["decoders"])
 
 
 def masks_of(out: Path) -> dict[str, list[dict[str, Any]]]:
