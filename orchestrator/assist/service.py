@@ -52,7 +52,7 @@ class _Handler(RequestHandler):
 
 
 class _Fixed(_Handler):
-    """/health, /setup, /versions, /webhook: the same answer whatever the body. /health also counts decoders that are up."""
+    """/health, /setup, /versions, /webhook: one answer whatever the body. /health also counts decoders that are up."""
 
     ANSWERS: ClassVar[dict[str, dict[str, Any]]] = {
         "health": {"status": "UP", "model_class": _VERSION},

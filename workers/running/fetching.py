@@ -82,7 +82,9 @@ class FetchAhead:
 
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        while not self.is_stuck and wait(self._running, timeout=_LOOK_SECONDS).not_done:
+        # Not `wait(...).not_done`: for it a future that was cancelled before its start is never done.
+        while not self.is_stuck and (running := [future for future in self._running if not future.done()]):
+            wait(running, timeout=_LOOK_SECONDS)
             self.is_stuck = self._count_overdue() > 0
         if self.is_stuck:
             raise DecodeStuck
