@@ -47,6 +47,12 @@ class Children:
         """seconds: the patience of one click, with its wait for earlier clicks. models: to load before any click."""
         self._children = [_Child(command, n, seconds, models) for n in range(count)]
 
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def ask(self, request: ClickRequest, *, route: int) -> ClickAnswer | None:
         """Send a request to the child of this route, and return its answer."""
         if not self._children:

@@ -70,39 +70,55 @@ def run_assist(
     )
     decode = _no_decoder if store is None else Decoder(engine, children, embedding_format)
     assistant = Assistant(engine, client.url, projects, decode=decode, as_=as_)
-    failures: list[Exception] = []
-
-    def look_ahead() -> None:
-        tidy = _tidy(engine, store)
-        try:
-            keep_ahead(engine, client, projects, stop, ahead=ahead, embedding_format=embedding_format, after_each=tidy)
-        except Exception as error:  # noqa: BLE001  raised below, in the thread that can end the service
-            failures.append(error)
-            stop.set()
-
-    looking = threading.Thread(target=look_ahead, name="ahead")
+    looking = _Looking(
+        lambda: keep_ahead(
+            engine,
+            client,
+            projects,
+            stop,
+            ahead=ahead,
+            embedding_format=embedding_format,
+            after_each=_tidy(engine, store),
+        ),
+        stop,
+    )
     sys.setswitchinterval(_SWITCH_SECONDS)
-    try:
-        with _encoder(encode):
-            looking.start()
-            threads = 2 * processes + _PICK_THREADS
-            serve(
-                assistant.answer,
-                credential,
-                stop,
-                host=host,
-                port=port,
-                threads=threads,
-                started=started,
-                decoders=children.ready,
-            )
-    finally:
-        stop.set()
-        children.close()
-        if looking.is_alive():
-            looking.join()
-    if failures:
-        raise failures[0]
+    with children, looking, _encoder(encode):
+        serve(
+            assistant.answer,
+            credential,
+            stop,
+            host=host,
+            port=port,
+            threads=2 * processes + _PICK_THREADS,
+            started=started,
+            decoders=children.ready,
+        )
+
+
+class _Looking:
+    """The thread that looks ahead, for a `with` block. Its error ends the service, and the block raises it."""
+
+    def __init__(self, look: Callable[[], None], stop: threading.Event) -> None:
+        self._look, self._stop = look, stop
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="ahead")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._look()
+        except Exception as error:  # noqa: BLE001  raised above, in the thread that can end the service
+            self._error = error
+            self._stop.set()
 
 
 def _models(engine: Engine, server: str, projects: Sequence[int]) -> list[str]:
