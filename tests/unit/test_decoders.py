@@ -44,7 +44,7 @@ PROMPTS = [
 ]
 SIZE_HW = (90, 131)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # slow: models are built
 
 
 def names_and_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

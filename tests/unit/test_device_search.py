@@ -43,7 +43,7 @@ ALL_AT_ONCE = 10_000
 EVERYTHING = AutomaticParams(points_per_side=4, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.9)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # slow: models are built
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from workers.prompts import Prompt, asks_one_point
 pytest.importorskip("timm")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "folder")
+pytestmark = [pytest.mark.usefixtures("one_thread", "folder"), pytest.mark.slow]  # slow: models are built
 
 
 def official_encoder() -> Shapes:

@@ -78,7 +78,7 @@ RECORDED = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "folder")
+pytestmark = [pytest.mark.usefixtures("one_thread", "folder"), pytest.mark.slow]  # slow: models are built
 
 
 def shapes_of(hiera: Hiera) -> dict[str, tuple[int, ...]]:

@@ -23,6 +23,8 @@ from workers.models.weights import WeightsState, verify  # noqa: E402
 from workers.params import AutomaticParams, ParamError, PromptParams, parse_prompt_params  # noqa: E402
 from workers.prompts import Prompt, PromptError  # noqa: E402
 
+pytestmark = pytest.mark.slow  # slow: models are built
+
 SPEC = find_model("sam3")
 ALL = PromptParams(text_threshold=0)
 PROMPTS = [

@@ -49,7 +49,7 @@ RECORDED = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "folder")
+pytestmark = [pytest.mark.usefixtures("one_thread", "folder"), pytest.mark.slow]  # slow: models are built
 
 
 def draw_weights() -> dict[str, Tensor]:
