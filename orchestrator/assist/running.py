@@ -32,7 +32,6 @@ _CHILD = ("-P", "-m", "workers.clicks.child")
 _ENCODER = ("-P", "-m", "workers.running.encode")
 _CLICK_SECONDS = 5.0  # how long a click waits for its decoder; then a stored mask answers it
 _PICK_THREADS = 6
-_SWITCH_SECONDS = 0.0005  # Python's 5 ms would let /health wait behind every thread that makes regions
 _COMPARE_SECONDS = 3600.0
 
 log = logging.getLogger(__name__)
@@ -82,7 +81,6 @@ def run_assist(
         ),
         stop,
     )
-    sys.setswitchinterval(_SWITCH_SECONDS)
     with children, looking, _encoder(encode):
         serve(
             assistant.answer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from orchestrator.assist.credential import AssistError, Credential
 # Label Studio sends all predictions of a task with each click.
 MAX_BODY_BYTES = 64_000_000
 _VERSION = "maskfleet"
+_SWITCH_SECONDS = 0.0005  # Python's 5 ms would let /health wait behind every thread that makes regions
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class _Fixed(_Handler):
 class _Predict(_Handler):
     """/predict: answered in a thread, so that /health stays quick."""
 
-    def initialize(  # type: ignore[override]
+    def initialize(  # type: ignore[override]  # tornado hands each handler its own route's arguments
         self,
         credential: Credential,
         decoders: Callable[[], int],
@@ -102,6 +104,7 @@ def serve(
 
     Raises AssistError when the port is taken.
     """
+    sys.setswitchinterval(_SWITCH_SECONDS)
     about = {"credential": credential, "decoders": decoders}
     asyncio.run(_serve(answer, about, stop, host=host, port=port, threads=threads, started=started))
 
