@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,6 @@ from orchestrator.assist.credential import AssistError, Credential
 # Label Studio sends all predictions of a task with each click.
 MAX_BODY_BYTES = 64_000_000
 _VERSION = "maskfleet"
-_SWITCH_SECONDS = 0.0005  # Python's 5 ms would let /health wait behind every thread that makes regions
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +102,6 @@ def serve(
 
     Raises AssistError when the port is taken.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
     about = {"credential": credential, "decoders": decoders}
     asyncio.run(_serve(answer, about, stop, host=host, port=port, threads=threads, started=started))
 

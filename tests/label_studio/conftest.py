@@ -14,6 +14,7 @@ from sqlalchemy import create_engine, text
 from db.session import psycopg2_url
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.local.postgres import EmbeddedPostgres
+from tests.label_studio.proxy import Proxy, proxy_of
 from tests.label_studio.server import NotInstallable, Server, install, serve
 from tests.needs import miss
 
@@ -91,3 +92,15 @@ def _postgres_programs() -> Path | None:
         if any(list(share.glob("**/extension/pg_trgm.control")) for share in shares if share.is_dir()):
             return programs
     return None
+
+
+@pytest.fixture
+def proxy(label_studio: Server) -> Iterator[Proxy]:
+    with proxy_of(label_studio.url) as running:
+        yield running
+
+
+@pytest.fixture
+def through_proxy(proxy: Proxy, label_studio: Server) -> Iterator[LabelStudio]:
+    with LabelStudio(proxy.url, label_studio.token) as opened:
+        yield opened

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,7 +17,7 @@ from orchestrator.label_studio.publish import publish_job
 from orchestrator.label_studio.review import pull
 from orchestrator.label_studio.review_numbers import read_review
 from tests.label_studio.jobs import labeled_job as any_job
-from tests.label_studio.proxy import Proxy, proxy_of
+from tests.label_studio.proxy import Proxy
 from tests.label_studio.reviewing import Project, labeled_job, publish
 from tests.label_studio.server import Server
 from tests.waiting import wait_for
@@ -29,18 +28,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.label_studio]
 @pytest.fixture
 def project_id(client: LabelStudio, request: pytest.FixtureRequest) -> int:
     return client.create_project(title=request.node.name[:50], label_config=label_config(["car"])).id
-
-
-@pytest.fixture
-def proxy(label_studio: Server) -> Iterator[Proxy]:
-    with proxy_of(label_studio.url) as running:
-        yield running
-
-
-@pytest.fixture
-def through_proxy(proxy: Proxy, label_studio: Server) -> Iterator[LabelStudio]:
-    with LabelStudio(proxy.url, label_studio.token) as opened:
-        yield opened
 
 
 def states(engine: Engine) -> Counter[str]:

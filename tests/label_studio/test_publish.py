@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from orchestrator.label_studio.report import Report
 from orchestrator.label_studio.setup import Wanted, make_project, set_up_project
 from tests.factories import chunk_ids
 from tests.label_studio.jobs import SIZE_HW, label_chunk, labeled_job, noise, read_job, ring, rings
-from tests.label_studio.proxy import Proxy, proxy_of
+from tests.label_studio.proxy import Proxy
 from tests.label_studio.server import Server, personal_access_token
 from tests.waiting import wait_for
 from workers.masks import encode_counts
@@ -48,18 +48,6 @@ MASKFLEET = [sys.executable, "-P", "-m", "orchestrator.cli"]
 @pytest.fixture
 def project(client: LabelStudio, request: pytest.FixtureRequest) -> Project:
     return client.create_project(title=request.node.name[:50], label_config=label_config(["car"]))
-
-
-@pytest.fixture
-def proxy(label_studio: Server) -> Iterator[Proxy]:
-    with proxy_of(label_studio.url) as running:
-        yield running
-
-
-@pytest.fixture
-def through_proxy(proxy: Proxy, label_studio: Server) -> Iterator[LabelStudio]:
-    with LabelStudio(proxy.url, label_studio.token) as opened:
-        yield opened
 
 
 # ----------------------------------------------------------------------------------------------- once, whatever happens

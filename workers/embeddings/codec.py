@@ -126,5 +126,5 @@ def _foreign(expected: Stamp, found: str) -> EmbeddingError:
 def _crc32(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(memoryview(tensors[name].numpy().reshape(-1).view("uint8")), crc)  # type: ignore[arg-type]
+        crc = zlib.crc32(memoryview(tensors[name].numpy().reshape(-1).view("uint8")), crc)  # type: ignore[arg-type]  # stubs lack it
     return crc

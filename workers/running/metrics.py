@@ -72,6 +72,6 @@ def serve_worker_metrics(
     folder: where the children keep their numbers. failed_starts: by worker; called at each scrape.
     """
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]  # the library has no types there
     registry.register(_Starts(failed_starts))
     start_http_server(port, addr=address, registry=registry)
