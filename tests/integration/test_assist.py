@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import socket
 import threading
 import time
@@ -317,6 +318,7 @@ def test_health_is_answered_while_a_click_is_under_way():
         clicking.join()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # tornado leaves the socket that it could not bind
 def test_a_port_that_is_taken_is_named():
     with served(lambda body: NOTHING) as url:
         port = int(url.rpartition(":")[2])
@@ -329,6 +331,7 @@ def test_a_port_that_is_taken_is_named():
                 port=port,
                 threads=1,
             )
+    gc.collect()
 
 
 def test_a_short_password_is_refused_with_a_command_that_makes_one():
