@@ -1,4 +1,4 @@
-"""Connections to Postgres, and the migrations that build its tables.
+"""Connections to Postgres.
 
 Code outside db imports SQLAlchemy's connections and errors only from this module.
 """
@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, make_url
+from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
@@ -23,13 +19,13 @@ __all__ = [
     "OperationalError",
     "check_migrated",
     "is_passing",
-    "migrate",
-    "migration_config",
+    "migration_of",
+    "newest_migration",
     "open_engine",
     "psycopg2_url",
 ]
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATIONS = Path(__file__).parent / "migrations" / "versions"
 
 
 class DatabaseNotReady(RuntimeError):
@@ -81,39 +77,27 @@ def psycopg2_url(url: str) -> URL:
         ) from error
 
 
-def migrate(url: str) -> tuple[str | None, str]:
-    """Bring the tables to this version. Two may run at once: an advisory lock lets one through at a time.
-
-    Returns the migration that was found, None for an empty database, and the one that the tables are at now.
-    """
-    engine = open_engine(url)
-    found = _migration(engine)
-    command.upgrade(migration_config(url), "head")
-    now = _migration(engine)
-    engine.dispose()
-    return found, now or ""
-
-
-def _migration(engine: Engine) -> str | None:
+def migration_of(engine: Engine) -> str | None:
+    """The newest migration of the tables, None for an empty database."""
+    # Not by Alembic: importing it takes longer than most commands, and this is asked by each of them.
     with engine.connect() as connection:
-        found: str | None = MigrationContext.configure(connection).get_current_revision()
+        if connection.execute(text("SELECT to_regclass('alembic_version')")).scalar_one() is None:
+            return None
+        found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
     return found
 
 
-def migration_config(url: str) -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
-    config.attributes["url"] = url
-    return config
+def newest_migration() -> str:
+    """The newest migration of this version: their files begin with their number."""
+    return max(path.name.partition("_")[0] for path in _MIGRATIONS.glob("[0-9]*.py"))
 
 
 def check_migrated(engine: Engine) -> str:
     """The newest migration. Raises DatabaseNotReady unless the tables are those of this version."""
-    script = ScriptDirectory(str(_MIGRATIONS))
-    found = _migration(engine)
-    if found != script.get_current_head():
+    found, newest = migration_of(engine), newest_migration()
+    if found != newest:
         raise DatabaseNotReady(
-            f"database {engine.url.render_as_string()} is at migration {found}, expected "
-            f"{script.get_current_head()}: run `maskfleet migrate`"
+            f"database {engine.url.render_as_string()} is at migration {found}, expected {newest}: "
+            "run `maskfleet migrate`"
         )
-    return str(found)
+    return newest

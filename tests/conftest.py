@@ -16,7 +16,8 @@ import pytest
 import redis as redis_client
 from sqlalchemy import Engine, create_engine, text
 
-from db.session import migrate, open_engine, psycopg2_url
+from db.migrating import migrate
+from db.session import open_engine, psycopg2_url
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment
 from tests.needs import TESTDATA, miss

@@ -12,7 +12,7 @@ from types import TracebackType
 import structlog
 
 from db.settings import settings
-from workers.errors import redact
+from workers.errors import printable, redact
 
 _INDENT = "    "
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -40,11 +40,6 @@ class TextFormatter(logging.Formatter):
     def formatException(self, ei: ExcInfo) -> str:
         lines = redact(super().formatException(ei)).split("\n")
         return "\n".join(_INDENT + printable(line) for line in lines)
-
-
-def printable(text: str) -> str:
-    """A key or message on one line, without control sequences that a terminal would obey."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _redacted(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -1,4 +1,4 @@
-"""The command line's root, and what every command shares: the database, messages, JSON, signals."""
+"""What every command shares: the database, messages, JSON, signals."""
 
 from __future__ import annotations
 
@@ -7,71 +7,26 @@ import logging
 import os
 import signal
 import threading
-from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from db import jobs
 from db.session import DBAPIError, Engine, check_migrated, is_passing, open_engine
 from db.settings import settings
+from orchestrator.cli.root import app, label_studio_app, models_app, opened
 from orchestrator.local.folder import folder_database, is_folder, state_dir_of
 from orchestrator.terminal.console import stderr_console
 from workers.errors import redact
 
+__all__ = ["app", "label_studio_app", "models_app"]
+
 _LONGEST_PAUSE_SECONDS = 30.0
 USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses it too
 
-# The order in which people need them: make a job, look at it, export its masks, review, operate.
-_ORDER = (
-    *("demo", "run", "submit", "watch", "jobs", "show", "cancel", "resume", "retry", "export"),
-    *("label-studio", "publish", "assist", "review", "models", "worker", "dispatch", "migrate", "doctor"),
-)
-
-
-class _InOrder(TyperGroup):
-    """Lists the commands in _ORDER, not in the order in which their files are imported."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(super().list_commands(ctx), key=_ORDER.index)
-
-
-app = typer.Typer(
-    name="maskfleet",
-    cls=_InOrder,
-    help="Masks on every image of a folder or bucket before people start work.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(is_wanted: bool) -> None:
-    if is_wanted:
-        print(version("maskfleet"))
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    wanted: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """Masks on every image of a folder or bucket before people start work."""
-
-
-models_app = typer.Typer(help="The models, and their weights on this machine.", no_args_is_help=True)
-app.add_typer(models_app, name="models")
-label_studio_app = typer.Typer(help="Projects of Label Studio, where people correct masks.", no_args_is_help=True)
-app.add_typer(label_studio_app, name="label-studio")
-
 err = stderr_console()
 log = logging.getLogger(__name__)
-opened = ExitStack()  # what the arguments of a command opened; `main` closes it
 
 
 def job_number(job: str) -> int:

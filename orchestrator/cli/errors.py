@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from db.session import DatabaseNotReady, OperationalError
 from orchestrator.assist.credential import AssistError
-from orchestrator.cli.app import USAGE, err
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.local.folder import NoFolderError
 from orchestrator.local.postgres import PostgresFailed
@@ -36,26 +31,19 @@ _FAILURES = (
 )
 
 
-@contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """Print an error that an operator can fix as one line. Any other error is our fault and shows its trace."""
-    try:
-        yield
-    except _FAILURES as error:
-        message = str(error)
-    except LookupError as error:
-        if type(error) is not LookupError:
-            raise
-        message = str(error)
-    except ValidationError as error:
-        message = "; ".join(
+def as_message(error: Exception) -> str | None:
+    """The line for an error that an operator can fix, without secrets. None for any other: it is our fault."""
+    if isinstance(error, _FAILURES) or type(error) is LookupError:
+        return redact(str(error))
+    if isinstance(error, ValidationError):
+        lines = (
             f"MASKFLEET_{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
         )
-    except OperationalError as error:
-        message = f"Postgres did not answer: {error.orig}; `maskfleet doctor` says more"
-    except BrokenPipeError:
-        os._exit(0)
-    else:
-        return
-    err.print(f"maskfleet: {redact(message)}", style="red", markup=False)
-    sys.exit(USAGE)
+        return redact("; ".join(lines))
+    if isinstance(error, OperationalError):
+        return redact(f"Postgres did not answer: {error.orig}; `maskfleet doctor` says more")
+    return None
+
+
+def _setting(error: ErrorDetails) -> str:
+    return f"MASKFLEET_{str(error['loc'][0]).upper()}: {error['msg'].removeprefix('Value error, ')}"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from db import jobs
 from db.states import JobState
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
 from orchestrator.jobs.findings import matching_rows, nothing_found
 from orchestrator.jobs.reports import read_report
-from orchestrator.terminal.console import printable
+from orchestrator.terminal.console import printable, stdout_console
 from orchestrator.terminal.jobs import (
     follow_job,
     job_as_json,
@@ -65,7 +64,7 @@ def list_jobs(
     if as_json:
         print_json([job_as_json(job, counts) for job, counts in found])
     else:
-        Console().print(jobs_table(found))
+        stdout_console().print(jobs_table(found))
 
 
 @app.command(epilog="Example: `maskfleet show 12 --failed`")
@@ -82,7 +81,7 @@ def show(
     if as_json:
         print_json(report_as_json(report))
     else:
-        print_job(Console(), report)
+        print_job(stdout_console(), report)
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")

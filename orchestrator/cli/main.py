@@ -1,4 +1,4 @@
-"""The command line, whole: importing the files of commands adds them to the root.
+"""The command line.
 
 Results go to stdout, progress and logs to stderr. Exit 0: done. 1: some assets failed. 2: usage or environment.
 130: interrupted.
@@ -6,13 +6,27 @@ Results go to stdout, progress and logs to stderr. Exit 0: done. 1: some assets 
 
 from __future__ import annotations
 
-from orchestrator.cli import assist, export, jobs, label_studio, models, operate, review, submit
-from orchestrator.cli.app import app, opened
-from orchestrator.cli.errors import errors_as_messages
+import os
+import sys
 
-__all__ = ["app", "assist", "export", "jobs", "label_studio", "main", "models", "operate", "review", "submit"]
+from orchestrator.cli.root import app, opened
+
+__all__ = ["app", "main"]
 
 
 def main() -> None:
-    with errors_as_messages(), opened:
-        app()
+    try:
+        with opened:
+            app()
+    except BrokenPipeError:
+        os._exit(0)
+    except Exception as error:
+        # Imported only here: the errors of all parts stand in as many files.
+        from orchestrator.cli.app import USAGE, err
+        from orchestrator.cli.errors import as_message
+
+        message = as_message(error)
+        if message is None:
+            raise
+        err.print(f"maskfleet: {message}", style="red", markup=False)
+        sys.exit(USAGE)

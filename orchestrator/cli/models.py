@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from orchestrator.cli.app import USAGE, JsonOption, err, fail, models_app, print_json
 from orchestrator.cli.request import require_weights
+from orchestrator.terminal.console import stdout_console
 from workers.models.files import is_present, weights_path
 from workers.models.loading import ONNX_LIBRARIES, missing_libraries, require_decoder, require_libraries
 from workers.models.registry import MODELS, find_model
@@ -56,7 +56,7 @@ def models_list(as_json: JsonOption = False) -> None:
             weights += f", needs {' and '.join(missing)}"
         size = f"{spec.parameter_count / 1e6:.1f} M"
         table.add_row(spec.name, spec.family, size, ", ".join(spec.prompts), spec.licence, weights)
-    Console().print(table)
+    stdout_console().print(table)
     err.print("maskfleet models pull NAME    brings absent weights", style="dim")
 
 

@@ -6,10 +6,9 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from db.session import migrate as migrate_database
+from db.migrating import migrate as migrate_database
 from db.settings import settings
 from db.states import ProcessKind
 from orchestrator.cli.app import (
@@ -26,6 +25,7 @@ from orchestrator.cli.app import (
 )
 from orchestrator.cli.options import DevicesOption
 from orchestrator.local.doctor import examine
+from orchestrator.terminal.console import stdout_console
 from workers.logs import log_to_stderr
 from workers.running.heart import Heart, own_beat
 
@@ -125,6 +125,6 @@ def doctor(
             table.add_row(mark, f"[bold]{finding.what}[/bold]", finding.found)
             if finding.remedy:
                 table.add_row("", "", f"[dim]{finding.remedy}[/dim]")
-        Console().print(table)
+        stdout_console().print(table)
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(USAGE)

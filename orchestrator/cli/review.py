@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from db import jobs, publishing
 from db.session import DBAPIError, Engine, is_passing
@@ -20,6 +19,7 @@ from orchestrator.cli.label_studio import connect_label_studio, project_number
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.errors import Unavailable
 from orchestrator.local.run import INTERRUPTED
+from orchestrator.terminal.console import stdout_console
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.review import print_review
 from workers.errors import redact
@@ -99,7 +99,7 @@ def _review_once(
     elif as_json:
         print_json(read.as_json())
     else:
-        print_review(Console(), read)
+        print_review(stdout_console(), read)
     if html is not None:
         write_review(engine, read, html)
         err.print(f"wrote {html}")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from db.session import migrate
+from db.session import migration_of, newest_migration, open_engine
 from db.settings import settings
 from orchestrator.local.postgres import EmbeddedPostgres
 
@@ -57,13 +57,24 @@ def served_database(state_dir: Path) -> Iterator[str]:
             url = (state_dir / "address").read_text()
             fcntl.flock(users, fcntl.LOCK_SH)
         try:
-            migrate(url)
+            _migrate(url)
             yield url
         finally:
             with _alone(state_dir):
                 if _try_lock(users, fcntl.LOCK_EX):
                     (state_dir / "address").unlink(missing_ok=True)
                     server.stop(url)
+
+
+def _migrate(url: str) -> None:
+    engine = open_engine(url)
+    found = migration_of(engine)
+    engine.dispose()
+    if found != newest_migration():
+        # Imported only now: Alembic takes longer than most commands.
+        from db.migrating import migrate
+
+        migrate(url)
 
 
 @contextmanager

@@ -37,7 +37,8 @@ from sqlalchemy import Engine, text
 
 from db import jobs, listing
 from db.listing import NewAsset
-from db.session import migrate, open_engine
+from db.migrating import migrate
+from db.session import open_engine
 from db.settings import Settings, settings
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.pixels import decode_counts

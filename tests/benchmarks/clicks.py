@@ -26,7 +26,8 @@ import numpy as np
 from sqlalchemy import text
 
 from db import embeddings
-from db.session import Engine, migrate, open_engine
+from db.migrating import migrate
+from db.session import Engine, open_engine
 from orchestrator.assist.answers import Assistant
 from orchestrator.assist.children import Children
 from orchestrator.assist.credential import Credential

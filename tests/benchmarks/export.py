@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Engine, text
 
-from db.session import migrate, open_engine
+from db.migrating import migrate
+from db.session import open_engine
 from db.states import AnnotationStatus, Verdict
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job

@@ -26,8 +26,9 @@ from sqlalchemy import Engine, text
 from db import jobs
 from db.jobs import Job
 from db.leases import NewOutcome
+from db.migrating import migrate
 from db.results import StoredMask
-from db.session import migrate, open_engine
+from db.session import open_engine
 from db.states import JobState
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.config import label_config

@@ -32,7 +32,8 @@ from pycocotools import mask as coco_mask
 from sqlalchemy import Engine, text
 
 from db import jobs
-from db.session import migrate, open_engine, psycopg2_url
+from db.migrating import migrate
+from db.session import open_engine, psycopg2_url
 from db.settings import Settings, settings
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment, draw_pictures

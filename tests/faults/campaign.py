@@ -26,7 +26,8 @@ from typing import Any
 
 from sqlalchemy import text
 
-from db.session import migrate, open_engine
+from db.migrating import migrate
+from db.session import open_engine
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.deployment import Deployment, draw_pictures
 from tests.faults.books import Books, check

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from sqlalchemy import Engine, text
 
-from db.session import migrate, open_engine
+from db.migrating import migrate
+from db.session import open_engine
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.config import label_config
 from orchestrator.local.postgres import EmbeddedPostgres

@@ -4,7 +4,8 @@ import pytest
 from alembic import command
 from sqlalchemy import Engine
 
-from db.session import DatabaseNotReady, check_migrated, migrate, migration_config
+from db.migrating import migrate, migration_config
+from db.session import DatabaseNotReady, check_migrated
 
 pytestmark = pytest.mark.integration
 

@@ -165,7 +165,10 @@ def test_every_mask_is_the_references_to_the_bit_and_in_its_order(size, params, 
         # It fails on images too thin for its resize, on crops without pixels, and when no crop has a mask.
         assume(False)
 
-    assert ours == reference
+    assert [mask[:4] + mask[5:] for mask in ours] == [mask[:4] + mask[5:] for mask in reference]
+    for (*_, area_px, _, our_score, _), (*_, reference_score, _) in zip(ours, reference, strict=True):
+        # The two decoders' logits differ by rounding (3e-7), so one pixel may be on the other side of the offset.
+        assert our_score == pytest.approx(reference_score, abs=2 / max(area_px, 1), nan_ok=True)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from db.settings import Settings
-from orchestrator.cli.main import app
+from orchestrator.cli.root import COMMANDS, imported_command
 from workers.errors import ErrorKind
 from workers.models.registry import MODELS
 
@@ -19,8 +19,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def commands() -> Iterator[tuple[str, typer.core.TyperCommand]]:
-    group = typer.main.get_command(app)
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name in COMMANDS:
+        command = imported_command(name)
         if hasattr(command, "commands"):
             yield from ((f"{name} {sub}", below) for sub, below in command.commands.items())
         else:

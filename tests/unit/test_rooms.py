@@ -32,6 +32,7 @@ RUN_BY = {
     "orchestrator.cli.app": "e2e/test_run.py",
     "orchestrator.cli.errors": "e2e/test_run.py",
     "orchestrator.cli.export": "integration/test_export.py",
+    "orchestrator.cli.main": "unit/test_root.py",
     "orchestrator.cli.jobs": "e2e/test_deployment.py",
     "orchestrator.cli.label_studio": "label_studio/test_publish.py",
     "orchestrator.cli.models": "unit/test_weights.py",

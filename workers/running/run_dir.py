@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from workers.errors import redact
-from workers.logs import log_to_stderr, printable
+from workers.errors import printable, redact
+from workers.logs import log_to_stderr
 
 RUN_DIR_VARIABLE = "MASKFLEET_WORKER_RUN_DIR"
 _MOST_OF_AN_ERROR = 500
