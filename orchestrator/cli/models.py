@@ -20,21 +20,26 @@ from rich.table import Table
 
 from orchestrator.cli.app import USAGE, JsonOption, err, fail, models_app, print_json
 from orchestrator.cli.request import require_weights
-from orchestrator.terminal.console import stdout_console
+from orchestrator.terminal.console import printable, stdout_console
 from workers.models.files import is_present, weights_path
 from workers.models.loading import ONNX_LIBRARIES, missing_libraries, require_decoder, require_libraries
-from workers.models.registry import MODELS, find_model
+from workers.models.registry import find_model, known_models
 
 
 @models_app.command("list", epilog="Example: `maskfleet models list`")
 def models_list(as_json: JsonOption = False) -> None:
     """List the models: which prompts they take, their size, and whether their weights are here."""
+    specs, faults = known_models()
+    for fault in faults:
+        err.print(printable(fault), style="yellow", markup=False)
     if as_json:
         print_json(
             [
                 {
                     "name": spec.name,
                     "family": spec.family,
+                    "architecture": spec.architecture,
+                    "base": spec.base,
                     "parameters": spec.parameter_count,
                     "prompts": list(spec.prompts),
                     "decoders": list(spec.decoders),
@@ -43,14 +48,14 @@ def models_list(as_json: JsonOption = False) -> None:
                     "present": is_present(spec),
                     "path": str(weights_path(spec)),
                 }
-                for spec in MODELS.values()
+                for spec in specs
             ]
         )
         return
     table = Table(box=None, pad_edge=False)
     for column in ("name", "family", "parameters", "prompts", "licence", "weights"):
         table.add_column(column)
-    for spec in MODELS.values():
+    for spec in specs:
         weights = "present" if is_present(spec) else "absent"
         if missing := missing_libraries(spec.libraries):
             weights += f", needs {' and '.join(missing)}"

@@ -21,7 +21,7 @@ from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.terminal.console import printable
 from workers.errors import SourceError, TransientError, redact
 from workers.models.files import is_present, weights_dir
-from workers.models.registry import MODELS, find_model
+from workers.models.registry import find_model, known_models
 from workers.storage.client import endpoint_error, has_credentials
 from workers.storage.source import open_source
 
@@ -91,7 +91,7 @@ def _devices() -> Finding:
 
 def _weights(fleet: _Fleet | None) -> Finding:
     """What is on this machine, and what the live workers say of theirs."""
-    present = [spec.name for spec in MODELS.values() if is_present(spec)]
+    present = [spec.name for spec in known_models()[0] if is_present(spec)]
     real = [name for name in present if not find_model(name).demonstration]
     remedy = "" if real else "for real work: maskfleet models pull sam_vit_b"
     found = f"here {', '.join(present)} in {weights_dir()}"

@@ -67,10 +67,10 @@ def load_decoder(spec: ModelSpec, device: str) -> Promptable:
         require_libraries(spec.name, spec.libraries)
         from workers.models.sam2 import VARIANTS, load_decoder_variant
 
-        return load_decoder_variant(spec, VARIANTS[spec.name], device)
-    if spec.name not in DECODERS:
+        return load_decoder_variant(spec, VARIANTS[spec.architecture], device)
+    if spec.architecture not in DECODERS:
         raise ModelError(f"{spec.name} takes {' and '.join(spec.prompts)}, no points: it answers no clicks")
-    return load_sam_decoder(spec, DECODERS[spec.name], device)
+    return load_sam_decoder(spec, DECODERS[spec.architecture], device)
 
 
 def load_sam_decoder(spec: ModelSpec, architecture: Callable[[], Sam], device: str) -> Promptable:

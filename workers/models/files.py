@@ -16,7 +16,7 @@ from workers.models.spec import ModelSpec, WeightsError
 
 def weights_path(spec: ModelSpec) -> Path:
     """Where this model's weights are, or will be after a pull. Nothing is read."""
-    if spec.url is None and spec.hub is None:
+    if spec.url is None and spec.hub is None and not spec.is_own:
         return Path(__file__).with_name(spec.weights_file)
     return weights_dir() / spec.weights_file
 
@@ -42,8 +42,10 @@ def is_present(spec: ModelSpec) -> bool:
 def weights_sha256(spec: ModelSpec) -> str:
     """The sha256 that identifies the model's weights: the pinned one, or for a folder the one of its content.
 
-    Raises WeightsError when that folder is absent.
+    Of a decoder with a base it follows from both files. Raises WeightsError when the folder is absent.
     """
+    if spec.base_sha256 is not None:
+        return hashlib.sha256(f"{spec.base_sha256} {spec.sha256}".encode()).hexdigest()
     if spec.hub is None:
         return spec.sha256
     folder = weights_path(spec)
@@ -53,8 +55,8 @@ def weights_sha256(spec: ModelSpec) -> str:
 
 
 def require_same_weights(spec: ModelSpec, version: str) -> None:
-    """Raise WeightsError when the job of this model_version was submitted with a different folder of weights."""
-    if spec.hub is None:
+    """Raise WeightsError when the job of this model_version was submitted with other weights of the same name."""
+    if spec.hub is None and not spec.is_own:
         return
     found = weights_sha256(spec)[:8]
     asked = version.removeprefix(f"{spec.name}@").partition("+")[0]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from segment_anything.modeling import PromptEncoder, Sam
 from torch import Tensor, nn
 
+from workers.models.files import weights_sha256
 from workers.models.loading import ONNX_LIBRARIES, require_libraries
 from workers.models.onnx_export import INPUTS, WEIGHTS_KEY, export, onnx_path
 from workers.models.onnx_session import open_session
@@ -78,9 +79,10 @@ def _read(path: Path, spec: ModelSpec) -> Any:
     except (DecodeError, OSError) as error:
         raise ModelError(f"{path}: cannot be read as ONNX ({error}); {_remedy(spec)}") from error
     found = {prop.key: prop.value for prop in model.metadata_props}.get(WEIGHTS_KEY)
-    if found != spec.sha256:
+    expected = weights_sha256(spec)
+    if found != expected:
         held = "no decoder of ours" if found is None else f"the decoder of weights with sha256 {found}"
-        raise ModelError(f"{path}: {held}, expected that of {spec.name}, {spec.sha256}; {_remedy(spec)}")
+        raise ModelError(f"{path}: {held}, expected that of {spec.name}, {expected}; {_remedy(spec)}")
     return model
 
 

@@ -33,7 +33,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workers.models.files import weights_dir
+from workers.models.files import weights_dir, weights_sha256
 from workers.models.loading import load_model, require_libraries
 from workers.models.registry import find_model
 from workers.models.spec import ModelError, ModelSpec
@@ -97,7 +97,7 @@ class PromptDecoder(nn.Module):
 
 def onnx_path(spec: ModelSpec) -> Path:
     """Where `--decoder onnx` expects this model's decoder: in the weights folder, under the weights' own name."""
-    return weights_dir() / f"{spec.name}.{spec.sha256[:8]}.decoder.onnx"
+    return weights_dir() / f"{spec.name}.{weights_sha256(spec)[:8]}.decoder.onnx"
 
 
 def export(sam: Sam, spec: ModelSpec, path: Path) -> None:
@@ -145,7 +145,7 @@ def _trace(sam: Sam, spec: ModelSpec) -> bytes:
             },
         )
         model = onnx.load_model(traced)
-    onnx.helper.set_model_props(model, {WEIGHTS_KEY: spec.sha256})
+    onnx.helper.set_model_props(model, {WEIGHTS_KEY: weights_sha256(spec)})
     return bytes(model.SerializeToString())
 
 

@@ -1,10 +1,13 @@
-"""The models that a job may name. `MODELS` is the whole list. Another name is an error that lists the known names."""
+"""The models that a job may name: those of `MODELS`, and the models of one's own in the weights folder."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from workers.models.files import is_present
 from workers.models.loading import missing_libraries
-from workers.models.spec import ModelSpec, UnknownModelError
+from workers.models.own import OwnModel, is_own, own_names, read_own, toml_path, weights_file
+from workers.models.spec import ModelError, ModelSpec, UnknownModelError, WeightsError
 from workers.params import DECODERS
 from workers.prompts import PromptKind
 
@@ -202,10 +205,53 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def find_model(name: str) -> ModelSpec:
-    """The registry entry of this name. Raises UnknownModelError, which lists the known names."""
-    if name not in MODELS:
-        raise UnknownModelError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
-    return MODELS[name]
+    """The model of this name: the registry's, or one's own. Raises UnknownModelError, which lists the known names.
+
+    Raises WeightsError when the TOML of a model of one's own is wrong.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if is_own(name):
+        return spec_of(read_own(name))
+    raise UnknownModelError(f"unknown model {name!r}; known: {', '.join((*MODELS, *own_names()))}")
+
+
+def known_models() -> tuple[list[ModelSpec], list[str]]:
+    """Every model that a job may name here, and a line about each model of one's own that cannot be used."""
+    specs, faults = list(MODELS.values()), []
+    for name in own_names():
+        if name in MODELS:
+            faults.append(f"{toml_path(name)}: {name} is a name of the registry, so this file is ignored; rename it")
+            continue
+        try:
+            specs.append(find_model(name))
+        except ModelError as error:
+            faults.append(str(error))
+    return specs, faults
+
+
+def spec_of(own: OwnModel) -> ModelSpec:
+    """The description of a model of one's own. Raises WeightsError when it is built as nothing that we know."""
+    built = MODELS.get(own.architecture)
+    if built is None or built.hub is not None:
+        known = ", ".join(name for name, spec in MODELS.items() if spec.hub is None)
+        raise WeightsError(f"{own.name}: its architecture {own.architecture!r} is not one of {known}")
+    if own.base is not None and own.base not in MODELS and is_own(own.base) and read_own(own.base).base is not None:
+        raise WeightsError(f"{own.name}: its base {own.base} is a decoder with a base itself")
+    return replace(
+        built,
+        name=own.name,
+        architecture=own.architecture,
+        weights_file=weights_file(own.name),
+        url=None,
+        sha256=own.sha256,
+        size_bytes=own.size_bytes,
+        parameter_count=own.parameter_count,
+        licence=own.licence,
+        demonstration=False,
+        base=own.base,
+        base_sha256=own.base_sha256,
+    )
 
 
 def largest_present() -> ModelSpec:

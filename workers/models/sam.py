@@ -96,7 +96,7 @@ class SamModel:
 
 def load(spec: ModelSpec, device: str) -> Model:
     """The named model with its weights on `device`. Raises what `load_sam` raises."""
-    return SamModel(load_sam(spec, ARCHITECTURES[spec.name], device), spec)
+    return SamModel(load_sam(spec, ARCHITECTURES[spec.architecture], device), spec)
 
 
 def load_sam(

@@ -70,7 +70,7 @@ VARIANTS = {
 
 def load(spec: ModelSpec, device: str) -> Model:
     """The named model with its weights on `device`. Raises what `load_sam` raises."""
-    return load_variant(spec, VARIANTS[spec.name], device)
+    return load_variant(spec, VARIANTS[spec.architecture], device)
 
 
 def load_variant(spec: ModelSpec, hiera: Hiera, device: str) -> Model:

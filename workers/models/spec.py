@@ -45,6 +45,9 @@ class ModelSpec:
     decoders: the runtimes that can run its decoder, of params.DECODERS.
     defaults: its own AutomaticParams where they differ, JSON-safe.
     demonstration: the model is too small for real work. This is said wherever its masks are shown.
+    architecture: the name of the registry whose modules it is built from. Left out, it is the model's own name.
+    base, base_sha256: of a model whose file holds the mask decoder alone: the model that has its other tensors, and the
+        sha256 of that model's file. A base has no base.
     """
 
     name: str
@@ -63,6 +66,18 @@ class ModelSpec:
     decoders: tuple[str, ...] = ("torch",)
     defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
     demonstration: bool = False
+    architecture: str = ""
+    base: str | None = None
+    base_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.architecture:
+            object.__setattr__(self, "architecture", self.name)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether somebody here added it: its weights and its TOML are in the weights folder (see `own`)."""
+        return self.architecture != self.name
 
 
 class Model(Protocol):

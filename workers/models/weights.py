@@ -64,6 +64,8 @@ def verify(spec: ModelSpec) -> Verified:
 
 def remedy(spec: ModelSpec) -> str:
     """The command that gives the right file."""
+    if spec.is_own:
+        return f"put {spec.weights_file} and {spec.name}.toml into the weights folder again"
     if spec.url is None and spec.hub is None:
         return "it belongs to the package: reinstall maskfleet"
     return f"run `maskfleet models pull {spec.name}`"
@@ -116,7 +118,7 @@ def _look_at(path: Path, spec: ModelSpec) -> tuple[WeightsState, int, str]:
         sized_like_one = size_bytes in {model.size_bytes for model in known}
         sha256 = hashlib.file_digest(file, "sha256").hexdigest() if sized_like_one else ""
     if sha256 == spec.sha256:
-        return WeightsState.OK, size_bytes, "the published file"
+        return WeightsState.OK, size_bytes, "the file that was added" if spec.is_own else "the published file"
     for model in known:
         if sha256 == model.sha256:
             return WeightsState.OTHER_MODEL, size_bytes, f"the published file of {model.name}"

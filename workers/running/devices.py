@@ -24,7 +24,7 @@ from pathlib import Path
 from db.processes import Beat
 from db.states import ProcessKind
 from workers.models.files import is_present
-from workers.models.registry import MODELS
+from workers.models.registry import known_models
 from workers.running.app import QUEUES
 from workers.running.device_lock import hold_device
 from workers.running.heart import Heart, own_beat
@@ -188,7 +188,7 @@ def _beat(worker: _WorkerProcess) -> Beat:
         own_beat(ProcessKind.WORKER),
         name=_node_name(worker.device),
         device=worker.device.cuda_id or "cpu",
-        models=[spec.name for spec in MODELS.values() if is_present(spec)],
+        models=[spec.name for spec in known_models()[0] if is_present(spec)],
         model=loaded,
         failed_starts=worker.failed_starts,
         last_error=worker.last_error if worker.failed_starts else None,
