@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -10,6 +11,10 @@ from db.states import LsState
 from orchestrator.label_studio.answers import FoundTask
 from orchestrator.label_studio.publication import POLL_SECONDS, Publication
 from orchestrator.label_studio.sending import find_on_server
+
+_LATE_POLL_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
 
 
 class Doubts:
@@ -64,6 +69,8 @@ class Doubts:
                 self._forget(old, tasks, version)
             self._report.adopted += len(there)
             dropped += len(old)
+            if old:
+                self._publication.late.note()
             self._publication.progress(len(there) if version == self._version else 0)
 
     def agrees(self) -> bool:
@@ -74,6 +81,19 @@ class Doubts:
                 self._db, model_version=self._version, ls_project=self._publication.ls_project
             )
         return there == remembered
+
+    def remove_late(self) -> bool:
+        """Remove what arrives late: a request that was given up, and whose entries were sent again.
+
+        Waits until none can arrive. Returns whether something is missing now.
+        """
+        late_seconds, missing = self._publication.options.late_seconds, False
+        while (left := self._publication.late.left(late_seconds)) > 0:
+            log.info("assets were sent again after a lost answer; watching %.0f s more for what arrives late", left)
+            time.sleep(min(left, _LATE_POLL_SECONDS))
+            if not self.agrees():
+                missing = self.verify() or missing
+        return missing
 
     def verify(self) -> bool:
         """Compare each stored prediction of the job's version with the server. Returns whether something is missing.

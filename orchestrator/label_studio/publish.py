@@ -27,7 +27,7 @@ from orchestrator.label_studio.doubts import Doubts
 from orchestrator.label_studio.errors import LabelStudioError, Unavailable
 from orchestrator.label_studio.names import DEFAULT_LABEL
 from orchestrator.label_studio.outgoing import Outgoing
-from orchestrator.label_studio.publication import POLL_SECONDS, Options, Publication
+from orchestrator.label_studio.publication import POLL_SECONDS, LateRequests, Options, Publication
 from orchestrator.label_studio.report import Report
 from orchestrator.label_studio.sending import Sender
 from workers.errors import redact
@@ -51,12 +51,13 @@ def publish_job(
     progress: Callable[[int], None] = lambda _: None,
     waiting: Callable[[], None] = lambda: None,
     verify: bool = True,
+    late: LateRequests | None = None,
 ) -> Report:
     """Send what the project lacks of the job, and switch the version it shows when the job is over.
 
     progress: called with the number of assets newly in the project. waiting: called each second while another publisher
-    works on the project. verify: compare what we stored with the server, and repair. Raises LabelStudioError. Run it
-    again to go on.
+    works on the project. verify: compare what we stored with the server, and repair; this also waits for late requests.
+    late: what earlier passes know of them. Raises LabelStudioError. Run it again to go on.
     """
 
     def wait() -> None:
@@ -65,7 +66,15 @@ def publish_job(
 
     with publishing.project_lock(engine, ls_project=LsProject(client.url, project_id), wait=wait) as db:
         project = client.get_project(project_id)
-        publication = Publication(db=db, client=client, job=job, project=project, options=options, progress=progress)
+        publication = Publication(
+            db=db,
+            client=client,
+            job=job,
+            project=project,
+            options=options,
+            progress=progress,
+            late=late or LateRequests(),
+        )
         _reconcile(publication, verify=verify)
         return publication.report
 
@@ -87,6 +96,7 @@ def follow_project(
     again. With job_id they are raised, unless the server is only away.
     """
     finished: set[tuple[int, datetime | None]] = set()
+    late = LateRequests()
     while not stop.is_set():
         over = False
         try:
@@ -94,9 +104,10 @@ def follow_project(
                 over = job.state in _OVER
                 if (job.id, job.finished_at) in finished or not (over or _has_new(engine, client, project_id, job)):
                     continue
-                published_pass(
-                    job, publish_job(engine, client, job, project_id, options, progress=progress, verify=over)
+                report = publish_job(
+                    engine, client, job, project_id, options, progress=progress, verify=over, late=late
                 )
+                published_pass(job, report)
                 if over:
                     finished.add((job.id, job.finished_at))
         except (LabelStudioError, DBAPIError) as error:
@@ -151,6 +162,8 @@ def _reconcile(publication: Publication, *, verify: bool) -> None:
     if doubts.resolve_in_doubt(final=True):
         outgoing.send_all()
     if verify and not doubts.agrees() and doubts.verify():
+        outgoing.send_all()
+    if verify and doubts.remove_late():
         outgoing.send_all()
     _show_version(publication)
     with db.begin():

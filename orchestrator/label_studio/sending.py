@@ -21,6 +21,7 @@ from orchestrator.label_studio.publication import POLL_SECONDS, Publication
 
 _ATTEMPTS = 5
 _ATTEMPTS_AT_ERROR = 2  # tries of a request that the server itself answers with 500
+_ANSWERED_ITSELF = (429, 500)  # the server's own answers: it is done with the request
 _REFUSALS_IN_A_ROW = 3  # by 500; then the fault is the server's, not the assets'
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Sender:
         self._model_version = publication.job.model_version
         self._settle_seconds = publication.options.settle_seconds
         self._report = publication.report
+        self._late = publication.late
         self._careful = careful
         self._refusals_in_a_row = 0
 
@@ -98,6 +100,8 @@ class Sender:
                 time.sleep(pause_seconds(attempt, error))
                 entries = self._missing_at_last(entries, acknowledged, error)
                 attempt += 1
+                if entries and error.status not in _ANSWERED_ITSELF:
+                    self._late.note()
                 if entries and attempt >= (_ATTEMPTS_AT_ERROR if error.status == 500 else _ATTEMPTS):
                     if error.status != 500:
                         raise
@@ -147,7 +151,7 @@ class Sender:
 
         After 500 and 429, the server itself answered and is done. A proxy's answer, or none, says nothing about it.
         """
-        give_up_at = time.monotonic() + (0 if error.status in (429, 500) else self._settle_seconds)
+        give_up_at = time.monotonic() + (0 if error.status in _ANSWERED_ITSELF else self._settle_seconds)
         while True:
             entries = self._missing(entries, acknowledged)
             if not entries or time.monotonic() >= give_up_at:

@@ -63,7 +63,7 @@ def test_what_a_dead_publisher_left_in_doubt_is_looked_up_and_not_sent_again(
         db.execute(text("UPDATE ls_prediction SET state = 'sending'"))
         db.execute(text("UPDATE ls_task SET task_id = NULL"))
 
-    report = publish_job(engine, client, job, project_id, Options(settle_seconds=0))
+    report = publish_job(engine, client, job, project_id, Options(settle_seconds=0, late_seconds=0))
 
     assert (report.created, report.adopted) == (0, 20)
     assert states(engine) == {"done": 20}
@@ -109,6 +109,19 @@ def test_a_gateway_that_hands_a_request_on_after_its_504_doubles_nothing(
 
     wait_for(lambda: proxy.handed_on_late == 1, "the late request", seconds=60)
     assert (report.created, report.adopted) == (20, 50)
+    assert tasks_an_asset(client, project_id) == {1: 70}
+
+
+def test_a_request_that_arrives_after_its_entries_were_sent_again_is_removed_before_the_pass_ends(
+    engine: Engine, client: LabelStudio, through_proxy: LabelStudio, proxy: Proxy, project_id: int
+) -> None:
+    job = any_job(engine, keys=70)
+    proxy.spoil, proxy.late_seconds = ["late"], 8.0
+
+    report = publish_job(engine, through_proxy, job, project_id, Options(settle_seconds=0.5, late_seconds=30))
+
+    assert proxy.handed_on_late == 1
+    assert (report.created, report.duplicates_removed) == (70, 50)
     assert tasks_an_asset(client, project_id) == {1: 70}
 
 

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.label_studio]
 
 VERSION = "stub@55555555+00000000"
 SECOND_VERSION = "stub@66666666+00000000"
-AT_ONCE = Options(settle_seconds=0)  # nothing is at work in the server that a test does not wait for
+AT_ONCE = Options(settle_seconds=0, late_seconds=0)  # nothing is at work in the server that a test does not wait for
 MASKFLEET = [sys.executable, "-P", "-m", "orchestrator.cli"]
 
 
@@ -256,7 +256,7 @@ def test_an_answer_that_is_lost_is_looked_up_and_nothing_is_sent_twice(
     job = labeled_job(engine, keys=120)
     proxy.spoil = [spoil]
 
-    report = publish_job(engine, through_proxy, job, project.id, Options(settle_seconds=2))
+    report = publish_job(engine, through_proxy, job, project.id, Options(settle_seconds=2, late_seconds=0))
 
     arrived = spoil != "503"
     assert (report.adopted, report.created) == ((50, 70) if arrived else (0, 120))

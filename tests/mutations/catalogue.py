@@ -239,7 +239,7 @@ MUTATIONS = (
     Mutation(
         name="a request whose answer was lost is waited for before it is sent again",
         file="orchestrator/label_studio/sending.py",
-        before="(0 if error.status in (429, 500) else self._settle_seconds)",
+        before="(0 if error.status in _ANSWERED_ITSELF else self._settle_seconds)",
         after="0",
         tests=(f"{_ORDER}::test_a_gateway_that_hands_a_request_on_after_its_504_doubles_nothing",),
     ),
