@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from types import TracebackType
-
-import structlog
+from typing import Any
 
 from db.settings import settings
 from workers.errors import printable, redact
@@ -42,13 +42,15 @@ class TextFormatter(logging.Formatter):
         return "\n".join(_INDENT + printable(line) for line in lines)
 
 
-def _redacted(logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+def _redacted(logger: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Take the secrets out of an event's texts."""
     return {name: redact(value) if isinstance(value, str) else value for name, value in event.items()}
 
 
 def _json_formatter() -> logging.Formatter:
     """Keys: event, level, logger, timestamp (UTC); job, chunk and asset where the event is about one; exception."""
+    import structlog  # imported only here: it takes a quarter of a second, and most processes log text
+
     return structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.stdlib.add_log_level,

@@ -40,6 +40,7 @@ from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.publish import print_report, report_as_json
+from workers.allocator import keep_freed_memory
 from workers.logs import log_to_stderr
 from workers.running.heart import Heart, own_beat
 
@@ -74,6 +75,7 @@ def publish(
     number = project_number(project)
     if job is None and not follow:
         fail("which job? `maskfleet jobs` lists them; without one, --follow keeps up with all")
+    keep_freed_memory()
     engine = deployment_engine()
     counts = read_job(engine, job)[1] if job is not None else None
     total = counts.labeled - counts.without_prompts if counts is not None else None

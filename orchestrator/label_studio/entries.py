@@ -24,6 +24,7 @@ from orchestrator.label_studio.config import Controls, address_regions, faults
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import RegionKind
 from orchestrator.label_studio.regions import Regions, prediction_task, regions_for
+from workers.allocator import keep_freed_memory
 from workers.masks import Mask
 
 # Some proxies stop at 10 MB; 8 MB pass.
@@ -205,6 +206,7 @@ def _result(future: Future[list[Entry]]) -> list[Entry]:
 def _start_process() -> None:
     """Let a server on the same machine use the processor first, and end when the parent process is killed."""
     os.nice(10)
+    keep_freed_memory()
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

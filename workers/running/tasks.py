@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 from billiard.exceptions import WorkerLostError
 from celery import Task
-from celery.signals import celeryd_after_setup, setup_logging, worker_init, worker_shutting_down
+from celery.signals import celeryd_after_setup, setup_logging, worker_init, worker_process_init, worker_shutting_down
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError as BrokerAway
 
 from db import jobs, queue
 from db.session import DBAPIError, Engine, is_passing, open_engine
 from db.settings import settings
+from workers.allocator import keep_freed_memory
 from workers.detectors import detector as detectors
 from workers.embeddings.store import open_store
 from workers.errors import redact
@@ -62,6 +63,11 @@ def _end_with_the_supervisor(**_: object) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(supervisor):  # it had ended before
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@worker_process_init.connect
+def _keep_freed_memory(**_: object) -> None:
+    keep_freed_memory()
 
 
 @worker_shutting_down.connect
