@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import pwd
+import secrets
 import shutil
 import stat
 import subprocess
@@ -21,6 +22,7 @@ from types import TracebackType
 from urllib.parse import quote, unquote
 
 _START_SECONDS = 60
+_MARK = "postgres.mark"
 _ROOTS_PLACE = Path("/var/tmp/maskfleet-root")  # noqa: S108  its owner and mode are checked before use
 
 
@@ -117,16 +119,43 @@ class EmbeddedPostgres:
 
 
 def _place_for_root(data_dir: Path) -> Path:
-    """The folder for root's data. `nobody` could not reach a folder below /root unless it were open to everyone."""
-    place = _roots_place()
-    for owner_note in place.glob("*/belongs-to"):
+    """The folder for root's data. `nobody` could not reach a folder below /root unless it were open to everyone.
+
+    The same mark is beside `data_dir` and in that folder. So data of a folder that was deleted are removed, also when
+    a new folder has its name.
+    """
+    place, owner = _roots_place(), data_dir.absolute().parent
+    for note in place.glob("*/belongs-to"):
         with suppress(FileNotFoundError):  # another run is removing it; the next run removes what is left
-            if not Path(owner_note.read_text()).exists():  # its OUT folder was deleted
-                shutil.rmtree(owner_note.parent)
-    name = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
-    (place / name).mkdir(mode=0o755, exist_ok=True)
-    (place / name / "belongs-to").write_text(str(data_dir.absolute().parent))
-    return place / name / data_dir.name
+            if not _is_owned(note) and not _is_served(note.parent):
+                shutil.rmtree(note.parent)
+    folder = place / hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
+    if not (folder / _MARK).exists() or not (owner / _MARK).exists():
+        folder.mkdir(mode=0o755, exist_ok=True)
+        owner.mkdir(parents=True, exist_ok=True)
+        (folder / "belongs-to").write_text(str(owner))
+        mark = secrets.token_hex(8)
+        (owner / _MARK).write_text(mark)
+        (folder / _MARK).write_text(mark)
+    return folder / data_dir.name
+
+
+def _is_owned(note: Path) -> bool:
+    """Whether the folder that the data belong to is still there, and not a new one of the same name."""
+    owner, mark = Path(note.read_text()), note.with_name(_MARK)
+    try:
+        return (owner / _MARK).read_text() == mark.read_text() if mark.exists() else owner.exists()
+    except OSError:
+        return False
+
+
+def _is_served(folder: Path) -> bool:
+    """Whether a server runs over data in this folder."""
+    for pid_file in folder.glob("*/postmaster.pid"):
+        with suppress(OSError, ValueError):
+            os.kill(int(pid_file.read_text().split()[0]), 0)
+            return True
+    return False
 
 
 def _roots_place() -> Path:
