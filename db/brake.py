@@ -65,8 +65,9 @@ def _pause(db: Connection, *, job_id: int, reason: str, seen: Totals) -> bool:
 def _commonest(db: Connection, *, job_id: int) -> str:
     """The commonest kinds of errors, each with the newest example."""
     statement = text(
-        """SELECT error_kind, count(*) AS assets FROM outcome WHERE job_id = :id AND error_kind IS NOT NULL
-           GROUP BY error_kind ORDER BY assets DESC, error_kind LIMIT :most"""
+        """SELECT error_kind, sum(assets)::bigint AS assets FROM outcome_counter
+           WHERE job_id = :id AND error_kind <> ''
+           GROUP BY error_kind HAVING sum(assets) > 0 ORDER BY assets DESC, error_kind LIMIT :most"""
     )
     kinds: Sequence[Any] = db.execute(statement, {"id": job_id, "most": _NAMED_KINDS}).all()
     examples: Mapping[str, str] = {e.error_kind: e.error for e in progress.last_errors(db, job_id=job_id)}

@@ -8,7 +8,7 @@ worker that wakes up too late changes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -88,8 +88,9 @@ def insert_job(
 
 
 def get_job(db: Connection, *, job_id: int) -> Job | None:
+    """None when there is no such job, or when it is being deleted."""
     row = (
-        db.execute(text(f"SELECT {JOB_COLUMNS} FROM job WHERE id = :job_id"), {"job_id": job_id})
+        db.execute(text(f"SELECT {JOB_COLUMNS} FROM job WHERE id = :job_id AND deleted_at IS NULL"), {"job_id": job_id})
         .mappings()
         .one_or_none()
     )
@@ -98,8 +99,14 @@ def get_job(db: Connection, *, job_id: int) -> Job | None:
 
 def list_jobs(db: Connection, *, limit: int) -> list[Job]:
     """The newest jobs first."""
-    rows = db.execute(text(f"SELECT {JOB_COLUMNS} FROM job ORDER BY id DESC LIMIT :limit"), {"limit": limit}).mappings()
-    return [Job.from_row(row) for row in rows]
+    statement = text(f"SELECT {JOB_COLUMNS} FROM job WHERE deleted_at IS NULL ORDER BY id DESC LIMIT :limit")
+    return [Job.from_row(row) for row in db.execute(statement, {"limit": limit}).mappings()]
+
+
+def jobs_since(db: Connection, *, moment: datetime) -> list[Job]:
+    """The jobs made at this moment or later, oldest first."""
+    statement = text(f"SELECT {JOB_COLUMNS} FROM job WHERE created_at >= :moment AND deleted_at IS NULL ORDER BY id")
+    return [Job.from_row(row) for row in db.execute(statement, {"moment": moment}).mappings()]
 
 
 def find_unfinished_job(
@@ -108,7 +115,8 @@ def find_unfinished_job(
     """The newest job with exactly this request that is not done."""
     statement = text(
         f"""SELECT {JOB_COLUMNS} FROM job WHERE source = :source AND model_version = :model_version AND fresh = :fresh
-            AND asked = CAST(:asked AS jsonb) AND state <> 'done' ORDER BY id DESC LIMIT 1"""
+            AND asked = CAST(:asked AS jsonb) AND state <> 'done' AND deleted_at IS NULL
+            ORDER BY id DESC LIMIT 1"""
     )
     values = {"source": source, "model_version": model_version, "asked": json.dumps(dict(asked)), "fresh": fresh}
     row = db.execute(statement, values).mappings().one_or_none()
@@ -116,51 +124,50 @@ def find_unfinished_job(
 
 
 def count_job(db: Connection, *, job_id: int) -> Counts:
-    """Count a job's outcomes, exactly and in one snapshot."""
-    by_kind = db.execute(
+    """A job's counts, exactly and in one snapshot. It reads counters, so it costs the same for jobs of every size."""
+    return count_jobs(db, job_ids=[job_id])[job_id]
+
+
+def count_jobs(db: Connection, *, job_ids: Sequence[int]) -> dict[int, Counts]:
+    """The counts of these jobs, all in one snapshot. Unknown jobs are left out."""
+    rows = db.execute(
         text(
-            """SELECT error_kind, count(*) AS assets, sum(mask_count) AS masks, count(answered_by) AS reused,
-                      count(*) - count(width) AS without_size, count(etag) AS changed
-               FROM outcome WHERE job_id = :job_id GROUP BY error_kind"""
+            """SELECT j.id, j.asset_count AS listed, c.*,
+                      (SELECT coalesce(sum(cardinality(in_flight)), 0)::bigint FROM chunk
+                       WHERE state = 'running' AND job_id = j.id) AS running
+               FROM job j CROSS JOIN LATERAL (
+                   SELECT coalesce(sum(assets) FILTER (WHERE error_kind = ''), 0)::bigint AS labeled,
+                          coalesce(sum(assets) FILTER (WHERE error_kind <> ''), 0)::bigint AS failed,
+                          coalesce(sum(masks), 0)::bigint AS masks, coalesce(sum(reused), 0)::bigint AS reused,
+                          coalesce(sum(without_size) FILTER (WHERE error_kind = ''), 0)::bigint AS without_prompts,
+                          coalesce(sum(changed), 0)::bigint AS changed,
+                          coalesce(jsonb_agg(jsonb_build_array(error_kind, assets))
+                                   FILTER (WHERE error_kind <> ''), '[]') AS failures
+                   FROM outcome_counter WHERE job_id = j.id) c
+               WHERE j.id = ANY(:ids)"""
         ),
-        {"job_id": job_id},
-    ).all()
-    listed, running = db.execute(
-        text(
-            """SELECT (SELECT asset_count FROM job WHERE id = :job_id),
-                      (SELECT coalesce(sum(cardinality(in_flight)), 0) FROM chunk
-                       WHERE state = 'running' AND job_id = :job_id)"""
-        ),
-        {"job_id": job_id},
-    ).one()
-    failed_by_kind = {row.error_kind: row.assets for row in by_kind if row.error_kind is not None}
-    return Counts(
-        listed=listed,
-        labeled=sum(row.assets for row in by_kind if row.error_kind is None),
-        failed=sum(failed_by_kind.values()),
-        running=int(running),
-        masks=int(sum(row.masks for row in by_kind)),
-        failed_by_kind=dict(sorted(failed_by_kind.items())),
-        reused=sum(row.reused for row in by_kind),
-        without_prompts=sum(row.without_size for row in by_kind if row.error_kind is None),
-        changed=sum(row.changed for row in by_kind),
-    )
+        {"ids": list(job_ids)},
+    ).mappings()
+    return {row["id"]: _counts({**row}) for row in rows}
+
+
+def _counts(row: dict[str, Any]) -> Counts:
+    del row["id"]
+    by_kind: dict[str, int] = {}
+    for kind, assets in row.pop("failures"):
+        by_kind[kind] = by_kind.get(kind, 0) + assets
+    return Counts(**row, failed_by_kind={kind: assets for kind, assets in sorted(by_kind.items()) if assets})
 
 
 def model_busy_fraction(db: Connection, *, job_id: int) -> float | None:
     """The part 0..1 of the workers' time in which the model was at work.
 
-    A worker's time counts from its first stored batch to its last. Pauses between two runs of a job count as idle.
-    None when no worker stored two batches.
+    A worker's time counts from its first stored batch to its last. Pauses between two runs of a job count as idle; what
+    was retried counts too. None when no worker stored two batches.
     """
     statement = text(
-        """SELECT sum(busy) / nullif(sum(wall), 0) FROM (
-               SELECT (sum(segment_ms) - sum(segment_ms) FILTER (WHERE created_at = first)) / 1000.0 AS busy,
-                      extract(epoch FROM max(created_at) - min(created_at)) AS wall
-               FROM (SELECT worker, created_at, coalesce(segment_ms, 0) AS segment_ms,
-                            min(created_at) OVER (PARTITION BY worker) AS first
-                     FROM outcome WHERE job_id = :job_id AND answered_by IS NULL) AS own
-               GROUP BY worker) AS workers"""
+        """SELECT sum(total_ms - first_ms) / 1000.0 / nullif(sum(extract(epoch FROM last_at - first_at)), 0)
+           FROM worker_time WHERE job_id = :job_id"""
     )
     share = db.execute(statement, {"job_id": job_id}).scalar_one()
     return None if share is None else min(float(share), 1.0)
@@ -182,7 +189,7 @@ def resume_job(db: Connection, *, job_id: int) -> bool:
     statement = text(
         """UPDATE job SET state = CASE WHEN listed_at IS NULL THEN 'listing' ELSE 'running' END,
                   error = NULL, list_failures = 0, list_failing_since = NULL, list_retry_at = NULL, finished_at = NULL
-           WHERE id = :job_id AND state IN ('cancelled', 'failed', 'paused')"""
+           WHERE id = :job_id AND state IN ('cancelled', 'failed', 'paused') AND deleted_at IS NULL"""
     )
     resumed = db.execute(statement, {"job_id": job_id}).rowcount == 1
     if resumed:
@@ -197,42 +204,48 @@ def _unsend(db: Connection, *, job_id: int) -> None:
 
 def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
     """Delete the failed outcomes of a job (of one kind, or all), so that those assets run again. Returns how many."""
-    values = {"job_id": job_id, "kind": error_kind}
-    forgotten = db.execute(
-        text(
-            """DELETE FROM outcome WHERE job_id = :job_id AND error_kind IS NOT NULL
-               AND (CAST(:kind AS text) IS NULL OR error_kind = :kind) RETURNING asset_id"""
-        ),
-        values,
-    ).scalars()
-    ids = sorted(forgotten)
-    if not ids:
-        return 0
-    db.execute(text("DELETE FROM suspect WHERE asset_id = ANY(:ids)"), {"ids": ids})
-    # A worker that holds a chunk would not read these assets again. The new token makes it lose the chunk.
-    db.execute(
-        text(
-            """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
-                      transient_failures = 0, ready_at = NULL, labeled = NULL, failed = NULL, masks = NULL
-               WHERE job_id = :job_id AND EXISTS (
-                   SELECT 1 FROM unnest(CAST(:ids AS bigint[])) id WHERE id BETWEEN first_asset_id AND last_asset_id)"""
-        ),
-        {"job_id": job_id, "ids": ids},
+    values: dict[str, Any] = {"job_id": job_id, "kind": error_kind}
+    # The chunks first, as workers lock them: in another order two could wait for each other. A worker that holds a
+    # chunk would not read these assets again. The new token makes it lose the chunk.
+    values["chunks"] = list(
+        db.execute(
+            text(
+                """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
+                          transient_failures = 0, ready_at = NULL, labeled = NULL, failed = NULL, masks = NULL
+                   WHERE id = ANY(ARRAY(
+                       SELECT c.id FROM outcome o CROSS JOIN LATERAL (
+                           SELECT id, last_asset_id FROM chunk WHERE job_id = :job_id AND first_asset_id <= o.asset_id
+                           ORDER BY first_asset_id DESC LIMIT 1) c
+                       WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL AND c.last_asset_id >= o.asset_id
+                         AND (CAST(:kind AS text) IS NULL OR o.error_kind = :kind)))
+                   RETURNING id"""
+            ),
+            values,
+        ).scalars()
     )
+    again = list(
+        db.execute(
+            text(
+                """DELETE FROM outcome o USING chunk c WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL
+                   AND (CAST(:kind AS text) IS NULL OR o.error_kind = :kind)
+                   AND c.id = ANY(:chunks) AND o.asset_id BETWEEN c.first_asset_id AND c.last_asset_id
+                   RETURNING o.asset_id"""
+            ),
+            values,
+        ).scalars()
+    )
+    if not again:
+        return 0
+    db.execute(text("DELETE FROM suspect WHERE asset_id = ANY(:ids)"), {"ids": again})
     db.execute(
         text(
             """UPDATE job SET state = CASE state WHEN 'done' THEN 'running' ELSE state END,
                       finished_at = CASE state WHEN 'done' THEN NULL ELSE finished_at END,
-                      judged_assets = NULL, judged_failed = NULL WHERE id = :job_id"""
+                      judged_assets = NULL, judged_failed = NULL WHERE id = :job_id AND deleted_at IS NULL"""
         ),
-        {"job_id": job_id},
+        values,
     )
-    return len(ids)
-
-
-def delete_job(db: Connection, *, job_id: int) -> bool:
-    """Remove a job with its assets, outcomes and masks."""
-    return db.execute(text("DELETE FROM job WHERE id = :job_id"), {"job_id": job_id}).rowcount == 1
+    return len(again)
 
 
 def jobs_to_list(db: Connection) -> list[Job]:

@@ -6,16 +6,24 @@ Every write carries the lease's token. A worker that lost its lease gets LeaseLo
 from __future__ import annotations
 
 import json
+import math
+import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, text
 
+from db import counters
 from db.copying import copy_rows
 from db.results import StoredMask
+from db.states import MaskCount
 
 MAX_TRANSIENT_FAILURES = 6  # with the growing pause below, a store may be away for about ten minutes
+_REAL = struct.Struct("f")
+_MASK_COLUMNS = """asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score, label,
+                   prompt"""
 
 
 class LeaseLost(RuntimeError):
@@ -96,31 +104,51 @@ def claim_chunk(
     return ClaimedChunk(**row) if row else None
 
 
-def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
-    """Copy the masks of assets that an earlier job labeled: same source, key, etag and model_version.
-
-    The etag is that of the bytes which the earlier job really read, and they may not be those that it listed. Returns
-    how many assets were answered this way. Call it in the transaction of `claim_chunk`, under its lease.
-    """
-    statement = text(
-        """WITH answered AS (
+_ANSWER = f"""WITH answered AS (
                INSERT INTO outcome (asset_id, job_id, error, width, height, mask_count, worker, answered_by)
                SELECT DISTINCT ON (a.id) a.id, a.job_id, o.error, o.width, o.height, o.mask_count, o.worker, o.asset_id
                FROM job j
-               JOIN asset b ON b.job_id = j.id
-               JOIN asset a ON a.key = b.key
+               CROSS JOIN (SELECT * FROM asset WHERE job_id = :job_id AND id BETWEEN :first AND :last OFFSET 0) a
+               JOIN asset b ON b.job_id = j.id AND a.key = b.key
                JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL AND a.etag = coalesce(o.etag, b.etag)
                  AND (o.etag IS NOT NULL OR a.size_bytes = b.size_bytes)
                WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id
-                 AND a.job_id = :job_id AND a.id BETWEEN :first AND :last
+                 AND j.deleted_at IS NULL
                  -- The same prompt file may mean an asset in one listing and not in another.
                  AND ARRAY(SELECT key FROM prompt_match WHERE asset_id = a.id ORDER BY key)
                    = ARRAY(SELECT key FROM prompt_match WHERE asset_id = b.id ORDER BY key)
                ORDER BY a.id, b.id DESC
                ON CONFLICT (asset_id) DO NOTHING
-               RETURNING asset_id, answered_by)
-           SELECT asset_id, answered_by FROM answered"""
-    )
+               RETURNING asset_id, answered_by, width, mask_count),
+           copied AS (
+               INSERT INTO mask ({_MASK_COLUMNS})
+               SELECT answered.asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou,
+                      stability_score, label, prompt
+               -- OFFSET 0: the masks are found by key, whatever the planner believes about their number.
+               FROM answered CROSS JOIN LATERAL (SELECT * FROM mask WHERE asset_id = answered_by OFFSET 0) AS earlier
+               RETURNING predicted_iou, label, prompt),
+           counted AS (
+               INSERT INTO mask_counter AS c (job_id, kind, value, slot, number)
+               SELECT :job_id, kind, value, {counters.SLOT}, count(*)
+               FROM (SELECT kind, value FROM copied CROSS JOIN LATERAL (VALUES
+                         ('{MaskCount.LABEL}', label),
+                         ('{MaskCount.CLASS}', coalesce(prompt->>'class', prompt->>'text')),
+                         ('{MaskCount.IOU_PERCENT}', CASE WHEN predicted_iou = 'NaN' THEN 'NaN' ELSE
+                              greatest(0, least(99, floor(predicted_iou * 100)))::int::text END)) AS v (kind, value)
+                     UNION ALL
+                     SELECT '{MaskCount.MASKS_AN_ASSET}', mask_count::text FROM answered WHERE width IS NOT NULL) AS n
+               WHERE value IS NOT NULL GROUP BY kind, value ORDER BY kind, value
+               {counters.ADDED})
+           SELECT count(*) FROM answered"""
+
+
+def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
+    """Copy the masks of assets that an earlier job labeled: same source, key, etag and model_version.
+
+    The etag is that of the bytes which the earlier job really read, and they may not be those that it listed. Returns
+    how many assets were answered this way. Call it in the transaction of `claim_chunk`, under its lease. It is one
+    statement, with one snapshot: an earlier job that is being deleted is seen with all masks of an outcome, or none.
+    """
     values = {
         "source": chunk.source,
         "model_version": chunk.model_version,
@@ -128,19 +156,7 @@ def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
         "first": chunk.first_asset_id,
         "last": chunk.last_asset_id,
     }
-    answered = db.execute(statement, values).all()
-    if answered:
-        # This is a separate statement: a mask refers to a row of `outcome`, which must be visible first.
-        db.execute(
-            text(
-                """INSERT INTO mask SELECT p.new_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou,
-                          stability_score, label, prompt
-                   FROM unnest(CAST(:new AS bigint[]), CAST(:old AS bigint[])) AS p (new_id, old_id)
-                   JOIN mask ON mask.asset_id = p.old_id"""
-            ),
-            {"new": [row.asset_id for row in answered], "old": [row.answered_by for row in answered]},
-        )
-    return len(answered)
+    return int(db.execute(text(_ANSWER), values).scalar_one())
 
 
 def pending_assets(db: Connection, *, chunk: ClaimedChunk) -> list[Asset]:
@@ -196,12 +212,10 @@ def record(
             },
         ).scalars()
     )
-    copy_rows(
-        db,
-        """mask (asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score, label,
-                 prompt)""",
-        (_mask_row(mask) for outcome in outcomes if outcome.asset_id in inserted for mask in outcome.masks),
-    )
+    kept = [outcome for outcome in outcomes if outcome.asset_id in inserted]
+    copy_rows(db, f"mask ({_MASK_COLUMNS})", (_mask_row(mask) for outcome in kept for mask in outcome.masks))
+    if numbers := _mask_numbers(kept):
+        counters.add_masks(db, job_id=chunk.job_id, numbers=numbers)
 
 
 def extend_lease(db: Connection, *, chunk: ClaimedChunk, lease_seconds: float) -> None:
@@ -210,11 +224,8 @@ def extend_lease(db: Connection, *, chunk: ClaimedChunk, lease_seconds: float) -
 
 
 def finish_chunk(db: Connection, *, chunk: ClaimedChunk) -> None:
-    """Mark the chunk done, and count its outcomes. Raises LeaseLost when this worker no longer holds it."""
-    counted = """(labeled, failed, masks) = (
-        SELECT count(*) FILTER (WHERE error_kind IS NULL), count(error_kind), coalesce(sum(mask_count), 0)
-        FROM outcome WHERE job_id = chunk.job_id AND asset_id BETWEEN chunk.first_asset_id AND chunk.last_asset_id)"""
-    _hold(db, chunk=chunk, set_=f"state = 'done', in_flight = '{{}}', {counted}", lease=0)
+    """Mark the chunk done. Raises LeaseLost when this worker no longer holds it."""
+    _hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
 
 
 def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False) -> None:
@@ -250,3 +261,27 @@ def _mask_row(mask: StoredMask) -> tuple[Any, ...]:
     scores = (mask.area_px, mask.predicted_iou, mask.stability_score)
     prompt = None if mask.prompt is None else json.dumps(mask.prompt, ensure_ascii=False)
     return (mask.asset_id, mask.n, mask.counts, *mask.bbox_xywh, *scores, mask.label, prompt)
+
+
+def _mask_numbers(outcomes: Sequence[NewOutcome]) -> Counter[tuple[MaskCount, str]]:
+    """What `mask_counter` counts of these outcomes."""
+    numbers = Counter(
+        (MaskCount.MASKS_AN_ASSET, str(len(outcome.masks)))
+        for outcome in outcomes
+        if outcome.error_kind is None and outcome.width is not None
+    )
+    for outcome in outcomes:
+        for mask in outcome.masks:
+            numbers[MaskCount.IOU_PERCENT, _iou_percent(mask.predicted_iou)] += 1
+            if mask.label is not None:
+                numbers[MaskCount.LABEL, mask.label] += 1
+            name = None if mask.prompt is None else mask.prompt.get("class", mask.prompt.get("text"))
+            if name is not None:
+                numbers[MaskCount.CLASS, str(name)] += 1
+    return numbers
+
+
+def _iou_percent(predicted_iou: float) -> str:
+    """Whole percent, rounded down, from 0 to 99, as SQL finds it from the REAL that is stored."""
+    (stored,) = _REAL.unpack(_REAL.pack(predicted_iou))
+    return "NaN" if math.isnan(stored) else str(int(min(max(stored * 100, 0), 99)))

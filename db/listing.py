@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from db.copying import copy_rows
 from db.jobs import JOB_COLUMNS, Job
+from db.partitions import make_partitions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,7 @@ def _copy_assets(db: Connection, *, job_id: int, assets: Sequence[NewAsset], chu
             {"n": len(assets)},
         ).scalars()
     )
+    make_partitions(db, last_asset_id=ids[-1])
     rows = ((i, job_id, a.key, a.size_bytes, a.etag) for i, a in zip(ids, assets, strict=True))
     copy_rows(db, "asset (id, job_id, key, size_bytes, etag)", rows)
     runs = [ids[k : k + chunk_size] for k in range(0, len(ids), chunk_size)]

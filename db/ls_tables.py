@@ -37,6 +37,13 @@ class LsPrediction(Base):
         CheckConstraint(one_of("state", LsState), name="ls_prediction_state"),
         Index("ls_prediction_of_asset", "asset_id"),
         Index("ls_prediction_of_job", "job_id"),
+        Index(
+            "ls_prediction_open",
+            "state",
+            "model_version",
+            "ls_task_id",
+            postgresql_where=text("state <> 'done'"),
+        ),
     )
 
     ls_task_id: Mapped[int] = mapped_column(ForeignKey("ls_task.id", ondelete="CASCADE"), primary_key=True)

@@ -9,34 +9,27 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, text
 
-from db import processes, progress
+from db import jobs, processes, progress
 from db.states import ProcessKind
 
 Sample = tuple[tuple[str, ...], float]
 
-_WATCHED = """SELECT id FROM job
-              WHERE state NOT IN ('done', 'cancelled', 'failed') OR finished_at > now() - interval '1 hour'"""
+_WATCHED = """SELECT id FROM job WHERE deleted_at IS NULL
+              AND (state NOT IN ('done', 'cancelled', 'failed') OR finished_at > now() - interval '1 hour')"""
 
 
 def jobs_by_state(db: Connection) -> Iterator[Sample]:
-    return _samples(db, "SELECT state, count(*) FROM job GROUP BY state")
+    return _samples(db, "SELECT state, count(*) FROM job WHERE deleted_at IS NULL GROUP BY state")
 
 
 def assets_by_state(db: Connection) -> Iterator[Sample]:
     """labeled, failed, running (in flight) and pending (the rest); together they are what is listed."""
-    found = progress.totals(db, job_ids=_watched(db))
-    statement = text(
-        """SELECT id, asset_count, (SELECT coalesce(sum(cardinality(in_flight)), 0) FROM chunk
-                                    WHERE job_id = job.id AND state = 'running') AS running
-           FROM job WHERE id = ANY(:ids) ORDER BY id"""
-    )
-    for row in db.execute(statement, {"ids": list(found)}):
-        job = found[row.id]
-        left = row.asset_count - job.labeled - job.failed
-        yield (str(row.id), "labeled"), job.labeled
-        yield (str(row.id), "failed"), job.failed
-        yield (str(row.id), "running"), min(int(row.running), left)
-        yield (str(row.id), "pending"), max(left - int(row.running), 0)
+    for job_id, found in sorted(jobs.count_jobs(db, job_ids=_watched(db)).items()):
+        running = min(found.running, found.pending)
+        yield (str(job_id), "labeled"), found.labeled
+        yield (str(job_id), "failed"), found.failed
+        yield (str(job_id), "running"), running
+        yield (str(job_id), "pending"), found.pending - running
 
 
 def masks(db: Connection) -> Iterator[Sample]:
@@ -47,8 +40,8 @@ def masks(db: Connection) -> Iterator[Sample]:
 def failed_by_kind(db: Connection) -> Iterator[Sample]:
     return _samples(
         db,
-        f"""SELECT job_id, error_kind, count(*) FROM outcome
-            WHERE job_id IN ({_WATCHED}) AND error_kind IS NOT NULL GROUP BY job_id, error_kind""",
+        f"""SELECT job_id, error_kind, sum(assets) FROM outcome_counter
+            WHERE job_id IN ({_WATCHED}) AND error_kind <> '' GROUP BY job_id, error_kind HAVING sum(assets) > 0""",
     )
 
 

@@ -1,7 +1,4 @@
-"""How far jobs are and who works at them, from counters and from the few chunks that are open.
-
-`db.jobs.count_job` reads every outcome of a job. What is here is for loops, and for pages that are looked at often.
-"""
+"""How far jobs are and who works at them, from counters and from the few chunks that are open."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-_RECENT_CHUNKS = 256  # those sent last: their outcomes give the rate
+_RECENT_CHUNKS = 128  # those sent last: their outcomes give the rate
 _RECENT_SECONDS = 600.0
 
 
@@ -58,20 +55,12 @@ class LastError:
 
 
 def totals(db: Connection, *, job_ids: Sequence[int]) -> dict[int, Totals]:
-    """Outcomes of these jobs, from the counts of their done chunks and the outcomes of their open ones."""
+    """Outcomes of these jobs."""
     statement = text(
-        """SELECT job_id, sum(labeled)::bigint AS labeled, sum(failed)::bigint AS failed, sum(masks)::bigint AS masks
-           FROM (
-               SELECT job_id, labeled, failed, masks FROM chunk
-               WHERE job_id = ANY(:ids) AND state = 'done' AND labeled IS NOT NULL
-               UNION ALL
-               SELECT c.job_id, count(*) FILTER (WHERE o.error_kind IS NULL), count(o.error_kind),
-                      coalesce(sum(o.mask_count), 0)
-               FROM chunk c
-               JOIN outcome o ON o.asset_id BETWEEN c.first_asset_id AND c.last_asset_id AND o.job_id = c.job_id
-               WHERE c.job_id = ANY(:ids) AND CASE WHEN c.state = 'done' THEN c.labeled IS NULL ELSE c.token > 0 END
-               GROUP BY c.job_id) AS parts
-           GROUP BY job_id"""
+        """SELECT job_id, coalesce(sum(assets) FILTER (WHERE error_kind = ''), 0)::bigint AS labeled,
+                  coalesce(sum(assets) FILTER (WHERE error_kind <> ''), 0)::bigint AS failed,
+                  sum(masks)::bigint AS masks
+           FROM outcome_counter WHERE job_id = ANY(:ids) GROUP BY job_id"""
     )
     rows = db.execute(statement, {"ids": list(job_ids)})
     found = {row.job_id: Totals(labeled=row.labeled, failed=row.failed, masks=row.masks) for row in rows}
@@ -119,11 +108,14 @@ def assets_per_second(db: Connection, *, job_id: int) -> float | None:
 
 
 def last_errors(db: Connection, *, job_id: int) -> list[LastError]:
-    """The newest failed asset of each kind. Reads the job's failed outcomes."""
+    """The newest failed asset of each kind."""
     statement = text(
-        """SELECT DISTINCT ON (o.error_kind) o.error_kind, a.key, coalesce(o.error, '') AS error
-           FROM outcome o JOIN asset a ON a.id = o.asset_id
-           WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL
-           ORDER BY o.error_kind, o.created_at DESC, o.asset_id DESC"""
+        """SELECT o.error_kind, a.key, coalesce(o.error, '') AS error
+           FROM (SELECT DISTINCT error_kind FROM outcome_counter WHERE job_id = :job_id AND error_kind <> '') kind
+           CROSS JOIN LATERAL (
+               SELECT asset_id, error_kind, error FROM outcome
+               WHERE job_id = :job_id AND error_kind = kind.error_kind
+               ORDER BY created_at DESC, asset_id DESC LIMIT 1) o
+           JOIN asset a ON a.id = o.asset_id ORDER BY o.error_kind"""
     )
     return [LastError(**row) for row in db.execute(statement, {"job_id": job_id}).mappings()]

@@ -9,8 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from db import counters
 from db.copying import COPY_ROWS, copy_rows
 from db.leases import ClaimedChunk
+from db.states import MaskCount
 
 
 def store_prompts(db: Connection, *, job_id: int, rows: Iterable[tuple[str, str]]) -> None:
@@ -97,17 +99,21 @@ def prompts_of(db: Connection, *, asset_id: int) -> list[Any]:
 
 
 def assets_with_unused_prompts(db: Connection, *, job_id: int, limit: int) -> tuple[int, list[tuple[str, str]]]:
-    """Labeled assets with prompts that could not be used: their number, and the first ones as (key, why)."""
+    """Labeled assets with prompts that could not be used: their number, and the first listed ones as (key, why)."""
+    number = text("SELECT coalesce(sum(unused), 0)::bigint FROM outcome_counter WHERE job_id = :job_id")
     statement = text(
-        """SELECT a.key, o.error, count(*) OVER () AS n FROM outcome o JOIN asset a ON a.id = o.asset_id
-           WHERE o.job_id = :job_id AND o.error_kind IS NULL AND o.error IS NOT NULL ORDER BY a.key LIMIT :limit"""
+        """SELECT a.key, o.error FROM outcome o JOIN asset a ON a.id = o.asset_id
+           WHERE o.job_id = :job_id AND o.error_kind IS NULL AND o.error IS NOT NULL ORDER BY o.asset_id LIMIT :limit"""
     )
     rows = db.execute(statement, {"job_id": job_id, "limit": limit}).all()
-    return (rows[0].n if rows else 0), [(row.key, row.error) for row in rows]
+    return int(db.execute(number, {"job_id": job_id}).scalar_one()), [(row.key, row.error) for row in rows]
 
 
 def classes_of(db: Connection, *, job_id: int) -> dict[str, int]:
     """How many masks a job has of each class of its detector, or of each phrase, the most frequent first."""
+    counted = counters.read_masks(db, job_id=job_id, kind=MaskCount.CLASS)
+    if counted is not None:
+        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
     statement = text(
         """SELECT coalesce(m.prompt->>'class', m.prompt->>'text') AS class, count(*) AS n
            FROM asset a JOIN mask m ON m.asset_id = a.id

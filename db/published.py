@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from db import jobs
-from db.jobs import Job
 from db.publishing import LsProject
 
 
@@ -29,13 +26,6 @@ class Published:
     masks_left_out: int
     iou_mean: float | None
     iou_worst: float | None
-
-
-def jobs_since(db: Connection, *, moment: datetime) -> list[Job]:
-    """The jobs made at this moment or later, oldest first."""
-    statement = "SELECT id FROM job WHERE created_at >= :moment ORDER BY id"
-    found = (jobs.get_job(db, job_id=i) for i in db.execute(text(statement), {"moment": moment}).scalars().all())
-    return [job for job in found if job is not None]
 
 
 def count_done(db: Connection, *, ls_project: LsProject, model_version: str) -> int:

@@ -23,7 +23,7 @@ def reap(db: Connection) -> int:
     expired = db.execute(
         text(
             """SELECT id, in_flight FROM chunk WHERE state = 'running' AND lease_until < now()
-               ORDER BY id FOR UPDATE SKIP LOCKED"""
+               ORDER BY job_id, id FOR UPDATE SKIP LOCKED"""  # a job's counters are locked in the order of jobs
         )
     ).all()
     for chunk in expired:

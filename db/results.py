@@ -10,6 +10,9 @@ from typing import Any, Self
 
 from sqlalchemy import Connection, text
 
+from db import counters
+from db.states import MaskCount
+
 _SAMPLE_PAGE = 10  # the masks of this many assets are in memory at once
 
 
@@ -90,18 +93,27 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
 
 
 def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[LabeledAsset]:
-    """Stream at most `limit` of a job's labeled assets, evenly spread, in the order of the listing."""
-    rows = db.execute(
-        text(
-            """WITH labeled AS (
-                   SELECT asset_id, width, height, segment_ms, row_number() OVER (ORDER BY asset_id) - 1 AS i,
-                          count(*) OVER () AS n
-                   FROM outcome WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL)
-               SELECT a.id, a.key, l.width, l.height, l.segment_ms FROM labeled l JOIN asset a ON a.id = l.asset_id
-               WHERE i = 0 OR i * :limit / n > (i - 1) * :limit / n ORDER BY a.id"""
-        ),
-        {"job_id": job_id, "limit": limit},
-    ).all()
+    """Stream at most `limit` of a job's labeled assets, spread over the listing, in its order."""
+    labeled = "FROM outcome WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL"
+    columns = "a.id, a.key, o.width, o.height, o.segment_ms"
+    first_ones = text(
+        f"""SELECT {columns} FROM (SELECT * {labeled} ORDER BY asset_id LIMIT :limit + 1) o
+            JOIN asset a ON a.id = o.asset_id ORDER BY a.id"""
+    )
+    # From `limit` places, evenly spread over the asset ids, each time the next labeled asset.
+    spread = text(
+        f"""WITH span AS (SELECT (SELECT min(asset_id) {labeled}) AS first, (SELECT max(asset_id) {labeled}) AS last)
+            SELECT DISTINCT ON (a.id) {columns}
+            FROM span CROSS JOIN generate_series(0, CAST(:limit AS int) - 1) AS i
+            CROSS JOIN LATERAL (
+                SELECT * {labeled} AND asset_id >= first + i * (last - first + 1) / :limit
+                ORDER BY asset_id LIMIT 1) o
+            JOIN asset a ON a.id = o.asset_id ORDER BY a.id"""
+    )
+    values = {"job_id": job_id, "limit": limit}
+    rows = db.execute(first_ones, values).all()
+    if len(rows) > limit:
+        rows = db.execute(spread, values).all()
     for start in range(0, len(rows), _SAMPLE_PAGE):
         page = rows[start : start + _SAMPLE_PAGE]
         masks = masks_of(db, asset_ids=[row.id for row in page])
@@ -117,6 +129,9 @@ def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[Label
 
 def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:
     """How many labeled assets have each number of masks, in rising order of that number."""
+    counted = counters.read_masks(db, job_id=job_id, kind=MaskCount.MASKS_AN_ASSET)
+    if counted is not None:
+        return dict(sorted((int(value), number) for value, number in counted.items()))
     statement = text(
         """SELECT mask_count, count(*) FROM outcome
            WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL
@@ -127,6 +142,9 @@ def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:
 
 def predicted_iou_percents(db: Connection, *, job_id: int) -> dict[int, int]:
     """How many masks have each predicted IoU in whole percent: rounded down, clamped to 0..99, in rising order."""
+    counted = counters.read_masks(db, job_id=job_id, kind=MaskCount.IOU_PERCENT)
+    if counted is not None:
+        return dict(sorted((int(value), number) for value, number in counted.items() if value != "NaN"))
     statement = text(
         """SELECT greatest(0, least(99, floor(predicted_iou * 100)))::int AS percent, count(*)
            FROM mask JOIN outcome USING (asset_id)
@@ -147,11 +165,14 @@ def failed_assets(db: Connection, *, job_id: int, limit: int | None = None) -> l
 
 def labels_of(db: Connection, *, job_id: int) -> list[str]:
     """The distinct labels of a job's masks, in alphabetical order. Masks without a label are ignored."""
+    counted = counters.read_masks(db, job_id=job_id, kind=MaskCount.LABEL)
+    if counted is not None:
+        return sorted(counted)
     statement = text(
         """SELECT DISTINCT label FROM mask JOIN outcome USING (asset_id)
-           WHERE job_id = :job_id AND label IS NOT NULL ORDER BY label"""
+           WHERE job_id = :job_id AND label IS NOT NULL"""
     )
-    return list(db.execute(statement, {"job_id": job_id}).scalars())
+    return sorted(db.execute(statement, {"job_id": job_id}).scalars())
 
 
 def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[StoredMask]]:

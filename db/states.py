@@ -73,3 +73,12 @@ class ProcessKind(StrEnum):
     PUBLISHER = "publisher"
     REVIEWER = "reviewer"
     ASSIST = "assist"
+
+
+class MaskCount(StrEnum):
+    """What `mask_counter` counts."""
+
+    LABEL = "label"  # masks with this label
+    CLASS = "class"  # masks of this class of a detector, or of this phrase
+    IOU_PERCENT = "iou_percent"  # masks with this predicted IoU: whole percent, rounded down, 0 to 99, or "NaN"
+    MASKS_AN_ASSET = "masks_an_asset"  # assets with this number of masks

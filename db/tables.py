@@ -26,6 +26,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, REAL
 from sqlalchemy.orm import Mapped, mapped_column
 
 from db.base import Base, one_of
+from db.counter_tables import MaskCounter, OutcomeCounter, WorkerTime
 from db.ls_tables import Click, LsAnnotation, LsPrediction, LsPull, LsRegion, LsTask, LsUnjudged
 from db.states import ChunkState, EmbeddingState, JobState, ProcessKind
 
@@ -42,12 +43,15 @@ __all__ = [
     "LsRegion",
     "LsTask",
     "LsUnjudged",
+    "MaskCounter",
     "MaskRow",
     "Outcome",
+    "OutcomeCounter",
     "Process",
     "PromptMatch",
     "PromptRow",
     "Suspect",
+    "WorkerTime",
 ]
 
 asset_id_seq = Sequence("asset_id_seq")
@@ -81,6 +85,7 @@ class Job(Base):
     # Outcomes when the job was last paused. The next judgement of its failures does not count them again.
     judged_assets: Mapped[int | None]
     judged_failed: Mapped[int | None]
+    deleted_at: Mapped[datetime | None]  # `delete` began: nothing works on the job any more, and no command finds it
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     listed_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -132,7 +137,9 @@ class Chunk(Base):
         Index("chunk_new", "job_id", "id", postgresql_where=text("state = 'new'")),
         Index("chunk_sent", "sent_at", postgresql_where=text("state = 'sent'")),
         Index("chunk_running", "id", postgresql_where=text("state = 'running'")),
-        Index("chunk_open", "job_id", postgresql_where=text("state <> 'done'")),
+        Index("chunk_unfinished", "job_id", "first_asset_id", postgresql_where=text("state <> 'done'")),
+        Index("chunk_assets", "job_id", "first_asset_id"),
+        Index("chunk_recent", "job_id", "sent_at", postgresql_where=text("state IN ('running', 'done')")),
         {"postgresql_with": {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.01"}},
     )
 
@@ -150,7 +157,7 @@ class Chunk(Base):
     worker: Mapped[str | None]
     worker_pid: Mapped[int | None]  # of the process that claimed it: a worker's name outlives its processes
     claimed_at: Mapped[datetime | None]
-    # Of a done chunk, its outcomes and masks. Null: not counted, because a worker of an older version finished it.
+    # Unused: workers of version 0.3 count here. To be removed when no worker of that version can be left.
     labeled: Mapped[int | None]
     failed: Mapped[int | None]
     masks: Mapped[int | None]
@@ -166,10 +173,35 @@ class Suspect(Base):
 
 
 class Outcome(Base):
-    """The result of one asset: labeled (error_kind is null) or failed. The primary key allows one for each asset."""
+    """The result of one asset: labeled (error_kind is null) or failed. The primary key allows one for each asset.
+
+    Written once, or deleted to be tried again. A trigger counts it in `outcome_counter` and `worker_time`.
+    """
 
     __tablename__ = "outcome"
-    __table_args__ = (Index("outcome_of_job", "job_id", "error_kind", postgresql_include=["mask_count"]),)
+    __table_args__ = (
+        Index("outcome_of_job", "job_id", "error_kind", postgresql_include=["mask_count"]),
+        Index(
+            "outcome_labeled",
+            "job_id",
+            "asset_id",
+            postgresql_where=text("error_kind IS NULL AND width IS NOT NULL"),
+        ),
+        Index(
+            "outcome_failed",
+            "job_id",
+            "error_kind",
+            "created_at",
+            "asset_id",
+            postgresql_where=text("error_kind IS NOT NULL"),
+        ),
+        Index(
+            "outcome_unused",
+            "job_id",
+            "asset_id",
+            postgresql_where=text("error_kind IS NULL AND error IS NOT NULL"),
+        ),
+    )
 
     asset_id: Mapped[int] = mapped_column(ForeignKey("asset.id", ondelete="CASCADE"), primary_key=True)
     job_id: Mapped[int]
@@ -186,11 +218,16 @@ class Outcome(Base):
 
 
 class MaskRow(Base):
-    """One mask of a labeled asset, in the frame of the upright image. `n` counts from 0 in the model's order."""
+    """One mask of a labeled asset, in the frame of the upright image. `n` counts from 0 in the model's order.
+
+    `db.partitions` makes its partitions. A foreign key to `outcome` would halve the rate at which masks are written.
+    Instead each statement that writes or deletes outcomes does the same with their masks, in one transaction.
+    """
 
     __tablename__ = "mask"
+    __table_args__ = ({"postgresql_partition_by": "RANGE (asset_id)"},)
 
-    asset_id: Mapped[int] = mapped_column(ForeignKey("outcome.asset_id", ondelete="CASCADE"), primary_key=True)
+    asset_id: Mapped[int] = mapped_column(primary_key=True)
     n: Mapped[int] = mapped_column(Integer, primary_key=True)
     counts: Mapped[str]  # COCO compressed run lengths
     bbox_x: Mapped[int] = mapped_column(Integer)

@@ -11,6 +11,7 @@ from db.jobs import Counts, Job
 from db.leases import Asset, ClaimedChunk, NewOutcome
 from db.listing import NewAsset
 from db.results import StoredMask
+from orchestrator.jobs.delete import delete_job
 
 LEASE_SECONDS = 60.0
 
@@ -107,3 +108,10 @@ def reap(engine: Engine) -> int:
 def count(engine: Engine, job: Job) -> Counts:
     with engine.begin() as db:
         return jobs.count_job(db, job_id=job.id)
+
+
+def delete(engine: Engine, job: Job) -> None:
+    """Cancel a job if it is at work, and delete it."""
+    with engine.begin() as db:
+        jobs.cancel_job(db, job_id=job.id)
+    delete_job(engine, job.id, store=None)

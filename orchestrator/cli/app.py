@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from db import jobs
+from db import deletion, jobs
 from db.session import DBAPIError, Engine, check_migrated, is_passing, open_engine
 from db.settings import settings
 from orchestrator.cli.root import app, label_studio_app, models_app, opened
@@ -42,10 +42,10 @@ def job_number(job: str) -> int:
     os.environ.setdefault("MASKFLEET_EMBEDDINGS", str(state_dir_of(Path(job)) / "embeddings"))
     settings.cache_clear()
     with deployment_engine().begin() as db:
-        newest = jobs.list_jobs(db, limit=1)
-    if not newest:
-        fail(f"{job}: its `maskfleet run` has not made a job yet")
-    return newest[0].id
+        found = [newest.id for newest in jobs.list_jobs(db, limit=1)] or deletion.begun_deletions(db)
+    if not found:
+        fail(f"{job}: its `maskfleet run` has not made a job yet, or the job was deleted")
+    return found[-1]
 
 
 JOB_HELP = "The job's number, as `maskfleet jobs` shows it, or the folder that `maskfleet run` wrote."

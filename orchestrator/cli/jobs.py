@@ -60,7 +60,9 @@ def list_jobs(
     """List the newest jobs."""
     engine = deployment_engine()
     with engine.begin() as db:
-        found = [(job, jobs.count_job(db, job_id=job.id)) for job in jobs.list_jobs(db, limit=limit)]
+        newest = jobs.list_jobs(db, limit=limit)
+        counts = jobs.count_jobs(db, job_ids=[job.id for job in newest])
+    found = [(job, counts[job.id]) for job in newest if job.id in counts]
     if as_json:
         print_json([job_as_json(job, counts) for job, counts in found])
     else:

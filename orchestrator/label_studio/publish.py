@@ -131,7 +131,7 @@ def _jobs_to_follow(engine: Engine, client: LabelStudio, project_id: int, job_id
     if job_id is None:
         made_at = datetime.fromisoformat(client.get_project(project_id).created_at)
         with engine.begin() as db:
-            return published.jobs_since(db, moment=made_at)
+            return jobs.jobs_since(db, moment=made_at)
     with engine.begin() as db:
         job = jobs.get_job(db, job_id=job_id)
     if job is None:

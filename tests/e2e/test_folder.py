@@ -23,7 +23,13 @@ pytestmark = pytest.mark.integration
 
 def call(*words: str | Path, code: int = 0) -> str:
     done = subprocess.run(
-        [*MASKFLEET, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        [*MASKFLEET, *map(str, words)],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
     return done.stdout or done.stderr
@@ -66,6 +72,17 @@ def test_failed_assets_of_a_folder_run_again_with_the_next_run(tmp_path: Path) -
 
     assert "1 assets of job 1 run again" in call("retry", tmp_path / "out")
     run(source, "--out", tmp_path / "out", "--model", "stub")
+
+
+def test_a_job_is_deleted_by_its_folder_after_it_was_asked_for(tmp_path: Path) -> None:
+    run(draw_pictures(tmp_path / "pictures", 2), "--out", tmp_path / "out", "--model", "stub")
+    assert "say --yes" in call("delete", tmp_path / "out", code=2)
+
+    assert "job 1 is deleted: 2 assets" in call("delete", tmp_path / "out", "--yes")
+
+    assert "the job was deleted" in call("show", tmp_path / "out", code=2)
+    assert (tmp_path / "out" / "coco.json").exists()
+    run(tmp_path / "pictures", "--out", tmp_path / "out", "--model", "stub")  # it begins anew
 
 
 def test_several_commands_share_one_server_and_the_last_stops_it(out: Path) -> None:

@@ -25,10 +25,11 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Connection, Engine, text
 
-from db import jobs, leases, listing, queue
+from db import jobs, leases, listing, queue, results
 from db.jobs import Job
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
+from orchestrator.jobs.delete import JobRunsError, delete_job
 from tests.factories import labeled
 from tests.integration.protocol_model import ACTIVE, Claim, Model, ModelChunk, ModelJob
 
@@ -51,7 +52,7 @@ class Protocol(RuleBasedStateMachine):
         self.claims: list[Claim] = []
         self.old_rows: dict[int, Job] = {}
         with engine.begin() as db:
-            db.execute(text("TRUNCATE job RESTART IDENTITY CASCADE"))
+            db.execute(text("TRUNCATE job, mask RESTART IDENTITY CASCADE"))
 
     # submit and list
 
@@ -338,8 +339,11 @@ class Protocol(RuleBasedStateMachine):
     def delete(self, which: int, sure: int) -> None:
         assume(not sure)  # more seldom than the rest
         job = pick(list(self.model.jobs.values()), which)
-        with self.engine.begin() as db:
-            assert jobs.delete_job(db, job_id=job.id)
+        if job.state in ACTIVE:
+            with pytest.raises(JobRunsError):
+                delete_job(self.engine, job.id, store=None)
+            self.cancel(list(self.model.jobs.values()).index(job))
+        delete_job(self.engine, job.id, store=None)
         self.model.delete(job)
 
     # what always holds
@@ -351,7 +355,13 @@ class Protocol(RuleBasedStateMachine):
             suspects = pairs(db, "SELECT asset_id, deaths_alone FROM suspect")
             chunks = {row.id: row for row in db.execute(text("SELECT id, state, in_flight, lease_until FROM chunk"))}
             states = pairs(db, "SELECT id, state FROM job")
-            counts = {job_id: jobs.count_job(db, job_id=job_id) for job_id in states}
+            counts = jobs.count_jobs(db, job_ids=list(states))
+            masks = pairs(db, "SELECT asset_id, count(*) FROM mask GROUP BY asset_id")
+            labels = {
+                job_id: (results.labels_of(db, job_id=job_id), results.masks_per_asset(db, job_id=job_id))
+                for job_id in states
+            }
+        assert masks == {asset: 1 for asset, kind in outcomes.items() if kind is None}
         assert outcomes == self.model.outcomes
         assert suspects == self.model.suspects
         assert {chunk_id: row.state for chunk_id, row in chunks.items()} == {
@@ -374,6 +384,8 @@ class Protocol(RuleBasedStateMachine):
             assert found_counts.listed == len(job.keys)
             assert (found_counts.labeled, found_counts.masks) == (done.count(None), done.count(None))
             assert found_counts.labeled + found_counts.failed == len(done)
+            assert found_counts.failed_by_kind == {kind: done.count(kind) for kind in {*done} - {None}}
+            assert labels[job.id] == ([], {1: done.count(None)} if None in done else {})
             if job.state == "done":
                 assert found_counts.pending == 0
                 assert all(c.state == "done" for c in self.model.chunks.values() if c.job is job)

@@ -162,17 +162,17 @@ MUTATIONS = (
     Mutation(
         name="retry takes only what failed",
         file="db/jobs.py",
-        before="WHERE job_id = :job_id AND error_kind IS NOT NULL\n",
-        after="WHERE job_id = :job_id\n",
+        before="WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL\n",
+        after="WHERE o.job_id = :job_id\n",
         tests=(f"{_FENCING}::test_retry_keeps_what_is_labeled",),
     ),
     Mutation(
         name="a retried chunk is taken from the worker that holds it",
         file="db/jobs.py",
         before="SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,\n"
-        "                      transient_failures",
+        "                          transient_failures",
         after="SET state = CASE state WHEN 'running' THEN state ELSE 'new' END,\n"
-        "                      transient_failures",
+        "                          transient_failures",
         tests=(f"{_FENCING}::test_what_is_retried_while_its_chunk_runs_is_not_left_behind",),
     ),
     # a chunk's run

@@ -14,6 +14,7 @@ ROOMS = ("db", "workers", "orchestrator")
 # Modules that no test names, each with the tests that run it by another door: its command, or the module that uses it.
 RUN_BY = {
     "db.base": "integration/test_migrations.py",
+    "db.counter_tables": "integration/test_migrations.py",
     "db.copying": "integration/test_prompted_jobs.py",
     "db.ls_tables": "integration/test_migrations.py",
     "db.metrics": "metrics/test_metrics.py",
@@ -25,11 +26,15 @@ RUN_BY = {
     "db.migrations.versions.0005_unjudged": "integration/test_migrations.py",
     "db.migrations.versions.0006_assist": "integration/test_migrations.py",
     "db.migrations.versions.0007_operators": "integration/test_migrations.py",
+    "db.migrations.versions.0010_counters": "integration/test_migrations.py",
+    "db.migrations.versions.0011_scale": "integration/test_migrations.py",
+    "db.migrations.versions.0012_mask_partitions": "integration/test_migrations.py",
     "db.review_counts": "label_studio/test_review.py",
     "db.reviewed_masks": "label_studio/test_review.py",
     "db.texts": "unit/test_storage.py",
     "orchestrator.cli.__main__": "e2e/test_run.py",
     "orchestrator.cli.app": "e2e/test_run.py",
+    "orchestrator.cli.delete": "e2e/test_folder.py",
     "orchestrator.cli.errors": "e2e/test_run.py",
     "orchestrator.cli.export": "integration/test_export.py",
     "orchestrator.cli.main": "unit/test_root.py",

@@ -1,0 +1,108 @@
+"""Counters are exact whoever writes: workers of this version and of older ones, and before the counters were there."""
+
+from __future__ import annotations
+
+import pytest
+from alembic import command
+from sqlalchemy import Engine, text
+
+from db import counters, jobs, leases, progress, prompts, results
+from db.jobs import Job
+from db.leases import NewOutcome
+from db.migrating import migrate, migration_config
+from db.results import StoredMask
+from db.states import MaskCount
+from tests.factories import chunk_ids, claim, count, labeled, make_job, pending, record
+
+pytestmark = pytest.mark.integration
+
+
+def mask_of(asset_id: int, n: int, *, iou: float, label: str | None = None, phrase: str | None = None) -> StoredMask:
+    return StoredMask(
+        asset_id=asset_id,
+        n=n,
+        counts="01",
+        bbox_xywh=(0, 0, 1, 1),
+        area_px=1,
+        predicted_iou=iou,
+        stability_score=None,
+        label=label,
+        prompt=None if phrase is None else {"text": phrase},
+    )
+
+
+def found_of(engine: Engine, job: Job) -> list[object]:
+    with engine.begin() as db:
+        return [
+            results.labels_of(db, job_id=job.id),
+            results.masks_per_asset(db, job_id=job.id),
+            results.predicted_iou_percents(db, job_id=job.id),
+            prompts.classes_of(db, job_id=job.id),
+        ]
+
+
+def test_what_is_counted_is_what_the_masks_say_also_of_answers_and_of_masks_of_an_older_worker(engine: Engine) -> None:
+    job = make_job(engine, keys=3)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    first, second, third = (asset.id for asset in pending(engine, chunk))
+    masks = [
+        mask_of(first, 0, iou=0.9, label="red bus", phrase="bus"),  # 0.9 as a REAL is below 0.9
+        mask_of(first, 1, iou=1.25, label="bus " * 5000, phrase="bus"),  # a label that no index takes
+        mask_of(first, 2, iou=float("nan"), phrase="car"),
+        mask_of(first, 3, iou=-0.5),
+    ]
+    record(engine, chunk, [NewOutcome(asset_id=first, width=4, height=3, masks=masks)])
+    record(engine, chunk, [labeled(second, masks=0), NewOutcome(asset_id=third)])  # the third was not looked at
+
+    with engine.begin() as db:
+        counted = counters.read_masks(db, job_id=job.id, kind=MaskCount.IOU_PERCENT)
+        totals = progress.totals(db, job_ids=[job.id])[job.id]
+    assert counted == {"0": 1, "89": 1, "99": 1, "NaN": 1}
+    assert (totals.labeled, totals.failed, totals.masks) == (3, 0, 4)
+    expected = [["bus " * 5000, "red bus"], {0: 1, 4: 1}, {0: 1, 89: 1, 99: 1}, {"bus": 2, "car": 1}]
+    assert found_of(engine, job) == expected
+    answered = make_job(engine, keys=3)
+    with engine.begin() as db:
+        assert leases.answer_from_stored(db, chunk=claim(engine, chunk_ids(engine, answered)[0])) == 3
+    assert found_of(engine, answered) == expected
+
+    with engine.begin() as db:  # a worker of an older version wrote these masks: it does not count them
+        db.execute(text("DELETE FROM mask_counter WHERE job_id = :id AND slot % 2 = 0"), {"id": job.id})
+        db.execute(text("DELETE FROM mask_counter WHERE job_id = :id"), {"id": answered.id})
+    assert found_of(engine, job) == found_of(engine, answered) == expected
+
+
+def test_a_filled_database_is_brought_to_counters_and_partitions_and_back_without_a_loss(
+    engine: Engine, database_url: str
+) -> None:
+    job = make_job(engine, keys=8, chunk_size=4)
+    one, two = (claim(engine, chunk_id) for chunk_id in chunk_ids(engine, job))
+    failed, *good = (asset.id for asset in pending(engine, one))
+    record(engine, one, [NewOutcome(asset_id=failed, error_kind="truncated"), *(labeled(n, masks=2) for n in good)])
+    before, found = count(engine, job), found_of(engine, job)
+    engine.dispose()
+    config = migration_config(database_url)
+
+    command.downgrade(config, "0007")
+    command.upgrade(config, "0010")
+    # Written between two migrations, by a worker of the older version.
+    with engine.begin() as db:
+        db.execute(
+            text("INSERT INTO outcome (asset_id, job_id, mask_count, width) VALUES (:id, :job, 0, 4)"),
+            {"id": two.first_asset_id, "job": job.id},
+        )
+    engine.dispose()
+    migrate(database_url)
+
+    after = count(engine, job)
+    assert (after.labeled, after.failed_by_kind) == (before.labeled + 1, before.failed_by_kind)
+    assert (after.masks, after.listed, after.changed) == (before.masks, before.listed, before.changed)
+    labels, per_asset, percents, _ = found_of(engine, job)
+    assert (labels, percents) == (found[0], found[2])
+    assert per_asset == {0: 1, 2: 3}
+    record(engine, two, [labeled(asset.id, masks=1) for asset in pending(engine, two)])
+    with engine.begin() as db:
+        assert jobs.retry_failed(db, job_id=job.id, error_kind=None) == 1
+        [*_, newest] = results.labeled_assets(db, job_id=job.id)
+    assert len(newest.masks) == 1
+    assert (count(engine, job).labeled, count(engine, job).failed) == (7, 0)
