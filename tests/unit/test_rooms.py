@@ -32,6 +32,7 @@ RUN_BY = {
     "db.review_counts": "label_studio/test_review.py",
     "db.reviewed_masks": "label_studio/test_review.py",
     "db.texts": "unit/test_storage.py",
+    "workers.allocator": "unit/test_allocator.py",
     "orchestrator.cli.__main__": "e2e/test_run.py",
     "orchestrator.cli.app": "e2e/test_run.py",
     "orchestrator.cli.delete": "e2e/test_folder.py",
