@@ -9,31 +9,39 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from db import publishing
+from db import embeddings, publishing
 from db.jobs import Job
 from db.publishing import Intent, LsProject
 from orchestrator.label_studio.addresses import asset_uid
 from orchestrator.label_studio.config import label_config
 from orchestrator.label_studio.prompt_controls import add_prompt_controls
 from tests.label_studio.reviewing import labeled_job, stored
+from workers.embeddings.address import EmbeddingFormat, EmbeddingOf, embedding_of
+from workers.embeddings.codec import encode
+from workers.embeddings.store import EmbeddingStore
 from workers.masks import BoolMask
+from workers.models.spec import Model
 
 SERVER = "http://label-studio"
 PROJECT = 7
+LS_PROJECT = LsProject(SERVER, PROJECT)
 CONFIG = add_prompt_controls(label_config(["thing", "other"]), [], image_name="image")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedAsset:
-    """asset_id: the owner of the masks. task_id: Label Studio's."""
+    """asset_id: the owner of the masks. task_id, project: Label Studio's numbers."""
 
     job: Job
     asset_id: int
     uid: str
     task_id: int
     size_hw: tuple[int, int]
+    project: int = PROJECT
 
-    def body(self, *regions: dict[str, Any], project: int = PROJECT, shown: Sequence[str] = (), **task: Any) -> bytes:
+    def body(
+        self, *regions: dict[str, Any], project: int | None = None, shown: Sequence[str] = (), **task: Any
+    ) -> bytes:
         """A /predict request. shown: ids of the regions of its prediction."""
         height, width = self.size_hw
         whole = {
@@ -43,7 +51,12 @@ class PublishedAsset:
             **task,
         }
         context = {"context": {"result": list(regions)}}
-        document = {"tasks": [whole], "project": f"{project}.17", "label_config": CONFIG, "params": context}
+        document = {
+            "tasks": [whole],
+            "project": f"{project or self.project}.17",
+            "label_config": CONFIG,
+            "params": context,
+        }
         return json.dumps(document).encode()
 
     def point(
@@ -77,8 +90,9 @@ def published_asset(
     task_id: int = 30,
     model: str = "stub",
     model_version: str = "stub@55555555+00000000",
+    ls_project: LsProject = LS_PROJECT,
 ) -> PublishedAsset:
-    """An asset of a job of its own with these masks, published to PROJECT of SERVER."""
+    """An asset of a job of its own with these masks, published to the project."""
     size_hw = (masks[0].shape[0], masks[0].shape[1])
     labels = ["thing"] * len(masks)
     scores = [0.9] * len(masks)
@@ -92,7 +106,6 @@ def published_asset(
     )
     uri = f"{job.source}/{key}"
     uid = asset_uid(uri)
-    ls_project = LsProject(SERVER, PROJECT)
     with engine.begin() as db:
         (asset,) = publishing.unpublished(db, job_id=job.id, ls_project=ls_project, after_asset_id=0, page=2)
         intent = Intent(
@@ -104,4 +117,26 @@ def published_asset(
         publishing.mark_done(
             db, ls_project=ls_project, model_version=job.model_version, task_ids={written[uid]: task_id}
         )
-    return PublishedAsset(job=job, asset_id=asset.asset_id, uid=uid, task_id=task_id, size_hw=size_hw)
+    return PublishedAsset(
+        job=job, asset_id=asset.asset_id, uid=uid, task_id=task_id, size_hw=size_hw, project=ls_project.project_id
+    )
+
+
+def keep_embedding(
+    engine: Engine, store: EmbeddingStore, model: Model, asset: PublishedAsset, image: Any
+) -> EmbeddingOf:
+    """Store the embedding of the asset's image (H, W, 3), as a worker does."""
+    of = embedding_of_asset(engine, asset)
+    (embedding,) = model.embed([image])
+    content = encode(embedding, of)
+    store.write(of.address, content)
+    with engine.begin() as db:
+        embeddings.want(db, addresses={asset.asset_id: of.address})
+        embeddings.record_stored(db, sizes={of.address: len(content)})
+    return of
+
+
+def embedding_of_asset(engine: Engine, asset: PublishedAsset) -> EmbeddingOf:
+    with engine.begin() as db:
+        found = embeddings.embeddable_assets(db, asset_ids=[asset.asset_id])
+    return embedding_of(found[asset.asset_id], EmbeddingFormat.FP16)

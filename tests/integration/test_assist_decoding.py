@@ -18,12 +18,11 @@ from orchestrator.assist.answers import Assistant
 from orchestrator.assist.children import Children
 from orchestrator.assist.decoding import Decoder
 from orchestrator.label_studio.drawn import mask_from_region
-from tests.assisted import PROJECT, SERVER, PublishedAsset, published_asset
+from tests.assisted import PROJECT, SERVER, PublishedAsset, embedding_of_asset, keep_embedding, published_asset
 from tests.label_studio.reviewing import disc
 from tests.pixels import decode_counts
 from tests.waiting import wait_for
-from workers.embeddings.address import EmbeddingFormat, EmbeddingOf, embedding_of
-from workers.embeddings.codec import encode
+from workers.embeddings.address import EmbeddingFormat, EmbeddingOf
 from workers.embeddings.store import EmbeddingStore
 from workers.models.files import weights_sha256
 from workers.models.loading import load_model
@@ -72,21 +71,8 @@ def published(engine: Engine, number: int) -> PublishedAsset:
     )
 
 
-def kept_of(engine: Engine, asset: PublishedAsset) -> EmbeddingOf:
-    with engine.begin() as db:
-        found = embeddings.embeddable_assets(db, asset_ids=[asset.asset_id])
-    return embedding_of(found[asset.asset_id], EmbeddingFormat.FP16)
-
-
 def keep(engine: Engine, store: EmbeddingStore, nano: Model, asset: PublishedAsset, number: int) -> EmbeddingOf:
-    (embedding,) = nano.embed([scene_of(number)])
-    of = kept_of(engine, asset)
-    content = encode(embedding, of)
-    store.write(of.address, content)
-    with engine.begin() as db:
-        embeddings.want(db, addresses={asset.asset_id: of.address})
-        embeddings.record_stored(db, sizes={of.address: len(content)})
-    return of
+    return keep_embedding(engine, store, nano, asset, scene_of(number))
 
 
 def answer(assistant: Assistant, asset: PublishedAsset, x: float, y: float) -> tuple[str, Any]:
@@ -162,7 +148,7 @@ def test_a_click_before_there_is_an_embedding_wants_it_once(engine: Engine, chil
 
     with engine.begin() as db:
         rows = db.execute(text("SELECT address, state FROM embedding")).all()
-    assert [tuple(row) for row in rows] == [(kept_of(engine, asset).address, "wanted")]
+    assert [tuple(row) for row in rows] == [(embedding_of_asset(engine, asset).address, "wanted")]
 
 
 def test_a_model_without_points_is_answered_from_stored_masks_and_wants_nothing(

@@ -15,15 +15,16 @@ import httpx
 
 @dataclass
 class Proxy:
-    """max_body: larger ones are answered 413 unread. spoil: what becomes of the next answers to an import, one each:
-    "500" and "504" replace it, "drop" ends the connection; the server has done its work each time. "503" is given
-    before the server sees the request. "late" is answered 504 at once, and the server gets the request `late_seconds`
-    afterwards. before_import: called when an import has come, before the server sees it."""
+    """max_body: larger ones are answered 413 unread. spoil: what becomes of the next answers to an import (or another
+    `spoiled_path`), one each: "500" and "504" replace it, "drop" ends the connection; the server has done its work each
+    time. "503" is given before the server sees the request. "late" is answered 504 at once, and the server gets the
+    request `late_seconds` afterwards. before_import: called when an import has come, before the server sees it."""
 
     url: str
     target: str
     max_body: int = 10_000_000
     spoil: list[str] = field(default_factory=list)
+    spoiled_path: str = "/import"
     late_seconds: float = 1.0
     before_import: Callable[[], None] = lambda: None
     requests: list[tuple[str, str, int]] = field(default_factory=list)  # method, path, bytes of the body
@@ -43,8 +44,8 @@ class Proxy:
         self.late_on_the_way -= 1
 
     def next_spoil(self, path: str) -> str:
-        """What becomes of this request's answer; nothing, unless it is an import and one is left."""
-        if "/import" not in path:
+        """What becomes of this request's answer; nothing, unless its path is spoiled and one is left."""
+        if self.spoiled_path not in path:
             return ""
         self.before_import()
         spoil = self.spoil.pop(0) if self.spoil else ""
