@@ -80,6 +80,10 @@ class Settings(BaseSettings):
     assist_user: str = Field("maskfleet", description="User with which Label Studio calls `maskfleet assist`")
     assist_password: SecretStr | None = Field(None, description="Its password, at least 16 characters")
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
+    weights_mirror: str | None = Field(
+        None,
+        description="Folder, s3://bucket/prefix or https:// prefix from which weights are taken first",
+    )
     state_dir: Path | None = Field(None, description="Where `run` keeps its own Postgres; default OUT/.maskfleet")
     model: str | None = Field(None, description="Model that `submit` takes when --model is not given")
     log_format: Literal["text", "json"] = Field("text", description="`json`: one JSON object a log line")

@@ -1,9 +1,11 @@
-"""`models list|pull|verify|export-onnx`: the models and their weights on this machine."""
+"""`models list|pull|verify|push|export-onnx`: the models and their weights on this machine."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +25,7 @@ from orchestrator.cli.request import require_weights
 from orchestrator.terminal.console import printable, stdout_console
 from workers.models.files import is_present, weights_path
 from workers.models.loading import ONNX_LIBRARIES, missing_libraries, require_decoder, require_libraries
-from workers.models.registry import find_model, known_models
+from workers.models.registry import find_model, known_models, with_base
 
 
 @models_app.command("list", epilog="Example: `maskfleet models list`")
@@ -70,10 +72,18 @@ ModelArgument = Annotated[str, typer.Argument(help="The model's name.", show_def
 
 @models_app.command("pull", epilog="Example: `maskfleet models pull sam_vit_b`")
 def models_pull(name: ModelArgument) -> None:
-    """Download a model's weights and check their sha256. Goes on where an earlier download stopped."""
-    from workers.models.download import pull
+    """Bring a model's weights, from the mirror if one is set. Checks their sha256, goes on after a broken download."""
+    from workers.models.pulling import Bringing, pull_named
 
-    spec = find_model(name)
+    with byte_bar(name) as show:
+        paths = pull_named(name, Bringing(progress=show))
+    for path in paths:
+        print(path)
+
+
+@contextmanager
+def byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on stderr while the block runs. Yields what is told how many of how many are done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -82,9 +92,8 @@ def models_pull(name: ModelArgument) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=err) as progress:
-        bar = progress.add_task(name, total=spec.size_bytes)
-        path = pull(spec, lambda done, total: progress.update(bar, completed=done, total=total))
-    print(path)
+        bar = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 @models_app.command("verify", epilog="Example: `maskfleet models verify sam_vit_b`")
@@ -92,11 +101,27 @@ def models_verify(name: ModelArgument) -> None:
     """Check a model's weights on this machine against their pinned size and sha256."""
     from workers.models.weights import remedy, verify
 
-    spec = find_model(name)
-    verified = verify(spec)
-    print(f"{verified.path}: {verified.found}")
-    if not verified.ok:
-        fail(remedy(spec))
+    for spec in with_base(find_model(name)):
+        verified = verify(spec)
+        print(f"{verified.path}: {verified.found}")
+        if not verified.ok:
+            fail(remedy(spec))
+
+
+@models_app.command("push", epilog="Example: `maskfleet models push cells --to s3://weights/models`")
+def models_push(
+    name: ModelArgument,
+    to: Annotated[
+        str | None, typer.Option("--to", help="A folder or s3://bucket/prefix; default: MASKFLEET_WEIGHTS_MIRROR.")
+    ] = None,
+) -> None:
+    """Put a model's weights, and the TOML of one's own, into the mirror that workers and `models pull` take it from."""
+    from workers.models.pulling import push
+
+    with err.status(f"copying {name}"):
+        stored = push(find_model(name), to)
+    for address in stored:
+        print(address)
 
 
 @models_app.command("export-onnx", epilog="Example: `maskfleet models export-onnx sam_vit_b`")

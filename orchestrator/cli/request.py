@@ -24,6 +24,7 @@ from workers.embeddings.address import keeps_embeddings
 from workers.embeddings.store import open_store
 from workers.errors import redact
 from workers.models.loading import require_decoder, require_libraries
+from workers.models.registry import with_base
 from workers.models.spec import ModelSpec
 from workers.params import ParamError, parse_params, parse_prompt_params
 from workers.prompts import Prompt, PromptKind
@@ -197,6 +198,7 @@ def require_weights(spec: ModelSpec) -> None:
     from workers.models.weights import remedy, verify
 
     require_libraries(spec.name, spec.libraries)
-    verified = verify(spec)
-    if not verified.ok:
-        fail(f"{spec.name}: {verified.path} is {verified.found}; {remedy(spec)}")
+    for each in with_base(spec):
+        verified = verify(each)
+        if not verified.ok:
+            fail(f"{each.name}: {verified.path} is {verified.found}; {remedy(each)}")

@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "review",
         "Read how people changed a job's masks in Label Studio. Count what they kept, edited, deleted and added.",
     ),
-    "models": ("models", "The models, and their weights on this machine."),
+    "models": ("own_models", "The models, and their weights on this machine."),
     "worker": (
         "operate",
         "Run one worker process on each CUDA device (or the CPU) and restart dead ones. SIGTERM drains them.",

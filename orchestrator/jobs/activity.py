@@ -12,6 +12,7 @@ from db.jobs import Counts, Job
 from db.processes import Process
 from db.progress import AtWork, ChunkCounts, LastError
 from db.session import Connection
+from db.settings import settings
 from db.states import JobState, ProcessKind
 
 
@@ -71,7 +72,10 @@ def why_nobody_can(live: Sequence[Process], model: str) -> str | None:
     workers = [process for process in live if process.kind is ProcessKind.WORKER]
     if not workers:
         return "no worker is running yet: the job waits for `maskfleet worker`"
-    if any(model in worker.models for worker in workers):
-        return None
+    if settings().weights_mirror is not None or any(model in worker.models for worker in workers):
+        return None  # with a mirror, a worker takes what it lacks
     has = "; ".join(f"{worker.name} has {', '.join(worker.models) or 'none'}" for worker in workers[:5])
-    return f"no live worker has the weights of {model} ({has}): run `maskfleet models pull NAME` where they run"
+    return (
+        f"no live worker has the weights of {model} ({has}): run `maskfleet models pull NAME` where they run, or set "
+        "MASKFLEET_WEIGHTS_MIRROR there"
+    )

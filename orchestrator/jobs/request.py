@@ -13,6 +13,7 @@ from orchestrator.jobs.version import prompt_params, what_is_computed, what_prom
 from orchestrator.prompts.files import PromptFile
 from workers.detectors.detector import AskedDetector
 from workers.models.files import model_version
+from workers.models.own import identity_of
 from workers.models.registry import find_model
 from workers.prompts import Prompt
 
@@ -52,6 +53,8 @@ class Request:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "limit": self.limit,
+            # For a model of one's own, so that a worker with another file of this name refuses the job.
+            **({} if (own := identity_of(find_model(self.model))) is None else {"own_model": own}),
             # Left out where it was not given, so that `run` finds the unfinished job of an older version.
             **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
             # Left out unless it was given: so a job that was stored before this option existed is still the same.

@@ -123,7 +123,7 @@ WRONG = {
     "max_object_bytes": ["0", "200MiB"],
 }
 # Any text is a name or a path. What is wrong with it is said by the command that uses it.
-ANY_TEXT = {"weights_dir", "state_dir", "model", "embeddings", "assist_user", "assist_password"}
+ANY_TEXT = {"weights_dir", "weights_mirror", "state_dir", "model", "embeddings", "assist_user", "assist_password"}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])

@@ -23,10 +23,11 @@ from workers.engine.sam import input_hw
 from workers.images.decode import decode
 from workers.images.pixels import RgbImage
 from workers.masks import Mask
+from workers.models.files import onnx_path
 from workers.models.loading import load_model
 from workers.models.mobile_sam import build_mobile_sam
 from workers.models.onnx_decoder import with_onnx_decoder
-from workers.models.onnx_export import INPUTS, OUTPUTS, export, onnx_path
+from workers.models.onnx_export import INPUTS, OUTPUTS, export
 from workers.models.registry import find_model
 from workers.models.sam import SamModel
 from workers.models.spec import MissingLibraryError, ModelError

@@ -12,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from db.settings import settings
-from workers.models.download import ATTEMPTS, pull
+from workers.models.download import ATTEMPTS, Manner
 from workers.models.files import weights_path
+from workers.models.pulling import Bringing, pull
 from workers.models.registry import MODELS
 from workers.models.spec import ModelSpec, WeightsError
 from workers.models.weights import WeightsState, verify
@@ -111,8 +112,11 @@ def make_spec(url="https://example.invalid/weights.pth", content=CONTENT, name="
     return ModelSpec(**{**values, **changes})
 
 
-def bring(spec, progress=None):
-    return pull(spec, progress, plain_http_on_loopback=True, backoff_seconds=0)
+LOOPBACK = Manner(plain_http_on_loopback=True, backoff_seconds=0)
+
+
+def bring(spec, progress=lambda done, total: None):
+    return pull(spec, Bringing(progress=progress, manner=LOOPBACK))
 
 
 def names_in(folder):
@@ -315,7 +319,7 @@ def test_nobody_listening_is_said_after_the_last_attempt(server):
 
 def test_plain_http_is_refused(server):
     with pytest.raises(WeightsError, match="https only"):
-        pull(make_spec(server.url), backoff_seconds=0)
+        pull(make_spec(server.url), Bringing(manner=Manner(backoff_seconds=0)))
 
     assert server.requests == []
 
@@ -353,7 +357,7 @@ def test_file_in_the_folders_place_is_an_error_with_its_path(server, folder):
 def test_part_that_cannot_be_written_is_an_error_with_its_path(server, folder):
     (folder / "tiny.pth.part").mkdir(parents=True)
 
-    with pytest.raises(WeightsError, match=r"tiny: cannot download .*/weights/tiny\.pth: .*Is a directory"):
+    with pytest.raises(WeightsError, match=r"tiny: cannot write .*/weights/tiny\.pth: .*Is a directory"):
         bring(make_spec(server.url))
 
 

@@ -21,6 +21,11 @@ def weights_path(spec: ModelSpec) -> Path:
     return weights_dir() / spec.weights_file
 
 
+def onnx_path(spec: ModelSpec) -> Path:
+    """Where `--decoder onnx` expects this model's decoder: in the weights folder, under the weights' own name."""
+    return weights_dir() / f"{spec.name}.{weights_sha256(spec)[:8]}.decoder.onnx"
+
+
 def weights_dir() -> Path:
     """The folder of pulled weights: MASKFLEET_WEIGHTS_DIR, else maskfleet/weights in the user's cache folder."""
     configured = settings().weights_dir

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from segment_anything.modeling import PromptEncoder, Sam
 from torch import Tensor, nn
 
-from workers.models.files import weights_sha256
+from workers.models.files import onnx_path, weights_sha256
 from workers.models.loading import ONNX_LIBRARIES, require_libraries
-from workers.models.onnx_export import INPUTS, WEIGHTS_KEY, export, onnx_path
+from workers.models.onnx_export import INPUTS, WEIGHTS_KEY, export
 from workers.models.onnx_session import open_session
 from workers.models.spec import ModelError, ModelSpec
 

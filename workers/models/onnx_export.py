@@ -33,7 +33,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from workers.models.files import weights_dir, weights_sha256
+from workers.models.files import onnx_path, weights_sha256
 from workers.models.loading import load_model, require_libraries
 from workers.models.registry import find_model
 from workers.models.spec import ModelError, ModelSpec
@@ -93,11 +93,6 @@ class PromptDecoder(nn.Module):
         masks = masks[..., : inside[0], : inside[1]]
         height, width = size_hw.to(torch.int64)
         return F.interpolate(masks, (height, width), mode="bilinear", align_corners=False)
-
-
-def onnx_path(spec: ModelSpec) -> Path:
-    """Where `--decoder onnx` expects this model's decoder: in the weights folder, under the weights' own name."""
-    return weights_dir() / f"{spec.name}.{weights_sha256(spec)[:8]}.decoder.onnx"
 
 
 def export(sam: Sam, spec: ModelSpec, path: Path) -> None:

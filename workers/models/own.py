@@ -10,15 +10,16 @@ import os
 import re
 import secrets
 import tomllib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from workers.models.files import weights_dir
-from workers.models.spec import WeightsError
+from workers.models.spec import ModelSpec, WeightsError
 
 MAX_TOML_BYTES = 16_384
 MAX_WEIGHTS_BYTES = 1 << 40
@@ -114,6 +115,46 @@ def parse_own(content: bytes, *, name: str, where: str) -> OwnModel:
         raise WeightsError(f"{where}: {wrong}; remove it, or add the model again") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, a number of ten thousand digits
         raise WeightsError(f"{where}: cannot be read as TOML ({error}); remove it, or add the model again") from error
+
+
+def identity_of(spec: ModelSpec) -> dict[str, str] | None:
+    """What a job's row says about a model of one's own, JSON-safe. None for a model of the registry."""
+    if not spec.is_own:
+        return None
+    said = {
+        "architecture": spec.architecture,
+        "sha256": spec.sha256,
+        "base": spec.base,
+        "base_sha256": spec.base_sha256,
+    }
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def require_same_model(spec: ModelSpec, asked: Mapping[str, Any] | None) -> None:
+    """Raise WeightsError unless this is the model of one's own that a job means. asked: `identity_of` at submission."""
+    here = identity_of(spec)
+    if here != asked:
+        known, meant = (_described(identity) for identity in (here, asked))
+        raise WeightsError(
+            f"{spec.name}: {known}, but the job was submitted with {meant}; give the two "
+            "models two names, or bring the same file"
+        )
+
+
+def _described(identity: Mapping[str, Any] | None) -> str:
+    if identity is None:
+        return "a model of the registry"
+    return ", ".join(f"{key} {str(value)[:100]}" for key, value in sorted(identity.items()))
+
+
+def remove_own(name: str, also: Sequence[Path] = ()) -> None:
+    """Remove the model's TOML, then its weights and the files made from them. Raises WeightsError."""
+    folder = weights_dir()
+    try:
+        for path in (toml_path(name), folder / weights_file(name), *also):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise WeightsError(f"{name}: cannot remove {error.filename}: {error.strerror or error}") from error
 
 
 def write_own(model: OwnModel) -> Path:

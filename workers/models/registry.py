@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from workers.models.files import is_present
+from workers.models.files import is_present, weights_sha256
 from workers.models.loading import missing_libraries
-from workers.models.own import OwnModel, is_own, own_names, read_own, toml_path, weights_file
+from workers.models.own import OwnModel, is_own, own_names, read_own, require_own_name, toml_path, weights_file
 from workers.models.spec import ModelError, ModelSpec, UnknownModelError, WeightsError
 from workers.params import DECODERS
 from workers.prompts import PromptKind
@@ -230,16 +230,51 @@ def known_models() -> tuple[list[ModelSpec], list[str]]:
     return specs, faults
 
 
-def spec_of(own: OwnModel) -> ModelSpec:
-    """The description of a model of one's own. Raises WeightsError when it is built as nothing that we know."""
-    built = MODELS.get(own.architecture)
+def architecture_of(architecture: str, *, of: str = "") -> ModelSpec:
+    """The registry's entry that a model of one's own is built as. Raises WeightsError when there is none.
+
+    of: the model that names it, for the message.
+    """
+    built = MODELS.get(architecture)
     if built is None or built.hub is not None:
         known = ", ".join(name for name, spec in MODELS.items() if spec.hub is None)
-        raise WeightsError(f"{own.name}: its architecture {own.architecture!r} is not one of {known}")
-    if own.base is not None and own.base not in MODELS and is_own(own.base) and read_own(own.base).base is not None:
-        raise WeightsError(f"{own.name}: its base {own.base} is a decoder with a base itself")
+        raise WeightsError(f"{of}{': its ' if of else ''}architecture {architecture!r} is not one of {known}")
+    return built
+
+
+def require_free_name(name: str) -> None:
+    """Raise WeightsError unless a model of one's own may take this name here."""
+    require_own_name(name)
+    if name in MODELS:
+        raise WeightsError(f"{name} is a model of the registry: choose another name")
+    if is_own(name):
+        raise WeightsError(
+            f"{name} is here already ({toml_path(name)}): choose another name, or remove it with "
+            f"`maskfleet models remove {name}` first"
+        )
+
+
+def with_base(spec: ModelSpec) -> list[ModelSpec]:
+    """The models whose files this model needs: its base, if it has one, and itself.
+
+    Raises WeightsError when the base that is known here is not the one that the model names.
+    """
+    if spec.base is None:
+        return [spec]
+    base = find_model(spec.base)
+    found = (base.architecture, base.base, weights_sha256(base))
+    if found != (spec.architecture, None, spec.base_sha256):
+        raise WeightsError(
+            f"{spec.name}: its base {base.name} is {found[0]} with sha256 {found[2]}, expected a whole "
+            f"{spec.architecture} with sha256 {spec.base_sha256}"
+        )
+    return [base, spec]
+
+
+def spec_of(own: OwnModel) -> ModelSpec:
+    """The description of a model of one's own. Raises WeightsError when it is built as nothing that we know."""
     return replace(
-        built,
+        architecture_of(own.architecture, of=own.name),
         name=own.name,
         architecture=own.architecture,
         weights_file=weights_file(own.name),

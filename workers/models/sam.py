@@ -7,14 +7,12 @@ when every name and shape fits and its sha256 is the pinned one. So a model_vers
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -30,11 +28,10 @@ from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
 from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
 from workers.models.spec import Model, ModelSpec, WeightsError
+from workers.models.state_dicts import Architecture, Shapes, differences, fitting_model, read_tensors, shapes_of, some
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams, PromptParams
 from workers.prompts import Prompt
-
-Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 
 ARCHITECTURES: dict[str, Architecture] = {
     "sam_vit_h": build_sam_vit_h,
@@ -124,7 +121,9 @@ def load_sam(
     # On "meta" the model has no memory of its own. Nothing is initialised only to be replaced by the weights.
     with torch.device("meta"):
         sam = architecture()
-    _require_same_shapes(spec, expected=_shapes(sam.state_dict()), found=_shapes(state), known=known, without=without)
+    _require_same_shapes(
+        spec, expected=shapes_of(sam.state_dict()), found=shapes_of(state), known=known, without=without
+    )
     if not verified.ok:
         raise WeightsError(f"{verified.path}: fits {spec.name}, but is {verified.found}; {remedy(spec)}")
     # Copied out of the mapped file, so that the file may be replaced while the model is used.
@@ -146,7 +145,7 @@ def _read_weights(spec: ModelSpec, verified: Verified, unpack: Callable[[Any], A
     if verified.state is WeightsState.ABSENT:
         raise WeightsError(f"{spec.name}: no weights at {path}; {remedy(spec)}")
     try:
-        state = unpack(_read_tensors(path))
+        state = unpack(read_tensors(path))
     except pickle.UnpicklingError as error:
         found = "holds pickled objects other than tensors, which are not loaded because they could run code"
         raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
@@ -154,22 +153,9 @@ def _read_weights(spec: ModelSpec, verified: Verified, unpack: Callable[[Any], A
         found = f"cannot be read ({error})" if verified.ok else verified.found
         raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = f"entries {_some(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        held = f"entries {some(map(str, state))}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise WeightsError(f"{path}: holds {held}, expected the tensors of {spec.name} by name; {remedy(spec)}")
     return state
-
-
-def _read_tensors(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-Shapes = dict[str, tuple[int, ...]]
-
-
-def _shapes(state: Mapping[str, Tensor]) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _require_same_shapes(
@@ -178,38 +164,10 @@ def _require_same_shapes(
     compared = {name: shape for name, shape in found.items() if not name.startswith(without)}
     if compared == expected:
         return
-    differences = _name_other_model(found, known) or _describe_differences(expected, compared)
-    raise WeightsError(f"{weights_path(spec)}: {differences}, expected the weights of {spec.name}; {remedy(spec)}")
-
-
-def _name_other_model(found: Shapes, known: Mapping[str, Architecture]) -> str | None:
-    for name, architecture in known.items():
-        try:
-            with torch.device("meta"):
-                shapes = _shapes(architecture().state_dict())
-        except ImportError:
-            continue  # its library is not installed here
-        if shapes == found:
-            return f"holds the weights of {name}"
-    return None
-
-
-def _describe_differences(expected: Shapes, found: Shapes) -> str:
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    reshaped = [
-        f"{name} {found[name]}, not {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    parts = [
-        f"{len(names)} {what} ({_some(names)})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if names
-    ]
-    return "holds another model's weights: " + ", ".join(parts)
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:3]) + (", …" if len(listed) > 3 else "")
+    other = fitting_model(found, known)
+    said = (
+        f"holds the weights of {other}"
+        if other is not None
+        else f"holds another model's weights: {differences(expected, compared, shown=3)}"
+    )
+    raise WeightsError(f"{weights_path(spec)}: {said}, expected the weights of {spec.name}; {remedy(spec)}")

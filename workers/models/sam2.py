@@ -20,8 +20,9 @@ from torchvision.transforms.v2.functional import normalize, resize
 from workers.engine.promptable import Decode, Hw, MaskLogits, Points, half_precision
 from workers.engine.upsampling import Upsampling
 from workers.images.pixels import RgbImage
-from workers.models.sam import ARCHITECTURES, Architecture, SamModel, load_sam
+from workers.models.sam import ARCHITECTURES, SamModel, load_sam
 from workers.models.spec import Model, ModelSpec
+from workers.models.state_dicts import Architecture
 
 # RGB, 0..1: ImageNet's values, as in the authors' sam2/utils/transforms.py.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -75,18 +76,22 @@ def load(spec: ModelSpec, device: str) -> Model:
 
 def load_variant(spec: ModelSpec, hiera: Hiera, device: str) -> Model:
     """A SAM 2.1 of these sizes with the weights of spec's file."""
-    return SamModel(load_sam(spec, partial(Sam2, hiera), device, known=_known(), unpack=without_memory))
+    return SamModel(load_sam(spec, partial(Sam2, hiera), device, known=known_architectures(), unpack=without_memory))
 
 
 def load_decoder_variant(spec: ModelSpec, hiera: Hiera, device: str) -> Sam2:
     """The same without its image encoder: it decodes embeddings and makes none."""
     architecture = partial(Sam2, hiera, has_encoder=False)
     return cast(
-        Sam2, load_sam(spec, architecture, device, known=_known(), unpack=without_memory, without=_ENCODER_TENSORS)
+        Sam2,
+        load_sam(
+            spec, architecture, device, known=known_architectures(), unpack=without_memory, without=_ENCODER_TENSORS
+        ),
     )
 
 
-def _known() -> dict[str, Architecture]:
+def known_architectures() -> dict[str, Architecture]:
+    """Every model of the registry that is a file of tensors, by name."""
     return ARCHITECTURES | {name: partial(Sam2, sizes) for name, sizes in VARIANTS.items()}
 
 
@@ -94,7 +99,12 @@ def without_memory(checkpoint: Any) -> Any:
     """The tensors of an official checkpoint that single images need. Other content is returned unchanged."""
     if not isinstance(checkpoint, dict) or list(checkpoint) != ["model"] or not isinstance(checkpoint["model"], dict):
         return checkpoint
-    return {name: tensor for name, tensor in checkpoint["model"].items() if not str(name).startswith(_VIDEO_MEMORY)}
+    return image_tensors(checkpoint["model"])
+
+
+def image_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a SAM 2.1 without those that only videos need. Other models have none of these."""
+    return {name: tensor for name, tensor in state.items() if not str(name).startswith(_VIDEO_MEMORY)}
 
 
 class Sam2(nn.Module):

@@ -65,7 +65,7 @@ def verify(spec: ModelSpec) -> Verified:
 def remedy(spec: ModelSpec) -> str:
     """The command that gives the right file."""
     if spec.is_own:
-        return f"put {spec.weights_file} and {spec.name}.toml into the weights folder again"
+        return f"run `maskfleet models pull {spec.name}` if a mirror has it, else `maskfleet models add` it again"
     if spec.url is None and spec.hub is None:
         return "it belongs to the package: reinstall maskfleet"
     return f"run `maskfleet models pull {spec.name}`"

@@ -27,16 +27,12 @@ from workers.running.keeping import Keeper, keeping, want_answered
 from workers.running.looks import Encode, Look, encode_and_look
 from workers.running.metrics import count_stored, timed
 from workers.running.outcomes import failed_outcome, judge, labeled_outcome, storable_text
-from workers.running.worker import Worker, release, unfit
+from workers.running.worker import Draining, Worker, release, unfit
 from workers.storage.source import open_source
 
 _LOOKAHEAD = 2  # batches marked and decoded ahead of the one on the device, so that the device waits for no commit
 
 log = logging.getLogger(__name__)
-
-
-class Draining(Exception):
-    """The worker was asked to stop. The rest of the chunk is released."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

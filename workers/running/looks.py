@@ -23,12 +23,14 @@ from workers.errors import AssetError, ErrorKind
 from workers.images.pixels import RgbImage
 from workers.masks import Mask
 from workers.models.files import require_same_weights
+from workers.models.own import require_same_model
+from workers.models.pulling import Bringing, bring_for_job
 from workers.models.registry import find_model
-from workers.models.spec import Model
+from workers.models.spec import Model, ModelSpec
 from workers.params import PromptParams, automatic_params
 from workers.prompts import Prompt, PromptError, fit_all
 from workers.running.outcomes import Found, list_unused
-from workers.running.worker import Worker, loading
+from workers.running.worker import Draining, Worker, loading
 
 _PROMPTS_A_CALL = 256  # the heartbeat is told after each call: ten thousand prompts on one asset take minutes
 
@@ -46,7 +48,7 @@ def encode_and_look(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], Non
     go_on: called between parts of long work. It raises when the chunk's lease was lost.
     """
     with loading(worker, chunk, chunk.model):
-        require_same_weights(find_model(chunk.model), chunk.model_version)
+        _require_model(worker, chunk, go_on)
         model = worker.load_model(chunk.model)
     asked_of = _asked_of(worker, chunk)
     detector_json = chunk.asked.get("detector")
@@ -63,6 +65,22 @@ def encode_and_look(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], Non
         return _detecting(model, cast(Detector, detector), asked), _detected_look(asking, asked)
     phrases = _Phrases(detector=cast(PhraseDetector, detector), threshold=asked.threshold)
     return model.embed, _prompted_look(replace(asking, phrases=phrases), asked_of)
+
+
+def _require_model(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], None]) -> None:
+    """Bring the job's model if it is absent and a mirror is set. Raises WeightsError when another one is here."""
+
+    def check(spec: ModelSpec) -> None:
+        require_same_model(spec, chunk.asked.get("own_model"))
+        require_same_weights(spec, chunk.model_version)
+
+    def still_wanted(*_: int) -> None:
+        go_on()
+        if worker.draining():
+            raise Draining
+
+    bring_for_job(chunk.model, check, Bringing(progress=still_wanted, while_waiting=still_wanted, is_public=False))
+    check(find_model(chunk.model))
 
 
 def _asked_of(worker: Worker, chunk: ClaimedChunk) -> AskedOf | None:

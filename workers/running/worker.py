@@ -7,12 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from db import jobs, leases
-from db.leases import ClaimedChunk
+from db.leases import ClaimedChunk, LeaseLost
 from db.session import Engine
 from db.settings import Settings
 from workers.detectors.detector import AskedDetector, Detector, PhraseDetector
+from workers.errors import TransientError
 from workers.models.spec import Model
 from workers.running.outcomes import ProcessUnfit, storable_text
+
+
+class Draining(Exception):
+    """The worker was asked to stop. The rest of the chunk is released."""
+
 
 LoadModel = Callable[[str], Model]
 LoadDetector = Callable[[AskedDetector], Detector | PhraseDetector]
@@ -43,6 +49,8 @@ def loading(worker: Worker, chunk: ClaimedChunk, name: str) -> Iterator[None]:
     """Turn a failed load into `unfit`. The model may load elsewhere, so this is no verdict on the job or its assets."""
     try:
         yield
+    except (LeaseLost, Draining, TransientError):
+        raise  # about this run of the chunk, not about the model
     except Exception as error:
         raise unfit(worker, chunk, name, error) from error
 

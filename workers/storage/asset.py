@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import IO, Protocol
 
 from workers.errors import AssetError, ErrorKind
 
@@ -75,6 +75,22 @@ class Source(Protocol):
     def read_with_etag(self, key: str, max_bytes: int) -> Content:
         """`read`, with the etag of what was read: the object may have changed since it was listed."""
         ...
+
+
+class Counted:
+    """A file that takes at most max_bytes, and tells `progress` how many it has. It can only be written."""
+
+    def __init__(self, key: str, file: IO[bytes], max_bytes: int, progress: Callable[[int], object]) -> None:
+        self._key, self._file, self._max_bytes, self._progress = key, file, max_bytes, progress
+        self._done_bytes = 0
+
+    def write(self, content: bytes) -> int:
+        """Raises AssetError (too_large) before anything above the limit is written."""
+        self._done_bytes += len(content)
+        check_size(self._key, self._done_bytes, self._max_bytes)
+        self._file.write(content)
+        self._progress(self._done_bytes)
+        return len(content)
 
 
 def check_size(key: str, size_bytes: int, max_bytes: int) -> None:

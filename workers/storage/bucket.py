@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import botocore.exceptions
@@ -14,7 +15,7 @@ import urllib3.exceptions
 from db.settings import settings
 from db.texts import is_storable
 from workers.errors import SourceError, TransientError, redact
-from workers.storage.asset import PAGE_SIZE, Content, Listed, Page, SkipReason, check_size
+from workers.storage.asset import PAGE_SIZE, Content, Counted, Listed, Page, SkipReason, check_size
 from workers.storage.client import s3_client, store_of_settings
 from workers.storage.refusals import VENDOR_ERRORS, asset_error, no_answer, source_error
 
@@ -76,14 +77,24 @@ class Bucket:
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def copy(self, key: str, into: IO[bytes]) -> None:
-        """Write an object of any size into a file, in bounded memory. Raises what `read` raises, except too_large."""
+    def copy(
+        self,
+        key: str,
+        into: IO[bytes],
+        max_bytes: int = sys.maxsize,
+        progress: Callable[[int], object] = lambda done_bytes: None,
+    ) -> None:
+        """Write an object into a file, in bounded memory. Raises what `read` raises, and what `progress` raises.
+
+        progress: called with the bytes that are written. After a body that broke off they start again at 0.
+        """
         for attempt in range(1, ATTEMPTS + 1):
             into.seek(0)
             into.truncate()
             try:
                 client = s3_client(self._store, ATTEMPTS)
-                client.download_fileobj(self._bucket, self._prefix + key, into, ExtraArgs=self._payer)
+                counted = Counted(key, into, max_bytes, progress)
+                client.download_fileobj(self._bucket, self._prefix + key, counted, ExtraArgs=self._payer)
                 return
             except VENDOR_ERRORS as error:
                 raise asset_error(key, self._bucket, error) from error

@@ -71,7 +71,7 @@ class Folder:
                 content = file.read(max_bytes + 1)
                 after = os.fstat(descriptor)
         except OSError as error:
-            raise _file_error(key, error) from error
+            raise file_error(key, error) from error
         check_size(key, len(content), max_bytes)  # it may have grown in the meantime
         # Bytes from before and after a write are those of no listing.
         return Content(
@@ -150,7 +150,7 @@ def _is_inside(path: bytes, real_root: bytes) -> bool:
     return os.path.realpath(path).startswith(real_root.rstrip(b"/") + b"/")
 
 
-def _file_error(key: str, error: OSError) -> Exception:
+def file_error(key: str, error: OSError) -> Exception:
     """What a failed open or read means for the asset. All but "gone" and "forbidden" is a disk fault that may pass."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
         return AssetError(ErrorKind.NOT_FOUND, f"{key}: no longer in the folder ({error.strerror})")

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
+import boto3.exceptions
 from botocore.exceptions import ClientError
 
 from db.settings import settings
-from workers.errors import SourceError, TransientError
-from workers.storage.asset import PAGE_SIZE
+from workers.errors import AssetError, ErrorKind, SourceError, TransientError
+from workers.storage.asset import PAGE_SIZE, Counted
 from workers.storage.bucket import ATTEMPTS, Bucket
 from workers.storage.client import s3_client
-from workers.storage.folder import Folder
+from workers.storage.folder import Folder, file_error
 from workers.storage.refusals import VENDOR_ERRORS, asset_error
+
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,16 @@ class Objects(Protocol):
     def read(self, key: str, max_bytes: int) -> bytes: ...
 
     def write(self, key: str, content: bytes) -> None: ...
+
+    def copy(
+        self, key: str, into: IO[bytes], max_bytes: int, progress: Callable[[int], object] = lambda done_bytes: None
+    ) -> None:
+        """Fill a file with an object, in bounded memory. progress: called with the bytes that are written."""
+        ...
+
+    def write_file(self, key: str, path: Path) -> None:
+        """`write` of a file of any size, in bounded memory."""
+        ...
 
     def delete(self, key: str) -> None:
         """Delete an object. It is no error when it is gone."""
@@ -76,13 +90,33 @@ class FolderObjects:
     def read(self, key: str, max_bytes: int) -> bytes:
         return self._files.read(key, max_bytes)
 
+    def copy(
+        self, key: str, into: IO[bytes], max_bytes: int, progress: Callable[[int], object] = lambda done_bytes: None
+    ) -> None:
+        into.seek(0)
+        into.truncate()
+        path = self._root / key
+        try:
+            if path.exists() and not path.is_file():
+                raise AssetError(ErrorKind.NOT_FOUND, f"{path}: is no regular file")
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, Counted(key, into, max_bytes, progress), _BLOCK_BYTES)
+        except OSError as error:
+            raise file_error(key, error) from error
+
     def write(self, key: str, content: bytes) -> None:
+        self._replace(key, lambda temporary: temporary.write_bytes(content))
+
+    def write_file(self, key: str, path: Path) -> None:
+        self._replace(key, lambda temporary: shutil.copyfile(path, temporary))
+
+    def _replace(self, key: str, write: Callable[[Path], object]) -> None:
         path = self._root / key
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_bytes(content)
+                write(temporary)
                 temporary.replace(path)
             except OSError:
                 with suppress(OSError):
@@ -116,6 +150,14 @@ class BucketObjects(Bucket):
             client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=content, **self._payer)
         except VENDOR_ERRORS as error:
             raise asset_error(key, self._bucket, error) from error
+
+    def write_file(self, key: str, path: Path) -> None:
+        try:
+            client = s3_client(self._store, ATTEMPTS)
+            client.upload_file(str(path), self._bucket, self._prefix + key, ExtraArgs=self._payer)
+        except (*VENDOR_ERRORS, boto3.exceptions.S3UploadFailedError) as error:
+            cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
+            raise asset_error(key, self._bucket, cause if isinstance(cause, Exception) else error) from error
 
     def delete(self, key: str) -> None:
         try:

@@ -1,0 +1,70 @@
+"""Tensors by name: reads them from a file without running code in it, and compares them with an architecture."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_tensors(path: Path) -> object:
+    """What a safetensors file or a file of torch.save holds, memory-mapped where the format allows it.
+
+    Raises pickle.UnpicklingError for objects other than tensors, and many kinds of errors for damaged files.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def state_on_meta(architecture: Architecture) -> dict[str, Tensor]:
+    """The architecture's tensors, without memory for their values. Raises ImportError when its library is missing."""
+    with torch.device("meta"):
+        state: dict[str, Tensor] = architecture().state_dict()
+    return state
+
+
+def fitting_model(found: Shapes, known: Mapping[str, Architecture]) -> str | None:
+    """The known model whose names and shapes are exactly these. None if there is none."""
+    for name, architecture in known.items():
+        try:
+            shapes = shapes_of(state_on_meta(architecture))
+        except ImportError:
+            continue  # its library is not installed here
+        if shapes == found:
+            return name
+    return None
+
+
+def differences(expected: Shapes, found: Shapes, *, shown: int) -> str:
+    """What is missing, unexpected and of another shape. shown: how many names of each."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    reshaped = [
+        f"{name} {found[name]}, not {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    parts = [
+        f"{len(names)} {what} ({some(names, shown)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if names
+    ]
+    return ", ".join(parts)
+
+
+def some(names: Iterable[str], shown: int = 3) -> str:
+    listed = [name[:200] for name in names]
+    return ", ".join(listed[:shown]) + (", …" if len(listed) > shown else "")
