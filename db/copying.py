@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
 
 COPY_ROWS = 5000
+_READ_BYTES = 1 << 16
+_SPECIAL = re.compile(r"[\\\t\n\r]")
+_ESCAPES = {ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
 
 
-def copy_rows(db: Connection, into: str, rows: Iterator[tuple[Any, ...]]) -> None:
+def copy_rows(db: Connection, into: str, rows: Iterable[Sequence[Any]]) -> None:
     """COPY rows into a table. Measured with mask rows, this is 6 times as fast as INSERT."""
-    buffer = io.StringIO()
-    for row in rows:
-        buffer.write("\t".join([_copy_field(value) for value in row]))
-        buffer.write("\n")
-    if buffer.tell():
-        buffer.seek(0)
+    copy_lines(db, into, ("\t".join(map(copy_field, row)) + "\n" for row in rows))
+
+
+def copy_lines(db: Connection, into: str, lines: Iterable[str]) -> None:
+    """COPY lines in COPY's text format: fields as `copy_field` gives them, with tabs between, and a line break."""
+    text = "".join(lines)
+    if text:
         cursor: Any = db.connection.cursor()
-        cursor.copy_expert(f"COPY {into} FROM STDIN", buffer)
+        cursor.copy_expert(f"COPY {into} FROM STDIN", io.BytesIO(text.encode()), _READ_BYTES)
         cursor.close()
 
 
-def _copy_field(value: Any) -> str:
+def copy_field(value: Any) -> str:
     """One field in COPY's text format. COCO counts may hold a backslash. Keys may hold anything except NUL."""
     if value is None:
         return "\\N"
     if isinstance(value, str):
-        return value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+        return value.translate(_ESCAPES) if _SPECIAL.search(value) else value
     return str(value)

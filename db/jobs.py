@@ -202,38 +202,31 @@ def _unsend(db: Connection, *, job_id: int) -> None:
     db.execute(text("UPDATE chunk SET state = 'new' WHERE job_id = :job_id AND state = 'sent'"), {"job_id": job_id})
 
 
+# A job's failed outcomes (of one kind, or all), each with its chunk: o, c.
+_FAILED = """outcome o CROSS JOIN LATERAL (
+                 SELECT id, last_asset_id FROM chunk WHERE job_id = :job_id AND first_asset_id <= o.asset_id
+                 ORDER BY first_asset_id DESC LIMIT 1) c
+             WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL AND c.last_asset_id >= o.asset_id
+               AND (CAST(:kind AS text) IS NULL OR o.error_kind = :kind)"""
+
+
 def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
     """Delete the failed outcomes of a job (of one kind, or all), so that those assets run again. Returns how many."""
     values: dict[str, Any] = {"job_id": job_id, "kind": error_kind}
     # The chunks first, as workers lock them: in another order two could wait for each other. A worker that holds a
     # chunk would not read these assets again. The new token makes it lose the chunk.
-    values["chunks"] = list(
-        db.execute(
-            text(
-                """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
-                          transient_failures = 0, ready_at = NULL, labeled = NULL, failed = NULL, masks = NULL
-                   WHERE id = ANY(ARRAY(
-                       SELECT c.id FROM outcome o CROSS JOIN LATERAL (
-                           SELECT id, last_asset_id FROM chunk WHERE job_id = :job_id AND first_asset_id <= o.asset_id
-                           ORDER BY first_asset_id DESC LIMIT 1) c
-                       WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL AND c.last_asset_id >= o.asset_id
-                         AND (CAST(:kind AS text) IS NULL OR o.error_kind = :kind)))
-                   RETURNING id"""
-            ),
-            values,
-        ).scalars()
+    reset = text(
+        f"""UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{{}}', lease_until = NULL,
+                   transient_failures = 0, ready_at = NULL, labeled = NULL, failed = NULL, masks = NULL
+            WHERE id = ANY(ARRAY(SELECT c.id FROM {_FAILED})) RETURNING id"""
     )
-    again = list(
-        db.execute(
-            text(
-                """DELETE FROM outcome o USING chunk c WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL
-                   AND (CAST(:kind AS text) IS NULL OR o.error_kind = :kind)
-                   AND c.id = ANY(:chunks) AND o.asset_id BETWEEN c.first_asset_id AND c.last_asset_id
-                   RETURNING o.asset_id"""
-            ),
-            values,
-        ).scalars()
+    values["chunks"] = list(db.execute(reset, values).scalars())
+    # Only of these chunks: what failed in another one meanwhile would be left behind.
+    forget = text(
+        f"""DELETE FROM outcome WHERE asset_id = ANY(ARRAY(
+                SELECT o.asset_id FROM {_FAILED} AND c.id = ANY(:chunks))) RETURNING asset_id"""
     )
+    again = list(db.execute(forget, values).scalars())
     if not again:
         return 0
     db.execute(text("DELETE FROM suspect WHERE asset_id = ANY(:ids)"), {"ids": again})

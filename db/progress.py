@@ -67,6 +67,17 @@ def totals(db: Connection, *, job_ids: Sequence[int]) -> dict[int, Totals]:
     return {job_id: found.get(job_id, Totals(labeled=0, failed=0, masks=0)) for job_id in job_ids}
 
 
+def complete_up_to(db: Connection, *, job_id: int) -> int:
+    """All listed assets of the job up to this id have an outcome. 0 when there is none."""
+    statement = text(
+        """SELECT coalesce(
+               (SELECT first_asset_id - 1 FROM chunk WHERE job_id = :job_id AND state <> 'done'
+                ORDER BY first_asset_id LIMIT 1),
+               (SELECT last_asset_id FROM chunk WHERE job_id = :job_id ORDER BY first_asset_id DESC LIMIT 1), 0)"""
+    )
+    return int(db.execute(statement, {"job_id": job_id}).scalar_one())
+
+
 def at_work(db: Connection, *, job_id: int) -> list[AtWork]:
     """The workers that hold a chunk of the job, by name."""
     statement = text(
@@ -98,9 +109,11 @@ def assets_per_second(db: Connection, *, job_id: int) -> float | None:
                WHERE job_id = :job_id AND state IN ('running', 'done') AND sent_at IS NOT NULL
                ORDER BY sent_at DESC LIMIT :chunks)
            SELECT count(*) / greatest(extract(epoch FROM now() - min(o.created_at)), 1)
-           FROM recent
-           JOIN outcome o ON o.asset_id BETWEEN first_asset_id AND last_asset_id AND o.job_id = :job_id
-           WHERE o.answered_by IS NULL AND o.created_at > now() - make_interval(secs => :secs)"""
+           -- OFFSET 0: chunk by chunk by key, or the planner may read all outcomes.
+           FROM recent CROSS JOIN LATERAL (
+               SELECT created_at FROM outcome
+               WHERE asset_id BETWEEN first_asset_id AND last_asset_id AND job_id = :job_id
+                 AND answered_by IS NULL AND created_at > now() - make_interval(secs => :secs) OFFSET 0) o"""
     )
     values = {"job_id": job_id, "chunks": _RECENT_CHUNKS, "secs": _RECENT_SECONDS}
     rate = db.execute(statement, values).scalar_one()

@@ -99,11 +99,11 @@ def unpublished(
     rows = db.execute(
         text(
             """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
-               WHERE a.job_id = :job_id AND a.id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
                  AND NOT EXISTS (
                      SELECT 1 FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-                     WHERE p.asset_id = a.id AND t.server = :server AND t.project_id = :project_id)
-               ORDER BY a.id LIMIT :page"""
+                     WHERE p.asset_id = o.asset_id AND t.server = :server AND t.project_id = :project_id)
+               ORDER BY o.asset_id LIMIT :page"""
         ),
         {"job_id": job_id, "after": after_asset_id, **ls_project.values(), "page": page},
     )

@@ -22,7 +22,7 @@ def delete(
     job: JobArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a job with its assets, masks, prompts and kept embeddings. Cancel a running job first.
+    """Delete a job with its masks, prompts and kept embeddings. Cancel a running job first.
 
     Tasks that were published stay in Label Studio; what people annotated there stays too. Files that were exported
     stay. A deletion that is interrupted goes on with the same command.

@@ -129,7 +129,7 @@ class Outgoing:
 
     def _candidates(self) -> Iterator[list[tuple[Candidate, str, int | None]]]:
         """Pages of labeled assets to send, each with its uri and with its task, if the project has one already."""
-        after, ls_project = 0, self._publication.ls_project
+        after, ls_project = self._publication.after_asset_id, self._publication.ls_project
         while True:
             with self._db.begin():
                 page = publishing.unpublished(

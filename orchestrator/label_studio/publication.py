@@ -58,6 +58,7 @@ class Publication:
 
     db: the connection that holds the lock. Only the main thread uses it. progress: called with the number of assets
     newly in the project. report: counts what the pass did. late: also what earlier passes of this process sent again.
+    after_asset_id: an earlier pass has dealt with the assets up to this one, and this pass leaves them alone. 0: none.
     """
 
     db: Connection
@@ -68,6 +69,7 @@ class Publication:
     progress: Callable[[int], None]
     report: Report = field(default_factory=Report)
     late: LateRequests = field(default_factory=LateRequests)
+    after_asset_id: int = 0
 
     @property
     def ls_project(self) -> LsProject:

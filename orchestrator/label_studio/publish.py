@@ -12,9 +12,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from db import jobs, published, publishing, results
+from db import progress as outcomes
 from db.jobs import Job
 from db.publishing import LsProject
 from db.session import DBAPIError, Engine, is_passing
@@ -41,6 +43,15 @@ _OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED)
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A look at a job that is followed. up_to: all assets up to this id had an outcome then. is_new: a pass follows."""
+
+    labeled: int
+    up_to: int
+    is_new: bool
+
+
 def publish_job(
     engine: Engine,
     client: LabelStudio,
@@ -52,12 +63,14 @@ def publish_job(
     waiting: Callable[[], None] = lambda: None,
     verify: bool = True,
     late: LateRequests | None = None,
+    after_asset_id: int = 0,
 ) -> Report:
     """Send what the project lacks of the job, and switch the version it shows when the job is over.
 
     progress: called with the number of assets newly in the project. waiting: called each second while another publisher
     works on the project. verify: compare what we stored with the server, and repair; this also waits for late requests.
-    late: what earlier passes know of them. Raises LabelStudioError. Run it again to go on.
+    late: what earlier passes know of them. after_asset_id: as in Publication. Raises LabelStudioError. Run it again to
+    go on.
     """
 
     def wait() -> None:
@@ -74,6 +87,7 @@ def publish_job(
             options=options,
             progress=progress,
             late=late or LateRequests(),
+            after_asset_id=after_asset_id,
         )
         _reconcile(publication, verify=verify)
         return publication.report
@@ -96,18 +110,30 @@ def follow_project(
     again. With job_id they are raised, unless the server is only away.
     """
     finished: set[tuple[int, datetime | None]] = set()
+    seen: dict[int, _Seen] = {}
     late = LateRequests()
     while not stop.is_set():
         over = False
         try:
             for job in _jobs_to_follow(engine, client, project_id, job_id):
-                over = job.state in _OVER
-                if (job.id, job.finished_at) in finished or not (over or _has_new(engine, client, project_id, job)):
+                over, before = job.state in _OVER, seen.get(job.id)
+                if (job.id, job.finished_at) in finished:
                     continue
-                report = publish_job(
-                    engine, client, job, project_id, options, progress=progress, verify=over, late=late
-                )
-                published_pass(job, report)
+                now = _look(engine, LsProject(client.url, project_id), job, before)
+                if over or now.is_new:
+                    report = publish_job(
+                        engine,
+                        client,
+                        job,
+                        project_id,
+                        options,
+                        progress=progress,
+                        verify=over,
+                        late=late,
+                        after_asset_id=0 if over or before is None else before.up_to,
+                    )
+                    published_pass(job, report)
+                seen[job.id] = now
                 if over:
                     finished.add((job.id, job.finished_at))
         except (LabelStudioError, DBAPIError) as error:
@@ -139,10 +165,16 @@ def _jobs_to_follow(engine: Engine, client: LabelStudio, project_id: int, job_id
     return [job]
 
 
-def _has_new(engine: Engine, client: LabelStudio, project_id: int, job: Job) -> bool:
+def _look(engine: Engine, ls_project: LsProject, job: Job, before: _Seen | None) -> _Seen:
+    """What there is to publish of a job. Only the first look reads outcomes."""
     with engine.begin() as db:
-        ls_project = LsProject(client.url, project_id)
-        return bool(publishing.unpublished(db, job_id=job.id, ls_project=ls_project, after_asset_id=0, page=1))
+        labeled = outcomes.totals(db, job_ids=[job.id])[job.id].labeled
+        if before is not None:
+            is_new = labeled != before.labeled
+            return _Seen(labeled, outcomes.complete_up_to(db, job_id=job.id) if is_new else before.up_to, is_new)
+        up_to = outcomes.complete_up_to(db, job_id=job.id)
+        is_new = bool(publishing.unpublished(db, job_id=job.id, ls_project=ls_project, after_asset_id=0, page=1))
+        return _Seen(labeled, up_to, is_new)
 
 
 def _reconcile(publication: Publication, *, verify: bool) -> None:
@@ -153,8 +185,9 @@ def _reconcile(publication: Publication, *, verify: bool) -> None:
     sender = Sender(publication, careful=_has_unknown_tasks(publication))
     outgoing, doubts = Outgoing(publication, controls, source, sender), Doubts(publication)
     _check_images(publication, source)
-    with db.begin():
-        publishing.forget_refused(db, job_id=job.id, ls_project=ls_project)
+    if not publication.after_asset_id:
+        with db.begin():
+            publishing.forget_refused(db, job_id=job.id, ls_project=ls_project)
     doubts.resolve_in_doubt(final=False)
     if verify and not doubts.agrees():
         doubts.verify()
@@ -206,7 +239,11 @@ def _check_images(publication: Publication, source: Source) -> None:
     client, job_id, project_id = publication.client, publication.job.id, publication.project.id
     with publication.db.begin():
         some = publishing.unpublished(
-            publication.db, job_id=job_id, after_asset_id=0, page=_LOOKED_AT, ls_project=publication.ls_project
+            publication.db,
+            job_id=job_id,
+            after_asset_id=publication.after_asset_id,
+            page=_LOOKED_AT,
+            ls_project=publication.ls_project,
         )
     addresses = [image_address(source.uri(asset.key), publication.options.local_files) for asset in some]
     if not addresses:

@@ -162,17 +162,16 @@ MUTATIONS = (
     Mutation(
         name="retry takes only what failed",
         file="db/jobs.py",
-        before="WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL\n",
-        after="WHERE o.job_id = :job_id\n",
+        before="WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL",
+        after="WHERE o.job_id = :job_id",
         tests=(f"{_FENCING}::test_retry_keeps_what_is_labeled",),
     ),
     Mutation(
         name="a retried chunk is taken from the worker that holds it",
         file="db/jobs.py",
-        before="SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,\n"
-        "                          transient_failures",
-        after="SET state = CASE state WHEN 'running' THEN state ELSE 'new' END,\n"
-        "                          transient_failures",
+        before="SET state = 'new', token = token + 1, in_flight = '{{}}', lease_until = NULL,\n"
+        "                   transient_failures",
+        after="SET state = CASE state WHEN 'running' THEN state ELSE 'new' END,\n                   transient_failures",
         tests=(f"{_FENCING}::test_what_is_retried_while_its_chunk_runs_is_not_left_behind",),
     ),
     # a chunk's run
