@@ -154,7 +154,7 @@ parameters = st.builds(
 
 @given(size=sizes, params=parameters, seed=st.integers(0, 5), tied=st.booleans(), patch=st.sampled_from([8, 14, 16]))
 @example(size=(128, 96), params=AutomaticParams(points_per_side=6), seed=0, tied=False, patch=16)
-@settings(CPU_BOUND, max_examples=20)
+@settings(CPU_BOUND, max_examples=8)
 def test_every_mask_is_the_references_to_the_bit_and_in_its_order(size, params, seed, tied, patch):
     sam = make_sam(patch=patch, seed=seed, tied=tied)
     image = make_image(*size, seed)
