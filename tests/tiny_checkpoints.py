@@ -252,3 +252,26 @@ def save_sam3(folder: Path) -> Path:
     pictures = Sam3ImageProcessor(size=size, mask_size={"height": 4 * grid, "width": 4 * grid})
     Sam3Processor(pictures, tokenizer).save_pretrained(folder)
     return folder
+
+
+def save_classifier(family: str, folder: Path) -> Path:
+    """A checkpoint of CLIP or SigLIP with random weights, its image processor and a tokenizer of letters."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    torch.manual_seed(5)
+    tokenizer = clip_tokenizer(folder / "words", 32)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "projection_dim": 32}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "projection_size": 32}
+    text |= {"pad_token_id": tokenizer.pad_token_id}
+    vision = sizes | {"image_size": 32, "patch_size": 8, "projection_dim": 32}
+    if family == "clip":
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+        pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    else:
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        pictures = SiglipImageProcessor(size={"height": 32, "width": 32})
+    save(model, folder, noise=0.05)
+    pictures.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -59,6 +59,24 @@ TextOption = Annotated[
     ),
 ]
 
+ClassifyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classify",
+        help="Labels, separated by commas: --classifier chooses one for each mask, the rest stays `object`.",
+    ),
+]
+
+ClassifierOption = Annotated[
+    str | None,
+    typer.Option("--classifier", help="A CLIP or SigLIP checkpoint of transformers: a folder or a hub name."),
+]
+
+ClassifyThresholdOption = Annotated[
+    float | None,
+    typer.Option("--classify-threshold", min=0, max=1, help="A mask's best word must score this; 0.5."),
+]
+
 DecoderOption = Annotated[
     str | None,
     typer.Option("--decoder", help="What runs SAM's decoder: torch (the default) or onnx, with onnxruntime."),
@@ -113,6 +131,9 @@ class JobOptions:
     classes: ClassesOption = None
     label_map: LabelMapOption = None
     text: TextOption = None
+    classify: ClassifyOption = None
+    classifier: ClassifierOption = None
+    classify_threshold: ClassifyThresholdOption = None
     param: ParamOption = None
     decoder: DecoderOption = None
     label: LabelOption = None

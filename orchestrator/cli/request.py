@@ -15,9 +15,11 @@ from orchestrator.jobs.findings import matching_rows, nothing_found
 from orchestrator.jobs.request import Request
 from orchestrator.jobs.survey import Survey, survey
 from orchestrator.label_studio.addresses import image_address
+from orchestrator.prompts.classifier import read_classifier
 from orchestrator.prompts.detectors import read_detector, read_phrases
 from orchestrator.prompts.files import PromptFile, list_reports, read_prompts
 from orchestrator.terminal.console import printable
+from workers.classifiers.classifier import AskedClassifier
 from workers.detectors.detector import AskedDetector
 from workers.detectors.kinds import DetectorKind
 from workers.embeddings.address import keeps_embeddings
@@ -44,6 +46,7 @@ def document_root(local_files: Path | None, source: str) -> str | None:
 
 def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
     """The request of a job, read and checked. Raises what reading prompts, detectors and parameters raises."""
+    classify = _asked_classifier(options)
     detector = _asked_detector(options)
     text = read_phrases(options.text or [])
     _require_one_way(spec, options, detector, text)
@@ -62,6 +65,7 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
         prompts=None if options.prompt_file is None else _read_prompts(options.prompt_file, where, spec, detector),
         detector=detector,
         text=text,
+        classify=classify,
         params=params,
         label=options.label,
         include=options.include or (),
@@ -100,6 +104,21 @@ def _asked_detector(options: JobOptions) -> AskedDetector | None:
         return None
     with err.status(f"reading {printable(options.detector)}"):
         return read_detector(options.detector, threshold=threshold, classes=classes, label_map=label_map)
+
+
+def _asked_classifier(options: JobOptions) -> AskedClassifier | None:
+    if options.classify is None:
+        if options.classifier is not None or options.classify_threshold is not None:
+            fail("--classifier and --classify-threshold go with --classify")
+        return None
+    if options.classifier is None:
+        fail("--classify needs --classifier: the folder or hub name of a CLIP or SigLIP checkpoint")
+    if options.label is not None:
+        fail("--label names every mask, and --classify chooses names: give one of them")
+    if options.prompt_file is not None or options.detector or options.text:
+        fail("--classify names the masks of everything: --prompts, --detector and --text bring their own labels")
+    with err.status(f"reading {printable(options.classifier)}"):
+        return read_classifier(options.classifier, options.classify, threshold=options.classify_threshold)
 
 
 def _require_one_way(

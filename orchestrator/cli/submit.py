@@ -73,6 +73,8 @@ def run(
     require_weights(spec)
     if request.detector:
         require_library(request.detector.kind)
+    if request.classify:
+        require_libraries("--classify", ("transformers",))
     if request.params.get("decoder") == "onnx":
         require_libraries("--decoder onnx", ONNX_LIBRARIES)
     notice = demonstration_notice() if spec.demonstration else None

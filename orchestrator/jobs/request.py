@@ -11,6 +11,7 @@ from db.jobs import Job
 from db.session import Connection
 from orchestrator.jobs.version import prompt_params, what_is_computed, what_prompts_compute, what_text_computes
 from orchestrator.prompts.files import PromptFile
+from workers.classifiers.classifier import AskedClassifier
 from workers.detectors.detector import AskedDetector
 from workers.models.files import model_version
 from workers.models.own import identity_of
@@ -38,6 +39,7 @@ class Request:
     max_failed_fraction: float | None = None
     prompts: PromptFile | None = None
     detector: AskedDetector | None = None
+    classify: AskedClassifier | None = None
     text: Sequence[Prompt] = ()
     keep_embeddings: int | Literal["all"] | None = None
 
@@ -55,6 +57,7 @@ class Request:
             "limit": self.limit,
             # For a model of one's own, so that a worker with another file of this name refuses the job.
             **({} if (own := identity_of(find_model(self.model))) is None else {"own_model": own}),
+            **({} if self.classify is None else {"classify": self.classify.as_json()}),
             # Left out where it was not given, so that `run` finds the unfinished job of an older version.
             **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
             # Left out unless it was given: so a job that was stored before this option existed is still the same.
@@ -73,7 +76,8 @@ class Request:
             computed = {"mode": "detector", "params": prompt_params(self.params)}
         else:
             computed = what_is_computed(spec, self.params, self.label)
-        return model_version(spec, computed | detector)
+        classify = {"classify": self.classify.what_is_computed()} if self.classify else {}
+        return model_version(spec, computed | detector | classify)
 
     def _mode(self) -> str:
         if self.text:

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from db import prompts as stored_prompts
 from db.leases import Asset, ClaimedChunk
+from workers.classifiers.classifier import BACKGROUND, load_classifier
+from workers.classifiers.classifier import asked_of_json as asked_classifier_of_json
 from workers.detectors.detector import (
     Asked,
     AskedDetector,
@@ -54,7 +56,7 @@ def encode_and_look(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], Non
     detector_json = chunk.asked.get("detector")
     if detector_json is None and asked_of is None:
         is_fast = chunk.asked.get("params", {}).get("precision") == "fast"
-        return partial(model.embed, fast=is_fast), _automatic_look(model, chunk)
+        return partial(model.embed, fast=is_fast), _classified(worker, chunk, go_on, _automatic_look(model, chunk))
     asking = _Asking(model=model, params=PromptParams(**chunk.asked.get("params", {})), go_on=go_on)
     if detector_json is None:
         return model.embed, _prompted_look(asking, cast(AskedOf, asked_of))
@@ -99,6 +101,30 @@ def _asked_of(worker: Worker, chunk: ClaimedChunk) -> AskedOf | None:
 def _automatic_look(model: Model, chunk: ClaimedChunk) -> Look:
     params = automatic_params(find_model(chunk.model).defaults, chunk.asked.get("params", {}))
     return lambda asset, image, embedding: Found(masks=model.automatic(image, embedding, params))
+
+
+def _classified(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], None], look: Look) -> Look:
+    """The same masks, named by the job's classifier. `look` itself for a job without one."""
+    stored = chunk.asked.get("classify")
+    if stored is None:
+        return look
+    asked = asked_classifier_of_json(stored)
+    with loading(worker, chunk, f"classifier {asked.name}"):
+        classifier = load_classifier(asked)
+
+    def classified(asset: Asset, image: RgbImage, embedding: Any) -> Found:
+        found = look(asset, image, embedding)
+        named = [
+            replace(
+                mask,
+                label=best.word if best.word != BACKGROUND and best.score >= asked.threshold else None,
+                prompt={"class": best.word, "score": round(best.score, 4)},
+            )
+            for mask, best in classifier.classify(image, found.masks, go_on)
+        ]
+        return replace(found, masks=named)
+
+    return classified
 
 
 def _prompted_look(asking: _Asking, asked_of: AskedOf) -> Look:
