@@ -30,7 +30,7 @@ ifneq ($(CA_BUNDLE),)
 CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
 endif
 
-.PHONY: help setup demo check unit test coverage lint picture bench mutate fuzz
+.PHONY: help setup demo check unit test coverage lint picture bench sbom mutate fuzz
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
@@ -81,6 +81,9 @@ picture: .venv/.complete  ## Draw docs/rooms.svg, the picture of the code's fold
 bench: .venv/.complete  ## Run every script of tests/benchmarks (JSON=1 for JSON documents)
 	@failed=0; for script in tests/benchmarks/[a-z]*.py; do \
 		echo "# $$script" >&2; .venv/bin/python "$$script" $(if $(JSON),--json) || failed=1; done; exit $$failed
+
+sbom: $(UV)  ## Write sbom.json (CycloneDX): what the image holds of Python packages
+	$(UV) export --frozen --no-dev --extra models --format cyclonedx1.5 --output-file sbom.json --quiet
 
 mutate: .venv/.complete  ## Remove each safeguard in a copy, one at a time, and see that a test notices (ONLY="text of a name")
 	@.venv/bin/python -m tests.mutations.run $(if $(ONLY),--only "$(ONLY)")

@@ -1,19 +1,29 @@
-"""The health check of our containers. `healthcheck.py ARGUMENT` exits 0 when a process with that argument runs, and
-Postgres and Redis accept connections from this container.
+"""The health check of our containers: `healthcheck.py ARGUMENT [KIND]`.
 
-It uses only the standard library, not Celery: an `inspect ping` every half minute would cost an idle worker more time
-than its waiting. It does not detect a worker that hangs; for that there is the lease, which expires.
+Exit 0 when a process with that argument runs, the servers that the container's settings name accept connections, and,
+with KIND, the command's heartbeat in Postgres is young: a command that is frozen writes none.
+
+Docker restarts nothing that is unhealthy. So a command whose heartbeat has stopped for RESTART_SECONDS, though Postgres
+answers, is killed here, and its restart policy starts it again. No Celery `inspect ping`: every half minute that would
+cost an idle worker more time than its waiting.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 ADDRESSES = {"MASKFLEET_DATABASE_URL": 5432, "MASKFLEET_BROKER_URL": 6379}
+INITS = ("docker-init", "tini")  # process 1; its arguments are those of the command that it started
+OLD_SECONDS = 60.0  # six beats
+RESTART_SECONDS = 180.0
+_BEAT = """SELECT pid, extract(epoch FROM now() - seen_at)::float FROM process
+           WHERE kind = %s AND host = %s ORDER BY seen_at DESC LIMIT 1"""
 
 
 def runs(argument: str) -> bool:
@@ -24,7 +34,8 @@ def runs(argument: str) -> bool:
             arguments = (process / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue  # it has just ended
-        if wanted in arguments and process.name != str(os.getpid()):
+        is_init = Path(os.fsdecode(arguments[0])).name in INITS
+        if wanted in arguments and not is_init and process.name != str(os.getpid()):
             return True
     return False
 
@@ -33,7 +44,9 @@ def unreachable() -> list[str]:
     """The variables of the servers that accept no connection, with the reason."""
     found = []
     for variable, port in ADDRESSES.items():
-        url = urlsplit(os.environ.get(variable, ""))
+        if variable not in os.environ:
+            continue
+        url = urlsplit(os.environ[variable])
         try:
             socket.create_connection((url.hostname or "localhost", url.port or port), timeout=3).close()
         except OSError as error:
@@ -41,6 +54,31 @@ def unreachable() -> list[str]:
     return found
 
 
+def stopped(kind: str) -> list[str]:
+    """Why this container's command of that kind counts as stopped. It is killed when it has long been."""
+    import psycopg2  # the venv's
+
+    url = os.environ["MASKFLEET_DATABASE_URL"].replace("postgresql+psycopg2://", "postgresql://", 1)
+    try:
+        with psycopg2.connect(url, connect_timeout=3) as connection, connection.cursor() as cursor:
+            cursor.execute(_BEAT, (kind, socket.gethostname()))
+            row = cursor.fetchone()
+        connection.close()
+    except psycopg2.Error:
+        return ["Postgres gives no answer about the heartbeat"]
+    if row is None:
+        return [f"no heartbeat of a {kind} yet"]
+    pid, age_seconds = row
+    if age_seconds > RESTART_SECONDS:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return [f"the last heartbeat of the {kind} is {age_seconds:.0f} s old"] if age_seconds > OLD_SECONDS else []
+
+
+def main(argument: str, kind: str | None = None) -> list[str]:
+    faults = unreachable() + ([] if runs(argument) else [f"no process with the argument {argument!r}"])
+    return faults or (stopped(kind) if kind else [])
+
+
 if __name__ == "__main__":
-    faults = unreachable() + ([] if runs(sys.argv[1]) else [f"no process with the argument {sys.argv[1]!r}"])
-    sys.exit("\n".join(faults) or 0)
+    sys.exit("\n".join(main(*sys.argv[1:])) or 0)

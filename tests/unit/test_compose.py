@@ -15,6 +15,7 @@ import yaml
 from flower import options as flower_options
 
 from db.settings import Settings
+from db.states import ProcessKind
 from workers.running import devices
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,7 @@ def test_an_image_is_pinned(name):
 
     assert re.search(r"\d", tag), f"{repository} has no version"
     if name in OURS:
-        assert (repository, tag) == ("maskfleet", _project_version())
+        assert (repository, tag) == ("maskfleet", f"${{IMAGE_TAG:-{_project_version()}}}")
 
 
 @every_service
@@ -99,7 +100,9 @@ def test_only_loopback_is_published_and_only_from_the_edge(name):
 def test_a_service_waits_for_what_it_needs(name):
     for needed, how in SERVICES[name].get("depends_on", {}).items():
         expected = "service_completed_successfully" if needed in ONE_SHOT else "service_healthy"
-        assert how == {"condition": expected}
+        assert how["condition"] == expected
+        # What a profile leaves out is waited for only where it runs.
+        assert how.get("required", True) is ("profiles" not in SERVICES[needed])
 
 
 def test_databases_and_queues_lead_nowhere_outside():
@@ -114,13 +117,13 @@ def test_no_secret_has_a_value_that_works():
     text = BASE.read_text()
     secret = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|BASIC_AUTH|_USER$|USERNAME")
 
-    for name, rest in re.findall(r"\$\{(\w+)([^}]*)\}", text):
+    for name, rest in re.findall(r"(?<!\$)\$\{(\w+)([^}]*)\}", text):
         if secret.search(name):
             assert rest == f":?set {name} in .env, see infra/env.example"
     for service in SERVICES.values():
         for name, value in service.get("environment", {}).items():
             if secret.search(name) and name not in ("POSTGRE_USER", "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN"):
-                assert "${" in value, f"{name} is written out"
+                assert value is None or "${" in value, f"{name} is written out"
 
 
 def test_the_broker_keeps_what_it_was_given():
@@ -132,7 +135,7 @@ def test_the_broker_keeps_what_it_was_given():
 
 
 def test_every_variable_is_explained_and_every_explained_one_is_used():
-    used = set(re.findall(r"\$\{(\w+)", BASE.read_text())) | _handed_on()
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", BASE.read_text())) | _handed_on() | {"COMPOSE_PROFILES"}
     explained = set(re.findall(r"(?m)^#?([A-Z][A-Z0-9_]*)=", EXAMPLE.read_text()))
 
     assert used == explained
@@ -172,10 +175,35 @@ def test_a_stopping_worker_has_the_time_to_drain():
 
 
 def test_the_health_checks_look_for_what_runs():
-    assert SERVICES["dispatch"]["healthcheck"]["test"][-1] in SERVICES["dispatch"]["command"]
-    assert SERVICES["publisher"]["healthcheck"]["test"][-1] in SERVICES["publisher"]["command"]
-    assert SERVICES["worker"]["healthcheck"]["test"][-1] == "workers.running.app"
+    kinds = {"dispatch": ProcessKind.DISPATCHER, "publisher": ProcessKind.PUBLISHER, "worker": ProcessKind.WORKER}
+    for name, kind in kinds.items():
+        argument, said = SERVICES[name]["healthcheck"]["test"][-2:]
+        assert argument in SERVICES[name]["command"] or name == "worker"
+        assert said == kind
+    assert SERVICES["worker"]["healthcheck"]["test"][-2] == "workers.running.app"
     assert '"workers.running.app"' in Path(devices.__file__).read_text()
+    assert SERVICES["flower"]["healthcheck"]["test"][-1] in SERVICES["flower"]["entrypoint"]
+
+
+def test_one_service_builds_the_image_and_the_others_take_it():
+    """If several built it, each `up --build` would restart all of them: compose labels an image with its service."""
+    assert [name for name in OURS if "build" in SERVICES[name]] == ["migrate"]
+    assert all(SERVICES[name]["pull_policy"] == "${IMAGE_PULL_POLICY:-never}" for name in OURS)
+
+
+def test_profiles_leave_out_what_others_have_and_env_starts_what_a_new_deployment_needs():
+    profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
+
+    assert profiles == {"s3": ["s3"], "label-studio": ["label-studio"], "publisher": ["publish"], "assist": ["assist"]}
+    assert "\nCOMPOSE_PROFILES=s3,label-studio\n" in EXAMPLE.read_text()
+
+
+def test_keys_of_aws_may_be_left_to_a_role_but_the_bundled_store_needs_them():
+    for name in ("dispatch", "worker", "publisher", "label-studio"):
+        environment = SERVICES[name]["environment"]
+        assert environment["AWS_ACCESS_KEY_ID"] is environment["AWS_SECRET_ACCESS_KEY"] is None
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        assert f"$${{{name}:?" in SERVICES["s3"]["command"][0]
 
 
 def test_flower_knows_its_options_and_only_watches():
@@ -202,7 +230,8 @@ def test_the_image_is_not_roots_and_takes_what_is_locked():
 
     assert "USER 10001:10001" in dockerfile
     assert all(SERVICES[name]["user"] == "10001:10001" for name in OURS)
-    assert dockerfile.count("uv sync --frozen --no-dev") == 2
+    assert "VOLUME" not in dockerfile  # each container would leave an anonymous one
+    assert 'locked="--frozen --no-dev --extra models"' in (ROOT / "infra" / "install_dependencies.sh").read_text()
     for copied in re.findall(r"(?m)^COPY (?!--)(.+) \S+$", dockerfile):
         for path in copied.split():
             assert (ROOT / path).exists(), path
@@ -254,7 +283,7 @@ def test_a_container_is_well_while_its_process_runs_and_its_servers_answer():
 
 
 def _check(argument: str, database_url: str, broker_url: str) -> tuple[int, str]:
-    command = [sys.executable, "-IS", ROOT / "infra" / "healthcheck.py", argument]
+    command = [sys.executable, "-I", ROOT / "infra" / "healthcheck.py", argument]
     environment = {"MASKFLEET_DATABASE_URL": database_url, "MASKFLEET_BROKER_URL": broker_url}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr

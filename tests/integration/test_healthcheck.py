@@ -1,0 +1,71 @@
+"""A container whose command stopped writing its heartbeat is unwell, and is started again after a while."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, text
+
+from db.states import ProcessKind
+from infra.healthcheck import OLD_SECONDS, RESTART_SECONDS, stopped
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def command() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def beat_before(engine: Engine, pid: int, seconds: float) -> None:
+    with engine.begin() as db:
+        db.execute(
+            text(
+                """INSERT INTO process (kind, name, host, pid, version, seen_at)
+                   VALUES ('dispatcher', :name, :host, :pid, '0', now() - make_interval(secs => :age))"""
+            ),
+            {"name": f"dispatcher@{pid}", "host": socket.gethostname(), "pid": pid, "age": seconds},
+        )
+
+
+@pytest.mark.parametrize(
+    ("age_seconds", "said", "lives"),
+    [
+        (OLD_SECONDS - 30, [], True),
+        (OLD_SECONDS + 5, ["the last heartbeat of the dispatcher is 65 s old"], True),
+        (RESTART_SECONDS + 5, ["the last heartbeat of the dispatcher is 185 s old"], False),
+    ],
+)
+def test_a_command_is_well_while_its_heartbeat_is_young_and_killed_when_it_is_very_old(
+    engine: Engine,
+    database_url: str,
+    command: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    age_seconds: float,
+    said: list[str],
+    lives: bool,
+) -> None:
+    monkeypatch.setenv("MASKFLEET_DATABASE_URL", database_url)
+    beat_before(engine, command.pid, age_seconds)
+
+    assert stopped(ProcessKind.DISPATCHER) == said
+
+    if lives:
+        assert command.poll() is None
+    else:
+        assert command.wait(10) != 0
+
+
+def test_a_command_that_never_beat_and_a_database_that_is_away_are_said(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASKFLEET_DATABASE_URL", database_url)
+    assert stopped(ProcessKind.WORKER) == ["no heartbeat of a worker yet"]
+
+    monkeypatch.setenv("MASKFLEET_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
+    assert stopped(ProcessKind.WORKER) == ["Postgres gives no answer about the heartbeat"]
