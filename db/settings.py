@@ -8,7 +8,9 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from db.secret_files import SecretFiles
 
 
 def _require_broker_address(value: SecretStr) -> SecretStr:
@@ -103,6 +105,17 @@ class Settings(BaseSettings):
     embeddings_days: float = Field(14, gt=0, description="An embedding not used for this long is deleted")
     max_pixels: int = Field(100_000_000, ge=1, description="Larger images are refused from their header")
     max_object_bytes: int = Field(200 * 1024 * 1024, ge=1, description="Larger objects are refused unread")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, SecretFiles(settings_cls)
 
 
 @cache

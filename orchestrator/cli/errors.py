@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from pydantic_settings import SettingsError
 
 from db.session import DatabaseNotReady, OperationalError
 from orchestrator.assist.credential import AssistError
@@ -28,6 +29,7 @@ _FAILURES = (
     NoFolderError,
     LabelStudioError,
     AssistError,
+    SettingsError,
 )
 
 
