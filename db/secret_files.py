@@ -17,7 +17,7 @@ _MOST_BYTES = 64 * 1024
 
 
 class SecretFiles(PydanticBaseSettingsSource):
-    """A source of settings. Raises SettingsError for a file that cannot be read and for a secret that is given twice."""
+    """A source of settings. Raises SettingsError for a file that cannot be read, or a secret that is given twice."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         variable = f"{self.config.get('env_prefix', '')}{field_name}".upper()
