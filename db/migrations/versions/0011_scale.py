@@ -14,7 +14,7 @@ down_revision = "0010"
 branch_labels = None
 depends_on = None
 
-PARTITION_ASSETS = 2**18
+PARTITION_ASSETS = 2**20
 
 _INDEXES = {
     "chunk_unfinished": "chunk (job_id, first_asset_id) WHERE state <> 'done'",
@@ -75,7 +75,7 @@ def _bound() -> int:
     used, is_filled = (
         op.get_bind().execute(sa.text("SELECT last_value, EXISTS (SELECT 1 FROM mask) FROM asset_id_seq")).one()
     )
-    return int((used // PARTITION_ASSETS + (32 if is_filled else 1)) * PARTITION_ASSETS)
+    return int((used // PARTITION_ASSETS + (8 if is_filled else 1)) * PARTITION_ASSETS)
 
 
 def downgrade() -> None:
