@@ -56,14 +56,16 @@ SET first_ms = excluded.first_ms, first_at = excluded.first_at, total_ms = w.tot
 
 
 def upgrade() -> None:
+    # In the order in which workers lock them. Two that lock them in different orders would wait for each other.
+    op.execute("LOCK TABLE outcome IN ACCESS EXCLUSIVE MODE")
+    op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_asset_id_fkey")
+    op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_part_bound")
+    op.execute(f"ALTER TABLE mask ADD CONSTRAINT mask_part_bound CHECK (asset_id < {_bound()}) NOT VALID")
     with op.get_context().autocommit_block():
         for name, what in _INDEXES.items():
             op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")  # an interrupted build leaves an invalid one
             op.execute(f"CREATE INDEX CONCURRENTLY {name} ON {what}")
         op.execute("DROP INDEX CONCURRENTLY IF EXISTS chunk_open")
-        op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_asset_id_fkey")
-        op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_part_bound")
-        op.execute(f"ALTER TABLE mask ADD CONSTRAINT mask_part_bound CHECK (asset_id < {_bound()}) NOT VALID")
         op.execute("ALTER TABLE mask VALIDATE CONSTRAINT mask_part_bound")
         op.execute("DELETE FROM outcome_counter WHERE slot = -1")
     op.execute(_COUNT_EARLIER)
