@@ -11,7 +11,7 @@ from operator import attrgetter
 
 from sqlalchemy import Connection, text
 
-PARTITION_ASSETS = 2**18  # a partition of 100 masks an asset takes about 10 GB
+PARTITION_ASSETS = 2**20  # smaller ones are more: a join with masks plans for each, and locks each
 _AHEAD = 2  # partitions that are made before they are needed
 _PREFIX = "mask_part_"
 _LOCK = 7_271_902_312  # of pg_advisory_xact_lock: any number that nothing else uses

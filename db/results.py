@@ -66,6 +66,13 @@ class FailedAsset:
     error: str
 
 
+def require_job(db: Connection, *, job_id: int) -> None:
+    """Call it after masks were read. Raises LookupError when the job is deleted: then some may have been gone."""
+    statement = text("SELECT EXISTS (SELECT 1 FROM job WHERE id = :job_id AND deleted_at IS NULL)")
+    if not db.execute(statement, {"job_id": job_id}).scalar_one():
+        raise LookupError(f"job {job_id} was deleted while its masks were read: what was read is not complete")
+
+
 def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[LabeledAsset]:
     """Stream a job's labeled assets in key order with their masks, in bounded memory.
 
@@ -83,6 +90,7 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
             {"job_id": job_id, "after": after, "page": page},
         ).all()
         masks = masks_of(db, asset_ids=[row.id for row in rows])
+        require_job(db, job_id=job_id)
         for row in rows:
             yield LabeledAsset(
                 asset_id=row.id, key=row.key, size_hw=(row.height, row.width), masks=masks.get(row.id, [])
@@ -117,6 +125,7 @@ def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[Label
     for start in range(0, len(rows), _SAMPLE_PAGE):
         page = rows[start : start + _SAMPLE_PAGE]
         masks = masks_of(db, asset_ids=[row.id for row in page])
+        require_job(db, job_id=job_id)
         for row in page:
             yield LabeledAsset(
                 asset_id=row.id,

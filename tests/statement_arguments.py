@@ -62,7 +62,7 @@ def _of_chunks(db: Connection, filled: Filled, middle: int) -> Given:
         "window": 64,
         "last_asset_id": middle,
         "kind": MaskCount.LABEL,
-        "partition": Partition(table="mask_part_0", first=0, bound=2**18),
+        "partition": Partition(table="mask_part_0", first=0, bound=2**20),
         "most": 4,
         "beats": [Beat(kind=ProcessKind.WORKER, name="w", host="h", pid=1, version="1")],
     }

@@ -80,6 +80,7 @@ CALL: dict[str, int] = {
     "publishing.versions_in_doubt": 600,  # what is being sent
     "queue.expire_lease": 20,
     "queue.has_stale_sent": 20,
+    "results.require_job": 20,
     "results.labels_of": 30,
     "prompts.classes_of": 30,
     "results.masks_per_asset": 30,
@@ -164,7 +165,7 @@ JOB = {
     "reviewed_masks.reviewed_assets",
     "reviewed_masks.scored_assets",
 }
-NO_STATEMENT = {"copying.copy_rows"}  # only COPY
+NO_STATEMENT = {"copying.copy_lines", "copying.copy_rows"}  # only COPY
 
 _BIG_PAGES = 200  # a table of more pages than this is not to be read from end to end
 

@@ -22,7 +22,8 @@ def _is_compared(name: str | None, kind: str, _: Any) -> bool:
 engine = open_engine(context.config.attributes["url"], statement_timeout_seconds=0)
 with engine.connect() as connection:
     connection.execute(text(f"SELECT pg_advisory_lock({_ONE_RUNNER})"))  # however long the runner before takes
-    connection.execute(text("SET lock_timeout = '30s'"))
+    wait = context.config.attributes.get("lock_timeout", "30s")
+    connection.execute(text("SELECT set_config('lock_timeout', :wait, false)"), {"wait": wait})
     connection.commit()
     context.configure(
         connection=connection,

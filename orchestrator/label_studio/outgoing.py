@@ -114,6 +114,7 @@ class Outgoing:
                 group = page[start : start + _BUILD_PAGE]
                 with self._db.begin():
                     masks = results.masks_of(self._db, asset_ids=[candidate.asset_id for candidate, *_ in group])
+                    results.require_job(self._db, job_id=self._job.id)
                 yield [self._labeled(c, uri, task_id, masks.get(c.asset_id, [])) for c, uri, task_id in group]
 
     def _labeled(self, asset: Candidate, uri: str, task_id: int | None, stored: Sequence[StoredMask]) -> Labeled:

@@ -86,6 +86,19 @@ def test_a_deletion_that_was_interrupted_is_found_by_no_command_and_goes_on(engi
         assert deletion.begun_deletions(db) == []
 
 
+def test_an_export_that_reads_a_job_while_it_is_deleted_ends_with_an_error(engine: Engine) -> None:
+    job = labeled_job(engine)
+    with engine.connect() as db:
+        exported = results.labeled_assets(db, job_id=job.id, page=2)
+        assert len(next(exported).masks) == 3
+        with engine.begin() as other:
+            deletion.begin_deletion(other, job_id=job.id)
+            deletion.delete_chunks(other, job_id=job.id, most=1)
+
+        with pytest.raises(LookupError, match="was deleted while its masks were read"):
+            list(exported)
+
+
 def test_partitions_that_are_the_jobs_alone_are_emptied_at_once(engine: Engine) -> None:
     jump = "SELECT setval('asset_id_seq', :id)"
     with engine.begin() as db:

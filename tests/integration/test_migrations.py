@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from alembic import command
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from db.migrating import migrate, migration_config
 from db.session import DatabaseNotReady, check_migrated
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -21,3 +24,17 @@ def test_a_database_can_go_down_to_nothing_and_up_again(database_url: str, engin
     migrate(database_url)
     migrate(database_url)
     check_migrated(engine)
+
+
+def test_a_second_migrate_waits_for_the_first_however_long_that_takes(database_url: str, engine: Engine) -> None:
+    config = migration_config(database_url)
+    config.attributes["lock_timeout"] = "20ms"
+    waiting = "SELECT now() - query_start > interval '200 ms' FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with engine.connect() as first, ThreadPoolExecutor(1) as pool:
+        first.execute(text("SELECT pg_advisory_lock(1835103083)"))  # as the first does, of db/migrations/env.py
+        second = pool.submit(command.upgrade, config, "head")
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+            wait_for(lambda: second.done() or db.execute(text(waiting)).scalars().first(), "the second migrate")
+        assert not second.done()
+        first.execute(text("SELECT pg_advisory_unlock_all()"))
+        second.result(timeout=60)

@@ -2,6 +2,9 @@
 
 A trigger keeps the first two, whoever writes outcomes, also a worker of an older version. From its first moment on they
 count what is written; migration 0011 adds what was there before.
+
+Each change of a table that workers use is a transaction of its own: two locks at once could meet a worker that takes
+them in the other order. When it is interrupted, run it again.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _OF_OUTCOMES = """count(*), sum(mask_count), count(answered_by), count(*) - coun
 SLOT = "(pg_current_xact_id()::text::bigint % 32)::int"
 
 _COUNT = f"""
-CREATE FUNCTION count_outcomes() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION count_outcomes() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     sign int := CASE TG_OP WHEN 'INSERT' THEN 1 ELSE -1 END;
 BEGIN
@@ -63,6 +66,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["job.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "error_kind", "slot"),
         postgresql_with={"fillfactor": "50"},
+        if_not_exists=True,
     )
     op.create_table(
         "mask_counter",
@@ -76,6 +80,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["job.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "kind", "digest", "slot"),
         postgresql_with={"fillfactor": "50"},
+        if_not_exists=True,
     )
     op.create_table(
         "worker_time",
@@ -88,14 +93,16 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["job.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("job_id", "worker"),
         postgresql_with={"fillfactor": "50"},
+        if_not_exists=True,
     )
-    op.add_column("job", sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True))
-    op.execute(_COUNT)
-    for operation, table in (("INSERT", "NEW"), ("DELETE", "OLD")):
-        op.execute(
-            f"""CREATE TRIGGER outcome_counted_{operation.lower()} AFTER {operation} ON outcome
-                REFERENCING {table} TABLE AS written FOR EACH STATEMENT EXECUTE FUNCTION count_outcomes()"""
-        )
+    with op.get_context().autocommit_block():
+        op.execute("ALTER TABLE job ADD COLUMN IF NOT EXISTS deleted_at timestamptz")
+        op.execute(_COUNT)
+        for operation, table in (("INSERT", "NEW"), ("DELETE", "OLD")):
+            op.execute(
+                f"""CREATE OR REPLACE TRIGGER outcome_counted_{operation.lower()} AFTER {operation} ON outcome
+                    REFERENCING {table} TABLE AS written FOR EACH STATEMENT EXECUTE FUNCTION count_outcomes()"""
+            )
 
 
 def downgrade() -> None:

@@ -14,7 +14,7 @@ down_revision = "0010"
 branch_labels = None
 depends_on = None
 
-PARTITION_ASSETS = 2**18
+PARTITION_ASSETS = 2**20
 
 _INDEXES = {
     "chunk_unfinished": "chunk (job_id, first_asset_id) WHERE state <> 'done'",
@@ -56,14 +56,16 @@ SET first_ms = excluded.first_ms, first_at = excluded.first_at, total_ms = w.tot
 
 
 def upgrade() -> None:
+    # In the order in which workers lock them. Two that lock them in different orders would wait for each other.
+    op.execute("LOCK TABLE outcome IN ACCESS EXCLUSIVE MODE")
+    op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_asset_id_fkey")
+    op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_part_bound")
+    op.execute(f"ALTER TABLE mask ADD CONSTRAINT mask_part_bound CHECK (asset_id < {_bound()}) NOT VALID")
     with op.get_context().autocommit_block():
         for name, what in _INDEXES.items():
             op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")  # an interrupted build leaves an invalid one
             op.execute(f"CREATE INDEX CONCURRENTLY {name} ON {what}")
         op.execute("DROP INDEX CONCURRENTLY IF EXISTS chunk_open")
-        op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_asset_id_fkey")
-        op.execute("ALTER TABLE mask DROP CONSTRAINT IF EXISTS mask_part_bound")
-        op.execute(f"ALTER TABLE mask ADD CONSTRAINT mask_part_bound CHECK (asset_id < {_bound()}) NOT VALID")
         op.execute("ALTER TABLE mask VALIDATE CONSTRAINT mask_part_bound")
         op.execute("DELETE FROM outcome_counter WHERE slot = -1")
     op.execute(_COUNT_EARLIER)
@@ -75,7 +77,7 @@ def _bound() -> int:
     used, is_filled = (
         op.get_bind().execute(sa.text("SELECT last_value, EXISTS (SELECT 1 FROM mask) FROM asset_id_seq")).one()
     )
-    return int((used // PARTITION_ASSETS + (32 if is_filled else 1)) * PARTITION_ASSETS)
+    return int((used // PARTITION_ASSETS + (8 if is_filled else 1)) * PARTITION_ASSETS)
 
 
 def downgrade() -> None:

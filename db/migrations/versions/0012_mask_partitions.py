@@ -12,8 +12,8 @@ down_revision = "0011"
 branch_labels = None
 depends_on = None
 
-PARTITION_ASSETS = 2**18
-AHEAD = 8  # a lister of an older version makes none
+PARTITION_ASSETS = 2**20
+AHEAD = 2  # a lister of an older version makes none
 
 _COLUMNS = "asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score, label, prompt"
 
