@@ -28,7 +28,7 @@ USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses i
 # The order in which people need them: make a job, look at it, export its masks, review, operate.
 _ORDER = (
     *("demo", "run", "submit", "watch", "jobs", "show", "cancel", "resume", "retry", "export"),
-    *("label-studio", "publish", "assist", "review", "models", "worker", "dispatch", "migrate", "doctor"),
+    *("label-studio", "publish", "assist", "review", "tune", "models", "worker", "dispatch", "migrate", "doctor"),
 )
 
 

@@ -6,11 +6,11 @@ Results go to stdout, progress and logs to stderr. Exit 0: done. 1: some assets 
 
 from __future__ import annotations
 
-from orchestrator.cli import assist, export, jobs, label_studio, models, operate, review, submit
+from orchestrator.cli import assist, export, jobs, label_studio, models, operate, review, submit, tune
 from orchestrator.cli.app import app, opened
 from orchestrator.cli.errors import errors_as_messages
 
-__all__ = ["app", "assist", "export", "jobs", "label_studio", "main", "models", "operate", "review", "submit"]
+__all__ = ["app", "assist", "export", "jobs", "label_studio", "main", "models", "operate", "review", "submit", "tune"]
 
 
 def main() -> None:

@@ -241,6 +241,7 @@ def spec_of(own: OwnModel) -> ModelSpec:
     return replace(
         built,
         name=own.name,
+        loader=built.loader if own.base is None else "workers.models.tuned:load",
         architecture=own.architecture,
         weights_file=weights_file(own.name),
         url=None,
