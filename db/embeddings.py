@@ -262,6 +262,12 @@ def record_failed(db: Connection, *, address: str, error: str, lasting: bool, re
     )
 
 
+def stored_of(db: Connection, *, addresses: Sequence[str]) -> set[str]:
+    """Those of these addresses whose bytes are stored."""
+    statement = "SELECT address FROM embedding WHERE address = ANY(:a) AND state = 'stored'"
+    return set(db.execute(text(statement), {"a": list(addresses)}).scalars())
+
+
 def touch(db: Connection, *, addresses: Sequence[str]) -> None:
     """These embeddings are used now."""
     db.execute(text("UPDATE embedding SET used_at = now() WHERE address = ANY(:a)"), {"a": list(addresses)})

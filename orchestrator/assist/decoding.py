@@ -33,11 +33,17 @@ class Decoder:
 
     def __call__(self, task: ClickedTask, prompt: Prompt, mask_counts: str | None) -> Mask | None:
         """The mask, or None: the embedding is not there yet, or no child answers. mask_counts: of a mask to refine."""
-        stamp = self._stored(task.asset_id)
-        if stamp is None:
+        stored = self._stored(task.asset_id)
+        if stored is None:
             return None
+        stamp, decoder = stored
         request = ClickRequest(
-            n=next(self._numbers), stamp=stamp, size_hw=task.size_hw, prompt=prompt, mask_counts=mask_counts
+            n=next(self._numbers),
+            stamp=stamp,
+            size_hw=task.size_hw,
+            prompt=prompt,
+            mask_counts=mask_counts,
+            decoder=decoder,
         )
         answer = self._children.ask(request, route=task.asset_id)
         if answer is None:
@@ -58,8 +64,11 @@ class Decoder:
             predicted_iou=answer.mask.predicted_iou,
         )
 
-    def _stored(self, asset_id: int) -> Stamp | None:
-        """The stamp of the asset's embedding if it is stored. Marks it as used now, or as wanted."""
+    def _stored(self, asset_id: int) -> tuple[Stamp, str] | None:
+        """The stamp of the asset's embedding if it is stored, and the model that labeled the asset.
+
+        Marks the embedding as used now, or as wanted.
+        """
         try:
             with self._engine.begin() as db:
                 asset = embeddings.embeddable_assets(db, asset_ids=[asset_id]).get(asset_id)
@@ -70,4 +79,4 @@ class Decoder:
         except ModelError as error:
             log.info("asset %d: only its stored masks answer: %s", asset_id, error)
             return None
-        return wanted.stamp if states[wanted.address] is EmbeddingState.STORED else None
+        return (wanted.stamp, asset.model) if states[wanted.address] is EmbeddingState.STORED else None

@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "review",
         "Read how people changed a job's masks in Label Studio. Count what they kept, edited, deleted and added.",
     ),
+    "tune": (
+        "tune",
+        "Teach the mask decoder of a job's model what people corrected in Label Studio. Only its decoder changes.",
+    ),
     "models": ("own_models", "The models, and their weights on this machine."),
     "worker": (
         "operate",

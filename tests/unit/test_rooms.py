@@ -13,6 +13,10 @@ ROOMS = ("db", "workers", "orchestrator")
 
 # Modules that no test names, each with the tests that run it by another door: its command, or the module that uses it.
 RUN_BY = {
+    "orchestrator.cli.tune": "e2e/test_tune.py",
+    "orchestrator.pages.tune": "e2e/test_tune.py",
+    "workers.running.from_store": "integration/test_tuned_models.py",
+    "workers.tuning.judging": "e2e/test_tune.py",
     "db.base": "integration/test_migrations.py",
     "db.counter_tables": "integration/test_migrations.py",
     "db.copying": "integration/test_prompted_jobs.py",

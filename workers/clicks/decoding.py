@@ -20,7 +20,7 @@ from workers.engine.prompted import prompt_decoder, prompted_masks
 from workers.errors import redact
 from workers.masks import decode_counts
 from workers.models.decoders import load_decoder
-from workers.models.files import weights_sha256
+from workers.models.files import encoder_of
 from workers.models.registry import find_model
 from workers.params import PromptParams
 from workers.prompts import fit, takes
@@ -29,7 +29,7 @@ from workers.prompts import fit, takes
 _TIMES_ITS_EMBEDDING = 4
 MOST_KEPT_BYTES = 80 * 1024 * 1024  # five images of a vit_*; the child's own memory then stays below 600 MB
 
-_Key: TypeAlias = tuple[str, str | None]  # address, and the run lengths of the mask that is refined
+_Key: TypeAlias = tuple[str, str, str | None]  # decoder, address, and the run lengths of the mask that is refined
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +68,26 @@ class Decoding:
             return ClickAnswer(n=request.n, error=redact(f"{type(error).__name__}: {error}"))
 
     def _mask(self, request: ClickRequest) -> ClickMask:
-        spec = find_model(request.stamp.model)
+        spec = find_model(request.decoder or request.stamp.model)
         height, width = request.size_hw
         prompt = fit(request.prompt, (width, height))
         if refused := takes(prompt, spec.prompts):
             raise ValueError(refused)
-        if (own := weights_sha256(spec)) != request.stamp.weights_sha256:
+        if (own := encoder_of(spec)[1]) != request.stamp.weights_sha256:
             raise EmbeddingError(
                 EmbeddingFault.FOREIGN,
                 f"{request.stamp.address}: of weights {request.stamp.weights_sha256[:8]}, here are {own[:8]}",
             )
         model = self.load(spec.name)
-        kept = self._image(model, request)
+        kept = self._image(spec.name, model, request)
         [[mask]] = prompted_masks(model, None, [prompt], PromptParams(), size_hw=request.size_hw, decode=kept.decode)
         return ClickMask(
             counts=mask.counts, bbox_xywh=mask.bbox_xywh, area_px=mask.area_px, predicted_iou=mask.predicted_iou
         )
 
-    def _image(self, model: Promptable, request: ClickRequest) -> _Kept:
+    def _image(self, name: str, model: Promptable, request: ClickRequest) -> _Kept:
         """The kept decoder of the request's image, made if there is none."""
-        key = (request.stamp.address, request.mask_counts)
+        key = (name, request.stamp.address, request.mask_counts)
         if key in self._images:
             self._images.move_to_end(key)
             return self._images[key]

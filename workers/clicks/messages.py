@@ -32,7 +32,8 @@ class ClickRequest:
     """One click to be answered.
 
     n: the caller's number, repeated in the answer. stamp: the embedding, and what its file must say. size_hw: of the
-    upright image. prompt: boxes and points in its pixels. mask_counts: COCO run lengths of a mask to refine.
+    upright image. prompt: boxes and points in its pixels. mask_counts: COCO run lengths of a mask to refine. decoder:
+    the model whose decoder answers, where it is not the one that encoded.
     """
 
     n: int
@@ -40,6 +41,7 @@ class ClickRequest:
     size_hw: tuple[int, int]
     prompt: Prompt
     mask_counts: str | None = None
+    decoder: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -51,6 +53,7 @@ class ClickRequest:
             "size_hw": list(self.size_hw),
             "prompt": self.prompt.as_json(),
             "mask_counts": self.mask_counts,
+            "decoder": self.decoder,
         }
 
     @classmethod
@@ -68,12 +71,15 @@ class ClickRequest:
         counts = value.get("mask_counts")
         if counts is not None and not isinstance(counts, str):
             raise MessageError(f"mask_counts {str(counts)[:80]}: expected COCO run lengths or null", n)
+        decoder = value.get("decoder")
+        if decoder is not None and not isinstance(decoder, str):
+            raise MessageError(f"decoder {str(decoder)[:80]}: expected a model's name or null", n)
         try:
             prompt = parse_prompt(value.get("prompt"))
         except PromptError as error:
             raise MessageError(f"prompt: {error}", n) from error
         stamp = Stamp(address=address, model=model, weights_sha256=sha256, etag=etag)
-        return cls(n=n, stamp=stamp, size_hw=(size[0], size[1]), prompt=prompt, mask_counts=counts)
+        return cls(n=n, stamp=stamp, size_hw=(size[0], size[1]), prompt=prompt, mask_counts=counts, decoder=decoder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from db.embeddings import EmbeddableAsset
-from workers.models.files import weights_sha256
+from workers.models.files import encoder_of, weights_sha256
 from workers.models.registry import find_model
 from workers.models.spec import ModelSpec, WeightsError
 
@@ -59,6 +59,7 @@ class Stamp:
 class EmbeddingOf:
     """What an embedding is of: the weights and how they were run, the bytes of the image, and the format.
 
+    model, weights_sha256: of the image encoder. A tuned decoder has none of its own: they are then its base's.
     fast: encoded in bfloat16 (precision=fast). source, key, etag: of the asset.
     """
 
@@ -106,9 +107,10 @@ def embedding_of(asset: EmbeddableAsset, embedding_format: EmbeddingFormat) -> E
     asked = asset.model_version.removeprefix(f"{spec.name}@").partition("+")[0]
     if sha256[:8] != asked:
         raise WeightsError(f"{spec.name}: these are the weights {sha256[:8]}, but the job was made with {asked}")
+    encoder, encoder_sha256 = encoder_of(spec)
     return EmbeddingOf(
-        model=spec.name,
-        weights_sha256=sha256,
+        model=encoder,
+        weights_sha256=encoder_sha256,
         fast=asset.fast,
         format=embedding_format,
         source=asset.source,

@@ -67,6 +67,11 @@ def decode(content: bytes, expected: Stamp) -> Any:
     return levels[0] if metadata.get("form") == "tensor" else levels
 
 
+def to_device(embedding: Any, device: str) -> Any:
+    """The embedding that `decode` gave, on this device."""
+    return embedding.to(device) if isinstance(embedding, Tensor) else [level.to(device) for level in embedding]
+
+
 def _to_int8(level: Tensor) -> dict[str, Tensor]:
     """Whole numbers -127..127 and a scale for each channel: (1, C, 1, 1). A channel of zeros has scale 1."""
     scale = level.float().abs().amax(dim=(2, 3), keepdim=True) / 127

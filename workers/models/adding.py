@@ -73,7 +73,7 @@ def add(name: str, file: Path, architecture: str, *, origin: str, licence: str) 
 def _image_state(file: Path) -> dict[str, Tensor]:
     """The file's tensors by name, without wrappers, prefixes and what only videos need."""
     try:
-        found = read_tensors(file)
+        found = read_tensors(file, may_be_old=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{file}: holds pickled objects other than tensors, which are not loaded because they could run code; save "

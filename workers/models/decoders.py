@@ -17,6 +17,7 @@ from workers.models.nano import build_sam_nano
 from workers.models.sam import load_sam
 from workers.models.sam_hq import build_around
 from workers.models.spec import ModelError, ModelSpec
+from workers.models.tuned import load_tuned
 
 _ENCODER_TENSORS = ("image_encoder.",)
 
@@ -75,5 +76,5 @@ def load_decoder(spec: ModelSpec, device: str) -> Promptable:
 
 def load_sam_decoder(spec: ModelSpec, architecture: Callable[[], Sam], device: str) -> Promptable:
     """The same for a Sam that `architecture` builds without its encoder."""
-    sam = load_sam(spec, architecture, device, without=_ENCODER_TENSORS)
-    return promptable(sam, fold_from_dim=0)
+    load = load_sam if spec.base is None else load_tuned
+    return promptable(load(spec, architecture, device, without=_ENCODER_TENSORS), fold_from_dim=0)

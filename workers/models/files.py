@@ -59,6 +59,16 @@ def weights_sha256(spec: ModelSpec) -> str:
     return identity(checkpoint_files(folder))
 
 
+def encoder_of(spec: ModelSpec) -> tuple[str, str]:
+    """The name and the weights' sha256 of the model that has this model's image encoder: its base, else itself.
+
+    They identify an embedding. So a tuned decoder reads the embeddings of its base. Raises what weights_sha256 raises.
+    """
+    if spec.base is not None and spec.base_sha256 is not None:
+        return spec.base, spec.base_sha256
+    return spec.name, weights_sha256(spec)
+
+
 def require_same_weights(spec: ModelSpec, version: str) -> None:
     """Raise WeightsError when the job of this model_version was submitted with other weights of the same name."""
     if spec.hub is None and not spec.is_own:

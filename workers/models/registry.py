@@ -273,9 +273,11 @@ def with_base(spec: ModelSpec) -> list[ModelSpec]:
 
 def spec_of(own: OwnModel) -> ModelSpec:
     """The description of a model of one's own. Raises WeightsError when it is built as nothing that we know."""
+    built = architecture_of(own.architecture, of=own.name)
     return replace(
-        architecture_of(own.architecture, of=own.name),
+        built,
         name=own.name,
+        loader=built.loader if own.base is None else "workers.models.tuned:load",
         architecture=own.architecture,
         weights_file=weights_file(own.name),
         url=None,

@@ -15,14 +15,15 @@ Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_tensors(path: Path) -> object:
-    """What a safetensors file or a file of torch.save holds, memory-mapped where the format allows it.
+def read_tensors(path: Path, *, may_be_old: bool = False) -> object:
+    """What a safetensors file or a file of torch.save holds, memory-mapped.
 
+    may_be_old: also read what torch wrote before 1.6, a bare pickle, which cannot be mapped.
     Raises pickle.UnpicklingError for objects other than tensors, and many kinds of errors for damaged files.
     """
     if path.suffix == ".safetensors":
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=not may_be_old or zipfile.is_zipfile(path))
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> Shapes:

@@ -22,6 +22,7 @@ from workers.errors import ErrorKind, TransientError, redact
 from workers.images.pixels import RgbImage
 from workers.models.spec import ModelError
 from workers.running.fetching import DecodeStuck, FetchAhead, NotFetched
+from workers.running.from_store import FromStore, from_store
 from workers.running.held_lease import HeldLease, log_ids
 from workers.running.keeping import Keeper, keeping, want_answered
 from workers.running.looks import Encode, Look, encode_and_look
@@ -97,6 +98,7 @@ class _ChunkRun:
         self._settings = worker.settings
         self._chunk = chunk
         self._keeper: Keeper | None = None
+        self._from_store: FromStore | None = None
         self._transient: TransientError | None = None
         self._lease = HeldLease(worker, chunk)
 
@@ -116,6 +118,7 @@ class _ChunkRun:
         if not assets:
             return
         encode, look = encode_and_look(self._worker, self._chunk, self._lease.go_on)
+        self._from_store = from_store(self._worker, self._chunk)
         self._lease.progress()
         size = self._settings.batch_size
         trusted = [asset for asset in assets if asset.deaths_alone is None]
@@ -174,7 +177,10 @@ class _ChunkRun:
         outcomes: list[NewOutcome] = []
         images = self._read(batch, ahead, outcomes)
         began = time.perf_counter()
-        encoded = self._embed(encode, images, outcomes)
+        kept = {} if self._from_store is None else self._from_store.read([ahead.as_read(asset) for asset, _ in images])
+        rest = [(asset, image) for asset, image in images if asset.id not in kept]
+        encoded = [(asset, image, kept[asset.id]) for asset, image in images if asset.id in kept]
+        encoded += self._embed(encode, rest, outcomes)
         share_seconds = (time.perf_counter() - began) / max(len(encoded), 1)  # each image's share of the batch's time
         for asset, image, embedding in encoded:
             self._lease.go_on()

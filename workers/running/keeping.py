@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from db import embeddings
-from db.embeddings import EmbeddableAsset
 from db.leases import Asset, ClaimedChunk, NewOutcome
 from db.session import Connection, DBAPIError
 from workers.embeddings.address import EmbeddingError, EmbeddingFormat, EmbeddingOf, embedding_of
 from workers.embeddings.store import EmbeddingStore, open_store
 from workers.errors import SourceError, redact
 from workers.models.spec import ModelError
+from workers.running.from_store import embeddable
 from workers.running.looks import model_embedding
 from workers.running.outcomes import storable_text
 from workers.running.worker import Worker
@@ -78,7 +78,7 @@ class Keeper:
                 log.warning("chunk %d: no more embeddings are kept: %s", self._chunk.id, redact(_one_line(error)))
 
     def _keep_batch(self, batch: Sequence[tuple[Asset, Any]]) -> None:
-        of = {asset.id: self._embedding_of(asset) for asset, _ in batch}
+        of = {asset.id: embeddable(self._worker, self._chunk, asset) for asset, _ in batch}
         addresses = {asset_id: one.address for asset_id, one in of.items()}
         with self._worker.engine.begin() as db:
             seconds = self._worker.settings.resend_seconds
@@ -115,19 +115,6 @@ class Keeper:
         if self._failures >= _MOST_FAILURES:
             self._is_over = True
             log.warning("chunk %d: no more embeddings are kept after %d failures", self._chunk.id, self._failures)
-
-    def _embedding_of(self, asset: Asset) -> EmbeddingOf:
-        chunk = self._chunk
-        embeddable = EmbeddableAsset(
-            asset_id=asset.id,
-            source=chunk.source,
-            key=asset.key,
-            etag=asset.etag,
-            model=chunk.model,
-            model_version=chunk.model_version,
-            fast=chunk.asked.get("params", {}).get("precision") == "fast",
-        )
-        return embedding_of(embeddable, EmbeddingFormat(self._worker.settings.embeddings_format))
 
 
 @contextmanager

@@ -1,0 +1,84 @@
+"""`maskfleet tune` as a person uses it: real Postgres, sam_nano, annotations as `review` stores them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from db.publishing import LsProject
+from orchestrator.label_studio.addresses import server_key
+from tests.deployment import MASKFLEET
+from tests.json_page import documented_keys
+from tests.reviewed_job import LABEL, draw_scenes, label_studio_of, plant_review
+from workers.models.files import model_version
+from workers.models.registry import find_model
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+PROJECT = 7
+NANO = find_model("sam_nano")
+VERSION = model_version(NANO, {"mode": "automatic"})
+
+
+@pytest.fixture
+def label_studio() -> Iterator[str]:
+    with label_studio_of([LABEL], PROJECT) as url:
+        yield url
+
+
+@pytest.fixture
+def environment(database_url: str, label_studio: str, tmp_path: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MASKFLEET_")}
+    return {
+        **kept,
+        "MASKFLEET_DATABASE_URL": database_url,
+        "MASKFLEET_LABEL_STUDIO_URL": label_studio,
+        "MASKFLEET_LABEL_STUDIO_API_KEY": "a" * 40,
+        "MASKFLEET_LABEL_STUDIO_PROJECT": str(PROJECT),
+        "MASKFLEET_WEIGHTS_DIR": str(tmp_path / "weights"),
+    }
+
+
+def maskfleet(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*MASKFLEET, *words], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
+    engine: Engine, environment: dict[str, str], label_studio: str, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "scenes", tmp_path / "out"
+    scenes = draw_scenes(source, 10)
+    ls_project = LsProject(server_key(label_studio), PROJECT)
+    job = plant_review(engine, source, scenes, model="sam_nano", model_version=VERSION, ls_project=ls_project)
+    words = ["tune", str(job.id), "--name", "ours", "--out", str(out), "--device", "cpu"]
+
+    done = maskfleet(environment, *words, "--minutes", "0.2", "--keep-anyway", "--json")
+
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert set(document) == documented_keys("tune")
+    assert document["taught"]["assets"] == 8
+    assert document["taught"]["deleted"] == 8
+    assert document["encoded"] == 10
+    assert document["steps"] > 0
+    assert {"box", "click", "corrected", "recall", "masks_an_object"} == set(document["measured"])
+    assert document["measured"]["box"]["assets"] == 2
+    assert json.loads((out / "tune.json").read_text()) == document
+    page = (out / "index.html").read_text()
+    assert "ours" in page
+    assert "data:image/jpeg" in page
+    [listed] = [
+        one for one in json.loads(maskfleet(environment, "models", "list", "--json").stdout) if one["name"] == "ours"
+    ]
+    assert listed["present"]
+    again = maskfleet(environment, *words)
+    assert again.returncode == 2
+    assert "ours is a model already" in again.stderr

@@ -1,0 +1,237 @@
+"""A tuning's parts: the decoder's passes, the losses, the prompts, the split, the checkpoint, the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from segment_anything.modeling import Sam
+
+from orchestrator.tuning.process import train_and_judge
+from orchestrator.tuning.verdict import decide
+from workers.masks import BoolMask, encode_counts
+from workers.models.nano import load_sam_nano
+from workers.tuning import batch
+from workers.tuning.checkpoint import FILE_NAME, load_run, save_run
+from workers.tuning.decoding import Asked, decode
+from workers.tuning.gathering import Gathered, hold_out
+from workers.tuning.lessons import NEAR_SIDE, Frame, Lesson, Target, WrongPrompt, target_of, turned
+from workers.tuning.loss import best_of_three, focal_and_dice, look_near, near_ious, near_loss
+from workers.tuning.outcome import FewAssets, Judgement, require_enough
+from workers.tuning.plan import PlannedAsset, PlannedMask, TuneError, read_plan
+from workers.tuning.prompts import draw_box, draw_click, draw_correction, middle_of
+from workers.tuning.training import begin, train
+from workers.tuning.tune import DECODER_NAME
+from workers.tuning.views import COPIES
+
+FRAME = Frame(size_hw=(96, 128), input_hw=(192, 256), grid_hw=(128, 128), cell_px=2)
+
+
+@pytest.fixture
+def sam() -> Sam:
+    return load_sam_nano("cpu")
+
+
+def disc(x: float, y: float, radius: float, size_hw: tuple[int, int] = (96, 128)) -> BoolMask:
+    rows, columns = np.mgrid[: size_hw[0], : size_hw[1]]
+    found: BoolMask = (columns - x) ** 2 + (rows - y) ** 2 < radius**2
+    return found
+
+
+def target(mask: BoolMask) -> Target:
+    found = target_of(mask, FRAME)
+    assert found is not None
+    return found
+
+
+def lesson() -> Lesson:
+    targets = [target(disc(30, 30, 12)), target(disc(80, 50, 20))]
+    return Lesson(number=0, frame=FRAME, targets=targets, wrong=[WrongPrompt(point_xy=(200.0, 20.0))])
+
+
+@pytest.mark.parametrize("is_refined", [False, True])
+def test_the_rearranged_decoder_gives_the_modules_own_masks_and_scores(sam: Sam, is_refined: bool) -> None:
+    torch.manual_seed(1)
+    embedding = torch.randn(1, 128, 32, 32)
+    previous = torch.randn(1, 1, 128, 128) if is_refined else None
+    points, labels = torch.rand(1, 2, 2) * 255, torch.tensor([[1.0, 0.0]])
+    sparse, dense = sam.prompt_encoder(points=(points, labels), boxes=None, masks=previous)
+    with torch.no_grad():
+        expected = sam.mask_decoder.predict_masks(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+
+        padded = torch.cat([points, torch.zeros(1, 1, 2)], dim=1)
+        asked = Asked(
+            images=torch.tensor([0]), points=padded, labels=torch.tensor([[1.0, 0.0, -1.0]]), previous=previous
+        )
+        logits, ious = decode(sam, embedding, asked)
+
+    assert torch.allclose(logits, expected[0], atol=1e-4, rtol=1e-4)
+    assert torch.allclose(ious, expected[1], atol=1e-5)
+
+
+def test_a_right_mask_costs_less_than_a_shifted_one_and_the_best_of_three_counts() -> None:
+    cover = torch.from_numpy(target(disc(60, 50, 20)).cover(FRAME.grid_hw))[None]
+    right = (cover * 20 - 10)[:, None]
+    logits = torch.cat([right, right.roll(20, dims=3), -right], dim=1)
+    losses = focal_and_dice(logits, cover)[0]
+
+    assert losses[0] < losses[1] < losses[2]
+    assert float(best_of_three(losses[None])) < float(losses.mean())
+
+
+def test_an_object_smaller_than_a_cell_has_a_target_that_its_own_mask_fits() -> None:
+    small = target(disc(60.5, 50.5, 1.2))
+    window = torch.tensor([small.near_xyxy])
+    cover = torch.from_numpy(small.near.astype(np.float32) / 255)[None]
+    logits = torch.full((1, 1, 128, 128), -10.0)
+    logits[0, 0, 50:52, 60:62] = 10.0  # its cells
+    near = look_near(logits, window, input_px=256, side=NEAR_SIDE)
+    elsewhere = look_near(logits.roll(9, dims=3), window, input_px=256, side=NEAR_SIDE)
+
+    assert float(near_ious(logits, near, cover, window, input_px=256)) > 0.5
+    assert near_loss(near, cover) < near_loss(elsewhere, cover)
+
+
+def test_pixels_far_from_an_object_lower_its_iou() -> None:
+    one = target(disc(30, 30, 12))
+    window, cover = torch.tensor([one.near_xyxy]), torch.from_numpy(one.near.astype(np.float32) / 255)[None]
+    logits = torch.from_numpy(one.cover(FRAME.grid_hw) * 20 - 10)[None, None]
+    near = look_near(logits, window, input_px=256, side=NEAR_SIDE)
+    both = near_ious(logits, near, cover, window, input_px=256)
+    logits[..., 100:, 100:] = 10.0
+
+    assert float(both) > 0.95
+    assert float(near_ious(logits, near, cover, window, input_px=256)) < 0.6
+
+
+def test_clicks_are_inside_boxes_near_and_corrections_on_the_error() -> None:
+    rng = np.random.default_rng(1)
+    mask = disc(60, 50, 20)
+    one = target(mask)
+    cover = one.cover(FRAME.grid_hw)
+    for _ in range(50):
+        x, y = draw_click(rng, one, FRAME.cell_px)
+        assert cover[int((y + 0.5) / 2), int((x + 0.5) / 2)] > 0.5
+        assert np.abs(np.array(draw_box(rng, one.box_xyxy)) - one.box_xyxy).max() <= 20
+        (x, y), label = draw_correction(rng, np.where(cover > 0.5, -9, -9).astype(np.float32), cover, FRAME.cell_px)
+        assert label == 1
+        assert cover[int((y + 0.5) / 2), int((x + 0.5) / 2)] > 0.5
+        (x, y), label = draw_correction(rng, np.full_like(cover, 9), cover, FRAME.cell_px)
+        assert label == 0
+        assert cover[int((y + 0.5) / 2), int((x + 0.5) / 2)] <= 0.5
+    assert middle_of(mask) == (60.0, 50.0)
+
+
+def test_turned_copies_are_all_different_and_keep_every_pixel() -> None:
+    image = np.arange(6).reshape(2, 3)
+    views = [turned(image, view) for view in (0, *COPIES)]
+
+    assert len({(view.shape, view.tobytes()) for view in views}) == 8
+    assert all(sorted(view.flat) == list(range(6)) for view in views)
+
+
+def gathered(content: str) -> Gathered:
+    asset = PlannedAsset(key=content, etag="", size_hw=(4, 4), embedding=None, masks=[])
+    return Gathered(number=0, asset=asset, frame=FRAME, content=content, encoded=False)
+
+
+def test_a_fifth_is_held_out_by_content_so_copies_of_an_image_are_on_one_side() -> None:
+    assets = [gathered(f"{n:02}") for n in range(20)] + [gathered("03")]
+    teaching, judging = hold_out(assets)
+
+    assert sorted(one.content for one in judging) == ["00", "01", "02", "03", "03"]
+    assert not {one.content for one in teaching} & {one.content for one in judging}
+    with pytest.raises(FewAssets, match="9 of 11 annotated assets can be used"):
+        require_enough(9, 11, [{"key": "a.png", "error": "gone"}])
+
+
+def steps(run, count: int) -> None:
+    ticks = iter(range(1000))
+    embedding = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(1))
+    reports = train(run, [lesson()], lambda _: embedding, seconds=500.0, clock=lambda: float(next(ticks)))
+    for _ in range(count):
+        next(reports)
+
+
+def test_a_training_that_stopped_goes_on_to_the_same_weights(
+    sam: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "OBJECTS_AN_IMAGE", 1)  # it is the state that is tested
+    whole = begin(sam, seed=3)
+    steps(whole, 2)
+    save_run(whole, tmp_path)
+    resumed = begin(load_sam_nano("cpu"), seed=3)
+    assert load_run(resumed, tmp_path)
+    assert (resumed.step, resumed.seconds) == (whole.step, whole.seconds)
+
+    for run in (whole, resumed):
+        steps(run, 1)
+
+    assert resumed.step == 3
+    for name, value in whole.average.items():
+        assert torch.allclose(value, resumed.average[name], atol=1e-6), name
+    encoder = load_sam_nano("cpu").image_encoder.state_dict()
+    assert all(torch.equal(value, encoder[name]) for name, value in sam.image_encoder.state_dict().items())
+
+
+def test_a_checkpoint_of_another_seed_or_with_damage_is_refused(sam: Sam, tmp_path: Path) -> None:
+    run = begin(sam, seed=3)
+    assert not load_run(run, tmp_path)
+    save_run(run, tmp_path)
+    with pytest.raises(TuneError, match="of seed 3 at step 0, expected seed 4"):
+        load_run(replace(run, seed=4), tmp_path)
+    (tmp_path / FILE_NAME).write_bytes(b"no tensors")
+    with pytest.raises(TuneError, match="cannot be read"):
+        load_run(run, tmp_path)
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(TuneError, match="cannot be read"):
+        read_plan(tmp_path)
+
+
+def test_the_process_hands_its_own_reason_to_the_command(tmp_path: Path) -> None:
+    with pytest.raises(TuneError, match="no plan"):
+        train_and_judge(tmp_path, seconds=1, device="cpu", listen=lambda said: None)
+    assert not (tmp_path / DECODER_NAME).exists()
+
+
+def judgement(before: float, after: float, *, box: float = 0.0, found: tuple[float, float] = (1, 1)) -> Judgement:
+    return Judgement(
+        key="a",
+        labels=["cell", "cell"],
+        box=[(0.8, 0.8 + box)] * 2,
+        click=[(before, after)] * 2,
+        corrected=[(0.8, 0.8)] * 2,
+        found=[found] * 2,
+        masks=(4, 3),
+    )
+
+
+def test_a_decoder_is_better_when_clicks_gain_and_nothing_is_lost() -> None:
+    gained = [judgement(0.5, 0.5 + gain) for gain in (0.1, 0.2, 0.15, 0.12)]
+    verdict = decide(gained)
+    assert verdict.is_better
+    click = verdict.measured["click"]
+    assert click.low > 0
+    assert click.low < click.gain < click.high
+    assert verdict.measured["masks_an_object"].gain == pytest.approx(-0.5)
+    assert set(verdict.by_label) == {"cell"}
+
+    unsure = decide([judgement(0.5, 0.5 + gain) for gain in (0.1, -0.1, 0.02, -0.03)])
+    assert not unsure.is_better
+    assert "neither boxes nor clicks gain" in unsure.reasons[0]
+
+    worse = decide([replace(one, found=[(1, 0), (1, 0)]) for one in gained])
+    assert [reason for reason in worse.reasons if "recall" in reason]
+    assert not worse.is_better
+
+
+def test_a_planned_mask_is_what_people_left() -> None:
+    mask = disc(60, 50, 20)
+    asset = PlannedAsset(
+        key="a", etag="", size_hw=(96, 128), embedding=None, masks=[PlannedMask(counts=encode_counts(mask), label="x")]
+    )
+    one = Gathered(number=0, asset=asset, frame=FRAME, content="c", encoded=False)
+    assert np.array_equal(one.masks()[0], mask)

@@ -1,0 +1,229 @@
+"""The process of a tuning: `python -P -m workers.tuning.tune FOLDER --seconds S --device D`, for `maskfleet tune`.
+
+It reads plan.json in the folder and leaves there decoder.safetensors and judged.json. It writes a JSON object a line on
+stdout as progress. When its stdin ends or Ctrl-C comes, it stores a checkpoint after the current step and leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+
+from db.settings import settings
+from workers.embeddings.address import EmbeddingError
+from workers.embeddings.store import open_store
+from workers.engine.device import default_device
+from workers.engine.sam import promptable
+from workers.errors import SourceError, redact
+from workers.models.files import weights_sha256
+from workers.models.loading import load_model
+from workers.models.registry import find_model
+from workers.models.spec import ModelError
+from workers.models.tuned import require_tunable, write_decoder
+from workers.params import automatic_params
+from workers.tuning.checkpoint import load_run, save_run
+from workers.tuning.gathering import Embeddings, Gathered, gather, hold_out, lesson_of
+from workers.tuning.judging import PROMPTED_OBJECTS, judge
+from workers.tuning.outcome import JUDGED_NAME, FewAssets, Judgement, Shown, require_enough
+from workers.tuning.plan import Plan, TuneError, read_plan
+from workers.tuning.training import Run, begin, train
+from workers.tuning.views import copies
+
+DECODER_NAME = "decoder.safetensors"
+STOPPED = 130  # the exit code after Ctrl-C: a checkpoint is stored
+_SAVE_SECONDS, _SAY_SECONDS = 60.0, 0.5
+_MOST_PROMPTED, _MOST_AUTOMATIC = 200, 20  # held-out assets that are judged: a decoder of vit_h takes a minute each
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The person or the command wants no more steps."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--device", required=True)
+    asked = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
+    cv2.setNumThreads(1)
+    try:
+        tune(asked.folder, seconds=asked.seconds, device=asked.device)
+    except Stopped:
+        return STOPPED
+    except (ModelError, SourceError, EmbeddingError) as error:
+        _say(error=redact(str(error)))
+        return 2
+    except torch.cuda.OutOfMemoryError:
+        _say(error="out of GPU memory: free some, or use --device cpu")
+        return 2
+    return 0
+
+
+def tune(folder: Path, *, seconds: float, device: str) -> None:
+    """Gather, train, judge. Raises TuneError and other ModelErrors, Stopped."""
+    plan = read_plan(folder)
+    if plan is None:
+        raise TuneError(f"{folder}: no plan.json")
+    sam = _load(plan, default_device() if device == "auto" else device)
+    base = promptable(sam, fold_from_dim=0)
+    store = open_store(settings())
+    embeddings = Embeddings(plan, base, folder / "embeddings", store)
+    usable, left_out = _gather(plan, base, embeddings)
+    teaching, judging = hold_out(usable)
+    lessons = [lesson for lesson in map(lesson_of, teaching) if lesson.targets]
+    if not lessons or not any(one.asset.masks for one in judging):
+        raise FewAssets("no masks to learn from or to judge by: all annotations are empty")
+    turned = copies(plan, base, embeddings, teaching, settings(), seconds=seconds, say=_say_copies)
+    run = begin(sam, plan.seed)
+    if load_run(run, folder):
+        log.warning("goes on from step %d", run.step)
+    _train(run, [*lessons, *(copy for copy in turned if copy.targets)], embeddings, folder, seconds)
+    write_decoder(run.average, folder / DECODER_NAME)
+    judgements, shown = _judge_all(plan, run, judging, embeddings)
+    document = {
+        "steps": run.step,
+        "seconds": run.seconds,
+        "encoded": sum(one.encoded for one in usable),
+        "taught": {"assets": len(lessons), "objects": sum(len(lesson.targets) for lesson in lessons),
+                   "deleted": sum(len(lesson.wrong) for lesson in lessons), "copies": len(turned)},
+        "left_out": left_out,
+        "assets": [asdict(one) for one in judgements],
+        "shown": [asdict(one) for one in shown],
+    }  # fmt: skip
+    part = folder / f".{JUDGED_NAME}.part"
+    part.write_text(json.dumps(document), encoding="utf-8")
+    part.replace(folder / JUDGED_NAME)
+
+
+def _load(plan: Plan, device: str) -> Sam:
+    """The model that is tuned, with finite weights. Raises ModelError."""
+    spec = find_model(plan.model)
+    require_tunable(spec)
+    if (found := weights_sha256(spec)) != plan.weights_sha256:
+        raise TuneError(
+            f"{spec.name} has the weights {found[:8]} here, the tuning began with {plan.weights_sha256[:8]}"
+        )
+    sam: Sam = load_model(spec, device).sam  # type: ignore[attr-defined]  # of the models that can be tuned
+    broken = [name for name, value in sam.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise TuneError(
+            f"{spec.name}: NaN or infinity in {len(broken)} tensors, such as {broken[0]}; nothing is trained"
+        )
+    return sam
+
+
+def _gather(plan: Plan, model: Any, embeddings: Embeddings) -> tuple[list[Gathered], list[dict[str, str]]]:
+    usable: list[Gathered] = []
+    left_out: list[dict[str, str]] = []
+    for done, (asset, found) in enumerate(gather(plan, model, embeddings, settings()), start=1):
+        if isinstance(found, str):
+            left_out.append({"key": asset.key, "error": found})
+        else:
+            usable.append(found)
+        _say(stage="images", done=done, of=len(plan.assets))
+        _stop_if_asked()
+    require_enough(len(usable), len(plan.assets), left_out)
+    return usable, left_out
+
+
+def _train(run: Run, lessons: Sequence[Any], embeddings: Embeddings, folder: Path, seconds: float) -> None:
+    """Take the steps. Stores a checkpoint now and then, at the end, and when it is stopped."""
+    saved = said = time.monotonic()
+    try:
+        steps = train(
+            run,
+            lessons,
+            lambda lesson: embeddings.of(lesson.number, lesson.view),
+            seconds=seconds,
+            clock=time.monotonic,
+        )
+        for report in steps:
+            now = time.monotonic()
+            if now - said > _SAY_SECONDS:
+                _say(stage="train", done=min(run.seconds, seconds), of=seconds, step=run.step, **asdict(report))
+                said = now
+            if now - saved > _SAVE_SECONDS:
+                save_run(run, folder)
+                saved = now
+            _stop_if_asked()
+    finally:
+        save_run(run, folder)
+
+
+def _judge_all(
+    plan: Plan, run: Run, judging: Sequence[Gathered], embeddings: Embeddings
+) -> tuple[list[Judgement], list[Shown]]:
+    """Judge the decoder before and after on the held-out assets that have masks."""
+    sam, spec = run.sam, find_model(plan.model)
+    sam.mask_decoder.eval().requires_grad_(False)
+    automatic = replace(automatic_params(spec.defaults, plan.automatic), crop_n_layers=0)
+    judgements: list[Judgement] = []
+    shown: list[Shown] = []
+    chosen = [one for one in sorted(judging, key=lambda one: one.content) if one.asset.masks][:_MOST_PROMPTED]
+    for done, one in enumerate(chosen):
+        rng = np.random.default_rng((plan.seed, one.number))
+        some = sorted(rng.permutation(len(one.asset.masks))[:PROMPTED_OBJECTS].tolist())
+        masks = one.masks()
+        kept = [n for n in some if masks[n].any()]
+        if not kept:
+            continue
+        both = []
+        for weights in (run.start, run.average):
+            sam.mask_decoder.load_state_dict(weights)
+            model = promptable(sam, fold_from_dim=0)
+            params = automatic if done < _MOST_AUTOMATIC else None
+            both.append(judge(model, embeddings.of(one.number), [masks[n] for n in kept], params))
+            _stop_if_asked()
+        judgements.append(Judgement.of(one.asset, kept, *both))
+        shown = Shown.most_changed([*shown, *Shown.of(one.asset, kept, *both)])
+        _say(stage="verdict", done=done + 1, of=len(chosen))
+    return judgements, shown
+
+
+def _say_copies(done: int, of: int) -> None:
+    _say(stage="copies", done=done, of=of)
+    _stop_if_asked()
+
+
+_is_asked_to_stop = False
+
+
+def _stop(*_: object) -> None:
+    global _is_asked_to_stop
+    _is_asked_to_stop = True
+
+
+def _stop_if_asked() -> None:
+    """Raise Stopped after a signal, and when stdin is closed: the command that started this process is gone."""
+    readable, _, _ = select.select([sys.stdin.fileno()], [], [], 0)
+    if _is_asked_to_stop or (readable and os.read(sys.stdin.fileno(), 4096) == b""):
+        raise Stopped
+
+
+def _say(**values: object) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
