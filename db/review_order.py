@@ -24,7 +24,10 @@ class Pair:
 
 
 def order_by_score(db: Connection, *, job_id: int, after_asset_id: int) -> None:
-    """Order the job's labeled assets after this one by the mean predicted IoU of their masks, the lowest first. Without masks last."""
+    """Order the job's labeled assets after this one by their masks' mean predicted IoU, the lowest first.
+
+    Assets without masks come last.
+    """
     _make_table(db)
     db.execute(
         text(
