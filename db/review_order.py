@@ -13,6 +13,8 @@ from sqlalchemy import Connection, text
 from db.jobs import Job
 from db.publishing import Candidate, LsProject
 
+_COMPARED_JOBS = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
@@ -34,7 +36,7 @@ def order_by_score(db: Connection, *, job_id: int, after_asset_id: int) -> None:
             """INSERT INTO publish_order (asset_id, rank)
                SELECT a.id, (SELECT avg(m.predicted_iou) FROM mask m WHERE m.asset_id = a.id)
                FROM asset a JOIN outcome o ON o.asset_id = a.id
-               WHERE a.job_id = :job_id AND a.id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL"""
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL"""
         ),
         {"job_id": job_id, "after": after_asset_id},
     )
@@ -62,22 +64,27 @@ def finish_order(db: Connection) -> None:
 def pairs(db: Connection, *, job: Job, after_asset_id: int, page: int) -> list[Pair]:
     """The next labeled assets of a job, by asset id, that another model version of the same source labeled too.
 
+    Only the newest _COMPARED_JOBS jobs of other versions are looked at.
     A pair is left out when the picture has another size there: then it is another picture.
     """
     rows = db.execute(
         text(
-            """SELECT a.id, other.id AS other_id, o.width, o.height
-               FROM asset a JOIN outcome o ON o.asset_id = a.id
+            """WITH others AS MATERIALIZED (
+                   SELECT id FROM job WHERE source = :source AND model_version <> :version
+                   ORDER BY id DESC LIMIT :jobs)
+               SELECT a.id, other.id AS other_id, o.width, o.height
+               FROM outcome o JOIN asset a ON a.id = o.asset_id
                CROSS JOIN LATERAL (
-                   SELECT b.id, p.width, p.height FROM job j JOIN asset b ON b.job_id = j.id AND b.key = a.key
+                   SELECT b.id, p.width, p.height
+                   FROM others j JOIN asset b ON b.job_id = j.id AND b.key = a.key
                    JOIN outcome p ON p.asset_id = b.id AND p.error_kind IS NULL AND p.width IS NOT NULL
-                   WHERE j.source = :source AND j.model_version <> :version
                    ORDER BY j.id DESC LIMIT 1) other
-               WHERE a.job_id = :job_id AND a.id > :after AND o.error_kind IS NULL
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL
                  AND o.width = other.width AND o.height = other.height
-               ORDER BY a.id LIMIT :page"""
+               ORDER BY o.asset_id LIMIT :page"""
         ),
         {
+            "jobs": _COMPARED_JOBS,
             "job_id": job.id,
             "source": job.source,
             "version": job.model_version,
@@ -115,12 +122,12 @@ def unpublished_without_order(
     rows = db.execute(
         text(
             """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
-               WHERE a.job_id = :job_id AND a.id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
-                 AND NOT EXISTS (SELECT 1 FROM publish_order q WHERE q.asset_id = a.id)
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
+                 AND NOT EXISTS (SELECT 1 FROM publish_order q WHERE q.asset_id = o.asset_id)
                  AND NOT EXISTS (
                      SELECT 1 FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-                     WHERE p.asset_id = a.id AND t.server = :server AND t.project_id = :project_id)
-               ORDER BY a.id LIMIT :page"""
+                     WHERE p.asset_id = o.asset_id AND t.server = :server AND t.project_id = :project_id)
+               ORDER BY o.asset_id LIMIT :page"""
         ),
         {"job_id": job_id, "after": after_asset_id, **ls_project.values(), "page": page},
     )
