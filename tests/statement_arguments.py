@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from db import jobs, leases, listing
+from db import jobs, leases, listing, review_order
 from db.annotations import AnnotationRow
 from db.clicks import Click
 from db.embedding_sweep import StoredEmbedding
@@ -204,4 +204,21 @@ OTHERS: dict[str, Callable[[Connection, Given], Given]] = {
     "leases.answer_from_stored": lambda db, given: {"chunk": chunk_of_known_keys(db, given)},
     # As in a pass of `publish --follow`: what is before was published.
     "publishing.unpublished": lambda db, given: {"after_asset_id": given["chunk"].first_asset_id - 100 * CHUNK},
+    "review_order.add_ranks": lambda db, given: (
+        _in_order(db, given) | {"ranks": dict.fromkeys(given["asset_ids"], 0.5)}
+    ),
+    "review_order.finish_order": lambda db, given: _in_order(db, given, numbered=True),
+    "review_order.order_by_score": lambda db, given: _in_order(db, given),
+    "review_order.pairs": lambda db, given: _in_order(db, given) | {"job": jobs.get_job(db, job_id=given["job_id"])},
+    "review_order.unpublished_in_order": lambda db, given: _in_order(db, given, numbered=True),
+    "review_order.unpublished_without_order": lambda db, given: _in_order(db, given),
 }
+
+
+def _in_order(db: Connection, given: Given, *, numbered: bool = False) -> Given:
+    """An order of what a pass of `publish` has before it, numbered or still empty."""
+    after = given["chunk"].first_asset_id - 100 * CHUNK
+    review_order.start_order(db)
+    if numbered:
+        review_order.order_by_score(db, job_id=given["job_id"], after_asset_id=after)
+    return {"after_asset_id": after, "after_position": 0}

@@ -52,6 +52,12 @@ class RegionForm(StrEnum):
     RECTANGLE = "rectangle"
 
 
+class TaskOrder(StrEnum):
+    LISTING = "listing"
+    SCORE = "score"
+    DISAGREEMENT = "disagreement"
+
+
 @app.command(epilog="Example: `maskfleet publish 12 --project 3`")
 def publish(
     job: OptionalJobArgument = None,
@@ -63,6 +69,10 @@ def publish(
     max_masks: Annotated[
         int, typer.Option("--max-masks", "--max-regions", min=1, help="Most masks on a task, the best first.")
     ] = 150,
+    order: Annotated[
+        TaskOrder,
+        typer.Option("--order", help="Which assets become tasks first: listing, lowest score, or most disagreement."),
+    ] = TaskOrder.LISTING,
     local_files: LocalFilesOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -80,7 +90,7 @@ def publish(
     counts = read_job(engine, job)[1] if job is not None else None
     total = counts.labeled - counts.without_prompts if counts is not None else None
     root = str(local_files.absolute()) if local_files else None
-    options = Options(as_=as_.value, max_masks=max_masks, local_files=root)
+    options = Options(as_=as_.value, max_masks=max_masks, local_files=root, order=order.value)
     documents: dict[int, dict[str, Any]] = {}
     with connect_label_studio() as client, _progress_bars() as bars:
         bar = bars.add_task(f"project {number}", total=total)

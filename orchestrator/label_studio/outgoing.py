@@ -18,6 +18,7 @@ from orchestrator.label_studio.addresses import asset_uid, image_address
 from orchestrator.label_studio.config import Controls
 from orchestrator.label_studio.entries import Entry, Labeled, Plan, entries_of
 from orchestrator.label_studio.publication import Publication
+from orchestrator.label_studio.review_order import candidate_pages, make_order
 from orchestrator.label_studio.sending import Acknowledged, Sender
 from workers.storage.asset import Source
 from workers.stored_masks import mask_of_row
@@ -40,6 +41,7 @@ class Outgoing:
         self._controls = controls
         self._source = source
         self._sender = sender
+        self._is_ordered = False
 
     def send_all(self) -> None:
         """Send every labeled asset that the project does not have. One request is ready while another is on its way."""
@@ -130,14 +132,14 @@ class Outgoing:
 
     def _candidates(self) -> Iterator[list[tuple[Candidate, str, int | None]]]:
         """Pages of labeled assets to send, each with its uri and with its task, if the project has one already."""
-        after, ls_project = self._publication.after_asset_id, self._publication.ls_project
-        while True:
+        ls_project = self._publication.ls_project
+        if not self._is_ordered:
+            make_order(self._publication)
+            self._is_ordered = True
+        for page in candidate_pages(self._publication, _PAGE):
+            uris = [self._source.uri(candidate.key) for candidate in page]
+            uids = [asset_uid(uri) for uri in uris]
             with self._db.begin():
-                page = publishing.unpublished(
-                    self._db, job_id=self._job.id, after_asset_id=after, page=_PAGE, ls_project=ls_project
-                )
-                uris = [self._source.uri(candidate.key) for candidate in page]
-                uids = [asset_uid(uri) for uri in uris]
                 rows = publishing.rows_of(
                     self._db, model_version=self._job.model_version, asset_uids=uids, ls_project=ls_project
                 )
@@ -150,9 +152,6 @@ class Outgoing:
                 wanted.append((candidate, uri, row.task_id if row is not None else None))
             self._publication.progress(len(page) - len(wanted))
             yield wanted
-            if len(page) < _PAGE:
-                return
-            after = page[-1].asset_id
 
 
 def _intent(entry: Entry) -> Intent:

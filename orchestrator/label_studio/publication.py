@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from db.jobs import Job
 from db.publishing import LsProject
@@ -22,13 +23,16 @@ LATE_SECONDS = 60.0
 POLL_SECONDS = 1.0
 
 
+ReviewOrder = Literal["listing", "score", "disagreement"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How regions look and where the images are.
 
     max_masks: at most so many are shown on a task, the best first. local_files: for jobs over a folder, Label Studio's
     LOCAL_FILES_DOCUMENT_ROOT as this machine names it. settle_seconds, late_seconds: see SETTLE_SECONDS and
-    LATE_SECONDS.
+    LATE_SECONDS. order: in which assets become tasks, see `review_order`.
     """
 
     as_: RegionKind = "auto"
@@ -36,6 +40,7 @@ class Options:
     local_files: str | None = None
     settle_seconds: float = SETTLE_SECONDS
     late_seconds: float = LATE_SECONDS
+    order: ReviewOrder = "listing"
 
 
 @dataclass(slots=True)
