@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "dispatch": ("operate", "List new jobs, keep the queue full, and take back the work of dead workers."),
     "migrate": ("operate", "Bring the database's tables to this version; safe to run twice."),
+    "config": ("config", "Show every setting with its value here and where it came from. Secrets are hidden."),
     "doctor": ("operate", "Show on one screen what is reachable, who is at work, what is missing, and how to fix it."),
 }
 

@@ -41,6 +41,7 @@ RUN_BY = {
     "orchestrator.cli.__main__": "e2e/test_run.py",
     "orchestrator.cli.app": "e2e/test_run.py",
     "orchestrator.cli.delete": "e2e/test_folder.py",
+    "orchestrator.cli.config": "unit/test_config_command.py",
     "orchestrator.cli.errors": "e2e/test_run.py",
     "orchestrator.cli.export": "integration/test_export.py",
     "orchestrator.cli.main": "unit/test_root.py",
