@@ -98,7 +98,7 @@ def _train(plan: Plan, folder: Path, *, minutes: float, device: str) -> None:
         except TuneStopped:
             progress.stop()
             err.print(
-                f"stopped; the last step is stored in {folder}. The same command goes on; remove the folder to start "
+                f"stopped; what was done is stored in {folder}. The same command goes on; remove the folder to begin "
                 "again",
                 style="yellow",
             )

@@ -25,7 +25,8 @@ from workers.engine.automatic import automatic_masks
 from workers.engine.sam import promptable
 from workers.models.nano import load_sam_nano
 from workers.models.registry import find_model
-from workers.params import automatic_params
+from workers.params import PromptParams, automatic_params
+from workers.prompts import Prompt
 from workers.tuning.batch import draw_batch
 from workers.tuning.gathering import Embeddings, frame_of, gather, lesson_of
 from workers.tuning.judging import judge
@@ -223,16 +224,23 @@ def costs(cpu_seconds: float, seed: int) -> list[Row]:
     step()
     step_seconds, _ = timed(step)
     prompts = 2 * 4 + 2
+    boxes = [Prompt(box_xyxy=(20.0 + 80 * n, 260.0, 100.0 + 80 * n, 340.0)) for n in range(12)]
+    prompted_seconds, _ = timed(lambda: model.prompted(image, embedding, boxes, PromptParams()))
     params = automatic_params({}, {"points_per_side": 8})
-    relabel_seconds, _ = timed(lambda: model.automatic(image, embedding, params))
+    automatic_seconds, _ = timed(lambda: model.automatic(image, embedding, params))
     return [
         row(f"vit_b, a step of {prompts} prompts from a stored embedding, CPU s", step_seconds, None),
         row("vit_b, the same step with the encoder in it, CPU s", step_seconds + encode_seconds, None),
-        row("vit_b, relabeling with 64 points from a stored embedding, CPU s an image", relabel_seconds, None),
+        row("vit_b, relabeling with 12 boxes from a stored embedding, CPU s an image", prompted_seconds, None),
         row(
-            "vit_b, the whole pipeline over relabeling from stored embeddings, times",
-            (encode_seconds + relabel_seconds) / relabel_seconds,
+            "vit_b, 12 boxes, the whole pipeline over relabeling from stored embeddings, times",
+            (encode_seconds + prompted_seconds) / prompted_seconds,
             5.0,
+        ),
+        row(
+            "vit_b, automatic masks from 64 points, the same, times (more points: less)",
+            (encode_seconds + automatic_seconds) / automatic_seconds,
+            None,
         ),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from orchestrator.label_studio.addresses import server_key
 from tests.deployment import MASKFLEET
 from tests.json_page import documented_keys
 from tests.reviewed_job import LABEL, draw_scenes, label_studio_of, plant_review
+from tests.waiting import wait_for
 from workers.models.files import model_version
 from workers.models.registry import find_model
 
@@ -47,8 +49,19 @@ def environment(database_url: str, label_studio: str, tmp_path: Path) -> dict[st
 
 def maskfleet(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*MASKFLEET, *words], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [*MASKFLEET, *words], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def interrupt(environment: dict[str, str], out: Path, *words: str) -> str:
+    """Start the command, send it Ctrl-C when it trains, and return what it said then."""
+    trained = out / ".maskfleet" / "embeddings"
+    with subprocess.Popen([*MASKFLEET, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len(list(trained.glob("*-4.safetensors"))) == 8, "the first turned copies", 240)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=240)
+    assert process.returncode == 130, said
+    return said
 
 
 def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
@@ -60,6 +73,8 @@ def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
     job = plant_review(engine, source, scenes, model="sam_nano", model_version=VERSION, ls_project=ls_project)
     words = ["tune", str(job.id), "--name", "ours", "--out", str(out), "--device", "cpu"]
 
+    stopped = interrupt(environment, out, *words, "--minutes", "60")
+    assert "The same command goes on" in stopped
     done = maskfleet(environment, *words, "--minutes", "0.2", "--keep-anyway", "--json")
 
     assert done.returncode == 0, done.stderr

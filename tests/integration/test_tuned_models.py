@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from workers.clicks.decoding import Decoding
 from workers.clicks.messages import ClickRequest
 from workers.embeddings.address import EmbeddingFormat, embedding_of
 from workers.embeddings.store import EmbeddingStore
+from workers.models import loading
 from workers.models.decoders import load_decoder
 from workers.models.files import model_version, weights_path, weights_sha256
 from workers.models.loading import load_model
@@ -51,10 +53,12 @@ CONFIG = (
 
 
 @pytest.fixture(autouse=True)
-def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MASKFLEET_WEIGHTS_DIR", str(tmp_path / "weights"))
+    monkeypatch.setattr(loading, "_loaded", {})  # as in a new process
     settings.cache_clear()
-    return tmp_path / "weights"
+    yield tmp_path / "weights"
+    settings.cache_clear()
 
 
 @pytest.fixture
@@ -108,7 +112,7 @@ def worker_of(engine: Engine, models: dict[str, CountedModel], store: Path) -> W
     )
 
 
-def test_a_tuned_model_is_its_base_with_another_decoder(tuned: ModelSpec, weights_folder: Path) -> None:
+def test_a_tuned_model_is_its_base_with_another_decoder(tuned: ModelSpec) -> None:
     base, ours = (load_model(spec, "cpu").sam.state_dict() for spec in (NANO, tuned))  # type: ignore[attr-defined]
     changed = {name for name, value in base.items() if not torch.equal(value, ours[name])}
 
@@ -146,6 +150,7 @@ def test_a_job_with_a_tuned_model_reads_kept_embeddings_and_encodes_nothing(
         with engine.begin() as db:
             asked = json.dumps([Prompt(box_xyxy=(10, 10, 90, 80)).as_json()])
             store_prompts(db, job_id=job.id, rows=[(f"{n}.png", asked) for n in range(3)])
+            db.execute(text("UPDATE job SET matched = '{}' WHERE id = :id"), {"id": job.id})
     [chunk] = chunk_ids(engine, job)
     report = run_chunk(worker, chunk)
 

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
 from orchestrator.tuning.process import train_and_judge
 from orchestrator.tuning.verdict import decide
+from workers.embeddings.address import EmbeddingFormat, EmbeddingOf
+from workers.embeddings.codec import encode
+from workers.embeddings.store import EmbeddingStore
+from workers.engine.sam import promptable
 from workers.masks import BoolMask, encode_counts
+from workers.models import loading
 from workers.models.nano import load_sam_nano
+from workers.models.own import OwnModel, write_own
+from workers.models.registry import find_model
+from workers.models.spec import WeightsError
+from workers.storage.objects import open_objects
 from workers.tuning import batch
 from workers.tuning.checkpoint import FILE_NAME, load_run, save_run
 from workers.tuning.decoding import Asked, decode
-from workers.tuning.gathering import Gathered, hold_out
+from workers.tuning.gathering import Embeddings, Gathered, hold_out
 from workers.tuning.lessons import NEAR_SIDE, Frame, Lesson, Target, WrongPrompt, target_of, turned
 from workers.tuning.loss import best_of_three, focal_and_dice, look_near, near_ious, near_loss
 from workers.tuning.outcome import FewAssets, Judgement, require_enough
-from workers.tuning.plan import PlannedAsset, PlannedMask, TuneError, read_plan
+from workers.tuning.plan import Plan, PlannedAsset, PlannedMask, TuneError, read_plan, write_plan
 from workers.tuning.prompts import draw_box, draw_click, draw_correction, middle_of
 from workers.tuning.training import begin, train
-from workers.tuning.tune import DECODER_NAME
+from workers.tuning.tune import DECODER_NAME, tune
 from workers.tuning.views import COPIES
 
+NANO = find_model("sam_nano")
 FRAME = Frame(size_hw=(96, 128), input_hw=(192, 256), grid_hw=(128, 128), cell_px=2)
 
 
@@ -195,6 +209,60 @@ def test_the_process_hands_its_own_reason_to_the_command(tmp_path: Path) -> None
     with pytest.raises(TuneError, match="no plan"):
         train_and_judge(tmp_path, seconds=1, device="cpu", listen=lambda said: None)
     assert not (tmp_path / DECODER_NAME).exists()
+
+
+def planned(**changes: object) -> Plan:
+    known: dict[str, object] = {
+        "name": "ours", "model": "sam_nano", "weights_sha256": NANO.sha256, "job": 1, "project": 7,
+        "server": "http://ls.example", "source": "/nowhere", "seed": 1, "assets": [], **changes,
+    }  # fmt: skip
+    return Plan.model_validate(known)
+
+
+def test_a_base_with_nan_and_a_base_that_is_gone_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: value.clone() for name, value in load_sam_nano("cpu").state_dict().items()}
+    tensors["mask_decoder.iou_token.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "broken.safetensors")
+    content = (folder / "broken.safetensors").read_bytes()
+    own = OwnModel(
+        name="broken",
+        architecture="sam_nano",
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+        parameter_count=1,
+        origin="a test",
+        licence="none",
+        added=date(2026, 11, 26),
+    )
+    write_own(own)
+    write_plan(planned(model="broken", weights_sha256=own.sha256), folder)
+    with pytest.raises(TuneError, match="broken: NaN or infinity in 1 tensors, such as mask_decoder"):
+        tune(folder, seconds=1, device="cpu")
+    (folder / "broken.safetensors").unlink()
+    monkeypatch.setattr(loading, "_loaded", {})  # as in a new process
+    with pytest.raises(WeightsError, match="broken: no weights"):
+        tune(folder, seconds=1, device="cpu")
+    write_plan(planned(weights_sha256="0" * 64), folder)
+    with pytest.raises(TuneError, match="sam_nano has the weights d10efaca here, the tuning began with 00000000"):
+        tune(folder, seconds=1, device="cpu")
+
+
+def test_a_kept_embedding_of_other_weights_stops_the_tuning(sam: Sam, tmp_path: Path) -> None:
+    of = EmbeddingOf(
+        model="sam_nano", weights_sha256=NANO.sha256, fast=False, format=EmbeddingFormat.FP16, source="s", key="a",
+        etag="e",
+    )  # fmt: skip
+    store = EmbeddingStore(open_objects(str(tmp_path / "kept")))
+    other = dataclasses.replace(of, weights_sha256=NANO.sha256[:8] + "0" * 56)
+    store.write(of.address, encode(torch.zeros(1, 128, 32, 32), other))
+    asset = PlannedAsset(key="a", etag="e", size_hw=(4, 4), embedding=of.address, masks=[])
+    embeddings = Embeddings(planned(source="s", assets=[asset]), promptable(sam), tmp_path / "here", store)
+    with pytest.raises(TuneError, match="of other weights or another image"):
+        embeddings.bring(0, b"", max_pixels=100)
+
+    store.write(of.address, encode(torch.ones(1, 128, 32, 32), of))
+    assert not embeddings.bring(0, b"", max_pixels=100)
+    assert float(embeddings.of(0).mean()) == 1
 
 
 def judgement(before: float, after: float, *, box: float = 0.0, found: tuple[float, float] = (1, 1)) -> Judgement:

@@ -119,6 +119,8 @@ def _load(plan: Plan, device: str) -> Sam:
     """The model that is tuned, with finite weights. Raises ModelError."""
     spec = find_model(plan.model)
     require_tunable(spec)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise TuneError(f"--device {device}: there is no CUDA device here; use --device cpu")
     if (found := weights_sha256(spec)) != plan.weights_sha256:
         raise TuneError(
             f"{spec.name} has the weights {found[:8]} here, the tuning began with {plan.weights_sha256[:8]}"
