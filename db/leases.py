@@ -10,6 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -259,14 +260,18 @@ def _hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **val
 def _mask_line(mask: StoredMask) -> str:
     """A mask as a line of COPY: written out, because there are so many of them."""
     x, y, width, height = mask.bbox_xywh
-    counts = mask.counts.replace("\\", "\\\\")  # the only character of COCO counts that COPY reads otherwise
+    # A backslash is the only character of COCO counts and of JSON that COPY reads otherwise.
+    counts = mask.counts.replace("\\", "\\\\")
     stability = "\\N" if mask.stability_score is None else mask.stability_score
-    label = "\\N" if mask.label is None else copy_field(mask.label)
-    prompt = "\\N" if mask.prompt is None else copy_field(_json(mask.prompt))
+    label = _label_field(mask.label)
+    prompt = "\\N" if mask.prompt is None else _json(mask.prompt).replace("\\", "\\\\")
     return (
         f"{mask.asset_id}\t{mask.n}\t{counts}\t{x}\t{y}\t{width}\t{height}\t{mask.area_px}\t"
         f"{mask.predicted_iou}\t{stability}\t{label}\t{prompt}\n"
     )
+
+
+_label_field = lru_cache(maxsize=1000)(copy_field)
 
 
 def _json(prompt: dict[str, Any]) -> str:

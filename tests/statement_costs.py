@@ -99,6 +99,7 @@ PAGE: dict[str, int] = {
     "embeddings.answered_assets": 400,
     "embeddings.embeddable_assets": 500,
     "embeddings.record_stored": 1900,
+    "embeddings.stored_of": 200,
     "embeddings.touch": 2000,
     "embeddings.unsend": 200,
     "embeddings.want": 1600,
@@ -136,6 +137,8 @@ PAGE: dict[str, int] = {
 JOB = {
     "clicks.click_tallies",  # review
     "clicks.models_of_projects",  # once, when the service starts
+    "corrections.annotated_sources",  # of `tune`
+    "corrections.corrected_assets",
     "deletion.empty_partition",
     "deletion.whole_partitions",
     "embedding_sweep.drop_annotated",  # the sweep compares the whole store

@@ -192,12 +192,12 @@ def writing() -> list[Bar]:
     return bars
 
 
-ASSETS_A_WRITER = 256
+ASSETS_A_WRITER = 128
 
 
 def _rate(writers: int, write: Callable[[str, int], float], url: str) -> float:
     """Masks a second of all writers together. A writer is a process, as a worker is; it returns its own seconds."""
-    with ProcessPoolExecutor(writers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(writers, mp_context=get_context("fork")) as pool:
         seconds = list(pool.map(write, [url] * writers, range(writers)))
     return sum(ASSETS_A_WRITER * MASKS / taken for taken in seconds)
 
