@@ -38,6 +38,7 @@ def make_app(broker_url: str | None) -> Celery:
         broker_transport_options=_REDIS,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # a full or read-only Redis refuses; meanwhile the child keeps its model
         task_default_queue=QUEUE,
         task_serializer="json",
         accept_content=["json"],

@@ -20,7 +20,6 @@ from workers.tuning.lessons import NEAR_SIDE, Lesson
 from workers.tuning.loss import best_of_three, focal_and_dice, iou_error, look_near, near_ious, near_loss
 
 PEAK_RATE, WEIGHT_DECAY, WARM_UP_STEPS = 1e-3, 0.01, 50
-PULL = 0.0  # towards the weights that it began from (L2-SP, Li et al. 2018), a part of the distance in each gradient
 AVERAGED = 0.01  # the newest weights' share of the average, from about step 1,000 on
 _SINGLE_OF_CLICK, _WRONG_WEIGHT = 0.3, 0.5
 
@@ -100,9 +99,6 @@ def _take_step(run: Run, rng: np.random.Generator, batch: Batch, embeddings: Ten
     loss, report = compute_loss(run.sam, rng, batch, embeddings)
     torch.autograd.backward(loss)
     parameters = dict(run.sam.mask_decoder.named_parameters())
-    for name, value in parameters.items():
-        if PULL and value.grad is not None:
-            value.grad.add_(value.detach() - run.start[name], alpha=PULL)
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     run.optimizer.step()
     run.step += 1
