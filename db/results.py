@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Self
@@ -73,13 +74,12 @@ def require_job(db: Connection, *, job_id: int) -> None:
         raise LookupError(f"job {job_id} was deleted while its masks were read: what was read is not complete")
 
 
-def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[LabeledAsset]:
-    """Stream a job's labeled assets in key order with their masks, in bounded memory.
+def labeled_assets(db: Connection, *, job_id: int, after: str = "", page: int = 500) -> Iterator[LabeledAsset]:
+    """Stream a job's labeled assets in key order with their masks, in bounded memory. after: only later keys.
 
     In a job with prompts, assets without a prompt are left out: their image was not read. The statement pages by key,
     so it holds no cursor and no long snapshot. An outcome that is recorded meanwhile may appear.
     """
-    after = ""
     while True:
         rows = db.execute(
             text(
@@ -89,15 +89,29 @@ def labeled_assets(db: Connection, *, job_id: int, page: int = 500) -> Iterator[
             ),
             {"job_id": job_id, "after": after, "page": page},
         ).all()
-        masks = masks_of(db, asset_ids=[row.id for row in rows])
-        require_job(db, job_id=job_id)
-        for row in rows:
-            yield LabeledAsset(
-                asset_id=row.id, key=row.key, size_hw=(row.height, row.width), masks=masks.get(row.id, [])
-            )
+        yield from _with_masks(db, job_id, rows)
         if len(rows) < page:
             return
         after = rows[-1].key
+
+
+def labeled_of_keys(db: Connection, *, job_id: int, keys: Sequence[str]) -> list[LabeledAsset]:
+    """Those of a job's assets with these keys that are labeled, in key order with their masks."""
+    statement = text(
+        """SELECT a.id, a.key, o.width, o.height FROM asset a JOIN outcome o ON o.asset_id = a.id
+           WHERE a.job_id = :job_id AND a.key = ANY(:keys) AND o.error_kind IS NULL AND o.width IS NOT NULL
+           ORDER BY a.key"""
+    )
+    return _with_masks(db, job_id, db.execute(statement, {"job_id": job_id, "keys": list(keys)}).all())
+
+
+def _with_masks(db: Connection, job_id: int, rows: Sequence[Any]) -> list[LabeledAsset]:
+    masks = masks_of(db, asset_ids=[row.id for row in rows])
+    require_job(db, job_id=job_id)
+    return [
+        LabeledAsset(asset_id=row.id, key=row.key, size_hw=(row.height, row.width), masks=masks.get(row.id, []))
+        for row in rows
+    ]
 
 
 def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[LabeledAsset]:
@@ -170,6 +184,36 @@ def failed_assets(db: Connection, *, job_id: int, limit: int | None = None) -> l
            WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL ORDER BY a.key LIMIT :limit"""
     )
     return [FailedAsset(**row) for row in db.execute(statement, {"job_id": job_id, "limit": limit}).mappings()]
+
+
+_FAILED_PAGE = 1000
+
+
+def stream_failed(db: Connection, *, job_id: int) -> Iterator[FailedAsset]:
+    """Stream a job's failed assets by kind, then by time, in bounded memory."""
+    statement = text(
+        """SELECT a.id AS asset_id, a.key, o.error_kind, coalesce(o.error, '') AS error, o.created_at
+           FROM outcome o JOIN asset a ON a.id = o.asset_id
+           WHERE o.job_id = :job_id AND o.error_kind IS NOT NULL
+             AND (o.error_kind, o.created_at, o.asset_id) > (:kind, :moment, :asset_id)
+           ORDER BY o.error_kind, o.created_at, o.asset_id LIMIT :page"""
+    )
+    last: dict[str, Any] = {"kind": "", "moment": datetime(1970, 1, 1, tzinfo=UTC), "asset_id": 0}
+    while rows := db.execute(statement, {"job_id": job_id, "page": _FAILED_PAGE, **last}).all():
+        for row in rows:
+            yield FailedAsset(asset_id=row.asset_id, key=row.key, error_kind=row.error_kind, error=row.error)
+        last = {"kind": row.error_kind, "moment": row.created_at, "asset_id": row.asset_id}
+
+
+def failed_of_keys(db: Connection, *, job_id: int, keys: Sequence[str]) -> list[FailedAsset]:
+    """Those of a job's assets with these keys that failed, in key order."""
+    statement = text(
+        """SELECT a.id AS asset_id, a.key, o.error_kind, coalesce(o.error, '') AS error
+           FROM asset a JOIN outcome o ON o.asset_id = a.id
+           WHERE a.job_id = :job_id AND a.key = ANY(:keys) AND o.error_kind IS NOT NULL ORDER BY a.key"""
+    )
+    rows = db.execute(statement, {"job_id": job_id, "keys": list(keys)}).mappings()
+    return [FailedAsset(**row) for row in rows]
 
 
 def labels_of(db: Connection, *, job_id: int) -> list[str]:

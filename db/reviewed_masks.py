@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 
 from sqlalchemy import Connection, text
 
-from db import results
 from db.results import LabeledAsset, StoredMask
 from db.states import Verdict
 
@@ -73,7 +72,7 @@ _CHOSEN = """SELECT DISTINCT ON (my.id) my.id, n.id AS annotation, n.asset_id
              ORDER BY my.id, n.ground_truth DESC, n.updated_at DESC, n.id"""
 
 
-def _batches(assets: Iterator[LabeledAsset], size: int) -> Iterator[list[LabeledAsset]]:
+def _batches(assets: Iterable[LabeledAsset], size: int) -> Iterator[list[LabeledAsset]]:
     batch: list[LabeledAsset] = []
     for asset in assets:
         batch.append(asset)
@@ -84,26 +83,23 @@ def _batches(assets: Iterator[LabeledAsset], size: int) -> Iterator[list[Labeled
         yield batch
 
 
-def reviewed_assets(db: Connection, *, job_id: int, min_score: float | None = None) -> Iterator[LabeledAsset]:
-    """Stream a job's assets in key order with their masks as people left them.
+def reviewed_assets(
+    db: Connection, *, job_id: int, assets: Iterable[LabeledAsset], min_score: float | None = None
+) -> Iterator[LabeledAsset]:
+    """Stream those of the job's labeled assets that are annotated, with their masks as people left them.
 
     With min_score, assets without an annotation come too, with their predictions of at least that score.
     """
-    for batch in _batches(results.labeled_assets(db, job_id=job_id, page=_PAGE), _PAGE):
+    for batch in _batches(assets, _PAGE):
         chosen = chosen_masks(db, job_id=job_id, asset_ids=[asset.asset_id for asset in batch])
         for asset in batch:
             if asset.asset_id in chosen:
                 left = list[StoredMask](chosen[asset.asset_id])
                 yield ReviewedAsset(asset_id=asset.asset_id, key=asset.key, size_hw=asset.size_hw, masks=left)
             elif min_score is not None:
-                yield _with_score(asset, min_score)
+                yield with_score(asset, min_score)
 
 
-def scored_assets(db: Connection, *, job_id: int, min_score: float) -> Iterator[LabeledAsset]:
-    """Stream a job's labeled assets in key order with their predictions of at least min_score."""
-    for asset in results.labeled_assets(db, job_id=job_id, page=_PAGE):
-        yield _with_score(asset, min_score)
-
-
-def _with_score(asset: LabeledAsset, min_score: float) -> LabeledAsset:
+def with_score(asset: LabeledAsset, min_score: float) -> LabeledAsset:
+    """The asset with its predictions of at least that score."""
     return replace(asset, masks=[mask for mask in asset.masks if mask.predicted_iou >= min_score])

@@ -8,6 +8,7 @@ from pydantic_settings import SettingsError
 
 from db.session import DatabaseNotReady, OperationalError
 from orchestrator.assist.credential import AssistError
+from orchestrator.export.errors import ExportError
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.local.folder import NoFolderError
 from orchestrator.local.postgres import PostgresFailed
@@ -29,6 +30,7 @@ _FAILURES = (
     NoFolderError,
     LabelStudioError,
     AssistError,
+    ExportError,
     SettingsError,
 )
 

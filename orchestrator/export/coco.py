@@ -19,7 +19,7 @@ from db.jobs import Job
 from db.results import LabeledAsset, StoredMask
 from db.reviewed_masks import ReviewedAsset, ReviewedMask
 from db.session import Connection
-from orchestrator.export.files import json_text, replacing, round_score, source_of
+from orchestrator.export.files import json_text, mask_score, replacing, round_score, source_of
 from orchestrator.label_studio.names import DEFAULT_LABEL
 from workers.storage.asset import Source
 
@@ -89,12 +89,10 @@ def _annotation(asset: LabeledAsset, mask: StoredMask, annotation_id: int, categ
         # 1 would make it a crowd, which evaluation ignores and training code drops. It does not mean "this is RLE":
         # readers see that from the dict (pycocotools, and supervision 0.31 with both values).
         "iscrowd": 0,
-        # SAM's estimate may exceed 1, but a score may not.
-        "score": min(1.0, max(0.0, round_score(mask.predicted_iou) or 0.0)),
+        "score": mask_score(mask),
         "predicted_iou": round_score(mask.predicted_iou),
         "stability_score": round_score(mask.stability_score),
     }
     if isinstance(mask, ReviewedMask):
-        # A person confirmed it, so its score is 1. predicted_iou is still the model's value.
-        annotation |= {"score": 1.0, "verdict": str(mask.verdict)}
+        annotation["verdict"] = str(mask.verdict)  # predicted_iou is still the model's value
     return annotation if mask.prompt is None else {**annotation, "prompt": mask.prompt}

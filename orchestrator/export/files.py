@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from db.jobs import Job
+from db.results import StoredMask
+from db.reviewed_masks import ReviewedMask
 from db.settings import settings
 from workers.storage.asset import Source
 from workers.storage.source import open_source
@@ -19,7 +21,14 @@ from workers.storage.source import open_source
 
 @contextmanager
 def replacing(out: Path) -> Iterator[IO[str]]:
-    """Open a text file beside `out`. It replaces `out` when the block succeeds, and is removed when the block fails.
+    """Open a text file that replaces `out`, as `beside` says."""
+    with beside(out) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+@contextmanager
+def beside(out: Path) -> Iterator[Path]:
+    """The name of a file beside `out`. It replaces `out` when the block succeeds, and is removed when the block fails.
 
     A reader sees the old file or the complete new one. Raises FileExistsError when `out` is a folder or a device.
     """
@@ -29,8 +38,7 @@ def replacing(out: Path) -> Iterator[IO[str]]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{os.getpid()}.{target.name[-200:]}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
+        yield partial
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -44,6 +52,11 @@ def source_of(job: Job) -> Source:
 def round_score(value: float | None) -> float | None:
     """The rounded score. None for NaN, which a model may give and JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def mask_score(mask: StoredMask) -> float:
+    """0..1. 1 for a mask that a person confirmed; else the predicted IoU, SAM's estimate, which may exceed 1."""
+    return 1.0 if isinstance(mask, ReviewedMask) else min(1.0, max(0.0, round_score(mask.predicted_iou) or 0.0))
 
 
 def json_text(value: Any) -> str:

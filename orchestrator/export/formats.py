@@ -1,0 +1,129 @@
+"""The formats of an export, each with its writer, and the one question that `export` asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from db.jobs import Counts, Job
+from db.session import Connection
+from orchestrator.export.coco import export_coco
+from orchestrator.export.errors import ExportError
+from orchestrator.export.label_studio import export_label_studio
+from orchestrator.export.parquet import export_failed, export_parquet
+from orchestrator.export.parts import Parts, WritePart, open_parts, write_parts
+from orchestrator.export.png import export_png
+from orchestrator.export.selection import Selection
+from orchestrator.export.yolo import export_yolo
+
+_PART_ASSETS = 100_000  # of Parquet, which always comes in parts
+
+
+class ExportFormat(StrEnum):
+    COCO = "coco"
+    YOLO = "yolo"
+    PNG = "png"
+    LABEL_STUDIO = "label-studio"
+    PARQUET = "parquet"
+
+    @property
+    def page(self) -> int:
+        """The masks of this many assets are in memory at once. Pages are short where writing takes long."""
+        return {ExportFormat.PNG: 10, ExportFormat.YOLO: 20, ExportFormat.LABEL_STUDIO: 20}.get(self, 200)
+
+    @property
+    def suffix(self) -> str:
+        """Of a part's name. The parts of the other formats are folders."""
+        suffixes = {ExportFormat.COCO: ".json", ExportFormat.LABEL_STUDIO: ".json", ExportFormat.PARQUET: ".parquet"}
+        return suffixes.get(self, "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is to be written. part_assets: assets a part; None is the format's usual: one file, or Parquet's parts.
+
+    local_files: as `export_label_studio` takes it. images: as `export_yolo` takes it.
+    """
+
+    file_format: ExportFormat
+    selection: Selection
+    part_assets: int | None = None
+    images: bool = False
+    local_files: str | None = None
+
+    def write(self, db: Connection, job: Job, counts: Counts, out: str) -> list[str]:
+        """Write it, and return notes for people. Raises ExportError for what cannot be written, or not there."""
+        in_parts = self.part_assets is not None or self.file_format is ExportFormat.PARQUET
+        self._check(db, job, out, in_parts=in_parts)
+        if in_parts:
+            notes = self._write_parts(db, job, counts, out)
+        else:
+            notes = self._writer(db, job)(Path(out), self.selection.assets(db, job)) or []
+        return notes + ([] if self.selection.keys is None else self.selection.keys.notes())
+
+    def _check(self, db: Connection, job: Job, out: str, *, in_parts: bool) -> None:
+        self.selection.check(db, job)
+        if "://" in out and not in_parts:
+            raise ExportError(f"{out}: only --format parquet, or an export with --shard-assets, goes to a bucket")
+        if in_parts and self.selection.reviewed and self.file_format in (ExportFormat.COCO, ExportFormat.YOLO):
+            raise ExportError(
+                f"--reviewed with --shard-assets and --format {self.file_format}: people's own labels would have other "
+                "numbers in each part: leave --shard-assets out, or use --format parquet"
+            )
+
+    def _write_parts(self, db: Connection, job: Job, counts: Counts, out: str) -> list[str]:
+        part_assets = self.part_assets or _PART_ASSETS
+        with open_parts(out, self._request(job, counts, part_assets)) as parts:
+            if parts.complete:
+                return [f"{out}: was complete already; nothing was written"]
+            assets = self.selection.assets(db, job, after=parts.last_key)
+            suffix = self.file_format.suffix
+            notes = write_parts(parts, assets, self._writer(db, job), part_assets=part_assets, suffix=suffix)
+            self._finish(db, job, parts)
+            said = f"{len(parts.finished):,} parts, {parts.count('assets'):,} assets, {parts.count('masks'):,} masks"
+        return [said, *notes]
+
+    def _finish(self, db: Connection, job: Job, parts: Parts) -> None:
+        if self.file_format is ExportFormat.PARQUET:
+            export_failed(job, parts.folder, self.selection.failed(db, job))
+        parts.complete = True
+        parts.store()
+
+    def _request(self, job: Job, counts: Counts, part_assets: int) -> dict[str, Any]:
+        """What must be the same for an export to go on. The counts tell a job that changed in the meantime."""
+        selection = self.selection
+        return {
+            "job": job.id,
+            "source": job.source,
+            "model_version": job.model_version,
+            "format": str(self.file_format),
+            "shard_assets": part_assets,
+            "label": sorted(selection.labels),
+            "min_area": selection.min_area_px,
+            "min_score": selection.min_score,
+            "reviewed": selection.reviewed,
+            "keys_sha256": None if selection.keys is None else selection.keys.sha256,
+            "images": self.images,
+            "local_files": self.local_files,
+            "listed": counts.listed,
+            "labeled": counts.labeled,
+            "failed": counts.failed,
+            "without_prompts": counts.without_prompts,
+            "job_masks": counts.masks,
+        }
+
+    def _writer(self, db: Connection, job: Job) -> WritePart:
+        """The format's writer of one file or folder."""
+
+        writers: dict[ExportFormat, Callable[..., list[str] | None]] = {
+            ExportFormat.COCO: partial(export_coco, db, job),
+            ExportFormat.YOLO: partial(export_yolo, db, job, images=self.images),
+            ExportFormat.PNG: partial(export_png, db, job),
+            ExportFormat.LABEL_STUDIO: partial(export_label_studio, db, job, local_files=self.local_files),
+            ExportFormat.PARQUET: partial(export_parquet, job),
+        }
+        return writers[self.file_format]

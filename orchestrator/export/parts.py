@@ -1,0 +1,176 @@
+"""An export in parts of some assets each, in one folder. A killed export goes on with the same command.
+
+    OUT/export.json     what was asked, the finished parts with their last keys, and whether all is there
+    OUT/part-00000…     the parts, as their format names them
+
+A part is written beside its place and renamed, then named in export.json. So a part that is named is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from db.results import LabeledAsset
+from orchestrator.export.errors import ExportError
+from workers.errors import AssetError, ErrorKind
+from workers.storage.objects import Objects, open_objects
+
+_NAME = "export.json"
+_MOST_BYTES = 1 << 26  # of export.json
+
+WritePart = Callable[[Path, Iterable[LabeledAsset]], list[str] | None]
+
+
+@dataclass(slots=True)
+class Parts:
+    """What export.json holds. request: the question; another one does not go on in this place.
+
+    folder: where parts are written. For a bucket it is a folder of this machine that `store` empties into the bucket.
+    """
+
+    place: Objects
+    folder: Path
+    request: dict[str, Any]
+    uploads: bool = False
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def last_key(self) -> str:
+        """The key after which the next part begins."""
+        return str(self.finished[-1]["last_key"]) if self.finished else ""
+
+    def store(self) -> None:
+        """Name the finished parts in export.json. Their files go to the place before it."""
+        if self.uploads:
+            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+                self.place.write_file(path.relative_to(self.folder).as_posix(), path)
+                path.unlink()
+        document = {"request": self.request, "complete": self.complete, "parts": self.finished}
+        self.place.write(_NAME, f"{json.dumps(document, ensure_ascii=False, indent=1)}\n".encode())
+
+    def count(self, name: str) -> int:
+        """The sum of "assets" or "masks" of the parts."""
+        return sum(int(part[name]) for part in self.finished)
+
+
+@contextmanager
+def open_parts(out: str, request: dict[str, Any]) -> Iterator[Parts]:
+    """The export at `out`, a folder or s3://bucket/prefix: a new or empty place, or one with the same request.
+
+    A folder is for this process alone. Raises ExportError for any other place, and while another process writes there.
+    """
+    place = open_objects(out)
+    if "://" in out:
+        with TemporaryDirectory(prefix="maskfleet-export-") as staging:
+            yield _begun(Parts(place, Path(staging), request, uploads=True), out)
+        return
+    folder = Path(out).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{out}: is a file; an export in parts needs a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        parts = _begun(Parts(place, folder, request), out)
+        for path in (*folder.glob(".*.partial"), *folder.glob("masks/.*.partial"), *folder.glob("assets/.*.partial")):
+            _remove(path)  # of a killed writer
+        yield parts
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ExportError(f"{folder}: another export writes there now") from error
+    finally:
+        os.close(descriptor)
+
+
+def _begun(parts: Parts, out: str) -> Parts:
+    """Take over what is finished, or begin."""
+    try:
+        content = parts.place.read(_NAME, _MOST_BYTES)
+    except AssetError as error:
+        if error.kind is not ErrorKind.NOT_FOUND:
+            raise
+        if next(parts.place.stored(), None) is not None:
+            raise ExportError(f"{out}: expected a new or empty place, or an export in parts to go on with") from error
+        parts.store()
+        return parts
+    try:
+        document = json.loads(content)
+        request = dict(document["request"])
+        parts.finished, parts.complete = list(document["parts"]), bool(document["complete"])
+        parts.last_key, parts.count("assets"), parts.count("masks")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{out}/{_NAME}: is not of an export in parts: name another place") from error
+    names = sorted({*request, *parts.request})
+    differ = [name for name in names if request.get(name) != parts.request.get(name)]
+    if differ:
+        found = ", ".join(f"{name} was {request.get(name)!r}, is {parts.request.get(name)!r}" for name in differ)
+        raise ExportError(f"{out}: holds another export ({found}): name another place")
+    return parts
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_parts(
+    parts: Parts, assets: Iterable[LabeledAsset], write: WritePart, *, part_assets: int, suffix: str
+) -> list[str]:
+    """Write the parts that are not there yet. assets: those after `parts.last_key`, in key order.
+
+    There is one part at least, so that a reader finds a file. Returns the notes of the first part that has some.
+    """
+    notes: list[str] = []
+    rest = iter(assets)
+    while (first := list(islice(rest, 1))) or not parts.finished:
+        path = parts.folder / f"part-{len(parts.finished):05}{suffix}"
+        if path.is_dir():
+            _remove(path)  # its writer was killed before it could name it
+        counted = _Counted(chain(first, islice(rest, part_assets - 1)))
+        told = write(path, counted) or []
+        notes = notes or told
+        parts.finished.append(
+            {
+                "name": path.name,
+                "assets": counted.assets,
+                "masks": counted.masks,
+                "last_key": counted.last_key,
+                "notes": told,
+            }
+        )
+        parts.store()
+    return notes
+
+
+class _Counted:
+    """Assets on their way into a part."""
+
+    def __init__(self, assets: Iterator[LabeledAsset]) -> None:
+        self._rest = assets
+        self.assets = self.masks = 0
+        self.last_key = ""
+
+    def __iter__(self) -> Iterator[LabeledAsset]:
+        for asset in self._rest:
+            self.assets += 1
+            self.masks += len(asset.masks)
+            self.last_key = asset.key
+            yield asset

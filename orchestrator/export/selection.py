@@ -1,0 +1,77 @@
+"""Which assets and masks of a job an export is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import dropwhile, islice
+
+from db import results
+from db.jobs import Job
+from db.results import FailedAsset, LabeledAsset, StoredMask
+from db.reviewed_masks import reviewed_assets, with_score
+from db.session import Connection
+from orchestrator.export.errors import ExportError
+from orchestrator.export.keys import Keys
+from orchestrator.label_studio.names import DEFAULT_LABEL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """All conditions hold together. Those on masks leave every asset in, perhaps without masks: only `keys` and
+    `reviewed` choose assets.
+
+    labels: those of the export, where a mask without a label is "object". min_area_px: whole pixels. min_score: of
+    predictions; masks that people left are not asked for theirs. page: the masks of this many assets are in memory.
+    """
+
+    labels: frozenset[str] = frozenset()
+    min_area_px: int = 0
+    min_score: float | None = None
+    reviewed: bool = False
+    keys: Keys | None = None
+    page: int = 100
+
+    def check(self, db: Connection, job: Job) -> None:
+        """Raises ExportError for a label that no mask of the job has. People may have given others (`reviewed`)."""
+        known = {*results.labels_of(db, job_id=job.id), DEFAULT_LABEL}
+        strange = sorted(self.labels - known)
+        if strange and not self.reviewed:
+            raise ExportError(f"--label {strange[0]}: job {job.id} has {', '.join(sorted(known)[:20])}")
+
+    def assets(self, db: Connection, job: Job, after: str = "") -> Iterator[LabeledAsset]:
+        """Stream the assets in key order with the masks that are asked for. after: only later keys."""
+        assets = (
+            results.labeled_assets(db, job_id=job.id, after=after, page=self.page)
+            if self.keys is None
+            else _assets_of_keys(db, job, self.keys, after=after, page=self.page)
+        )
+        if self.reviewed:
+            assets = reviewed_assets(db, job_id=job.id, assets=assets, min_score=self.min_score)
+        for asset in assets:
+            scored = asset if self.reviewed or self.min_score is None else with_score(asset, self.min_score)
+            yield replace(scored, masks=[mask for mask in scored.masks if self._is_wanted(mask)])
+
+    def failed(self, db: Connection, job: Job) -> Iterator[FailedAsset]:
+        """Stream the failed assets that are asked for. Nobody reviewed a failed asset."""
+        if self.reviewed:
+            return
+        if self.keys is None:
+            yield from results.stream_failed(db, job_id=job.id)
+            return
+        keys = iter(self.keys)
+        while batch := list(islice(keys, self.page)):
+            yield from results.failed_of_keys(db, job_id=job.id, keys=batch)
+
+    def _is_wanted(self, mask: StoredMask) -> bool:
+        label = DEFAULT_LABEL if mask.label is None else mask.label
+        return mask.area_px >= self.min_area_px and (not self.labels or label in self.labels)
+
+
+def _assets_of_keys(db: Connection, job: Job, keys: Keys, *, after: str, page: int) -> Iterator[LabeledAsset]:
+    rest = dropwhile(lambda key: key <= after, keys)
+    while batch := list(islice(rest, page)):
+        found = results.labeled_of_keys(db, job_id=job.id, keys=batch)
+        present = {asset.key for asset in found}
+        keys.tell_missing([key for key in batch if key not in present])
+        yield from found

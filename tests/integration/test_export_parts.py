@@ -1,0 +1,179 @@
+"""Exports of a part of a job, in parts, and as Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
+from sqlalchemy import Connection, Engine
+
+from db import jobs, results
+from db.jobs import Job
+from db.results import LabeledAsset
+from orchestrator.export.errors import ExportError
+from orchestrator.export.formats import ExportFormat, Question
+from orchestrator.export.keys import Keys
+from orchestrator.export.selection import Selection
+from tests.integration.test_export import KEYS, finished_job
+
+pytestmark = pytest.mark.integration
+
+Export = Callable[..., list[str]]
+
+
+@pytest.fixture
+def export(engine: Engine) -> Export:
+    def write(
+        job: Job, out: object, file_format: ExportFormat, selection: Selection, part_assets: int | None = None
+    ) -> list[str]:
+        question = Question(file_format=file_format, part_assets=part_assets, selection=selection)
+        with engine.connect() as db:
+            return question.write(db, job, jobs.count_job(db, job_id=job.id), str(out))
+
+    return write
+
+
+def test_duckdb_reads_each_mask_of_parquet_as_it_is_stored(engine: Engine, export: Export, tmp_path: Path) -> None:
+    job, drawn = finished_job(engine, KEYS, labels=["dog", "cat", None], failed=["bad.jpg"])
+
+    export(job, tmp_path / "out", ExportFormat.PARQUET, Selection(), part_assets=2)
+
+    with duckdb.connect() as db:
+        masks = db.read_parquet(str(tmp_path / "out" / "masks" / "*.parquet")).order("key, n")
+        rows = [dict(zip(masks.columns, row, strict=True)) for row in masks.fetchall()]
+        assets = db.sql(
+            f"SELECT key, mask_count, error_kind, error FROM '{tmp_path}/out/assets/*.parquet' ORDER BY key"
+        ).fetchall()
+    with engine.connect() as connection:
+        stored = [(a, m) for a in results.labeled_assets(connection, job_id=job.id) for m in a.masks]
+    assert len(stored) == len(rows) == 16
+    for (asset, mask), row in zip(stored, rows, strict=True):
+        assert (row["asset_id"], row["key"], row["uri"]) == (asset.asset_id, asset.key, f"{job.source}/{asset.key}")
+        assert (row["counts"], row["label"], row["n"]) == (mask.counts, mask.label, mask.n)
+        assert (tuple(row["box_xywh"]), row["area_px"]) == (mask.bbox_xywh, mask.area_px)
+        assert (row["predicted_iou"], row["stability_score"]) == (mask.predicted_iou, mask.stability_score)
+        assert (row["job_id"], row["model_version"], row["score"]) == (job.id, job.model_version, mask.predicted_iou)
+        assert mask.prompt == (None if row["prompt"] is None else json.loads(row["prompt"]))
+        pixels = coco_masks.decode({"size": [row["height"], row["width"]], "counts": row["counts"].encode()})
+        assert np.array_equal(pixels.astype(bool), drawn[asset.key][mask.n])
+    labeled = [(key, 0 if "none" in key else 4, None, None) for key in KEYS]
+    assert assets == sorted([*labeled, ("bad.jpg", 0, "truncated", "bad.jpg: cut off")])
+
+
+def test_an_export_of_nothing_is_parquet_that_can_be_read(engine: Engine, export: Export, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, [], failed=["bad.jpg"])
+
+    export(job, tmp_path / "out", ExportFormat.PARQUET, Selection())
+
+    assert pq.read_table(tmp_path / "out" / "masks").num_rows == 0
+    assert pq.read_table(tmp_path / "out" / "assets").column("key").to_pylist() == ["bad.jpg"]
+
+
+def test_conditions_choose_masks_and_leave_every_asset(engine: Engine, export: Export, tmp_path: Path) -> None:
+    job, drawn = finished_job(engine, ["a.jpg", "none.jpg"], labels=["dog", "cat", None])
+    areas = [int(pixels.sum()) for pixels in drawn["a.jpg"]]
+
+    export(
+        job, tmp_path / "dogs.json", ExportFormat.COCO, Selection(labels=frozenset(["dog"]), min_area_px=areas[0] + 1)
+    )
+    export(job, tmp_path / "bare.json", ExportFormat.COCO, Selection(labels=frozenset(["object"])))
+    export(job, tmp_path / "best.json", ExportFormat.COCO, Selection(min_score=0.95))
+
+    read = {path.stem: COCO(str(path)) for path in tmp_path.glob("*.json")}
+    assert [a["area"] for a in read["dogs"].anns.values()] == [areas[3]]
+    assert [a["area"] for a in read["bare"].anns.values()] == [areas[2]]
+    assert not read["best"].anns
+    assert {len(coco.imgs) for coco in read.values()} == {2}
+    with pytest.raises(ExportError, match=r"--label dgo: job \d+ has cat, dog, object"):
+        export(job, tmp_path / "typo.json", ExportFormat.COCO, Selection(labels=frozenset(["dgo"])))
+
+
+def test_keys_choose_assets_and_the_rest_of_the_file_is_told(engine: Engine, export: Export, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["a.jpg", "b.jpg", "ü.jpg"], failed=["bad.jpg", "other.jpg"])
+    lines = ["ü.jpg\r".encode(), b"bad.jpg", b"", b"a.jpg", b"gone.jpg", b"a.jpg", b"\xff", b"x" * 20_000, b"n\0"]
+
+    (tmp_path / "keys").write_bytes(b"\n".join(lines))
+
+    with closing(Keys(tmp_path / "keys")) as keys:
+        notes = export(job, tmp_path / "out", ExportFormat.PARQUET, Selection(keys=keys, page=2))
+
+    masks = pq.read_table(tmp_path / "out" / "masks")
+    assert sorted(set(masks.column("key").to_pylist())) == ["a.jpg", "ü.jpg"]
+    assert masks.num_rows == 8
+    assets = pq.read_table(tmp_path / "out" / "assets").select(["key", "error_kind"]).to_pylist()
+    assert {a["key"]: a["error_kind"] for a in assets} == {"a.jpg": None, "ü.jpg": None, "bad.jpg": "truncated"}
+    assert "2 keys are no labeled asset" in notes[-2]
+    assert "'bad.jpg'" in notes[-2]
+    assert "3 lines are no key" in notes[-1]
+    assert "line 7" in notes[-1]
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopsAfterThree(Selection):
+    """The stream of a database that goes away in the middle of the second part."""
+
+    def assets(self, db: Connection, job: Job, after: str = "") -> Iterator[LabeledAsset]:
+        yield from islice(super().assets(db, job, after), 3)
+        raise Stopped
+
+
+@pytest.mark.parametrize("file_format", ExportFormat)
+def test_a_stopped_export_goes_on_after_its_last_part(
+    engine: Engine, export: Export, tmp_path: Path, file_format: ExportFormat
+) -> None:
+    job, _ = finished_job(engine, [f"{n}.jpg" for n in range(5)])
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    export(job, whole, file_format, Selection(), part_assets=2)
+    with pytest.raises(Stopped):
+        export(job, out, file_format, StopsAfterThree(), part_assets=2)
+    first = min(out.rglob("part-00000*"))
+    written_at = first.stat().st_mtime_ns
+    (out / ".1.part-00001.partial").mkdir()  # what a killed writer leaves, and a part that it did not name
+    if not file_format.suffix:
+        (out / "part-00001").mkdir()
+        (out / "part-00001" / "index.json").touch()
+
+    with pytest.raises(ExportError, match="shard_assets was 2, is 3"):
+        export(job, out, file_format, Selection(), part_assets=3)
+    export(job, out, file_format, Selection(), part_assets=2)
+    [told] = export(job, out, file_format, Selection(), part_assets=2)
+
+    assert "complete already" in told
+    assert first.stat().st_mtime_ns == written_at
+    assert {p.relative_to(out) for p in out.rglob("*")} == {p.relative_to(whole) for p in whole.rglob("*")}
+    document = json.loads((out / "export.json").read_text())
+    assert [part["assets"] for part in document["parts"]] == [2, 2, 1]
+    assert [part["notes"] for part in document["parts"]] == [[], [], []] or file_format is ExportFormat.YOLO
+
+
+def test_parts_go_straight_to_a_bucket(
+    engine: Engine, export: Export, tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raise NotImplementedError
+
+
+def test_parts_do_not_go_into_a_place_of_other_files(engine: Engine, export: Export, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["a.jpg"])
+    (tmp_path / "photo.jpg").touch()
+
+    with pytest.raises(ExportError, match="expected a new or empty place"):
+        export(job, tmp_path, ExportFormat.PARQUET, Selection())
+    (tmp_path / "export.json").write_text('{"parts": [{}]}')
+    with pytest.raises(ExportError, match="is not of an export"):
+        export(job, tmp_path, ExportFormat.PARQUET, Selection())
+    with pytest.raises(ExportError, match="only --format parquet"):
+        export(job, "s3://bucket/x", ExportFormat.COCO, Selection())
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "photo.jpg"]
