@@ -186,10 +186,7 @@ def failed_assets(db: Connection, *, job_id: int, limit: int | None = None) -> l
     return [FailedAsset(**row) for row in db.execute(statement, {"job_id": job_id, "limit": limit}).mappings()]
 
 
-_FAILED_PAGE = 1000
-
-
-def stream_failed(db: Connection, *, job_id: int) -> Iterator[FailedAsset]:
+def stream_failed(db: Connection, *, job_id: int, page: int = 1000) -> Iterator[FailedAsset]:
     """Stream a job's failed assets by kind, then by time, in bounded memory."""
     statement = text(
         """SELECT a.id AS asset_id, a.key, o.error_kind, coalesce(o.error, '') AS error, o.created_at
@@ -199,7 +196,7 @@ def stream_failed(db: Connection, *, job_id: int) -> Iterator[FailedAsset]:
            ORDER BY o.error_kind, o.created_at, o.asset_id LIMIT :page"""
     )
     last: dict[str, Any] = {"kind": "", "moment": datetime(1970, 1, 1, tzinfo=UTC), "asset_id": 0}
-    while rows := db.execute(statement, {"job_id": job_id, "page": _FAILED_PAGE, **last}).all():
+    while rows := db.execute(statement, {"job_id": job_id, "page": page, **last}).all():
         for row in rows:
             yield FailedAsset(asset_id=row.asset_id, key=row.key, error_kind=row.error_kind, error=row.error)
         last = {"kind": row.error_kind, "moment": row.created_at, "asset_id": row.asset_id}

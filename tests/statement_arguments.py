@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from db import jobs, leases, listing, review_order
+from db import jobs, leases, listing, results, review_order
 from db.annotations import AnnotationRow
 from db.clicks import Click
 from db.embedding_sweep import StoredEmbedding
@@ -185,6 +185,11 @@ def chunk_of_known_keys(db: Connection, given: Given) -> ClaimedChunk:
     return claim(db, chunk_id)
 
 
+def _keys(db: Connection, given: Given) -> list[str]:
+    statement = text("SELECT key FROM asset WHERE id = ANY(:ids)")
+    return list(db.execute(statement, {"ids": given["asset_ids"]}).scalars())
+
+
 def _stored_rows(db: Connection) -> list[StoredEmbedding]:
     found = db.execute(text("SELECT id, address, stored_at FROM embedding WHERE state = 'stored' LIMIT 64")).mappings()
     return [StoredEmbedding(**row) for row in found]
@@ -204,6 +209,11 @@ OTHERS: dict[str, Callable[[Connection, Given], Given]] = {
     "leases.answer_from_stored": lambda db, given: {"chunk": chunk_of_known_keys(db, given)},
     # As in a pass of `publish --follow`: what is before was published.
     "publishing.unpublished": lambda db, given: {"after_asset_id": given["chunk"].first_asset_id - 100 * CHUNK},
+    "results.labeled_of_keys": lambda db, given: {"keys": _keys(db, given)},
+    "results.failed_of_keys": lambda db, given: {"keys": _keys(db, given)},
+    "reviewed_masks.reviewed_assets": lambda db, given: {
+        "assets": results.labeled_of_keys(db, job_id=given["job_id"], keys=_keys(db, given))
+    },
     "review_order.add_ranks": lambda db, given: (
         _in_order(db, given) | {"ranks": dict.fromkeys(given["asset_ids"], 0.5)}
     ),

@@ -125,7 +125,10 @@ PAGE: dict[str, int] = {
     "queue.resend_stale": 1300,
     "queue.take_window": 500,
     "queue.unsend": 20,
+    "results.failed_of_keys": 600,
     "results.labeled_assets": 500,
+    "results.labeled_of_keys": 600,
+    "results.stream_failed": 600,
     "review_order.add_ranks": 400,
     "review_order.pairs": 1500,
     "review_order.unpublished_in_order": 1500,
@@ -133,6 +136,7 @@ PAGE: dict[str, int] = {
     "results.masks_of": 20,
     "results.sample_labeled": 1600,
     "reviewed_masks.chosen_masks": 2400,
+    "reviewed_masks.reviewed_assets": 2400,
 }
 JOB = {
     "clicks.click_tallies",  # review
@@ -172,8 +176,6 @@ JOB = {
     "review_order.order_by_score",
     "review_order.start_order",
     "reviewed_masks.annotated_assets",
-    "reviewed_masks.reviewed_assets",
-    "reviewed_masks.scored_assets",
 }
 NO_STATEMENT = {"copying.copy_lines", "copying.copy_rows"}  # only COPY
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from db.session import open_engine
@@ -61,6 +62,22 @@ def test_a_finished_run_is_shown_and_exported_by_its_folder(out: Path, tmp_path:
     assert (shown["assets"]["labeled"], shown["assets"]["failed"]) == (2, 1)
     assert sorted(p.suffix for p in (tmp_path / "yolo").rglob("*") if p.is_file() and p.suffix != ".yaml")
     assert not server_runs(out)
+
+
+def test_the_options_of_export_choose_what_is_written(out: Path, tmp_path: Path) -> None:
+    key = min((out.parent / "pictures").glob("*.png")).name
+    (tmp_path / "keys.txt").write_text(f"gone.jpg\n{key}\nhalf.jpg\n")
+    options = ("--keys", tmp_path / "keys.txt", "--label", "object", "--min-area", "1", "--shard-assets", "1")
+
+    told = call("export", out, "--format", "parquet", "--out", tmp_path / "parquet", *options)
+    typo = call("export", out, "--format", "parquet", "--out", tmp_path / "typo", "--label", "dgo", code=2)
+
+    assert "2 keys are no labeled asset" in told
+    assert "has object" in typo
+    masks = pq.read_table(tmp_path / "parquet" / "masks").to_pylist()
+    assert {mask["key"] for mask in masks} == {key}
+    assets = pq.read_table(tmp_path / "parquet" / "assets").to_pylist()
+    assert {asset["key"]: asset["error_kind"] for asset in assets} == {key: None, "half.jpg": "not_image"}
 
 
 def test_failed_assets_of_a_folder_run_again_with_the_next_run(tmp_path: Path) -> None:

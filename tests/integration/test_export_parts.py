@@ -12,6 +12,7 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from moto.server import ThreadedMotoServer
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from sqlalchemy import Connection, Engine
@@ -19,11 +20,14 @@ from sqlalchemy import Connection, Engine
 from db import jobs, results
 from db.jobs import Job
 from db.results import LabeledAsset
+from db.settings import settings
 from orchestrator.export.errors import ExportError
 from orchestrator.export.formats import ExportFormat, Question
 from orchestrator.export.keys import Keys
 from orchestrator.export.selection import Selection
 from tests.integration.test_export import KEYS, finished_job
+from workers.storage.client import s3_client, store_of_settings
+from workers.storage.objects import open_objects
 
 pytestmark = pytest.mark.integration
 
@@ -158,10 +162,40 @@ def test_a_stopped_export_goes_on_after_its_last_part(
     assert [part["notes"] for part in document["parts"]] == [[], [], []] or file_format is ExportFormat.YOLO
 
 
-def test_parts_go_straight_to_a_bucket(
-    engine: Engine, export: Export, tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATESTTESTTESTTEST")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("MASKFLEET_S3_ENDPOINT", f"http://{host}:{port}")
+    settings.cache_clear()
+    s3_client(store_of_settings(settings().s3_endpoint), 3).create_bucket(Bucket="exports")
+    yield "s3://exports/job"
+    server.stop()
+    settings.cache_clear()
+
+
+@pytest.mark.parametrize("file_format", [ExportFormat.PARQUET, ExportFormat.PNG])
+def test_parts_go_to_a_bucket_and_go_on_there(
+    engine: Engine, export: Export, tmp_path: Path, bucket: str, file_format: ExportFormat
 ) -> None:
-    raise NotImplementedError
+    job, _ = finished_job(engine, [f"{n}.jpg" for n in range(3)], failed=["bad.jpg"], source="/photos")
+    bucket = f"{bucket}/{file_format}"  # moto keeps what an earlier server had
+    export(job, tmp_path / "here", file_format, Selection(), part_assets=2)
+    with pytest.raises(Stopped):
+        export(job, bucket, file_format, StopsAfterThree(), part_assets=2)
+
+    export(job, bucket, file_format, Selection(), part_assets=2)
+
+    place = open_objects(bucket)
+    here = {p.relative_to(tmp_path / "here").as_posix(): p for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    assert {stored.name: place.read(stored.name, 10**6) for stored in place.stored()} == {
+        name: path.read_bytes() for name, path in here.items()
+    }
 
 
 def test_parts_do_not_go_into_a_place_of_other_files(engine: Engine, export: Export, tmp_path: Path) -> None:
