@@ -55,6 +55,8 @@ RUN_BY = {
     "orchestrator.cli.review": "label_studio/test_review.py",
     "orchestrator.cli.submit": "e2e/test_run.py",
     "orchestrator.export.files": "integration/test_export.py",
+    "orchestrator.export.parquet": "integration/test_export_parts.py",
+    "orchestrator.export.parts": "integration/test_export_parts.py",
     "orchestrator.export.png_file": "integration/test_export.py",
     "orchestrator.jobs.activity": "faults/test_operators.py",
     "orchestrator.jobs.findings": "reports/test_prompt_reports.py",
