@@ -61,7 +61,7 @@ def export(
     images: Annotated[bool, typer.Option("--images", help="With yolo: copy the images too.")] = False,
     local_files: LocalFilesOption = None,
 ) -> None:
-    """Write a job's masks as COCO, YOLO datasets, PNG files, Label Studio tasks or Parquet, streaming.
+    """Write a job's masks as COCO, YOLO, PNG, Label Studio or Parquet files, streaming.
 
     With --reviewed: only annotated assets; with --min-score, the others too. Run `maskfleet review` first.
     """

@@ -22,7 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("jobs", "Let a cancelled, paused or failed job go on where it stopped."),
     "retry": ("jobs", "Try a job's failed assets again."),
     "delete": ("delete", "Delete a job with its masks, prompts and kept embeddings. Cancel a running job first."),
-    "export": ("export", "Write a job's masks as COCO, YOLO datasets, PNG files or Label Studio tasks, streaming."),
+    "export": (
+        "export",
+        "Write a job's masks as COCO, YOLO, PNG, Label Studio or Parquet files, streaming.",
+    ),
     "label-studio": ("label_studio", "Projects of Label Studio, where people correct masks."),
     "publish": ("label_studio", "Bring a job's assets into a Label Studio project, with their masks as predictions."),
     "assist": ("assist", "Answer reviewers' clicks and boxes in Label Studio with masks, until SIGTERM or Ctrl-C."),

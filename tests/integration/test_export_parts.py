@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Engine
 
 from db import jobs, results
 from db.jobs import Job
+from db.publishing import LsProject
 from db.results import LabeledAsset
 from db.settings import settings
 from orchestrator.export.errors import ExportError
@@ -26,6 +27,7 @@ from orchestrator.export.formats import ExportFormat, Question
 from orchestrator.export.keys import Keys
 from orchestrator.export.selection import Selection
 from tests.integration.test_export import KEYS, finished_job
+from tests.reviewed_job import LABEL, draw_scenes, plant_review
 from workers.storage.client import s3_client, store_of_settings
 from workers.storage.objects import open_objects
 
@@ -99,6 +101,30 @@ def test_conditions_choose_masks_and_leave_every_asset(engine: Engine, export: E
     assert {len(coco.imgs) for coco in read.values()} == {2}
     with pytest.raises(ExportError, match=r"--label dgo: job \d+ has cat, dog, object"):
         export(job, tmp_path / "typo.json", ExportFormat.COCO, Selection(labels=frozenset(["dgo"])))
+
+
+def test_what_people_left_is_chosen_by_their_labels(engine: Engine, export: Export, tmp_path: Path) -> None:
+    scenes = draw_scenes(tmp_path / "scenes", 2)
+    job = plant_review(
+        engine,
+        tmp_path / "scenes",
+        scenes,
+        model="stub",
+        model_version="stub@1",
+        ls_project=LsProject("http://ls.example", 7),
+    )
+
+    export(job, tmp_path / "out", ExportFormat.PARQUET, Selection(reviewed=True, labels=frozenset([LABEL])))
+    export(job, tmp_path / "other", ExportFormat.PARQUET, Selection(reviewed=True, labels=frozenset(["object"])))
+
+    masks = pq.read_table(tmp_path / "out" / "masks").to_pylist()
+    assert {mask["verdict"] for mask in masks} == {"kept", "edited", "added"}
+    assert {(mask["label"], mask["score"]) for mask in masks} == {(LABEL, 1.0)}
+    assert all(mask["predicted_iou"] is None for mask in masks if mask["verdict"] == "added")
+    others = pq.read_table(tmp_path / "other" / "assets").to_pylist()
+    assert [(asset["mask_count"], asset["reviewed"]) for asset in others] == [(0, True), (0, True)]
+    with pytest.raises(ExportError, match="--reviewed with --shard-assets"):
+        export(job, tmp_path / "coco", ExportFormat.COCO, Selection(reviewed=True), part_assets=1)
 
 
 def test_keys_choose_assets_and_the_rest_of_the_file_is_told(engine: Engine, export: Export, tmp_path: Path) -> None:
