@@ -40,13 +40,21 @@ def runs(argument: str) -> bool:
     return False
 
 
+def address_in(variable: str) -> str | None:
+    """The address that the variable holds, or the file that variable_FILE names. None when neither is set."""
+    if path := os.environ.get(f"{variable}_FILE"):
+        return Path(path).read_text().rstrip("\r\n")
+    return os.environ.get(variable)
+
+
 def unreachable() -> list[str]:
     """The variables of the servers that accept no connection, with the reason."""
     found = []
     for variable, port in ADDRESSES.items():
-        if variable not in os.environ:
+        address = address_in(variable)
+        if address is None:
             continue
-        url = urlsplit(os.environ[variable])
+        url = urlsplit(address)
         try:
             socket.create_connection((url.hostname or "localhost", url.port or port), timeout=3).close()
         except OSError as error:
@@ -58,7 +66,7 @@ def stopped(kind: str) -> list[str]:
     """Why this container's command of that kind counts as stopped. It is killed when it has long been."""
     import psycopg2  # the venv's
 
-    url = os.environ["MASKFLEET_DATABASE_URL"].replace("postgresql+psycopg2://", "postgresql://", 1)
+    url = (address_in("MASKFLEET_DATABASE_URL") or "").replace("postgresql+psycopg2://", "postgresql://", 1)
     try:
         with psycopg2.connect(url, connect_timeout=3) as connection, connection.cursor() as cursor:
             cursor.execute(_BEAT, (kind, socket.gethostname()))

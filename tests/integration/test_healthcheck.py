@@ -5,12 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine, text
 
 from db.states import ProcessKind
-from infra.healthcheck import OLD_SECONDS, RESTART_SECONDS, stopped
+from infra.healthcheck import OLD_SECONDS, RESTART_SECONDS, stopped, unreachable
 
 pytestmark = pytest.mark.integration
 
@@ -69,3 +70,18 @@ def test_a_command_that_never_beat_and_a_database_that_is_away_are_said(
 
     monkeypatch.setenv("MASKFLEET_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
     assert stopped(ProcessKind.WORKER) == ["Postgres gives no answer about the heartbeat"]
+
+
+def test_the_addresses_may_stand_in_files(
+    engine: Engine, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "database").write_text(f"{database_url}\n")
+    (tmp_path / "broker").write_text("redis://:secret@127.0.0.1:1/0\n")
+    monkeypatch.delenv("MASKFLEET_DATABASE_URL", raising=False)
+    monkeypatch.setenv("MASKFLEET_DATABASE_URL_FILE", str(tmp_path / "database"))
+    monkeypatch.delenv("MASKFLEET_BROKER_URL", raising=False)
+    monkeypatch.setenv("MASKFLEET_BROKER_URL_FILE", str(tmp_path / "broker"))
+
+    assert stopped(ProcessKind.WORKER) == ["no heartbeat of a worker yet"]
+    [said] = [fault for fault in unreachable() if fault.startswith("MASKFLEET_BROKER_URL")]
+    assert said.startswith("MASKFLEET_BROKER_URL: 127.0.0.1: ")
