@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -31,7 +31,7 @@ EMBEDS_A_MESSAGE = 16
 
 
 def make_app(broker_url: str | None) -> Celery:
-    """An app on redis://… or, for one machine, on filesystem:///folder (created when missing)."""
+    """An app on redis://…, rediss://… (TLS) or, for one machine, on filesystem:///folder (created when missing)."""
     app = Celery("maskfleet", include=["workers.running.tasks"])
     app.conf.update(
         broker_url=broker_url,
@@ -64,6 +64,8 @@ def make_app(broker_url: str | None) -> Celery:
             task_send_sent_event=False,
             worker_enable_remote_control=False,
         )
+    if broker_url and broker_url.startswith("rediss:"):
+        app.conf.broker_use_ssl = _tls(broker_url)
     return app
 
 
@@ -126,6 +128,15 @@ _REDIS: dict[str, Any] = {
     "visibility_timeout": 3600,
     "queue_order_strategy": "sorted",  # EMBED_QUEUE, FIRST_QUEUE, QUEUE
 }
+
+
+def _tls(broker_url: str) -> dict[str, str]:
+    """The TLS options of a rediss:// address. Without any, kombu would check no certificate, so it is told to.
+
+    Flower reads them from here, because it reads none from the address.
+    """
+    given = {name: value for name, value in parse_qsl(urlsplit(broker_url).query) if name.startswith("ssl_")}
+    return {"ssl_cert_reqs": "required", **given}
 
 
 def _folders(folder: Path) -> dict[str, Any]:
