@@ -20,7 +20,11 @@ from workers.running import devices
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "docker-compose.yml"
-OVERLAYS = [ROOT / "infra" / "gpu.yml", ROOT / "infra" / "gpu-per-device.yml"]
+GPU_OVERLAYS = [ROOT / "infra" / "gpu.yml", ROOT / "infra" / "gpu-per-device.yml"]
+HEAD = ROOT / "infra" / "head.yml"
+OVERLAYS = [*GPU_OVERLAYS, HEAD]
+WORKER_ALONE = ROOT / "infra" / "worker.yml"
+FILES = [BASE, *OVERLAYS, WORKER_ALONE]
 EXAMPLE = ROOT / "infra" / "env.example"
 SERVICES = yaml.safe_load(BASE.read_text())["services"]
 OURS = ["migrate", "dispatch", "worker", "publisher", "assist", "flower"]
@@ -34,7 +38,7 @@ def test_the_deployment_has_every_part():
     assert SERVICES.keys() == {"postgres", "redis", "s3", *OURS, "label-studio"}
 
 
-@pytest.mark.parametrize("path", [BASE, *OVERLAYS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_key_stands_twice(path):
     """PyYAML takes the last of two; docker compose refuses the file."""
     mappings = [yaml.compose(path.read_text())]
@@ -135,7 +139,8 @@ def test_the_broker_keeps_what_it_was_given():
 
 
 def test_every_variable_is_explained_and_every_explained_one_is_used():
-    used = set(re.findall(r"(?<!\$)\$\{(\w+)", BASE.read_text())) | _handed_on() | {"COMPOSE_PROFILES"}
+    written = "".join(path.read_text() for path in FILES)
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", written)) | _handed_on() | {"COMPOSE_PROFILES"}
     explained = set(re.findall(r"(?m)^#?([A-Z][A-Z0-9_]*)=", EXAMPLE.read_text()))
 
     assert used == explained
@@ -143,9 +148,10 @@ def test_every_variable_is_explained_and_every_explained_one_is_used():
 
 def test_maskfleet_variables_are_the_settings():
     fields = {f"MASKFLEET_{name.upper()}" for name in Settings.model_fields}
-    written = "".join(path.read_text() for path in [BASE, EXAMPLE, *OVERLAYS])
+    written = "".join(path.read_text() for path in [EXAMPLE, *FILES])
+    found = re.findall(r"MASKFLEET_[A-Z0-9_]+", written)
 
-    assert set(re.findall(r"MASKFLEET_[A-Z0-9_]+", written)) == fields
+    assert {name.removesuffix("_FILE") for name in found} == fields
 
 
 def test_the_defaults_shown_are_the_defaults():
@@ -215,7 +221,7 @@ def test_flower_knows_its_options_and_only_watches():
     assert "FLOWER_UNAUTHENTICATED_API" not in SERVICES["flower"]["environment"]
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlay", GPU_OVERLAYS, ids=lambda path: path.stem)
 def test_a_gpu_is_chosen_in_one_place_only(overlay):
     for service in yaml.safe_load(overlay.read_text())["services"].values():
         assert "CUDA_VISIBLE_DEVICES" not in service.get("environment", {})
@@ -238,11 +244,59 @@ def test_the_image_is_not_roots_and_takes_what_is_locked():
             assert f"!{path}" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
+def test_the_head_publishes_postgres_and_redis_over_tls_alone_and_on_the_address_that_is_named():
+    head = yaml.safe_load(HEAD.read_text())
+
+    assert head["networks"] == {"head": {}}
+    assert head["services"].keys() == {"postgres", "redis"}
+    for name, port in (("postgres", "5432"), ("redis", "6380")):
+        service = head["services"][name]
+        address = "${HEAD_ADDRESS:?set HEAD_ADDRESS in .env, see infra/env.example}"
+        assert service["ports"] == [f"{address}:{port}:{port}"]
+        assert service["networks"] == ["head"]
+    postgres, redis = head["services"]["postgres"]["command"], head["services"]["redis"]["command"][0]
+    assert set(SERVICES["postgres"]["command"]) | {"ssl=on", "hba_file=/etc/pg_hba.conf"} <= set(postgres)
+    lines = [line.split() for line in (ROOT / "infra" / "pg_hba.conf").read_text().splitlines() if line[0] != "#"]
+    assert {line[0] for line in lines} == {"local", "hostssl"}
+    assert {line[-1] for line in lines if line[0] == "hostssl"} == {"scram-sha-256"}
+    plain, _, after = SERVICES["redis"]["command"][0].partition(" <<END")
+    assert redis.startswith(plain)
+    assert redis.endswith(f" <<END{after}")
+    assert "--tls-port 6380" in redis
+
+
+def test_a_machine_that_only_works_has_the_worker_of_the_deployment_and_its_secrets_as_files():
+    alone = yaml.safe_load(WORKER_ALONE.read_text())["services"]
+    assert alone.keys() == {"worker"}
+    here, there = dict(alone["worker"]), dict(SERVICES["worker"])
+
+    environment, beside = here.pop("environment"), there.pop("environment")
+    files = {"MASKFLEET_DATABASE_URL_FILE": "database-url", "MASKFLEET_BROKER_URL_FILE": "broker-url"}
+    assert {name: environment.pop(name) for name in files} == {
+        name: f"/run/secrets/maskfleet/{file}" for name, file in files.items()
+    }
+    own = {
+        "MASKFLEET_EMBEDDINGS": None,
+        "MASKFLEET_MODEL": None,
+    }  # no folder of one machine; only `submit` takes a model
+    assert {**environment, **own} == {
+        **{name: value for name, value in beside.items() if f"{name}_FILE" not in files},
+        **own,
+    }
+    for key in ("depends_on", "networks"):
+        del there[key]
+    for service in (here, there):
+        del service["volumes"]
+    assert here.pop("hostname").startswith("${WORKER_HOST:?")
+    assert here == there
+
+
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS], ids=lambda path: path.stem if path else "base")
 def test_docker_compose_accepts_it(overlay, tmp_path):
     if not _has_compose():
         pytest.skip("`docker compose` is not installed")
     env = _make_env(tmp_path) / ".env"
+    env.write_text(f"{env.read_text()}\nHEAD_ADDRESS=127.0.0.1\nTLS_DIR=/tls\n")
     files = [f"--file={path}" for path in [BASE, overlay] if path]
     command = ["docker", "compose", f"--env-file={env}", *files, "config", "--quiet"]
 
