@@ -80,7 +80,9 @@ def test_a_service_restarts_and_keeps_its_logs_and_memory_bounded(name):
 
     assert service["restart"] == ("on-failure:5" if name in ONE_SHOT else "unless-stopped")
     assert service["logging"]["options"].keys() == {"max-size", "max-file"}
-    assert service["deploy"]["resources"]["limits"]["memory"]
+    # Docker Compose refuses a service that has `pids_limit` beside these.
+    assert service["deploy"]["resources"]["limits"].keys() == {"memory", "pids"}
+    assert "pids_limit" not in service
 
 
 @every_service
