@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,10 @@ def maskfleet(environment: dict[str, str], *words: str) -> subprocess.CompletedP
 def interrupt(environment: dict[str, str], out: Path, *words: str) -> str:
     """Start the command, send it Ctrl-C when it trains, and return what it said then."""
     trained = out / ".maskfleet" / "embeddings"
-    with subprocess.Popen([*MASKFLEET, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
+    # A shell lets its background commands, and what they start, ignore Ctrl-C.
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [*MASKFLEET, *words]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
         wait_for(lambda: len(list(trained.glob("*-4.safetensors"))) == 8, "the first turned copies", 240)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=240)
