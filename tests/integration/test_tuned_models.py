@@ -33,6 +33,7 @@ from workers.models.decoders import load_decoder
 from workers.models.files import model_version, weights_path, weights_sha256
 from workers.models.loading import load_model
 from workers.models.nano import load_sam_nano
+from workers.models.own import identity_of
 from workers.models.registry import find_model
 from workers.models.spec import ModelError, ModelSpec, WeightsError
 from workers.models.tuned import require_tunable, write_decoder
@@ -161,7 +162,7 @@ def test_a_job_with_a_tuned_model_reads_kept_embeddings_and_encodes_nothing(
 
 
 def make_tuned_job(engine: Engine, source: Path, spec: ModelSpec, **asked: Any) -> Job:
-    made = make_nano_job(engine, source, **asked)
+    made = make_nano_job(engine, source, own_model=identity_of(spec), **asked)
     version = model_version(spec, {"params": {"points_per_side": 2}})
     with engine.begin() as db:
         db.execute(
