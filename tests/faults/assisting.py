@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -57,7 +58,8 @@ Click = tuple[PublishedAsset, float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assisted:
-    """unanswered, wrong and uncounted must be 0. asked_again: requests that a fault left without an answer."""
+    """clicks: those that were made while faults went on. unanswered, wrong and uncounted must be 0. asked_again: requests
+    that a fault left without an answer."""
 
     clicks: int
     kills: int
@@ -134,23 +136,23 @@ def assist_under_faults(
     try:
         wait_for(lambda: service.decoders() == DECODERS, "the decoders", seconds=300)
         right = [service.answer(click) for click in wanted]
-        asked, over = [0] * clicks, threading.Event()
+        asked, answers = [0] * clicks, list[tuple[Any, ...] | None]()
         with ThreadPoolExecutor(REVIEWERS + 1) as people:
-            killing = people.submit(kill, engine, service, chance, kills, over)
-            answers = list(people.map(lambda n: click_until_answered(service, wanted[n], asked, n), range(clicks)))
-            over.set()
-            done = killing.result()
+            killing = people.submit(kill, engine, service, chance, kills)
+            while not answers or not killing.done():
+                answers += people.map(lambda n: click_until_answered(service, wanted[n], asked, n), range(clicks))
+            killing.result()
     finally:
         end(service)
     with engine.begin() as db:
         counted = db.execute(text("SELECT count(*) FROM click WHERE answered_by = 'decoder'")).scalar_one()
     return Assisted(
-        clicks=clicks,
-        kills=done,
-        asked_again=sum(asked) - clicks,
+        clicks=len(answers),
+        kills=kills,
+        asked_again=sum(asked) - len(answers),
         unanswered=answers.count(None),
-        wrong=sum(answer != expected for answer, expected in zip(answers, right, strict=True) if answer is not None),
-        uncounted=max(2 * clicks - int(counted), 0),
+        wrong=sum(answer != right[n % clicks] for n, answer in enumerate(answers) if answer is not None),
+        uncounted=max(clicks + len(answers) - int(counted), 0),
     )
 
 
@@ -202,11 +204,10 @@ def click_until_answered(service: Service, click: Click, asked: list[int], n: in
         return None
 
 
-def kill(engine: Engine, service: Service, chance: random.Random, kills: int, over: threading.Event) -> int:
-    """Let faults happen until all have happened or the reviewers are done. Returns how many did."""
-    for n in range(kills):
-        if over.wait(chance.uniform(0.5, 4)):
-            return n
+def kill(engine: Engine, service: Service, chance: random.Random, kills: int) -> None:
+    """Let faults happen. After each a decoder must come up again."""
+    for _ in range(kills):
+        time.sleep(chance.uniform(0.5, 4))
         what = chance.choice(["service", "decoder", "decoder", "connections"])
         process = service.process
         assert process is not None
@@ -218,8 +219,7 @@ def kill(engine: Engine, service: Service, chance: random.Random, kills: int, ov
             process.wait()
         elif process.poll() is None and (children := psutil.Process(process.pid).children()):
             chance.choice(children).kill()
-        wait_for(lambda: service.decoders() > 0 or over.is_set(), "a decoder", seconds=300)
-    return kills
+        wait_for(lambda: service.decoders() > 0, "a decoder", seconds=300)
 
 
 def end(service: Service) -> None:
