@@ -58,8 +58,9 @@ Click = tuple[PublishedAsset, float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assisted:
-    """clicks: those that were made while faults went on. unanswered, wrong and uncounted must be 0. asked_again: requests
-    that a fault left without an answer."""
+    """clicks: all that were made while faults went on. unanswered, wrong and uncounted must be 0. asked_again:
+    requests that a fault left without an answer.
+    """
 
     clicks: int
     kills: int
