@@ -86,7 +86,7 @@ def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
     assert set(document) == documented_keys("tune")
     assert document["taught"]["assets"] == 8
     assert document["taught"]["deleted"] == 8
-    assert document["encoded"] == 10
+    assert document["encoded"] == 0  # the interrupted run had done it
     assert document["steps"] > 0
     assert {"box", "click", "corrected", "recall", "masks_an_object"} == set(document["measured"])
     assert document["measured"]["box"]["assets"] == 2
