@@ -153,6 +153,6 @@ def test_the_model_version_changes_with_phrases_labels_and_their_detector(checkp
 
 
 def test_a_text_job_says_on_its_row_what_was_asked() -> None:
-    asked = Request(source="/a", model="m", text=read_phrases(["red bus:bus"])).asked()
+    asked = Request(source="/a", model="sam_nano", text=read_phrases(["red bus:bus"])).asked()
     assert (asked["mode"], asked["text"]) == ("text", [{"text": "red bus", "label": "bus"}])
     assert Prompt(**json.loads(json.dumps(asked["text"]))[0]).kinds == {"text"}

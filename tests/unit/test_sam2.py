@@ -189,7 +189,7 @@ def test_named_variant_is_loaded_through_the_registry(folder: Path, monkeypatch:
 def test_one_variants_file_in_anothers_place_is_named_with_both(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "sam2.1_tiny", TINY)
     monkeypatch.setitem(VARIANTS, "sam2.1_small", replace(TINY, blocks=(1, 1, 3, 1)))
-    spec = replace(save(folder, draw_weights()), name="sam2.1_small")
+    spec = replace(save(folder, draw_weights()), name="sam2.1_small", architecture="sam2.1_small")
 
     with pytest.raises(WeightsError, match=r"holds the weights of sam2.1_tiny, expected the weights of sam2.1_small; "):
         sam2.load(spec, "cpu")
