@@ -100,9 +100,10 @@ def unpublished(
         text(
             """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
                WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
-                 AND NOT EXISTS (
-                     SELECT 1 FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-                     WHERE p.asset_id = o.asset_id AND t.server = :server AND t.project_id = :project_id)
+                 -- Not NOT EXISTS: for that the planner may read all predictions, to make a hash of them.
+                 AND (SELECT true FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+                      WHERE p.asset_id = o.asset_id AND t.server = :server AND t.project_id = :project_id
+                      LIMIT 1) IS NULL
                ORDER BY o.asset_id LIMIT :page"""
         ),
         {"job_id": job_id, "after": after_asset_id, **ls_project.values(), "page": page},
