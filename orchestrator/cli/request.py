@@ -19,7 +19,7 @@ from orchestrator.prompts.classifier import read_classifier
 from orchestrator.prompts.detectors import read_detector, read_phrases
 from orchestrator.prompts.files import PromptFile, list_reports, read_prompts
 from orchestrator.terminal.console import printable
-from workers.classifiers.classifier import AskedClassifier
+from workers.classifiers.asked import AskedClassifier
 from workers.detectors.detector import AskedDetector
 from workers.detectors.kinds import DetectorKind
 from workers.embeddings.address import keeps_embeddings

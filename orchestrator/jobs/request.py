@@ -11,7 +11,7 @@ from db.jobs import Job
 from db.session import Connection
 from orchestrator.jobs.version import prompt_params, what_is_computed, what_prompts_compute, what_text_computes
 from orchestrator.prompts.files import PromptFile
-from workers.classifiers.classifier import AskedClassifier
+from workers.classifiers.asked import AskedClassifier
 from workers.detectors.detector import AskedDetector
 from workers.models.files import model_version
 from workers.models.own import identity_of

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from db.texts import is_storable
-from workers.classifiers.classifier import (
-    BACKGROUND,
-    MAX_WORD_CHARS,
-    MAX_WORDS,
-    AskedClassifier,
-    ClassifierError,
-    examine,
-)
+from workers.classifiers.asked import BACKGROUND, AskedClassifier, ClassifierError
+from workers.classifiers.classifier import MAX_WORD_CHARS, MAX_WORDS, examine
 
 _DEFAULT_THRESHOLD = 0.5
 

@@ -16,13 +16,8 @@ transformers = pytest.importorskip("transformers")
 from orchestrator.jobs.request import Request  # noqa: E402
 from orchestrator.prompts.classifier import read_classifier  # noqa: E402
 from tests.tiny_checkpoints import save_classifier  # noqa: E402
-from workers.classifiers.classifier import (  # noqa: E402
-    AskedClassifier,
-    Classified,
-    ClassifierError,
-    asked_of_json,
-    load_classifier,
-)
+from workers.classifiers.asked import AskedClassifier, Classified, ClassifierError, asked_of_json  # noqa: E402
+from workers.classifiers.classifier import load_classifier  # noqa: E402
 from workers.classifiers.clip import square_around  # noqa: E402
 from workers.engine.promptable import ModelOutputError  # noqa: E402
 from workers.masks import Mask, mask_from_pixels  # noqa: E402

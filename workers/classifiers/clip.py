@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import normalize, resize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from workers.classifiers.classifier import BACKGROUND, AskedClassifier, Classified, ClassifierError
+from workers.classifiers.asked import BACKGROUND, AskedClassifier, Classified, ClassifierError
 from workers.engine.device import default_device
 from workers.images.pixels import RgbImage
 from workers.masks import Mask, decode_counts

@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from db import prompts as stored_prompts
 from db.leases import Asset, ClaimedChunk
-from workers.classifiers.classifier import BACKGROUND, load_classifier
-from workers.classifiers.classifier import asked_of_json as asked_classifier_of_json
+from workers.classifiers.asked import BACKGROUND
+from workers.classifiers.asked import asked_of_json as asked_classifier_of_json
+from workers.classifiers.classifier import load_classifier
 from workers.detectors.detector import (
     Asked,
     AskedDetector,
