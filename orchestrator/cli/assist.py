@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from orchestrator.cli.app import (
 )
 from orchestrator.cli.label_studio import connect_label_studio, project_number
 from workers.logs import log_to_stderr
+from workers.machine import usable_cores
 from workers.running.heart import Heart, own_beat
 
 
@@ -82,7 +82,7 @@ def assist(
             host=host,
             port=port,
             as_=as_.value,
-            processes=len(os.sched_getaffinity(0)) if processes is None else processes,
+            processes=usable_cores() if processes is None else processes,
             ahead=ahead,
             encode=encode,
             started=lambda port: err.print(f"assist answers at http://{host}:{port} for projects {projects}"),

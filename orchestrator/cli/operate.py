@@ -45,8 +45,9 @@ def worker(
     parent: Annotated[int | None, typer.Option("--parent", hidden=True)] = None,
 ) -> None:
     """Run one worker process on each CUDA device (or the CPU) and restart dead ones. SIGTERM drains them."""
+    from workers.machine import DeviceError, find_devices
     from workers.running.device_lock import DeviceHeld
-    from workers.running.devices import DeviceError, Tended, find_devices, serve
+    from workers.running.devices import Tended, serve
     from workers.running.tasks import top_up_or_say
 
     log_to_stderr()

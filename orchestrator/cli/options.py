@@ -107,7 +107,7 @@ KeepEmbeddingsOption = Annotated[
     ),
 ]
 NameOption = Annotated[str, typer.Option("--name", help="The job's name, for people.")]
-DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
+DevicesOption = Annotated[str, typer.Option("--devices", help="auto, all, cpu, numbers such as 0,1, or cpu,cpu.")]
 
 
 LocalFilesOption = Annotated[

@@ -40,7 +40,7 @@ _SURVEY_SECONDS = 10.0  # for so long `submit` lists its source, to print what i
 @app.command(epilog="Example: `maskfleet demo --out maskfleet-demo`")
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where the results go.")] = Path("maskfleet-demo"),
-    devices: DevicesOption = "all",
+    devices: DevicesOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Label the sample scenes that come with maskfleet. Some of them are broken on purpose."""
@@ -55,7 +55,7 @@ def run(
     source: SourceArgument,
     out: Annotated[Path, typer.Option("--out", help="Where the results go.", show_default=False)],
     options: JobOptions,
-    devices: DevicesOption = "all",
+    devices: DevicesOption = "auto",
     local_files: LocalFilesOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -25,6 +25,7 @@ from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import RegionKind
 from orchestrator.label_studio.regions import Regions, prediction_task, regions_for
 from workers.allocator import keep_freed_memory
+from workers.machine import usable_cores
 from workers.masks import Mask
 
 # Some proxies stop at 10 MB; 8 MB pass.
@@ -87,7 +88,7 @@ def entries_of(plan: Plan, groups: Iterator[Sequence[Labeled]]) -> Iterator[list
     A single group is made in this process, and on a single core all are. Raises LabelStudioError if a process died.
     """
     build = partial(build_entries, plan)
-    processes = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
+    processes = min(usable_cores(), _MOST_PROCESSES)
     first = list(itertools.islice(groups, 2))
     groups = itertools.chain(first, groups)
     if processes == 1 or len(first) < 2:

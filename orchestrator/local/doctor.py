@@ -79,7 +79,7 @@ def _python() -> Finding:
 
 
 def _devices() -> Finding:
-    from workers.running.devices import DeviceError, find_devices
+    from workers.machine import DeviceError, find_devices
 
     try:
         devices = find_devices("all")

@@ -32,6 +32,8 @@ from orchestrator.local.folder import served_database, state_dir_of
 from orchestrator.terminal.console import Console
 from orchestrator.terminal.jobs import follow_job
 from workers.errors import redact
+from workers.machine import auto_devices
+from workers.models.registry import find_model
 from workers.storage.source import open_source
 
 INTERRUPTED = 130  # the exit code that shells give a command ended by Ctrl-C
@@ -78,7 +80,9 @@ def run(
         stack.enter_context(_only_run_in(out, state_dir))
         database_url = stack.enter_context(served_database(state_dir))
         broker_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-broker-"))
-        _become_deployment(database_url, Path(broker_dir), state_dir / "embeddings")
+        if devices == "auto":
+            devices = auto_devices(find_model(request.model).size_bytes)
+        _become_deployment(database_url, Path(broker_dir), state_dir / "embeddings", shares=devices.count("cpu") > 1)
         engine = open_engine(database_url)
         stack.callback(engine.dispose)
         job = _begin(engine, request)
@@ -111,12 +115,17 @@ def _only_run_in(out: Path, state_dir: Path) -> Iterator[None]:
         yield
 
 
-def _become_deployment(database_url: str, broker_dir: Path, embeddings: Path) -> None:
-    """Make this process and its worker use the embedded servers, through the same variables that an operator sets."""
+def _become_deployment(database_url: str, broker_dir: Path, embeddings: Path, *, shares: bool) -> None:
+    """Make this process and its worker use the embedded servers, through the same variables that an operator sets.
+
+    shares: several CPU workers share the folder, so that a chunk is no more than a batch.
+    """
     os.environ["MASKFLEET_DATABASE_URL"] = database_url
     os.environ["MASKFLEET_BROKER_URL"] = f"filesystem://{broker_dir}"
     if settings().embeddings is None:
         os.environ["MASKFLEET_EMBEDDINGS"] = str(embeddings.absolute())
+    if shares and "chunk_size" not in settings().model_fields_set:
+        os.environ["MASKFLEET_CHUNK_SIZE"] = str(settings().batch_size)
     settings.cache_clear()
 
 

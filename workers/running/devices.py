@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +21,7 @@ from pathlib import Path
 
 from db.processes import Beat
 from db.states import ProcessKind
+from workers.machine import Device
 from workers.models.files import is_present
 from workers.models.registry import known_models
 from workers.running.app import QUEUES
@@ -39,60 +38,6 @@ _MOST_QUICK_DEATHS_WHILE_WAITED_FOR = 3
 _POLL_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
-
-
-class DeviceError(ValueError):
-    """The requested devices do not exist."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """name: shown by Flower before the @host, such as gpu0. cuda_id: index, UUID or MIG UUID; empty for the CPU."""
-
-    name: str
-    cuda_id: str = ""
-
-
-def find_devices(wanted: str) -> list[Device]:
-    """The devices of `--devices`: `all` (every CUDA device, or the CPU), `cpu`, `0,1`, `cpu,cpu`.
-
-    Raises DeviceError, which names the devices that exist.
-    """
-    present = _cuda_ids()
-    if wanted == "all":
-        return [Device(name=f"gpu{n}", cuda_id=i) for n, i in enumerate(present)] or [Device(name="cpu0")]
-    devices: list[Device] = []
-    for word in wanted.split(","):
-        if word.strip() == "cpu":
-            devices.append(Device(name=f"cpu{sum(not d.cuda_id for d in devices)}"))
-        elif word.strip().isdecimal() and int(word) < len(present):
-            devices.append(Device(name=f"gpu{int(word)}", cuda_id=present[int(word)]))
-        else:
-            raise DeviceError(
-                f"device {word!r}: expected `all`, `cpu` or numbers below {len(present)} (CUDA devices here)"
-            )
-    if len({d.name for d in devices}) < len(devices):
-        raise DeviceError(f"--devices {wanted}: a CUDA device is named twice")
-    return devices
-
-
-def _cuda_ids() -> list[str]:
-    """UUIDs of the CUDA devices that this process may use. A card cut into MIG slices gives the slices' UUIDs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [part for part in visible.split(",") if part not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (subprocess.SubprocessError, OSError) as error:
-        raise DeviceError(f"nvidia-smi is installed but does not answer: {error}") from error
-    cards = re.split(r"(?m)^GPU ", listed)[1:]
-    return [
-        i
-        for card in cards
-        for i in re.findall(r"UUID: (MIG-[^)\s]+)", card) or re.findall(r"UUID: (GPU-[^)\s]+)", card)
-    ]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -254,6 +199,7 @@ def _start(worker: _WorkerProcess) -> None:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         RUN_DIR_VARIABLE: str(worker.run_dir),
         SUPERVISOR_VARIABLE: str(os.getpid()),
+        **({"OMP_NUM_THREADS": str(worker.device.threads)} if worker.device.threads else {}),
     }
     for of_its_predecessor in (model_file(worker.run_dir), error_file(worker.run_dir)):
         of_its_predecessor.unlink(missing_ok=True)

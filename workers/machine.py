@@ -1,0 +1,114 @@
+"""What of this machine workers may use: devices, cores, memory. A container's limits count (cgroup v2)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+_MOST_CPU_WORKERS = 8  # on machines with more cores each has several threads
+_WORKING_BYTES = 2_000_000_000  # of a worker beside its weights: torch, and the masks of a picture of 12 MP
+_LARGEST_WEIGHTS_BYTES = 2_600_000_000
+
+
+class DeviceError(ValueError):
+    """The requested devices do not exist."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """name: shown by Flower before the @host, such as gpu0. cuda_id: index, UUID or MIG UUID; empty for the CPU.
+
+    threads: how many cores the computations of a worker on the CPU take; 0 for all.
+    """
+
+    name: str
+    cuda_id: str = ""
+    threads: int = 0
+
+
+def find_devices(wanted: str) -> list[Device]:
+    """The devices of `--devices`: `all` (every CUDA device, or the CPU), `auto`, `cpu`, `0,1`, `cpu,cpu`.
+
+    Workers on the CPU share its cores.
+    Raises DeviceError, which names the devices that exist.
+    """
+    present = _cuda_ids()
+    if wanted == "auto":
+        wanted = auto_devices(_LARGEST_WEIGHTS_BYTES)
+    if wanted == "all":
+        return [Device(name=f"gpu{n}", cuda_id=i) for n, i in enumerate(present)] or [Device(name="cpu0")]
+    devices: list[Device] = []
+    for word in wanted.split(","):
+        if word.strip() == "cpu":
+            devices.append(Device(name=f"cpu{sum(not d.cuda_id for d in devices)}"))
+        elif word.strip().isdecimal() and int(word) < len(present):
+            devices.append(Device(name=f"gpu{int(word)}", cuda_id=present[int(word)]))
+        else:
+            raise DeviceError(
+                f"device {word!r}: expected `all`, `cpu` or numbers below {len(present)} (CUDA devices here)"
+            )
+    if len({d.name for d in devices}) < len(devices):
+        raise DeviceError(f"--devices {wanted}: a CUDA device is named twice")
+    on_cpu = sum(not device.cuda_id for device in devices)
+    threads = max(1, usable_cores() // on_cpu) if on_cpu > 1 else 0
+    return [device if device.cuda_id else replace(device, threads=threads) for device in devices]
+
+
+def auto_devices(weights_bytes: int) -> str:
+    """What `--devices auto` means here for a model of this size: every CUDA device, or as many CPU workers as pay.
+
+    On the CPU a worker a core is faster than one worker with a thread a core: what surrounds the matrix products runs
+    in one thread (tests/benchmarks/README.md). Each must have the memory for its own copy of the model.
+    """
+    if _cuda_ids():
+        return "all"
+    free = free_memory_bytes()
+    fit = _MOST_CPU_WORKERS if free is None else free // (_WORKING_BYTES + 2 * weights_bytes)
+    return ",".join(["cpu"] * max(1, min(usable_cores(), _MOST_CPU_WORKERS, fit)))
+
+
+def _cuda_ids() -> list[str]:
+    """UUIDs of the CUDA devices that this process may use. A card cut into MIG slices gives the slices' UUIDs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part for part in visible.split(",") if part not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (subprocess.SubprocessError, OSError) as error:
+        raise DeviceError(f"nvidia-smi is installed but does not answer: {error}") from error
+    cards = re.split(r"(?m)^GPU ", listed)[1:]
+    return [
+        i
+        for card in cards
+        for i in re.findall(r"UUID: (MIG-[^)\s]+)", card) or re.findall(r"UUID: (GPU-[^)\s]+)", card)
+    ]
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        cores = min(cores, round(int(quota) / int(period)))  # ValueError: "max", no limit
+    return max(1, cores)
+
+
+def free_memory_bytes() -> int | None:
+    """The memory that new processes may take. None where the system does not say, as on macOS."""
+    free = None
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):
+        limit, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        left = max(0, int(limit) - int(used))  # ValueError: "max", no limit
+        free = left if free is None else min(free, left)
+    return free
