@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -250,3 +251,34 @@ def test_a_checkpoint_becomes_a_model_of_the_commands_and_goes_again(checkpoints
     maskfleet("models", "remove", "mine", "--yes")
     assert list((tmp_path / "weights").iterdir()) == []
     assert "unknown model 'mine'" in maskfleet("models", "verify", "mine", code=2).stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_bucket_becomes_a_model_when_its_sha256_is_right(
+    node: Callable[..., Path], checkpoints: list[Path], bucket: str
+) -> None:
+    node("machine", endpoint=bucket)  # its variables reach the command too
+    content = checkpoints[0].read_bytes()
+    client = boto3.session.Session(region_name="us-east-1").client("s3", endpoint_url=bucket)
+    client.put_object(Bucket="weights", Key="trained/first.pth", Body=content)
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "orchestrator.cli",
+        "models",
+        "add",
+        "mine",
+        "s3://weights/trained/first.pth",
+    ]
+    command += ["--architecture", "sam_nano", "--sha256"]
+
+    def add_with(sha256: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, sha256], capture_output=True, text=True, check=False)
+
+    wrong = add_with("0" * 64)
+    right = add_with(hashlib.sha256(content).hexdigest())
+
+    assert (wrong.returncode, right.returncode) == (2, 0), wrong.stderr + right.stderr
+    assert "sha256" in wrong.stderr
+    assert find_model("mine").architecture == "sam_nano"
