@@ -30,7 +30,7 @@ ifneq ($(CA_BUNDLE),)
 CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
 endif
 
-.PHONY: help setup demo check unit test coverage lint picture bench sbom mutate fuzz
+.PHONY: help setup demo check unit test coverage lint picture reference docs bench sbom mutate fuzz
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
@@ -77,6 +77,13 @@ lint: .venv/.complete  ## Check style, types and who imports whom
 
 picture: .venv/.complete  ## Draw docs/rooms.svg, the picture of the code's folders, again
 	@.venv/bin/python infra/draw_rooms.py
+
+reference: .venv/.complete  ## Write docs/commands.md and docs/settings.md from the code again
+	@.venv/bin/python -m infra.write_reference
+
+docs: .venv/.complete  ## Build the site of docs/ in out/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+	@echo "Site: $(CURDIR)/out/site/index.html"
 
 bench: .venv/.complete  ## Run every script of tests/benchmarks (JSON=1 for JSON documents)
 	@failed=0; for script in tests/benchmarks/[a-z]*.py; do \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -143,3 +144,25 @@ def test_a_typing_error_in_an_address_is_asked_about(tmp_path: Path) -> None:
 
 def test_the_version_is_printed() -> None:
     assert call("--version").strip() == version("maskfleet")
+
+
+RESULTS = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+SNIPPETS = dict(re.findall(r"^### (.+?)\n.*?^```python\n(.*?)^```", RESULTS, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def results(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as docs/results.md has it: photos, out, parquet."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "photos").symlink_to(out.parent / "pictures")
+    (folder / "out").symlink_to(out)
+    call("export", out, "--format", "parquet", "--out", folder / "parquet")
+    return folder
+
+
+@pytest.mark.parametrize("tool", sorted(SNIPPETS))
+def test_the_results_load_in_other_tools_as_the_docs_say(tool: str, results: Path) -> None:
+    for module in re.findall(r"^(?:from|import) (\w+)", SNIPPETS[tool], re.MULTILINE):
+        pytest.importorskip(module, reason=f"{module} is not among the packages of development")
+    done = subprocess.run([sys.executable, "-c", SNIPPETS[tool]], cwd=results, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,81 +1,68 @@
-"""The README is held to the code: commands, options, settings, error kinds, output files."""
+"""The README and the pages of docs/ are held to the code: commands, options, settings, error kinds, models."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
 
 from db.settings import Settings
-from orchestrator.cli.root import COMMANDS, imported_command
+from infra.write_reference import commands, pages
+from orchestrator.cli.root import COMMANDS
 from workers.errors import ErrorKind
 from workers.models.registry import MODELS
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-
-
-def commands() -> Iterator[tuple[str, typer.core.TyperCommand]]:
-    for name in COMMANDS:
-        command = imported_command(name)
-        if hasattr(command, "commands"):
-            yield from ((f"{name} {sub}", below) for sub, below in command.commands.items())
-        else:
-            yield name, command
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+KNOWN = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands()}
 
 
 @pytest.mark.parametrize(("name", "command"), list(commands()))
-def test_every_command_is_in_the_readme_and_has_an_example_and_a_sentence(
-    name: str, command: typer.core.TyperCommand
-) -> None:
-    assert f"`maskfleet {name}" in README
+def test_every_command_has_a_sentence_and_an_example(name: str, command: typer.core.TyperCommand) -> None:
     assert command.help
     assert f"maskfleet {name}" in (command.epilog or "")
 
 
-def test_every_option_of_a_job_is_in_the_readme() -> None:
-    options = {option for name, c in commands() if name in ("run", "submit") for p in c.params for option in p.opts}
-    missing = {o for o in options if o.startswith("--") and f"`{o}" not in README} - {"--out", "--devices", "--json"}
-    assert not missing
+@pytest.mark.parametrize(("name", "text"), pages().items())
+def test_the_reference_pages_are_those_of_the_code(name: str, text: str) -> None:
+    assert (DOCS / name).read_text() == text, "commands or settings have changed: run `make reference`"
 
 
-def test_every_command_that_the_readme_names_exists() -> None:
-    known = {name for name, _ in commands()}
-    for words in re.findall(r"maskfleet ((?:models |label-studio )?[a-z][a-z-]+)", README):
-        assert words in known or words.split()[0] in known, words
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_option_and_setting_that_a_page_names_exists(page: Path) -> None:
+    """A command stands behind a prompt, or between backticks."""
+    text = page.read_text()
+    for words in re.findall(r"(?:^\$ |`)(?:[^\s`]+/)?maskfleet ([a-z][^`\n]*)", text, re.MULTILINE):
+        _require_command(words.split(" #")[0])
+    named = set(re.findall(r"\bMASKFLEET_(?!TEST_)([A-Z][A-Z_0-9]*[A-Z0-9])", text))
+    assert {name.removesuffix("_FILE").lower() for name in named} <= set(Settings.model_fields)
 
 
-def test_every_setting_is_in_the_readme_with_its_default_and_meaning() -> None:
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else f"`{field.default}`"
-        assert f"| `MASKFLEET_{name.upper()}` | {default} | {field.description} |" in README
-    for name in re.findall(r"MASKFLEET_([A-Z_0-9]+)", README):
-        assert name.lower() in Settings.model_fields, name
-
-
-def test_every_error_kind_and_model_is_in_the_readme() -> None:
-    assert [kind for kind in ErrorKind if f"| `{kind}` |" not in README] == []
-    assert [name for name in MODELS if f"`{name}`" not in README] == []
+def test_every_error_kind_and_model_is_on_its_page() -> None:
+    failures, models = (DOCS / "failures.md").read_text(), (DOCS / "models.md").read_text()
+    assert [kind for kind in ErrorKind if f"| `{kind}` |" not in failures] == []
+    assert [name for name in MODELS if f"`{name}`" not in models] == []
 
 
 def test_commands_that_messages_advise_exist_with_their_options() -> None:
     """What stands between backticks in our own strings, from `maskfleet` on."""
-    known = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} for name, c in commands()}
-    root = Path(__file__).parents[2]
-    advised = [
-        words
-        for folder in ("orchestrator", "workers", "db")
-        for file in (root / folder).rglob("*.py")
-        for words in _advice(file)
-    ]
+    files = [file for folder in ("orchestrator", "workers", "db") for file in (ROOT / folder).rglob("*.py")]
+    advised = [words for file in files for words in _advice(file)]
     assert len(advised) > 20
     for words in advised:
-        name = max((name for name in known if f"{words} ".startswith(f"{name} ")), key=len, default=None)
-        assert name is not None, words
-        assert set(re.findall(r"--[a-z-]+", words)) <= known[name], words
+        _require_command(words)
+
+
+def _require_command(words: str) -> None:
+    name = max((name for name in KNOWN if f"{words} ".startswith(f"{name} ")), key=len, default=None)
+    if name is None:
+        assert words.split()[0] in COMMANDS, words
+    else:
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", words)) <= KNOWN[name] | {"--help"}, words
 
 
 def _advice(file: Path) -> list[str]:
