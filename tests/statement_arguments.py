@@ -78,6 +78,7 @@ def _of_jobs(middle: int) -> Given:
         "fresh": False,
         "lasting": False,
         "error_kind": None,
+        "priority": 7,
         "moment": datetime(2020, 1, 1, tzinfo=UTC),
         "assets": [NewAsset(key=f"z{n:05}", size_bytes=1, etag="e") for n in range(CHUNK)],
         "cursor": "z99",

@@ -80,6 +80,8 @@ CALL: dict[str, int] = {
     "publishing.versions_in_doubt": 600,  # what is being sent
     "queue.expire_lease": 20,
     "queue.has_stale_sent": 20,
+    "queue.count_active": 20,
+    "queue.set_priority": 20,
     "results.require_job": 20,
     "results.labels_of": 30,
     "prompts.classes_of": 30,

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from db.queue import HIGHEST_PRIORITY, LOWEST_PRIORITY
+
 SourceArgument = Annotated[str, typer.Argument(help="A folder, or s3://bucket/prefix.", show_default=False)]
 ModelOption = Annotated[str | None, typer.Option("--model", help="A name that `maskfleet models list` knows.")]
 
@@ -108,6 +110,12 @@ KeepEmbeddingsOption = Annotated[
 ]
 NameOption = Annotated[str, typer.Option("--name", help="The job's name, for people.")]
 DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
+
+
+PRIORITY_HELP = "1 to 9, 5 is usual: each step up doubles the job's share of the workers. No job is left out."
+PriorityOption = Annotated[
+    int, typer.Option("--priority", min=LOWEST_PRIORITY, max=HIGHEST_PRIORITY, help=PRIORITY_HELP)
+]
 
 
 LocalFilesOption = Annotated[

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from db import processes
+from db.queue import USUAL_PRIORITY
 from db.settings import settings
 from orchestrator.cli.app import JsonOption, app, deployment_engine, err, fail, print_json
-from orchestrator.cli.options import DevicesOption, JobOptions, LocalFilesOption, SourceArgument, takes_job_options
+from orchestrator.cli.options import (
+    DevicesOption,
+    JobOptions,
+    LocalFilesOption,
+    PriorityOption,
+    SourceArgument,
+    takes_job_options,
+)
 from orchestrator.cli.request import (
     demonstration_notice,
     document_root,
@@ -92,12 +101,17 @@ def run(
 
 @app.command(epilog="Example: `maskfleet submit s3://bucket/street --model sam_vit_h`")
 @takes_job_options
-def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = False) -> None:
+def submit(
+    source: SourceArgument,
+    options: JobOptions,
+    priority: PriorityOption = USUAL_PRIORITY,
+    as_json: JsonOption = False,
+) -> None:
     """Make a job on the deployment, and print its number."""
     wanted = options.model or settings().model
     if wanted is None:
         fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(MODELS)}")
-    request = job_request(source, find_model(wanted), options)
+    request = replace(job_request(source, find_model(wanted), options), priority=priority)
     if options.dry_run:
         print_dry_run(request, as_json)
         return

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from db import jobs, prompts
 from db.jobs import Job
+from db.queue import USUAL_PRIORITY
 from db.session import Connection
 from orchestrator.jobs.version import prompt_params, what_is_computed, what_prompts_compute, what_text_computes
 from orchestrator.prompts.files import PromptFile
@@ -24,7 +25,7 @@ class Request:
     """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
 
     max_failed_fraction: 0..1, of `db.brake`; None is its default.
-    keep_embeddings: for how many of its assets; it changes no mask.
+    keep_embeddings: for how many of its assets; it changes no mask. priority: of `db.queue`; it may be changed later.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Request:
     classify: AskedClassifier | None = None
     text: Sequence[Prompt] = ()
     keep_embeddings: int | Literal["all"] | None = None
+    priority: int = USUAL_PRIORITY
 
     def asked(self) -> dict[str, Any]:
         """The part that is stored on the job's row, JSON-safe."""
@@ -97,6 +99,7 @@ def submit_job(db: Connection, request: Request) -> Job:
         model_version=request.model_version(),
         asked=request.asked(),
         fresh=request.fresh,
+        priority=request.priority,
     )
     if request.prompts:
         prompts.store_prompts(db, job_id=job.id, rows=request.prompts.rows())
