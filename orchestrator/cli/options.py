@@ -91,6 +91,19 @@ IncludeOption = Annotated[
 ]
 
 ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Leave out keys that match this glob.")]
+KeysOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keys",
+        metavar="FILE",
+        help="List nothing: only these keys of SOURCE. A text file (a key a line), Parquet (a column `key`), or the "
+        "manifest.json of an S3 Inventory; a path or s3://.",
+    ),
+]
+ListShardsOption = Annotated[
+    int | None,
+    typer.Option("--list-shards", min=2, max=64, metavar="N", help="List a bucket in N ranges of keys at once."),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Take this many assets at most.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be taken, and store nothing.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again, even if an earlier job has the answer.")]
@@ -147,6 +160,8 @@ class JobOptions:
     label: LabelOption = None
     include: IncludeOption = None
     exclude: ExcludeOption = None
+    keys: KeysOption = None
+    list_shards: ListShardsOption = None
     limit: LimitOption = None
     dry_run: DryRunOption = False
     fresh: FreshOption = False

@@ -27,6 +27,7 @@ from orchestrator.cli.request import (
     print_dry_run,
     print_survey,
     require_embedding_store,
+    require_source,
     require_weights,
 )
 from orchestrator.jobs.activity import why_nobody_can
@@ -41,7 +42,6 @@ from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
 from workers.detectors.files import require_library
 from workers.models.loading import ONNX_LIBRARIES, require_libraries
 from workers.models.registry import MODELS, find_model, largest_present
-from workers.storage.source import open_source
 
 _SURVEY_SECONDS = 10.0  # for so long `submit` lists its source, to print what it found
 
@@ -117,7 +117,7 @@ def submit(
         return
     if request.keep_embeddings is not None:
         require_embedding_store()
-    open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
+    require_source(request)
     engine = deployment_engine()
     with engine.begin() as db:
         job = submit_job(db, request)

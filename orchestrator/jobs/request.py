@@ -25,7 +25,8 @@ class Request:
     """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
 
     max_failed_fraction: 0..1, of `db.brake`; None is its default.
-    keep_embeddings: for how many of its assets; it changes no mask. priority: of `db.queue`; it may be changed later.
+    keep_embeddings: for how many of its assets; it changes no mask. keys: of `jobs.key_lists`, an absolute path or s3://.
+    list_shards: of `jobs.shards`, at least 2. priority: of `db.queue`; it may be changed later.
     """
 
     source: str
@@ -43,6 +44,8 @@ class Request:
     classify: AskedClassifier | None = None
     text: Sequence[Prompt] = ()
     keep_embeddings: int | Literal["all"] | None = None
+    keys: str | None = None
+    list_shards: int | None = None
     priority: int = USUAL_PRIORITY
 
     def asked(self) -> dict[str, Any]:
@@ -64,6 +67,8 @@ class Request:
             **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
             # Left out unless it was given: so a job that was stored before this option existed is still the same.
             **({} if self.keep_embeddings is None else {"keep_embeddings": self.keep_embeddings}),
+            **({} if self.keys is None else {"keys": self.keys}),
+            **({} if self.list_shards is None else {"list_shards": self.list_shards}),
         }
 
     def model_version(self) -> str:

@@ -130,7 +130,7 @@ class FetchAhead:
     def _fetch(self, asset: Asset) -> RgbImage:
         with timed(self._worker, "fetch"):
             read = self._source.read_with_etag(asset.key, self._settings.max_object_bytes)
-        if read.etag and asset.etag and read.etag != asset.etag:
+        if read.etag and read.etag != asset.etag:
             self._etags[asset.id] = read.etag
         self._decodes[asset.id] = _Decode.begin()
         try:
