@@ -110,5 +110,6 @@ def delete_prompts(db: Connection, *, job_id: int) -> int:
 
 def end_deletion(db: Connection, *, job_id: int) -> bool:
     """Delete the job's own row and its counters. Call it when no chunk and no prompt is left."""
+    db.execute(text("DELETE FROM prediction_counter WHERE job_id = :job_id"), {"job_id": job_id})
     statement = text("DELETE FROM job WHERE id = :job_id AND deleted_at IS NOT NULL")
     return db.execute(statement, {"job_id": job_id}).rowcount == 1

@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, REAL
 from sqlalchemy.orm import Mapped, mapped_column
 
 from db.base import Base, one_of
-from db.counter_tables import MaskCounter, OutcomeCounter, WorkerTime
+from db.counter_tables import MaskCounter, OutcomeCounter, PredictionCounter, WorkerTime
 from db.ls_tables import Click, LsAnnotation, LsPrediction, LsPull, LsRegion, LsTask, LsUnjudged
 from db.states import ChunkState, EmbeddingState, JobState, ProcessKind
 
@@ -48,6 +48,7 @@ __all__ = [
     "MaskRow",
     "Outcome",
     "OutcomeCounter",
+    "PredictionCounter",
     "Process",
     "PromptMatch",
     "PromptRow",

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from db import jobs, leases, listing, results, review_order
+from db import jobs, leases, list_shards, listing, results, review_order
 from db.annotations import AnnotationRow
 from db.clicks import Click
 from db.embedding_sweep import StoredEmbedding
@@ -174,6 +174,12 @@ def listed_again(db: Connection) -> Job:
     return jobs.insert_job(db, name="", source=SOURCE, model="stub", model_version=VERSION, asked={}, fresh=False)
 
 
+def _in_shards(db: Connection) -> Given:
+    job = listed_again(db)
+    [shard] = list_shards.open_shards(db, job_id=job.id)
+    return {"job": job, "shard": shard}
+
+
 def chunk_of_known_keys(db: Connection, given: Given) -> ClaimedChunk:
     """A chunk of a new job, of assets that the large job labeled."""
     statement = text("SELECT key, size_bytes, etag FROM asset WHERE id = ANY(:ids)")
@@ -207,6 +213,9 @@ OTHERS: dict[str, Callable[[Connection, Given], Given]] = {
     "embeddings.claim": lambda db, given: {"ids": None},
     "jobs.record_list_failure": lambda db, given: {"job": listed_again(db)},
     "listing.add_assets": lambda db, given: {"job": listed_again(db)},
+    "list_shards.add_shard_page": lambda db, given: _in_shards(db) | {"is_done": True},
+    "list_shards.shorten_shard": lambda db, given: _in_shards(db) | {"upto": "m"},
+    "list_shards.split_shard": lambda db, given: _in_shards(db) | {"at": "m"},
     "leases.answer_from_stored": lambda db, given: {"chunk": chunk_of_known_keys(db, given)},
     # As in a pass of `publish --follow`: what is before was published.
     "publishing.unpublished": lambda db, given: {"after_asset_id": given["chunk"].first_asset_id - 100 * CHUNK},

@@ -51,6 +51,9 @@ CALL: dict[str, int] = {
     "jobs.resume_job": 20,  # the chunks in the queue, a window of them
     "jobs.cancel_job": 1200,
     "leases.claim_chunk": 30,
+    "list_shards.open_shards": 20,
+    "list_shards.shorten_shard": 20,
+    "list_shards.split_shard": 20,
     "leases.extend_lease": 20,
     "leases.finish_chunk": 30,
     "leases.release_chunk": 30,
@@ -64,6 +67,9 @@ CALL: dict[str, int] = {
     "metrics.live_processes": 20,
     "metrics.masks": 20,
     "metrics.oldest_chunks": 20,
+    "metrics.predictions": 20,
+    "metrics.unpublished": 20,
+    "published.published": 60,
     "metrics.review_ages": 20,
     "partitions.partitions": 40,
     "partitions.make_partitions": 40,
@@ -108,7 +114,9 @@ PAGE: dict[str, int] = {
     "leases.answer_from_stored": 2200,
     "leases.pending_assets": 400,
     "leases.record": 1400,
+    "list_shards.add_shard_page": 220,
     "listing.add_assets": 200,
+    "listing.new_ones": 600,
     "progress.assets_per_second": 1000,  # the outcomes of the 128 chunks sent last
     "prompts.asset_keys": 20,
     "prompts.prompt_keys": 20,
@@ -158,12 +166,9 @@ JOB = {
     "jobs.retry_failed",  # by index: what failed
     "metrics.embedding_bytes",  # read as seldom as reading takes long
     "metrics.embeddings",
-    "metrics.predictions",
-    "metrics.unpublished",
     "prompts.store_prompts",
     "published.count_done",
     "published.count_tasks",
-    "published.published",
     "published.refused_of",
     "publishing.forget_refused",
     "queue.expire_all_leases",  # of `run`, before it starts

@@ -67,12 +67,7 @@ def test_a_text_file_has_a_key_a_line_and_a_line_that_is_none_stops_no_other(tmp
     path = tmp_path / "keys.txt"
     path.write_bytes(
         b"\xef\xbb\xbfb.jpg\r\na.jpg\n\n  spaced .jpg\ns3://bucket/photos/d/e.jpg\n\xff\n"
-        b"nul\0.jpg\n"
-        + b"x" * 3_000_000
-        + b"\n"
-        + b"y" * 1100
-        + b"\n"
-        + "last é.jpg".encode()
+        b"nul\0.jpg\n" + b"x" * 3_000_000 + b"\n" + b"y" * 1100 + b"\n" + "last é.jpg".encode()
     )
 
     found, skipped = read(path)
