@@ -52,6 +52,7 @@ __all__ = [
     "Process",
     "PromptMatch",
     "PromptRow",
+    "SameBytes",
     "Suspect",
     "WorkerTime",
 ]
@@ -255,6 +256,16 @@ class MaskRow(Base):
     stability_score: Mapped[float | None] = mapped_column(REAL)
     label: Mapped[str | None]
     prompt: Mapped[dict[str, Any] | None]
+
+
+class SameBytes(Base):
+    """Which bytes a labeled asset of a job with `--dedupe content` had. A row whose asset is gone finds nothing."""
+
+    __tablename__ = "same_bytes"
+    __table_args__ = (Index("same_bytes_of_asset", "asset_id"),)
+
+    key: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)  # of the bytes and the model_version
+    asset_id: Mapped[int] = mapped_column(primary_key=True)
 
 
 class Embedding(Base):

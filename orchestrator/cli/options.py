@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from db.queue import HIGHEST_PRIORITY, LOWEST_PRIORITY
+
+
+class Dedupe(StrEnum):
+    """What tells that two assets are the same."""
+
+    CONTENT = "content"
+
 
 SourceArgument = Annotated[str, typer.Argument(help="A folder, or s3://bucket/prefix.", show_default=False)]
 ModelOption = Annotated[str | None, typer.Option("--model", help="A name that `maskfleet models list` knows.")]
@@ -121,6 +129,12 @@ KeepEmbeddingsOption = Annotated[
         help="Keep the embeddings of at most N labeled assets, or of all, so that clicks on them are answered at once.",
     ),
 ]
+DedupeOption = Annotated[
+    Dedupe | None,
+    typer.Option(
+        "--dedupe", help="content: assets with the same bytes get one look, across keys, sources and jobs that ask so."
+    ),
+]
 NameOption = Annotated[str, typer.Option("--name", help="The job's name, for people.")]
 DevicesOption = Annotated[str, typer.Option("--devices", help="all, cpu, numbers such as 0,1, or cpu,cpu.")]
 
@@ -167,6 +181,7 @@ class JobOptions:
     fresh: FreshOption = False
     max_failed_fraction: MaxFailedOption = None
     keep_embeddings: KeepEmbeddingsOption = None
+    dedupe: DedupeOption = None
     name: NameOption = ""
 
     @property

@@ -75,9 +75,18 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
         fresh=options.fresh,
         max_failed_fraction=options.max_failed_fraction,
         keep_embeddings=_keep_embeddings(options.keep_embeddings, spec),
+        dedupe=_dedupe(options),
         keys=_keys(options.keys),
         list_shards=_list_shards(options, where),
     )
+
+
+def _dedupe(options: JobOptions) -> Literal["content"] | None:
+    if options.dedupe is None:
+        return None
+    if options.prompt_file is not None:
+        fail("--dedupe does not go with --prompts: two assets of the same bytes may have different prompts")
+    return "content"
 
 
 def _keys(given: str | None) -> str | None:

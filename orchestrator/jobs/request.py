@@ -25,7 +25,8 @@ class Request:
     """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
 
     max_failed_fraction: 0..1, of `db.brake`; None is its default.
-    keep_embeddings: for how many of its assets; it changes no mask. keys: of `jobs.key_lists`, an absolute path or s3://.
+    keep_embeddings: for how many of its assets; it changes no mask. dedupe: of
+    `workers.running.same_bytes`. keys: of `jobs.key_lists`, an absolute path or s3://.
     list_shards: of `jobs.shards`, at least 2. priority: of `db.queue`; it may be changed later.
     """
 
@@ -44,6 +45,7 @@ class Request:
     classify: AskedClassifier | None = None
     text: Sequence[Prompt] = ()
     keep_embeddings: int | Literal["all"] | None = None
+    dedupe: Literal["content"] | None = None
     keys: str | None = None
     list_shards: int | None = None
     priority: int = USUAL_PRIORITY
@@ -67,6 +69,7 @@ class Request:
             **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
             # Left out unless it was given: so a job that was stored before this option existed is still the same.
             **({} if self.keep_embeddings is None else {"keep_embeddings": self.keep_embeddings}),
+            **({} if self.dedupe is None else {"dedupe": self.dedupe}),
             **({} if self.keys is None else {"keys": self.keys}),
             **({} if self.list_shards is None else {"list_shards": self.list_shards}),
         }

@@ -137,6 +137,7 @@ def report_as_json(report: JobReport) -> dict[str, Any]:
         "text": report.phrases,
         "published": [dataclasses.asdict(project) for project in report.published],
         "model_busy_fraction": report.model_busy_fraction,
+        "same_bytes": report.same_bytes,
     }
     if report.failed is not None:
         document["failed"] = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in report.failed]
@@ -173,6 +174,7 @@ def _job_rows(report: JobReport) -> dict[str, str]:
         "masks": f"{counts.masks:,}",
         "model at work": "" if busy is None else f"{busy:.0%} of its workers' time",
         "answered from stored": f"{counts.reused:,}" if counts.reused else "",
+        "same bytes": "" if report.same_bytes is None else f"{report.same_bytes:,} of the labeled; looked at once",
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
         "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),
         "error": report.error or "",

@@ -35,6 +35,8 @@ RUN_BY = {
     "db.migrations.versions.0012_mask_partitions": "integration/test_migrations.py",
     "db.migrations.versions.0013_fair_listing": "integration/test_migrations.py",
     "db.migrations.versions.0014_prediction_counter": "integration/test_migrations.py",
+    "db.migrations.versions.0015_same_bytes": "integration/test_migrations.py",
+    "db.copied_outcomes": "integration/test_same_bytes.py",
     "db.review_counts": "label_studio/test_review.py",
     "db.review_order": "label_studio/test_review_order.py",
     "db.reviewed_masks": "label_studio/test_review.py",
