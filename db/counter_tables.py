@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import CheckConstraint, Computed, ForeignKey, Integer
+from sqlalchemy import CheckConstraint, Computed, Double, ForeignKey, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
 from db.base import Base, one_of
@@ -46,6 +46,26 @@ class MaskCounter(Base):
     slot: Mapped[int] = mapped_column(Integer, primary_key=True)
     value: Mapped[str]
     number: Mapped[int]
+
+
+class PredictionCounter(Base):
+    """What a project has of a job, by the state of the predictions. The trigger `count_predictions` writes it.
+
+    slot: 0, or -1 of what was there before the counter was. A project has one writer at a time.
+    """
+
+    __tablename__ = "prediction_counter"
+    __table_args__ = (_ROOM,)
+
+    job_id: Mapped[int] = mapped_column(primary_key=True)  # without a foreign key: predictions outlive their job
+    server: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(primary_key=True)
+    state: Mapped[str] = mapped_column(primary_key=True)
+    slot: Mapped[int] = mapped_column(Integer, primary_key=True)
+    predictions: Mapped[int]
+    masks_shown: Mapped[int]
+    masks_left_out: Mapped[int]
+    iou_sum: Mapped[float] = mapped_column(Double)
 
 
 class WorkerTime(Base):

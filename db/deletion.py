@@ -94,6 +94,7 @@ def delete_chunks(db: Connection, *, job_id: int, most: int) -> DeletedChunks | 
     db.execute(text("DELETE FROM outcome WHERE asset_id = ANY(:ids)"), of_them)
     kept = db.execute(text("DELETE FROM embedding WHERE asset_id = ANY(:ids) RETURNING address, state"), of_them)
     addresses = [row.address for row in kept if row.state == "stored"]
+    db.execute(text("DELETE FROM same_bytes WHERE asset_id = ANY(:ids)"), of_them)
     db.execute(text("DELETE FROM asset WHERE id = ANY(:ids)"), of_them)
     db.execute(text("DELETE FROM chunk WHERE id = ANY(:chunks)"), {"chunks": [chunk.id for chunk in chunks]})
     return DeletedChunks(assets=len(ids), masks=masks, addresses=addresses)
@@ -110,5 +111,6 @@ def delete_prompts(db: Connection, *, job_id: int) -> int:
 
 def end_deletion(db: Connection, *, job_id: int) -> bool:
     """Delete the job's own row and its counters. Call it when no chunk and no prompt is left."""
+    db.execute(text("DELETE FROM prediction_counter WHERE job_id = :job_id"), {"job_id": job_id})
     statement = text("DELETE FROM job WHERE id = :job_id AND deleted_at IS NOT NULL")
     return db.execute(statement, {"job_id": job_id}).rowcount == 1

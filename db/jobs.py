@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, text
 
+from db.queue import USUAL_PRIORITY
 from db.states import JobState
 
 LIST_PATIENCE_SECONDS = 3600.0
@@ -36,6 +37,7 @@ class Job:
     list_cursor: str | None
     list_failures: int
     asset_count: int
+    priority: int
     matched: dict[str, Any] | None
     skipped: dict[str, int]
     error: str | None
@@ -72,18 +74,28 @@ class Counts:
 
 
 JOB_COLUMNS = """id, name, state, source, model, model_version, asked, fresh, list_cursor, list_failures, asset_count,
-          matched, skipped, error, created_at, listed_at, finished_at"""
+          priority, matched, skipped, error, created_at, listed_at, finished_at"""
 
 
 def insert_job(
-    db: Connection, *, name: str, source: str, model: str, model_version: str, asked: Mapping[str, Any], fresh: bool
+    db: Connection,
+    *,
+    name: str,
+    source: str,
+    model: str,
+    model_version: str,
+    asked: Mapping[str, Any],
+    fresh: bool,
+    priority: int = USUAL_PRIORITY,
 ) -> Job:
     """Store a new job. Its listing begins when a dispatcher sees it."""
     statement = text(
-        f"""INSERT INTO job (name, source, model, model_version, asked, fresh)
-            VALUES (:name, :source, :model, :model_version, CAST(:asked AS jsonb), :fresh) RETURNING {JOB_COLUMNS}"""
+        f"""INSERT INTO job (name, source, model, model_version, asked, fresh, priority)
+            VALUES (:name, :source, :model, :model_version, CAST(:asked AS jsonb), :fresh, :priority)
+            RETURNING {JOB_COLUMNS}"""
     )
-    values = {"name": name, "source": source, "model": model, "model_version": model_version, "fresh": fresh}
+    values: dict[str, Any] = {"name": name, "source": source, "model": model, "model_version": model_version}
+    values |= {"fresh": fresh, "priority": priority}
     return Job.from_row(db.execute(statement, {**values, "asked": json.dumps(dict(asked))}).mappings().one())
 
 

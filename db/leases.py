@@ -17,13 +17,12 @@ import orjson
 from sqlalchemy import Connection, text
 
 from db import counters
+from db.copied_outcomes import MASK_COLUMNS, copy_outcomes, remember_bytes
 from db.copying import copy_field, copy_lines
 from db.results import StoredMask
 from db.states import MaskCount
 
 MAX_TRANSIENT_FAILURES = 6  # with the growing pause below, a store may be away for about ten minutes
-_MASK_COLUMNS = """asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou, stability_score, label,
-                   prompt"""
 
 
 class LeaseLost(RuntimeError):
@@ -64,6 +63,7 @@ class NewOutcome:
 
     Labeled without a size: its job has no prompt for it, so its image was not read. Labeled with an error: some of its
     prompts could not be used. etag: of the bytes that were read, when they are not those that were listed.
+    answered_by: an asset with the same bytes, whose masks these are. bytes_keys: of `db.same_bytes`.
     """
 
     asset_id: int
@@ -73,6 +73,8 @@ class NewOutcome:
     height: int | None = None
     segment_ms: int | None = None
     etag: str | None = None
+    answered_by: int | None = None
+    bytes_keys: Sequence[str] = ()
     masks: Sequence[StoredMask] = ()
 
 
@@ -104,42 +106,19 @@ def claim_chunk(
     return ClaimedChunk(**row) if row else None
 
 
-_ANSWER = f"""WITH answered AS (
-               INSERT INTO outcome (asset_id, job_id, error, width, height, mask_count, worker, answered_by)
-               SELECT DISTINCT ON (a.id) a.id, a.job_id, o.error, o.width, o.height, o.mask_count, o.worker, o.asset_id
-               FROM job j
-               CROSS JOIN (SELECT * FROM asset WHERE job_id = :job_id AND id BETWEEN :first AND :last OFFSET 0) a
-               JOIN asset b ON b.job_id = j.id AND a.key = b.key
-               JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL AND a.etag = coalesce(o.etag, b.etag)
-                 AND (o.etag IS NOT NULL OR a.size_bytes = b.size_bytes)
-               WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id
-                 AND j.deleted_at IS NULL
-                 -- The same prompt file may mean an asset in one listing and not in another.
-                 AND ARRAY(SELECT key FROM prompt_match WHERE asset_id = a.id ORDER BY key)
-                   = ARRAY(SELECT key FROM prompt_match WHERE asset_id = b.id ORDER BY key)
-               ORDER BY a.id, b.id DESC
-               ON CONFLICT (asset_id) DO NOTHING
-               RETURNING asset_id, answered_by, width, mask_count),
-           copied AS (
-               INSERT INTO mask ({_MASK_COLUMNS})
-               SELECT answered.asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou,
-                      stability_score, label, prompt
-               -- OFFSET 0: the masks are found by key, whatever the planner believes about their number.
-               FROM answered CROSS JOIN LATERAL (SELECT * FROM mask WHERE asset_id = answered_by OFFSET 0) AS earlier
-               RETURNING predicted_iou, label, prompt),
-           counted AS (
-               INSERT INTO mask_counter AS c (job_id, kind, value, slot, number)
-               SELECT :job_id, kind, value, {counters.SLOT}, count(*)
-               FROM (SELECT kind, value FROM copied CROSS JOIN LATERAL (VALUES
-                         ('{MaskCount.LABEL}', label),
-                         ('{MaskCount.CLASS}', coalesce(prompt->>'class', prompt->>'text')),
-                         ('{MaskCount.IOU_PERCENT}', CASE WHEN predicted_iou = 'NaN' THEN 'NaN' ELSE
-                              greatest(0, least(99, floor(predicted_iou * 100)))::int::text END)) AS v (kind, value)
-                     UNION ALL
-                     SELECT '{MaskCount.MASKS_AN_ASSET}', mask_count::text FROM answered WHERE width IS NOT NULL) AS n
-               WHERE value IS NOT NULL GROUP BY kind, value ORDER BY kind, value
-               {counters.ADDED})
-           SELECT count(*) FROM answered"""
+_ANSWER = copy_outcomes(
+    """SELECT DISTINCT ON (a.id) a.id, CAST(NULL AS text) AS etag, o.asset_id AS from_id
+       FROM job j
+       CROSS JOIN (SELECT * FROM asset WHERE job_id = :job_id AND id BETWEEN :first AND :last OFFSET 0) a
+       JOIN asset b ON b.job_id = j.id AND a.key = b.key
+       JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL AND a.etag = coalesce(o.etag, b.etag)
+         AND (o.etag IS NOT NULL OR a.size_bytes = b.size_bytes)
+       WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id AND j.deleted_at IS NULL
+         -- The same prompt file may mean an asset in one listing and not in another.
+         AND ARRAY(SELECT key FROM prompt_match WHERE asset_id = a.id ORDER BY key)
+           = ARRAY(SELECT key FROM prompt_match WHERE asset_id = b.id ORDER BY key)
+       ORDER BY a.id, b.id DESC"""
+)
 
 
 def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
@@ -156,7 +135,7 @@ def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
         "first": chunk.first_asset_id,
         "last": chunk.last_asset_id,
     }
-    return int(db.execute(text(_ANSWER), values).scalar_one())
+    return len(db.execute(text(_ANSWER), values).all())
 
 
 def pending_assets(db: Connection, *, chunk: ClaimedChunk) -> list[Asset]:
@@ -185,7 +164,7 @@ def record(
 
     Raises LeaseLost when this worker no longer holds the lease. An outcome that already exists is kept.
     """
-    _hold(
+    hold(
         db, chunk=chunk, set_="in_flight = CAST(:in_flight AS bigint[])", in_flight=list(in_flight), lease=lease_seconds
     )
     if not outcomes:
@@ -194,11 +173,11 @@ def record(
         db.execute(
             text(
                 """INSERT INTO outcome (asset_id, job_id, error_kind, error, width, height, mask_count, segment_ms,
-                                        etag, worker)
+                                        answered_by, etag, worker)
                    SELECT *, :worker FROM unnest(CAST(:asset_id AS bigint[]), CAST(:job_id AS bigint[]),
                        CAST(:error_kind AS text[]), CAST(:error AS text[]), CAST(:width AS int[]),
                        CAST(:height AS int[]), CAST(:mask_count AS int[]), CAST(:segment_ms AS int[]),
-                       CAST(:etag AS text[]))
+                       CAST(:answered_by AS bigint[]), CAST(:etag AS text[]))
                    ON CONFLICT (asset_id) DO NOTHING RETURNING asset_id"""
             ),
             {
@@ -207,25 +186,28 @@ def record(
                 "mask_count": [len(outcome.masks) for outcome in outcomes],
                 **{
                     name: [getattr(outcome, name) for outcome in outcomes]
-                    for name in ("asset_id", "error_kind", "error", "width", "height", "segment_ms", "etag")
+                    for name in (
+                        *("asset_id", "error_kind", "error", "width", "height", "segment_ms", "answered_by", "etag"),
+                    )
                 },
             },
         ).scalars()
     )
     kept = [outcome for outcome in outcomes if outcome.asset_id in inserted]
-    copy_lines(db, f"mask ({_MASK_COLUMNS})", (_mask_line(mask) for outcome in kept for mask in outcome.masks))
+    copy_lines(db, f"mask ({MASK_COLUMNS})", (_mask_line(mask) for outcome in kept for mask in outcome.masks))
+    remember_bytes(db, keys=[(key, outcome.asset_id) for outcome in kept for key in outcome.bytes_keys])
     if numbers := _mask_numbers(kept):
         counters.add_masks(db, job_id=chunk.job_id, numbers=numbers)
 
 
 def extend_lease(db: Connection, *, chunk: ClaimedChunk, lease_seconds: float) -> None:
     """Heartbeat. Raises LeaseLost when this worker no longer holds the chunk, or the job was cancelled."""
-    _hold(db, chunk=chunk, set_="", lease=lease_seconds)
+    hold(db, chunk=chunk, set_="", lease=lease_seconds)
 
 
 def finish_chunk(db: Connection, *, chunk: ClaimedChunk) -> None:
     """Mark the chunk done. Raises LeaseLost when this worker no longer holds it."""
-    _hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
+    hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
 
 
 def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False) -> None:
@@ -242,7 +224,7 @@ def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool 
     )
 
 
-def _hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **values: Any) -> None:
+def hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **values: Any) -> None:
     """Write to a chunk only while this worker holds it and its job runs. The row stays locked until the commit."""
     changes = f", {set_}" if set_ else ""
     held = db.execute(
@@ -295,5 +277,6 @@ def _mask_numbers(outcomes: Sequence[NewOutcome]) -> dict[tuple[MaskCount, str],
             for stored in array("f", [mask.predicted_iou for mask in masks])
         ),
         MaskCount.MASKS_AN_ASSET: Counter(len(outcome.masks) for outcome in looked_at),
+        MaskCount.SAME_BYTES: Counter("" for outcome in outcomes if outcome.answered_by is not None),
     }
     return {(kind, str(value)): number for kind, values in found.items() for value, number in values.items()}

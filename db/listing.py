@@ -68,6 +68,14 @@ def add_assets(
     return Job.from_row(row)
 
 
+def new_ones(db: Connection, *, job_id: int, assets: Sequence[NewAsset]) -> list[NewAsset]:
+    """Those of these assets that the job does not have, each once. For lists that may name a key several times."""
+    by_key = {asset.key: asset for asset in assets}
+    statement = text("SELECT key FROM asset WHERE job_id = :job_id AND key = ANY(:keys)")
+    known = set(db.execute(statement, {"job_id": job_id, "keys": list(by_key)}).scalars())
+    return [asset for key, asset in by_key.items() if key not in known]
+
+
 def _copy_assets(db: Connection, *, job_id: int, assets: Sequence[NewAsset], chunk_size: int) -> None:
     ids = list(
         db.execute(

@@ -38,6 +38,12 @@ class LsPrediction(Base):
         Index("ls_prediction_of_asset", "asset_id"),
         Index("ls_prediction_of_job", "job_id"),
         Index(
+            "ls_prediction_worst",
+            "job_id",
+            "iou_min",
+            postgresql_where=text("state = 'done' AND iou_min IS NOT NULL"),
+        ),
+        Index(
             "ls_prediction_open",
             "state",
             "model_version",

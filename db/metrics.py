@@ -102,9 +102,9 @@ def unpublished(db: Connection) -> Iterator[Sample]:
     sent = list(
         _samples(
             db,
-            f"""SELECT p.job_id, t.project_id, count(*) FILTER (WHERE p.state <> 'sending')
-                FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-                WHERE p.job_id IN ({_WATCHED}) GROUP BY p.job_id, t.project_id""",
+            f"""SELECT job_id, project_id, coalesce(sum(predictions) FILTER (WHERE state <> 'sending'), 0)
+                FROM prediction_counter WHERE job_id IN ({_WATCHED})
+                GROUP BY job_id, project_id HAVING sum(predictions) > 0""",
         )
     )
     labeled = progress.totals(db, job_ids=sorted({int(labels[0]) for labels, _ in sent})) if sent else {}
@@ -115,9 +115,8 @@ def unpublished(db: Connection) -> Iterator[Sample]:
 def predictions(db: Connection) -> Iterator[Sample]:
     return _samples(
         db,
-        f"""SELECT p.job_id, t.project_id, p.state, count(*)
-            FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-            WHERE p.job_id IN ({_WATCHED}) GROUP BY p.job_id, t.project_id, p.state""",
+        f"""SELECT job_id, project_id, state, sum(predictions) FROM prediction_counter
+            WHERE job_id IN ({_WATCHED}) GROUP BY job_id, project_id, state HAVING sum(predictions) > 0""",
     )
 
 

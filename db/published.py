@@ -65,16 +65,23 @@ def published(db: Connection, *, job_id: int) -> list[Published]:
     """
     rows = db.execute(
         text(
-            """SELECT server, project_id, count(*) FILTER (WHERE state = 'done') AS assets,
-                      count(*) FILTER (WHERE state = 'sending') AS sending,
-                      count(*) FILTER (WHERE state = 'refused') AS refused,
-                      coalesce(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0) AS masks_shown,
-                      coalesce(sum(left_out) FILTER (WHERE state = 'done'), 0) AS masks_left_out,
-                      (sum(iou_sum) FILTER (WHERE state = 'done')
-                       / nullif(sum(mask_count - left_out) FILTER (WHERE state = 'done'), 0))::float AS iou_mean,
-                      (min(iou_min) FILTER (WHERE state = 'done'))::float AS iou_worst
-               FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-               WHERE p.job_id = :job_id GROUP BY server, project_id ORDER BY server, project_id"""
+            """SELECT c.*, (
+                   -- From the lowest one on: with one project that is the first.
+                   SELECT p.iou_min FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+                   WHERE p.job_id = :job_id AND p.state = 'done' AND p.iou_min IS NOT NULL
+                     AND t.server = c.server AND t.project_id = c.project_id
+                   ORDER BY p.iou_min LIMIT 1)::float AS iou_worst
+               FROM (SELECT server, project_id,
+                            coalesce(sum(predictions) FILTER (WHERE state = 'done'), 0)::bigint AS assets,
+                            coalesce(sum(predictions) FILTER (WHERE state = 'sending'), 0)::bigint AS sending,
+                            coalesce(sum(predictions) FILTER (WHERE state = 'refused'), 0)::bigint AS refused,
+                            coalesce(sum(masks_shown) FILTER (WHERE state = 'done'), 0)::bigint AS masks_shown,
+                            coalesce(sum(masks_left_out) FILTER (WHERE state = 'done'), 0)::bigint AS masks_left_out,
+                            sum(iou_sum) FILTER (WHERE state = 'done')
+                            / nullif(sum(masks_shown) FILTER (WHERE state = 'done'), 0)::float AS iou_mean
+                     FROM prediction_counter WHERE job_id = :job_id
+                     GROUP BY server, project_id HAVING sum(predictions) > 0) c
+               ORDER BY server, project_id"""
         ),
         {"job_id": job_id},
     ).mappings()

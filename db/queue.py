@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
+LOWEST_PRIORITY, USUAL_PRIORITY, HIGHEST_PRIORITY = 1, 5, 9  # bigger is sooner: each step doubles a job's share
 MAX_DEATHS_ALONE = 3  # an asset that kills its process this often while it runs alone fails with crashed_worker
 
 
@@ -117,8 +118,44 @@ class Window:
         return [*self.returned, *self.new]
 
 
+_WINDOW_OF_FEW_WORKERS = 8
+
+
+def window_of(*, workers: int, jobs: int, most: int) -> int:
+    """How many chunks the queue should hold: two a worker and one a job, never more than `most`.
+
+    What is in the queue comes before all that is sent later. So a short queue is a short wait for an urgent job. Each
+    worker fills it up after each chunk, so none waits for it.
+    """
+    return min(most, max(2 * workers, _WINDOW_OF_FEW_WORKERS) + jobs)
+
+
+def longest_wait(*, window: int, jobs: int) -> int:
+    """How many chunks of others are handed out, at most, before the next one of a job that has a ready chunk.
+
+    Until there is room for it in the queue each other job may get one place; then the whole queue is before it. Chunks
+    that were claimed before come on top: those of workers that died, or of a store that did not answer.
+    """
+    return window + jobs - 1
+
+
+def count_active(db: Connection) -> int:
+    """The jobs that are at work."""
+    return int(db.execute(text("SELECT count(*) FROM job WHERE state IN ('listing', 'running')")).scalar_one())
+
+
+def set_priority(db: Connection, *, job_id: int, priority: int) -> bool:
+    """Change a job's share. What is in the queue already stays there. False when there is no such job."""
+    statement = text("UPDATE job SET priority = :priority WHERE id = :job_id AND deleted_at IS NULL")
+    return db.execute(statement, {"job_id": job_id, "priority": priority}).rowcount == 1
+
+
 def take_window(db: Connection, *, window: int) -> Window:
-    """Mark new chunks as sent, as many as the queue has room for, and take turns between the jobs.
+    """Mark new chunks as sent, as many as the queue has room for, and share the queue between the jobs.
+
+    A place goes to the job with the fewest chunks in the queue for its weight, which is 2 to the power of its priority.
+    So a job that has none there comes before all that have some. Of several such jobs the one that was served longest
+    ago comes first, so none is left out. `longest_wait` is the bound that follows.
 
     Returned chunks have their own window, so they never wait behind a full queue. Publish only after the commit. After
     a crash in between, `resend_stale` sends the chunks again.
@@ -131,17 +168,25 @@ def take_window(db: Connection, *, window: int) -> Window:
     ).one()
     rooms = {"room": max(window - sent, 0), "returned_room": max(window - sent_again, 0), "window": window}
     statement = text(
-        """WITH candidate AS (
-               SELECT c.id, c.token > 0 AS returned,
-                      row_number() OVER (PARTITION BY j.id, c.token > 0 ORDER BY c.id) AS turn
+        """WITH queued AS (
+               SELECT job_id, token > 0 AS returned, count(*) AS n FROM chunk WHERE state = 'sent' GROUP BY 1, 2),
+           candidate AS (
+               SELECT c.id, c.token > 0 AS returned, served.at AS served_at,
+                      (coalesce(queued.n, 0) - 1 + row_number() OVER (PARTITION BY j.id, c.token > 0 ORDER BY c.id))
+                      / power(2, j.priority) AS share
                FROM job j CROSS JOIN LATERAL (
                    SELECT id, token FROM chunk
                    WHERE job_id = j.id AND state = 'new' AND (ready_at IS NULL OR ready_at < now())
                    ORDER BY id LIMIT :window) c
+               CROSS JOIN LATERAL (
+                   SELECT max(sent_at) AS at FROM chunk WHERE job_id = j.id AND state IN ('running', 'done')) served
+               LEFT JOIN queued ON queued.job_id = j.id AND queued.returned = (c.token > 0)
                WHERE j.state IN ('listing', 'running') AND (j.asked->>'prompts' IS NULL OR j.matched IS NOT NULL)),
            wanted AS (
-               (SELECT id FROM candidate WHERE returned ORDER BY turn, id LIMIT :returned_room) UNION ALL
-               (SELECT id FROM candidate WHERE NOT returned ORDER BY turn, id LIMIT :room)),
+               (SELECT id FROM candidate WHERE returned
+                ORDER BY share, served_at NULLS FIRST, id LIMIT :returned_room) UNION ALL
+               (SELECT id FROM candidate WHERE NOT returned
+                ORDER BY share, served_at NULLS FIRST, id LIMIT :room)),
            taken AS (SELECT id FROM chunk WHERE id IN (SELECT id FROM wanted) AND state = 'new' FOR UPDATE SKIP LOCKED)
            UPDATE chunk SET state = 'sent', sent_at = now() FROM taken WHERE chunk.id = taken.id
            RETURNING chunk.id, chunk.token > 0 AS returned"""

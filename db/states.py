@@ -82,3 +82,4 @@ class MaskCount(StrEnum):
     CLASS = "class"  # masks of this class of a detector, or of this phrase
     IOU_PERCENT = "iou_percent"  # masks with this predicted IoU: whole percent, rounded down, 0 to 99, or "NaN"
     MASKS_AN_ASSET = "masks_an_asset"  # assets with this number of masks
+    SAME_BYTES = "same_bytes"  # assets that were answered by another one with the same bytes; of the value ''

@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, REAL
 from sqlalchemy.orm import Mapped, mapped_column
 
 from db.base import Base, one_of
-from db.counter_tables import MaskCounter, OutcomeCounter, WorkerTime
+from db.counter_tables import MaskCounter, OutcomeCounter, PredictionCounter, WorkerTime
 from db.ls_tables import Click, LsAnnotation, LsPrediction, LsPull, LsRegion, LsTask, LsUnjudged
 from db.states import ChunkState, EmbeddingState, JobState, ProcessKind
 
@@ -37,6 +37,7 @@ __all__ = [
     "Click",
     "Embedding",
     "Job",
+    "ListShard",
     "LsAnnotation",
     "LsPrediction",
     "LsPull",
@@ -47,9 +48,11 @@ __all__ = [
     "MaskRow",
     "Outcome",
     "OutcomeCounter",
+    "PredictionCounter",
     "Process",
     "PromptMatch",
     "PromptRow",
+    "SameBytes",
     "Suspect",
     "WorkerTime",
 ]
@@ -63,6 +66,7 @@ class Job(Base):
     __tablename__ = "job"
     __table_args__ = (
         CheckConstraint(one_of("state", JobState), name="job_state"),
+        CheckConstraint("priority BETWEEN 1 AND 9", name="job_priority"),
         Index("job_answers", "source", "model_version"),
     )
 
@@ -79,6 +83,7 @@ class Job(Base):
     list_failing_since: Mapped[datetime | None]
     list_retry_at: Mapped[datetime | None]  # after a transient failure: not listed again before this time
     asset_count: Mapped[int] = mapped_column(server_default=text("0"))
+    priority: Mapped[int] = mapped_column(Integer, server_default=text("5"))  # of `db.queue.take_window`
     matched: Mapped[dict[str, Any] | None]  # for a job with prompts: counts of its matched keys; chunks wait for it
     skipped: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
     error: Mapped[str | None]
@@ -89,6 +94,18 @@ class Job(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     listed_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+
+class ListShard(Base):
+    """A range of keys of a source that is listed in parallel: cursor < key <= upto. Those of a job cover all keys."""
+
+    __tablename__ = "list_shard"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    n: Mapped[int] = mapped_column(Integer, primary_key=True)
+    cursor: Mapped[str] = mapped_column(Text(collation="C"))  # the last key that was read
+    upto: Mapped[str | None] = mapped_column(Text(collation="C"))  # null: to the end of the source
+    is_done: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class Asset(Base):
@@ -239,6 +256,16 @@ class MaskRow(Base):
     stability_score: Mapped[float | None] = mapped_column(REAL)
     label: Mapped[str | None]
     prompt: Mapped[dict[str, Any] | None]
+
+
+class SameBytes(Base):
+    """Which bytes a labeled asset of a job with `--dedupe content` had. A row whose asset is gone finds nothing."""
+
+    __tablename__ = "same_bytes"
+    __table_args__ = (Index("same_bytes_of_asset", "asset_id"),)
+
+    key: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)  # of the bytes and the model_version
+    asset_id: Mapped[int] = mapped_column(primary_key=True)
 
 
 class Embedding(Base):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def is_storable(text: str) -> bool:
     """Whether Postgres can store it: no NUL, and no lone surrogate, which UTF-8 cannot encode."""
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+    return "\0" not in text and (text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text))
 
 
 def storable(text: str) -> str:

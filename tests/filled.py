@@ -144,6 +144,9 @@ _COUNTERS = (
                      FROM generate_series(0, :masks - 1) n
            UNION ALL SELECT 'masks_an_asset', CAST(:masks AS int)::text) v
        GROUP BY kind, value, slot""",
+    """INSERT INTO prediction_counter
+       SELECT :job, server, project_id, state, 0, count(*), sum(mask_count - left_out), sum(left_out), sum(iou_sum)
+       FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id GROUP BY server, project_id, state""",
     """INSERT INTO worker_time
        SELECT :job, worker, min(created_at), max(created_at), 50, sum(segment_ms) FROM outcome WHERE job_id = :job
        GROUP BY worker""",

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from db import jobs, leases, listing, results, review_order
+from db import copied_outcomes, jobs, leases, list_shards, listing, results, review_order
 from db.annotations import AnnotationRow
 from db.clicks import Click
 from db.embedding_sweep import StoredEmbedding
@@ -18,6 +18,7 @@ from db.listing import NewAsset
 from db.partitions import Partition
 from db.processes import Beat
 from db.publishing import Intent
+from db.same_bytes import ReadBytes
 from db.states import AnnotationStatus, AnsweredBy, ClickKind, LsState, MaskCount, ProcessKind
 from tests.factories import labeled
 from tests.filled import CHUNK, LS_PROJECT, SOURCE, VERSION, Filled
@@ -78,6 +79,7 @@ def _of_jobs(middle: int) -> Given:
         "fresh": False,
         "lasting": False,
         "error_kind": None,
+        "priority": 7,
         "moment": datetime(2020, 1, 1, tzinfo=UTC),
         "assets": [NewAsset(key=f"z{n:05}", size_bytes=1, etag="e") for n in range(CHUNK)],
         "cursor": "z99",
@@ -173,6 +175,21 @@ def listed_again(db: Connection) -> Job:
     return jobs.insert_job(db, name="", source=SOURCE, model="stub", model_version=VERSION, asked={}, fresh=False)
 
 
+def _with_known_bytes(db: Connection, given: Given) -> Given:
+    """A chunk of assets whose bytes those of the middle had."""
+    chunk = given["chunk"]
+    ids = range(chunk.first_asset_id, chunk.last_asset_id + 1)
+    copied_outcomes.remember_bytes(db, keys=[(f"{n:032}", n) for n in given["asset_ids"]])
+    read = {n: ReadBytes(keys=[f"{m:032}"]) for n, m in zip(ids, given["asset_ids"], strict=True)}
+    return {"read": read}
+
+
+def _in_shards(db: Connection) -> Given:
+    job = listed_again(db)
+    [shard] = list_shards.open_shards(db, job_id=job.id)
+    return {"job": job, "shard": shard}
+
+
 def chunk_of_known_keys(db: Connection, given: Given) -> ClaimedChunk:
     """A chunk of a new job, of assets that the large job labeled."""
     statement = text("SELECT key, size_bytes, etag FROM asset WHERE id = ANY(:ids)")
@@ -206,9 +223,14 @@ OTHERS: dict[str, Callable[[Connection, Given], Given]] = {
     "embeddings.claim": lambda db, given: {"ids": None},
     "jobs.record_list_failure": lambda db, given: {"job": listed_again(db)},
     "listing.add_assets": lambda db, given: {"job": listed_again(db)},
+    "list_shards.add_shard_page": lambda db, given: _in_shards(db) | {"is_done": True},
+    "list_shards.shorten_shard": lambda db, given: _in_shards(db) | {"upto": "m"},
+    "list_shards.split_shard": lambda db, given: _in_shards(db) | {"at": "m"},
     "leases.answer_from_stored": lambda db, given: {"chunk": chunk_of_known_keys(db, given)},
     # As in a pass of `publish --follow`: what is before was published.
     "publishing.unpublished": lambda db, given: {"after_asset_id": given["chunk"].first_asset_id - 100 * CHUNK},
+    "copied_outcomes.remember_bytes": lambda db, given: {"keys": [(f"{n:032}", n) for n in given["asset_ids"]]},
+    "same_bytes.answer_same_bytes": lambda db, given: _with_known_bytes(db, given),
     "results.labeled_of_keys": lambda db, given: {"keys": _keys(db, given)},
     "results.failed_of_keys": lambda db, given: {"keys": _keys(db, given)},
     "reviewed_masks.reviewed_assets": lambda db, given: {

@@ -1,4 +1,4 @@
-"""`watch`, `jobs`, `show`, `cancel`, `resume`, `retry`: follow and control a job."""
+"""`watch`, `jobs`, `show`, `priority`, `cancel`, `resume`, `retry`: follow and control a job."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from db import jobs
+from db import jobs, queue
+from db.queue import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from db.states import JobState
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
+from orchestrator.cli.options import PRIORITY_HELP
 from orchestrator.jobs.findings import matching_rows, nothing_found
 from orchestrator.jobs.reports import read_report
 from orchestrator.terminal.console import printable, stdout_console
@@ -84,6 +86,21 @@ def show(
         print_json(report_as_json(report))
     else:
         print_job(stdout_console(), report)
+
+
+@app.command("priority", epilog="Example: `maskfleet priority 12 8`")
+def change_priority(
+    job: JobArgument,
+    priority: Annotated[
+        int, typer.Argument(min=LOWEST_PRIORITY, max=HIGHEST_PRIORITY, help=PRIORITY_HELP, show_default=False)
+    ],
+) -> None:
+    """Change a job's priority: its share of the workers from now on."""
+    engine = deployment_engine()
+    found, _ = read_job(engine, job)
+    with engine.begin() as db:
+        queue.set_priority(db, job_id=job, priority=priority)
+    err.print(f"job {job} has priority {priority} now, before: {found.priority}")
 
 
 @app.command(epilog="Example: `maskfleet cancel 12`")

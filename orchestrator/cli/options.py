@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from db.queue import HIGHEST_PRIORITY, LOWEST_PRIORITY
+
+
+class Dedupe(StrEnum):
+    """What tells that two assets are the same."""
+
+    CONTENT = "content"
+
 
 SourceArgument = Annotated[str, typer.Argument(help="A folder, or s3://bucket/prefix.", show_default=False)]
 ModelOption = Annotated[str | None, typer.Option("--model", help="A name that `maskfleet models list` knows.")]
@@ -89,6 +99,19 @@ IncludeOption = Annotated[
 ]
 
 ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", help="Leave out keys that match this glob.")]
+KeysOption = Annotated[
+    str | None,
+    typer.Option(
+        "--keys",
+        metavar="FILE",
+        help="List nothing: only these keys of SOURCE. A text file (a key a line), Parquet (a column `key`), or the "
+        "manifest.json of an S3 Inventory; a path or s3://.",
+    ),
+]
+ListShardsOption = Annotated[
+    int | None,
+    typer.Option("--list-shards", min=2, max=64, metavar="N", help="List a bucket in N ranges of keys at once."),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Take this many assets at most.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be taken, and store nothing.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Compute again, even if an earlier job has the answer.")]
@@ -106,8 +129,20 @@ KeepEmbeddingsOption = Annotated[
         help="Keep the embeddings of at most N labeled assets, or of all, so that clicks on them are answered at once.",
     ),
 ]
+DedupeOption = Annotated[
+    Dedupe | None,
+    typer.Option(
+        "--dedupe", help="content: assets with the same bytes get one look, across keys, sources and jobs that ask so."
+    ),
+]
 NameOption = Annotated[str, typer.Option("--name", help="The job's name, for people.")]
 DevicesOption = Annotated[str, typer.Option("--devices", help="auto, all, cpu, numbers such as 0,1, or cpu,cpu.")]
+
+
+PRIORITY_HELP = "1 to 9, 5 is usual: each step up doubles the job's share of the workers. No job is left out."
+PriorityOption = Annotated[
+    int, typer.Option("--priority", min=LOWEST_PRIORITY, max=HIGHEST_PRIORITY, help=PRIORITY_HELP)
+]
 
 
 LocalFilesOption = Annotated[
@@ -139,11 +174,14 @@ class JobOptions:
     label: LabelOption = None
     include: IncludeOption = None
     exclude: ExcludeOption = None
+    keys: KeysOption = None
+    list_shards: ListShardsOption = None
     limit: LimitOption = None
     dry_run: DryRunOption = False
     fresh: FreshOption = False
     max_failed_fraction: MaxFailedOption = None
     keep_embeddings: KeepEmbeddingsOption = None
+    dedupe: DedupeOption = None
     name: NameOption = ""
 
     @property

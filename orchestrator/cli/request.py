@@ -12,6 +12,7 @@ from db.settings import settings
 from orchestrator.cli.app import err, fail, print_json
 from orchestrator.cli.options import JobOptions
 from orchestrator.jobs.findings import matching_rows, nothing_found
+from orchestrator.jobs.key_lists import KeyList
 from orchestrator.jobs.request import Request
 from orchestrator.jobs.survey import Survey, survey
 from orchestrator.label_studio.addresses import image_address
@@ -74,7 +75,40 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
         fresh=options.fresh,
         max_failed_fraction=options.max_failed_fraction,
         keep_embeddings=_keep_embeddings(options.keep_embeddings, spec),
+        dedupe=_dedupe(options),
+        keys=_keys(options.keys),
+        list_shards=_list_shards(options, where),
     )
+
+
+def _dedupe(options: JobOptions) -> Literal["content"] | None:
+    if options.dedupe is None:
+        return None
+    if options.prompt_file is not None:
+        fail("--dedupe does not go with --prompts: two assets of the same bytes may have different prompts")
+    return "content"
+
+
+def _keys(given: str | None) -> str | None:
+    return str(Path(given).expanduser().absolute()) if given and "://" not in given else given
+
+
+def _list_shards(options: JobOptions, source: str) -> int | None:
+    if options.list_shards is None:
+        return None
+    if not source.startswith("s3://"):
+        fail("--list-shards goes with s3://: a folder is read by one process")
+    if options.limit is not None or options.keys is not None:
+        fail("--list-shards lists a whole prefix in no order: give it without --limit and --keys")
+    return options.list_shards
+
+
+def require_source(request: Request) -> None:
+    """Try to list the source. Raises SourceError, AssetError or TransientError, which say what to fix."""
+    source = open_source(request.source, s3_endpoint=settings().s3_endpoint)
+    source.check()
+    if request.keys is not None:
+        KeyList(source, request.keys).check()
 
 
 def _keep_embeddings(given: str | None, spec: ModelSpec) -> int | Literal["all"] | None:

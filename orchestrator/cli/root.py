@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("jobs", "Follow a job until it is over; exits 1 when assets failed, or when there was nothing to label."),
     "jobs": ("jobs", "List the newest jobs."),
     "show": ("jobs", "Show one job: its progress, what was skipped, what failed and why."),
+    "priority": ("jobs", "Change a job's priority: its share of the workers from now on."),
     "cancel": ("jobs", "Stop a job. Its labeled assets stay, and `resume` goes on."),
     "resume": ("jobs", "Let a cancelled, paused or failed job go on where it stopped."),
     "retry": ("jobs", "Try a job's failed assets again."),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from db import processes
+from db.queue import USUAL_PRIORITY
 from db.settings import settings
 from orchestrator.cli.app import JsonOption, app, deployment_engine, err, fail, print_json
-from orchestrator.cli.options import DevicesOption, JobOptions, LocalFilesOption, SourceArgument, takes_job_options
+from orchestrator.cli.options import (
+    DevicesOption,
+    JobOptions,
+    LocalFilesOption,
+    PriorityOption,
+    SourceArgument,
+    takes_job_options,
+)
 from orchestrator.cli.request import (
     demonstration_notice,
     document_root,
@@ -18,6 +27,7 @@ from orchestrator.cli.request import (
     print_dry_run,
     print_survey,
     require_embedding_store,
+    require_source,
     require_weights,
 )
 from orchestrator.jobs.activity import why_nobody_can
@@ -32,7 +42,6 @@ from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
 from workers.detectors.files import require_library
 from workers.models.loading import ONNX_LIBRARIES, require_libraries
 from workers.models.registry import MODELS, find_model, largest_present
-from workers.storage.source import open_source
 
 _SURVEY_SECONDS = 10.0  # for so long `submit` lists its source, to print what it found
 
@@ -92,18 +101,23 @@ def run(
 
 @app.command(epilog="Example: `maskfleet submit s3://bucket/street --model sam_vit_h`")
 @takes_job_options
-def submit(source: SourceArgument, options: JobOptions, as_json: JsonOption = False) -> None:
+def submit(
+    source: SourceArgument,
+    options: JobOptions,
+    priority: PriorityOption = USUAL_PRIORITY,
+    as_json: JsonOption = False,
+) -> None:
     """Make a job on the deployment, and print its number."""
     wanted = options.model or settings().model
     if wanted is None:
         fail(f"which model? --model or MASKFLEET_MODEL must name one of {', '.join(MODELS)}")
-    request = job_request(source, find_model(wanted), options)
+    request = replace(job_request(source, find_model(wanted), options), priority=priority)
     if options.dry_run:
         print_dry_run(request, as_json)
         return
     if request.keep_embeddings is not None:
         require_embedding_store()
-    open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
+    require_source(request)
     engine = deployment_engine()
     with engine.begin() as db:
         job = submit_job(db, request)

@@ -11,6 +11,7 @@ import time
 
 from db import brake, embeddings, jobs
 from db.session import DBAPIError, Engine, is_passing
+from orchestrator.jobs.listing import Walks
 from orchestrator.jobs.prepare import list_for_a_while, match_prompts
 from workers.errors import redact
 from workers.running.tasks import top_up
@@ -24,10 +25,10 @@ log = logging.getLogger(__name__)
 
 def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0) -> None:
     """Run until `stop` is set. While Postgres is away it waits, with growing pauses."""
-    pause, judge_at = idle_seconds, 0.0
+    pause, judge_at, walks = idle_seconds, 0.0, Walks()
     while not stop.is_set():
         try:
-            busy = tick(engine)
+            busy = tick(engine, walks)
             if time.monotonic() >= judge_at:
                 pause_failing(engine)
                 judge_at = time.monotonic() + _JUDGE_SECONDS
@@ -40,14 +41,16 @@ def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0
         stop.wait(pause)
 
 
-def tick(engine: Engine) -> bool:
-    """One round over all jobs; True while a listing goes on."""
+def tick(engine: Engine, walks: Walks | None = None) -> bool:
+    """One round over all jobs; True while a listing goes on. walks: of the rounds before."""
     with engine.begin() as db:
         if jobs.is_idle(db) and not embeddings.has_wanted(db):
             return False
         to_list = jobs.jobs_to_list(db)
+    walks = walks or Walks()
+    walks.keep_only({job.id for job in to_list})
     for job in to_list:
-        list_for_a_while(engine, job, seconds=_LIST_SECONDS)
+        list_for_a_while(engine, job, walks, seconds=_LIST_SECONDS)
     with engine.begin() as db:
         to_match = jobs.jobs_to_match(db)
     for job in to_match:

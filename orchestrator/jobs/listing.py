@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from db.jobs import Job
 from db.listing import NewAsset
-from workers.storage.asset import Source
+from orchestrator.jobs.key_lists import KeyList
+from workers.storage.asset import Page, Source
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
     *(".heic", ".heif", ".hif", ".avif"),
 )
+_MOST_WALKS = 8  # each may hold the names of a folder
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", ".ds_store")
 
 
@@ -27,7 +30,18 @@ class Selection:
     complete: bool
 
 
-def select(source: Source, *, asked: Mapping[str, Any], after: str | None, found: int) -> Iterator[Selection]:
+class Listable(Protocol):
+    """A source, or a part of one."""
+
+    def list(self, after: str = "") -> Iterator[Page]: ...
+
+
+def listed_part(source: Source, asked: Mapping[str, Any]) -> Listable:
+    """What is listed of a source: all of it, or what a list of keys names."""
+    return KeyList(source, asked["keys"]) if asked.get("keys") else source
+
+
+def select(source: Listable, *, asked: Mapping[str, Any], after: str | None, found: int) -> Iterator[Selection]:
     """List a source page by page from a cursor, and keep what the job asked for.
 
     found: how many assets the job has already; its limit counts them. Keys that are left out are counted by reason.
@@ -49,6 +63,34 @@ def select(source: Source, *, asked: Mapping[str, Any], after: str | None, found
         found += len(assets)
         yield Selection(assets=assets, skipped=skipped, cursor=cursor, complete=False)
     yield Selection(assets=[], skipped={}, cursor=None, complete=True)
+
+
+class Walks:
+    """Listings that go on in the next round, by job. A folder of a million files is then read once, not in each round.
+
+    A walk is only used while its job is where the walk is. After a restart, or beside another dispatcher, a new walk
+    begins behind the job's cursor.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[tuple[str | None, int], Iterator[Selection]]] = {}
+
+    def take(self, job: Job, source: Listable) -> Iterator[Selection]:
+        """The pages behind the job's cursor."""
+        place, pages = self._kept.pop(job.id, (None, None))
+        if pages is not None and place == (job.list_cursor, job.asset_count):
+            return pages
+        return select(source, asked=job.asked, after=job.list_cursor, found=job.asset_count)
+
+    def keep_only(self, job_ids: Collection[int]) -> None:
+        """Forget the walks of all other jobs."""
+        self._kept = {job_id: kept for job_id, kept in self._kept.items() if job_id in job_ids}
+
+    def keep(self, job: Job, pages: Iterator[Selection]) -> None:
+        """Keep the pages behind those that are stored on the job's row."""
+        self._kept[job.id] = (job.list_cursor, job.asset_count), pages
+        if len(self._kept) > _MOST_WALKS:
+            del self._kept[next(iter(self._kept))]
 
 
 def _why_not(key: str, include: Sequence[str], exclude: Sequence[str]) -> str | None:

@@ -16,9 +16,12 @@ from db.jobs import Job
 from db.session import Engine
 from db.settings import settings
 from db.states import JobState
-from orchestrator.jobs.listing import Selection, select
+from orchestrator.jobs.listing import Selection, Walks, listed_part
+from orchestrator.jobs.shards import list_in_parallel
 from orchestrator.prompts.key_matching import MatchingError, match
 from workers.errors import AssetError, SourceError, TransientError, redact
+from workers.storage.asset import SkipReason
+from workers.storage.bucket import Bucket
 from workers.storage.source import open_source
 
 _PAGE = 5000
@@ -27,12 +30,15 @@ log = logging.getLogger(__name__)
 Key = TypeVar("Key", str, tuple[int, str])
 
 
-def list_for_a_while(engine: Engine, job: Job, *, seconds: float) -> None:
+def list_for_a_while(engine: Engine, job: Job, walks: Walks, *, seconds: float) -> None:
     """Store the next pages of a job's source. While one page is stored, the next one is fetched."""
     give_way_at = time.monotonic() + seconds
     try:
         source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
-        pages = select(source, asked=job.asked, after=job.list_cursor, found=job.asset_count)
+        if isinstance(source, Bucket) and job.asked.get("list_shards"):
+            list_in_parallel(engine, job, source, seconds=seconds)
+            return
+        pages = walks.take(job, listed_part(source, job.asked))
         current: Job | None = job
         with ThreadPoolExecutor(1, thread_name_prefix="list") as fetching:
             ahead = fetching.submit(next, pages)
@@ -43,7 +49,9 @@ def list_for_a_while(engine: Engine, job: Job, *, seconds: float) -> None:
                     ahead = fetching.submit(next, pages)
                 current = _store(engine, current, page)
                 if not more:
-                    return
+                    break
+        if current is not None and current.state is JobState.LISTING:
+            walks.keep(current, pages)
     except (SourceError, AssetError) as error:
         _note_failure(engine, job, str(error), lasting=True)
     except TransientError as error:
@@ -79,13 +87,17 @@ def _pages(engine: Engine, job: Job, read: Callable[..., list[Key]]) -> Iterator
 
 
 def _store(engine: Engine, job: Job, page: Selection) -> Job | None:
+    assets, skipped = page.assets, page.skipped
     with engine.begin() as db:
+        if job.asked.get("keys"):
+            assets = listing.new_ones(db, job_id=job.id, assets=assets)
+            skipped = skipped | {SkipReason.DUPLICATE_KEY: len(page.assets) - len(assets)}
         return listing.add_assets(
             db,
             job=job,
-            assets=page.assets,
+            assets=assets,
             cursor=page.cursor,
-            skipped=page.skipped,
+            skipped=skipped,
             complete=page.complete,
             chunk_size=settings().chunk_size,
         )

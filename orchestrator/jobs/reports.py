@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from db import jobs, prompts, published, results
+from db import jobs, prompts, published, results, same_bytes
 from db.jobs import Counts, Job
 from db.published import Published
 from db.results import FailedAsset
@@ -22,7 +22,8 @@ class JobReport:
     """One job as `show` prints it. failed: None if they were not asked for.
 
     prompts, detector, phrases: the results of the functions below. model_busy_fraction: the fraction 0..1 of its
-    workers' time in which the model worked, None before the first outcome.
+    workers' time in which the model worked, None before the first outcome. same_bytes: assets that were answered by
+    others with the same bytes; None if that was not asked for.
     """
 
     job: Job
@@ -34,6 +35,7 @@ class JobReport:
     detector: dict[str, Any] | None
     phrases: list[dict[str, Any]] | None
     model_busy_fraction: float | None
+    same_bytes: int | None
 
     @property
     def error(self) -> str | None:
@@ -52,6 +54,7 @@ def read_report(db: Connection, job: Job, counts: Counts, *, with_failed: bool) 
         detector=detector_report(db, job),
         phrases=text_report(db, job),
         model_busy_fraction=jobs.model_busy_fraction(db, job_id=job.id),
+        same_bytes=same_bytes.count_same_bytes(db, job_id=job.id) if job.asked.get("dedupe") else None,
     )
 
 

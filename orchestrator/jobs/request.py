@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from db import jobs, prompts
 from db.jobs import Job
+from db.queue import USUAL_PRIORITY
 from db.session import Connection
 from orchestrator.jobs.version import prompt_params, what_is_computed, what_prompts_compute, what_text_computes
 from orchestrator.prompts.files import PromptFile
@@ -24,7 +25,9 @@ class Request:
     """What one submission asks for. include/exclude are globs over keys; `*` also crosses `/`, as in S3 tools.
 
     max_failed_fraction: 0..1, of `db.brake`; None is its default.
-    keep_embeddings: for how many of its assets; it changes no mask.
+    keep_embeddings: for how many of its assets; it changes no mask. dedupe: of
+    `workers.running.same_bytes`. keys: of `jobs.key_lists`, an absolute path or s3://.
+    list_shards: of `jobs.shards`, at least 2. priority: of `db.queue`; it may be changed later.
     """
 
     source: str
@@ -42,6 +45,10 @@ class Request:
     classify: AskedClassifier | None = None
     text: Sequence[Prompt] = ()
     keep_embeddings: int | Literal["all"] | None = None
+    dedupe: Literal["content"] | None = None
+    keys: str | None = None
+    list_shards: int | None = None
+    priority: int = USUAL_PRIORITY
 
     def asked(self) -> dict[str, Any]:
         """The part that is stored on the job's row, JSON-safe."""
@@ -62,6 +69,9 @@ class Request:
             **({} if self.max_failed_fraction is None else {"max_failed_fraction": self.max_failed_fraction}),
             # Left out unless it was given: so a job that was stored before this option existed is still the same.
             **({} if self.keep_embeddings is None else {"keep_embeddings": self.keep_embeddings}),
+            **({} if self.dedupe is None else {"dedupe": self.dedupe}),
+            **({} if self.keys is None else {"keys": self.keys}),
+            **({} if self.list_shards is None else {"list_shards": self.list_shards}),
         }
 
     def model_version(self) -> str:
@@ -97,6 +107,7 @@ def submit_job(db: Connection, request: Request) -> Job:
         model_version=request.model_version(),
         asked=request.asked(),
         fresh=request.fresh,
+        priority=request.priority,
     )
     if request.prompts:
         prompts.store_prompts(db, job_id=job.id, rows=request.prompts.rows())

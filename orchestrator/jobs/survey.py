@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from db.settings import settings
-from orchestrator.jobs.listing import select
+from orchestrator.jobs.listing import listed_part, select
 from orchestrator.jobs.request import Request
 from orchestrator.prompts.key_matching import match
 from workers.storage.source import open_source
@@ -50,7 +50,7 @@ def survey(request: Request, *, seconds: float | None = None) -> Survey:
 def _keys(request: Request, found: Survey, give_way_at: float | None) -> Iterator[str]:
     """The keys of the request's assets, counted as they pass."""
     source = open_source(request.source, s3_endpoint=settings().s3_endpoint)
-    for page in select(source, asked=request.asked(), after=None, found=0):
+    for page in select(listed_part(source, request.asked()), asked=request.asked(), after=None, found=0):
         found.assets += len(page.assets)
         found.size_bytes += sum(asset.size_bytes for asset in page.assets)
         found.sample += [asset.key for asset in page.assets[: _SAMPLE - len(found.sample)]]

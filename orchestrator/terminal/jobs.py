@@ -105,6 +105,7 @@ def job_as_json(job: Job, counts: Counts) -> dict[str, Any]:
         "model": job.model,
         "model_version": job.model_version,
         "asked": job.asked,
+        "priority": job.priority,
         "assets": {**assets, "pending": counts.pending},
         "masks": masks,
         "skipped": job.skipped,
@@ -117,14 +118,12 @@ def job_as_json(job: Job, counts: Counts) -> dict[str, Any]:
 def jobs_table(jobs: Sequence[tuple[Job, Counts]]) -> Table:
     """The newest jobs, one a row."""
     table = Table(box=None, pad_edge=False)
-    for name in ("job", "state", "listed", "labeled", "failed", "pending", "masks", "model", "source"):
-        table.add_column(
-            name, justify="right" if name in ("listed", "labeled", "failed", "pending", "masks") else "left"
-        )
+    for name in ("job", "state", "priority", "listed", "labeled", "failed", "pending", "masks", "model", "source"):
+        table.add_column(name, justify="left" if name in ("job", "state", "model", "source") else "right")
     for job, counts in jobs:
         numbers = (counts.listed, counts.labeled, counts.failed, counts.pending, counts.masks)
         source = Text(job.source, overflow="ellipsis", no_wrap=True)
-        table.add_row(str(job.id), job.state, *(f"{n:,}" for n in numbers), job.model, source)
+        table.add_row(str(job.id), job.state, str(job.priority), *(f"{n:,}" for n in numbers), job.model, source)
     return table
 
 
@@ -138,6 +137,7 @@ def report_as_json(report: JobReport) -> dict[str, Any]:
         "text": report.phrases,
         "published": [dataclasses.asdict(project) for project in report.published],
         "model_busy_fraction": report.model_busy_fraction,
+        "same_bytes": report.same_bytes,
     }
     if report.failed is not None:
         document["failed"] = [{"key": f.key, "error_kind": f.error_kind, "error": f.error} for f in report.failed]
@@ -166,6 +166,7 @@ def _job_rows(report: JobReport) -> dict[str, str]:
     return {
         "job": f"{job.id} {job.name}",
         "state": job.state,
+        "priority": f"{job.priority} (of 1 to 9)",
         "source": job.source,
         "model": job.model_version,
         "assets": f"{counts.listed:,} listed = {counts.labeled:,} labeled + {counts.failed:,} failed + "
@@ -173,6 +174,7 @@ def _job_rows(report: JobReport) -> dict[str, str]:
         "masks": f"{counts.masks:,}",
         "model at work": "" if busy is None else f"{busy:.0%} of its workers' time",
         "answered from stored": f"{counts.reused:,}" if counts.reused else "",
+        "same bytes": "" if report.same_bytes is None else f"{report.same_bytes:,} of the labeled; looked at once",
         "skipped": ", ".join(f"{n:,} {reason}" for reason, n in sorted(job.skipped.items())),
         "failed": ", ".join(f"{n:,} {kind}" for kind, n in counts.failed_by_kind.items()),
         "error": report.error or "",

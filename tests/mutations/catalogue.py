@@ -131,12 +131,12 @@ MUTATIONS = (
     Mutation(
         name="commit before publish",
         file="workers/running/tasks.py",
-        before="""            sent = queue.take_window(db, window=deployment.window_chunks)
+        before="""            sent = queue.take_window(db, window=window)
         for chunk_ids, lane in ((sent.returned, FIRST_QUEUE), (sent.new, QUEUE)):
             if chunk_ids:
                 publish_chunks(chunk_ids, queue=lane)
 """,
-        after="""            sent = queue.take_window(db, window=deployment.window_chunks)
+        after="""            sent = queue.take_window(db, window=window)
             for chunk_ids, lane in ((sent.returned, FIRST_QUEUE), (sent.new, QUEUE)):
                 if chunk_ids:
                     publish_chunks(chunk_ids, queue=lane)

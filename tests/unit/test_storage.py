@@ -76,6 +76,19 @@ def test_pages_hold_a_thousand_and_the_cursor_is_the_last_key(tmp_path):
     assert keys_of(source, pages[0].cursor) == [entry.key for page in pages[1:] for entry in page.objects]
 
 
+def test_a_folder_with_more_names_than_memory_may_hold_is_read_in_parts(tmp_path, monkeypatch):
+    keys = [
+        *(f"{number:04}-{'n' * (number % 90)}.jpg" for number in range(1500)),
+        *(f"{n * 77:04}/a.jpg" for n in range(9)),
+    ]
+    source = fill(tmp_path, *keys)
+    monkeypatch.setattr("workers.storage.folder._MOST_BYTES", 10_000)  # about a hundred names
+
+    assert keys_of(source) == sorted(keys)
+    for after in ("0077", "0077/a.jpg", "0400-", "1499", "zzz"):
+        assert keys_of(source, after) == [key for key in sorted(keys) if key > after]
+
+
 def test_an_empty_folder_has_no_pages(tmp_path):
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
 

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
+from random import Random
 
-from orchestrator.jobs.listing import select
+import pytest
+
+from db.jobs import Job
+from orchestrator.jobs.listing import Walks, select
 from orchestrator.jobs.request import Request
+from orchestrator.jobs.shards import middle
 from orchestrator.prompts.files import read_prompts
 from workers.models.registry import find_model
 from workers.storage.source import open_source
@@ -59,6 +65,44 @@ def test_a_limit_counts_what_was_found_before(tmp_path: Path) -> None:
     assert taken(tmp_path, limit=4)[0] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
     [page] = select(open_source(str(tmp_path)), asked={"limit": 4}, after="2.jpg", found=3)
     assert ([asset.key for asset in page.assets], page.complete) == (["3.jpg"], True)
+
+
+def test_a_walk_goes_on_where_its_job_is_and_begins_anew_where_it_is_not(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{n:04}.jpg" for n in range(2500)))
+    source, walks = open_source(str(tmp_path)), Walks()
+    job = a_job(cursor=None, count=0)
+    first = walks.take(job, source)
+    cursor = next(first).cursor
+    moved = a_job(cursor=cursor, count=1000)
+    walks.keep(moved, first)
+
+    assert walks.take(moved, source) is first  # the folder is not read again
+    walks.keep(moved, first)
+    other = walks.take(a_job(cursor="0100.jpg", count=101), source)  # another dispatcher was faster
+    assert next(other).assets[0].key == "0101.jpg"
+    assert next(walks.take(moved, source)).assets[0].key == "1000.jpg"  # after a restart
+    for n in range(20):
+        walks.keep(replace(moved, id=n), first)
+    assert walks.take(replace(moved, id=0), source) is not first
+    assert walks.take(replace(moved, id=19), source) is first
+
+
+def a_job(*, cursor: str | None, count: int) -> Job:
+    nothing = dict.fromkeys((field.name for field in fields(Job)), None)
+    return Job(**nothing | {"id": 1, "asked": {}, "list_cursor": cursor, "asset_count": count})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_middle_lies_between_its_two_keys(seed: int) -> None:
+    draw = Random(seed)
+    for _ in range(2000):
+        low, high = ("".join(draw.choices("ab~é図\U0001f436 0/", k=draw.randint(0, 5))) for _ in range(2))
+        bound = high if draw.random() < 0.7 else None
+        if bound is None or low < bound:
+            found = middle(low, bound)
+            assert found is None or (low < found and (bound is None or found < bound)), (low, bound, found)
+    assert middle("img_0001", "img_0002") == "img_0001O"
+    assert middle("~" * 1024, None)
 
 
 def test_the_model_version_changes_with_what_changes_masks_and_with_nothing_else() -> None:

@@ -28,6 +28,7 @@ from workers.running.keeping import Keeper, keeping, want_answered
 from workers.running.looks import Encode, Look, encode_and_look
 from workers.running.metrics import count_stored, timed
 from workers.running.outcomes import failed_outcome, judge, labeled_outcome, storable_text
+from workers.running.same_bytes import SameBytes, answer_by_etag, is_deduped
 from workers.running.worker import Draining, Worker, release, unfit
 from workers.storage.source import open_source
 
@@ -59,6 +60,9 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
             return None
         answered = 0 if chunk.fresh else leases.answer_from_stored(db, chunk=chunk)
         assets = leases.pending_assets(db, chunk=chunk)
+        if is_deduped(chunk) and assets:
+            known = answer_by_etag(db, chunk, assets, lease_seconds=worker.settings.lease_seconds)
+            assets, answered = [asset for asset in assets if asset.id not in known], answered + len(known)
     if answered:
         want_answered(worker, chunk)
     run, about = _ChunkRun(worker, chunk), log_ids(chunk)
@@ -83,8 +87,8 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     return ChunkReport(
         labeled=run.labeled,
         failed=run.failed,
-        answered=answered,
-        left=len(assets) - run.labeled - run.failed,
+        answered=answered + run.answered,
+        left=len(assets) - run.labeled - run.failed - run.answered,
     )
 
 
@@ -101,12 +105,20 @@ class _ChunkRun:
         self._from_store: FromStore | None = None
         self._transient: TransientError | None = None
         self._lease = HeldLease(worker, chunk)
+        self._same_bytes = SameBytes(worker, chunk) if is_deduped(chunk) else None
+
+    @property
+    def answered(self) -> int:
+        """Assets that were answered after they were read, and not by the model."""
+        return 0 if self._same_bytes is None else self._same_bytes.answered
 
     def work_through(self, assets: Sequence[Asset]) -> None:
         """Find the outcome of every asset, then mark the chunk done. Suspects run last, each alone."""
         with self._lease:
             if assets:
                 self._segment_all(assets)
+            if self.answered:
+                want_answered(self._worker, self._chunk)
             if self._transient is not None:
                 raise self._transient
             with self._worker.engine.begin() as db:
@@ -144,8 +156,9 @@ class _ChunkRun:
         lookahead: int,
     ) -> None:
         source = open_source(self._chunk.source, s3_endpoint=self._settings.s3_endpoint)
+        keys_of = None if self._same_bytes is None else self._same_bytes.keys_of
         with (
-            FetchAhead(source, self._settings, self._worker.name) as ahead,
+            FetchAhead(source, self._settings, self._worker.name, keys_of) as ahead,
             ThreadPoolExecutor(1, thread_name_prefix="store") as storing,
         ):
 
@@ -176,6 +189,8 @@ class _ChunkRun:
         """Outcomes of a batch. An asset that could not be read for a temporary reason has none yet."""
         outcomes: list[NewOutcome] = []
         images = self._read(batch, ahead, outcomes)
+        if self._same_bytes is not None and images:
+            images = self._same_bytes.first_looks(images, ahead)
         began = time.perf_counter()
         kept = {} if self._from_store is None else self._from_store.read([ahead.as_read(asset) for asset, _ in images])
         rest = [(asset, image) for asset, image in images if asset.id not in kept]
@@ -197,6 +212,8 @@ class _ChunkRun:
                 if self._keeper is not None:
                     self._keeper.note(ahead.as_read(asset), embedding)
         self._lease.progress()
+        if self._same_bytes is not None:
+            outcomes = self._same_bytes.with_twins(outcomes)
         return [ahead.with_etag(outcome) for outcome in outcomes]
 
     def _read(

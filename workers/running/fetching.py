@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ from workers.images.decode import decode
 from workers.images.pixels import RgbImage
 from workers.running.metrics import timed
 from workers.storage.asset import Source
+
+BytesKeys = tuple[str, str]  # of `db.same_bytes`
 
 _THREADS = 4
 _LOOK_SECONDS = 0.5  # between looks at a decode that goes on
@@ -65,8 +68,13 @@ class FetchAhead:
     is_stuck: a decode did not end in time. Every outcome of the batch is to be stored, and then the block to be left.
     """
 
-    def __init__(self, source: Source, settings: Settings, worker: str) -> None:
+    def __init__(
+        self, source: Source, settings: Settings, worker: str, keys_of: Callable[[bytes], BytesKeys] | None = None
+    ) -> None:
+        """keys_of: called with the bytes of each asset, None: not needed."""
         self._source = source
+        self._keys_of = keys_of
+        self._bytes_keys: dict[int, BytesKeys] = {}
         self._settings = settings
         self._worker = worker
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="fetch")
@@ -123,6 +131,14 @@ class FetchAhead:
         etag = self._etags.get(outcome.asset_id)
         return outcome if etag is None else replace(outcome, etag=etag)
 
+    def changed_etag(self, asset: Asset) -> str | None:
+        """The etag of the asset's bytes when they were not those that were listed."""
+        return self._etags.get(asset.id)
+
+    def bytes_keys(self, asset: Asset) -> BytesKeys:
+        """What `keys_of` gave for the asset, whose image was returned."""
+        return self._bytes_keys.pop(asset.id)
+
     def as_read(self, asset: Asset) -> Asset:
         """The asset, with the etag of the bytes that were read."""
         return replace(asset, etag=self._etags.get(asset.id, asset.etag))
@@ -130,8 +146,10 @@ class FetchAhead:
     def _fetch(self, asset: Asset) -> RgbImage:
         with timed(self._worker, "fetch"):
             read = self._source.read_with_etag(asset.key, self._settings.max_object_bytes)
-        if read.etag and asset.etag and read.etag != asset.etag:
+        if read.etag and read.etag != asset.etag:
             self._etags[asset.id] = read.etag
+        if self._keys_of is not None:
+            self._bytes_keys[asset.id] = self._keys_of(read.content)
         self._decodes[asset.id] = _Decode.begin()
         try:
             with timed(self._worker, "decode"):

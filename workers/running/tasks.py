@@ -23,9 +23,10 @@ from celery.signals import celeryd_after_setup, setup_logging, worker_init, work
 from celery.worker.request import Request
 from kombu.exceptions import OperationalError as BrokerAway
 
-from db import jobs, queue
-from db.session import DBAPIError, Engine, is_passing, open_engine
+from db import jobs, processes, queue
+from db.session import Connection, DBAPIError, Engine, is_passing, open_engine
 from db.settings import settings
+from db.states import ProcessKind
 from workers.allocator import keep_freed_memory
 from workers.detectors import detector as detectors
 from workers.embeddings.store import open_store
@@ -206,12 +207,13 @@ def top_up(engine: Engine) -> int:
             queue.reap(db)
             jobs.finish_jobs(db)
             stale = queue.has_stale_sent(db, resend_seconds=deployment.resend_seconds)
+            window = _window(db)
         send_wanted(engine)
         is_empty = stale and waiting_messages(FIRST_QUEUE, QUEUE) == 0
         with engine.begin() as db:
             if stale:
                 queue.resend_stale(db, resend_seconds=deployment.resend_seconds, queue_is_empty=is_empty)
-            sent = queue.take_window(db, window=deployment.window_chunks)
+            sent = queue.take_window(db, window=window)
         for chunk_ids, lane in ((sent.returned, FIRST_QUEUE), (sent.new, QUEUE)):
             if chunk_ids:
                 publish_chunks(chunk_ids, queue=lane)
@@ -221,6 +223,11 @@ def top_up(engine: Engine) -> int:
         log.warning("the broker is away, %d chunks wait: %s", len(sent.all), redact(str(error)))
         return 0
     return len(sent.all)
+
+
+def _window(db: Connection) -> int:
+    workers = sum(process.kind is ProcessKind.WORKER for process in processes.live(db))
+    return queue.window_of(workers=workers, jobs=queue.count_active(db), most=settings().window_chunks)
 
 
 @cache

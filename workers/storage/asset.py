@@ -20,6 +20,11 @@ class SkipReason(StrEnum):
     LINK_OUT = "link_out_of_source"  # a link to a file or folder outside of the source's folder
     UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, or has a NUL, which Postgres cannot store
     UNREADABLE_FOLDER = "unreadable_folder"  # a subfolder we may not look into (lost+found)
+    NOT_A_KEY = "not_a_key"  # of a list of keys: a line that can be no key of the source
+    NOT_FOUND = "not_found"  # of a list of keys: a folder has no such file; a bucket is not asked
+    DUPLICATE_KEY = "duplicate_key"  # of a list of keys: it is in the job already
+    OUTSIDE_SOURCE = "outside_source"  # of an inventory: another bucket, or a key without the source's prefix
+    NOT_NEWEST = "not_newest_version"  # of an inventory: an older version, or a mark that the object is deleted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,10 @@ class Source(Protocol):
 
     def list(self, after: str = "") -> Iterator[Page]:
         """Yield pages of the keys after `after`, in binary order. Raises SourceError and TransientError."""
+        ...
+
+    def named(self, key: str, size_bytes: int | None, etag: str | None) -> Listed | SkipReason:
+        """The asset that a list of keys names, or why it is none. A folder looks; a bucket believes the list."""
         ...
 
     def read(self, key: str, max_bytes: int) -> bytes:

@@ -21,6 +21,8 @@ from workers.storage.refusals import VENDOR_ERRORS, asset_error, no_answer, sour
 
 ATTEMPTS = 5  # tries of one request, with the first; pauses up to 15 s in all (botocore "standard")
 
+_MOST_KEY_BYTES = 1024  # S3's own limit
+
 
 class Bucket:
     """Objects of an S3 bucket whose keys start with a prefix. A key is a name, not a path: `..` has no meaning."""
@@ -45,23 +47,33 @@ class Bucket:
         except TransientError as error:
             raise no_answer(self.uri(""), redact(self._store.endpoint or "AWS"), error) from error
 
-    def list(self, after: str = "") -> Iterator[Page]:
+    def list(self, after: str = "", *, upto: str | None = None) -> Iterator[Page]:
+        """`Source.list`, of the keys up to `upto` alone; None is no bound."""
         # The token continues this listing. StartAfter continues a listing that a dead process began.
         where: dict[str, str] = {"StartAfter": self._prefix + after} if after else {}
         cursor = after
         while True:
             answer = self._request(ATTEMPTS, "list_objects_v2", Prefix=self._prefix, MaxKeys=PAGE_SIZE, **where)
-            page = self._page(answer.get("Contents", []), cursor)
+            contents = answer.get("Contents", [])
+            wanted = contents if upto is None else [one for one in contents if one["Key"] <= self._prefix + upto]
+            page = self._page(wanted, cursor)
             if page.objects or page.skipped:
                 yield page
             cursor = page.cursor
-            if not answer.get("IsTruncated"):
+            if not answer.get("IsTruncated") or len(wanted) < len(contents):
                 return
             if not (token := answer.get("NextContinuationToken")):
                 raise SourceError(
                     f"{self.uri('')}: the store says that its listing goes on after {cursor!r}, but not how"
                 )
             where = {"ContinuationToken": token}
+
+    def named(self, key: str, size_bytes: int | None, etag: str | None) -> Listed | SkipReason:
+        if len((self._prefix + key).encode()) > _MOST_KEY_BYTES:
+            return SkipReason.NOT_A_KEY
+        if key.endswith("/") and not size_bytes:
+            return SkipReason.FOLDER_MARKER
+        return Listed(key=key, size_bytes=size_bytes or 0, etag=etag or "")
 
     def read(self, key: str, max_bytes: int) -> bytes:
         return self.read_with_etag(key, max_bytes).content

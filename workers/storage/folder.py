@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
 from workers.storage.asset import PAGE_SIZE, Content, Listed, Page, SkipReason, check_size
 
+_MOST_BYTES = 80_000_000  # of names held for one folder, 1.3 million of usual length; twice that while it is read
+_BYTES_OF_ANY_NAME = 45  # of a bytes object and its place in a list
+
 
 class Folder:
     """Files below one directory. Nothing outside is listed or read, even if a key or a link leads there."""
@@ -30,10 +33,11 @@ class Folder:
         return "file://" + urllib.parse.quote(os.path.join(self._root, key.encode()))
 
     def check(self) -> None:
-        _scan(self._root)
+        next(_scan(self._root), None)
 
     def list(self, after: str = "") -> Iterator[Page]:
         real_root = os.path.realpath(self._root)
+        below = self._root.rstrip(b"/") + b"/"
         objects: list[Listed] = []
         skipped: Counter[SkipReason] = Counter()
         cursor = after
@@ -41,7 +45,7 @@ class Folder:
             if isinstance(found, SkipReason):
                 skipped[found] += 1
             else:
-                entry = _stat_file(self._root, real_root, found)
+                entry = _stat_file(below, real_root, found)
                 if isinstance(entry, Listed):
                     objects.append(entry)
                     cursor = entry.key
@@ -52,6 +56,15 @@ class Folder:
                 objects, skipped = [], Counter()
         if objects or skipped:
             yield Page(objects=objects, cursor=cursor, skipped=skipped)
+
+    def named(self, key: str, size_bytes: int | None, etag: str | None) -> Listed | SkipReason:
+        encoded = key.encode()
+        if os.path.isabs(encoded) or os.path.normpath(encoded) != encoded or encoded.split(b"/")[0] == b"..":
+            return SkipReason.NOT_A_KEY
+        below, real_root = self._root.rstrip(b"/") + b"/", os.path.realpath(self._root)
+        found = _stat_file(below, real_root, encoded) or SkipReason.NOT_FOUND
+        is_out = isinstance(found, Listed) and not _is_inside(below + encoded, real_root)
+        return SkipReason.LINK_OUT if is_out else found
 
     def read(self, key: str, max_bytes: int) -> bytes:
         return self.read_with_etag(key, max_bytes).content
@@ -86,10 +99,10 @@ def _etag(status: os.stat_result) -> str:
 def _walk(root: bytes, after: bytes) -> Iterator[bytes | SkipReason]:
     """Yield keys of the files below `root` after `after`, in binary order, and a reason for each folder left out.
 
-    A folder sorts as its name with a slash, as inside whole keys: "a.jpg" < "a/b" < "a0". Memory holds only the names
-    in the folders on the path to the current file.
+    A folder sorts as its name with a slash, as inside whole keys: "a.jpg" < "a/b" < "a0". Memory holds only names in
+    the folders on the path to the current file, _MOST_BYTES of each at most.
     """
-    on_the_way = [(b"", iter(sorted(_scan(root))))]
+    on_the_way = [(b"", _in_order(root, after))]
     while on_the_way:
         prefix, names = on_the_way[-1]
         name = next(names, None)
@@ -102,18 +115,61 @@ def _walk(root: bytes, after: bytes) -> Iterator[bytes | SkipReason]:
                 yield key
         elif key > after or after.startswith(key):
             try:
-                on_the_way.append((key, iter(sorted(_scan(os.path.join(root, key))))))
+                rest = after[len(key) :] if after.startswith(key) else b""
+                on_the_way.append((key, _in_order(os.path.join(root, key), rest)))
             except SourceError:
                 if os.path.lexists(os.path.join(root, key)):  # else it was removed during the listing
                     yield SkipReason.UNREADABLE_FOLDER
 
 
-def _scan(directory: bytes) -> list[bytes]:
+def _in_order(directory: bytes, after: bytes) -> Iterator[bytes]:
+    """The names in a directory in order; folders end in a slash. Names before `after` may be left out.
+
+    It is read again when its names are more than fit into memory. Raises SourceError for the first reading, at once.
+    """
+    start = after.partition(b"/")[0]  # a folder of this name holds the key
+    return _read_on(directory, *_first_names(directory, start))
+
+
+def _read_on(directory: bytes, names: list[bytes], is_all: bool) -> Iterator[bytes]:
+    while names:
+        last = names[-1]
+        names.reverse()
+        while names:
+            yield names.pop()  # frees it
+        if is_all:
+            return
+        try:
+            names, is_all = _first_names(directory, last)
+        except SourceError as error:
+            raise TransientError(f"its listing broke off: {error}") from error
+        names = names[1:] if names[:1] == [last] else names
+
+
+def _first_names(directory: bytes, start: bytes) -> tuple[list[bytes], bool]:
+    """The first names from `start` on, in order, and whether these are all."""
+    names: list[bytes] = []
+    held_bytes, is_all, last = 0, True, b"\xff" * 256  # no name is longer than 255
+    for name in _scan(directory):
+        if start <= name <= last:
+            names.append(name)
+            held_bytes += len(name) + _BYTES_OF_ANY_NAME
+            if held_bytes > 2 * _MOST_BYTES:
+                names.sort()
+                del names[len(names) // 2 :]
+                held_bytes //= 2
+                is_all, last = False, names[-1]
+    names.sort()
+    return names, is_all
+
+
+def _scan(directory: bytes) -> Iterator[bytes]:
     """Names in a directory; folders end in a slash. Raises SourceError, which says why it cannot be read."""
     shown = os.fsdecode(directory)
     try:
         with os.scandir(directory) as entries:
-            return [entry.name + b"/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries]
+            for entry in entries:
+                yield entry.name + b"/" if entry.is_dir(follow_symlinks=False) else entry.name
     except FileNotFoundError as error:
         raise SourceError(f"{shown}: no such folder; check the path, and that it is mounted on this machine") from error
     except NotADirectoryError as error:
@@ -122,9 +178,9 @@ def _scan(directory: bytes) -> list[bytes]:
         raise SourceError(f"{shown}: cannot be listed ({error.strerror}); may this user read and enter it?") from error
 
 
-def _stat_file(root: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason | None:
-    """The entry at `key`. None if it was removed after its folder was read."""
-    path = os.path.join(root, key)
+def _stat_file(below: bytes, real_root: bytes, key: bytes) -> Listed | SkipReason | None:
+    """The entry at `key`. None if it was removed after its folder was read. below: the root, with a slash."""
+    path = below + key
     try:
         name = key.decode()
         status = os.lstat(path)

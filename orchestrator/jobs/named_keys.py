@@ -1,0 +1,32 @@
+"""What the readers of key lists have in common: one entry of a list, and where it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from db.texts import is_storable
+from workers.storage.asset import SkipReason
+
+MOST_KEY_BYTES = 4096  # S3's keys have 1,024 at most, paths 4,096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedKey:
+    """One entry of a list. position: where reading goes on behind it. key: relative to the source, or why it is none.
+
+    size_bytes, etag: None where the list does not say them.
+    """
+
+    position: int
+    key: str | SkipReason
+    size_bytes: int | None = None
+    etag: str | None = None
+
+
+def checked_key(key: object, prefix: str) -> str | SkipReason:
+    """A key without its prefix, which all keys of the source have in this list."""
+    if not isinstance(key, str) or not is_storable(key) or len(key.encode()) > MOST_KEY_BYTES + len(prefix):
+        return SkipReason.NOT_A_KEY
+    if not key.startswith(prefix):
+        return SkipReason.OUTSIDE_SOURCE
+    return key.removeprefix(prefix) or SkipReason.NOT_A_KEY
