@@ -28,7 +28,16 @@ from workers.models.mobile_sam import build_mobile_sam
 from workers.models.nano import build_sam_nano
 from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
 from workers.models.spec import Model, ModelSpec, WeightsError
-from workers.models.state_dicts import Architecture, Shapes, differences, fitting_model, read_tensors, shapes_of, some
+from workers.models.state_dicts import (
+    Architecture,
+    Shapes,
+    build_on_meta,
+    differences,
+    fitting_model,
+    read_tensors,
+    shapes_of,
+    some,
+)
 from workers.models.weights import Verified, WeightsState, remedy, verify
 from workers.params import AutomaticParams, PromptParams
 from workers.prompts import Prompt
@@ -118,9 +127,7 @@ def load_sam(
     if verified.state is WeightsState.OTHER_MODEL:
         raise WeightsError(f"{verified.path}: {verified.found}, expected the weights of {spec.name}; {remedy(spec)}")
     state = _read_weights(spec, verified, unpack)
-    # On "meta" the model has no memory of its own. Nothing is initialised only to be replaced by the weights.
-    with torch.device("meta"):
-        sam = architecture()
+    sam = build_on_meta(architecture)
     _require_same_shapes(
         spec, expected=shapes_of(sam.state_dict()), found=shapes_of(state), known=known, without=without
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 Shapes = dict[str, tuple[int, ...]]
@@ -32,9 +33,27 @@ def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
 
 def state_on_meta(architecture: Architecture) -> dict[str, Tensor]:
     """The architecture's tensors, without memory for their values. Raises ImportError when its library is missing."""
-    with torch.device("meta"):
-        state: dict[str, Tensor] = architecture().state_dict()
+    state: dict[str, Tensor] = build_on_meta(architecture).state_dict()
     return state
+
+
+def build_on_meta(architecture: Architecture) -> Any:
+    """Build it without memory for its values, so that nothing is initialised only to be replaced by weights."""
+    with torch.device("meta"), _NothingInitialised():
+        return architecture()
+
+
+class _NothingInitialised(TorchFunctionMode):
+    """On "meta" torch imports its compiler to compute initial values, which takes seconds, and there are none.
+
+    So initialisers do nothing, and the small table that SAM draws and multiplies is drawn on the CPU.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__:
+            return given.get("tensor", args[0] if args else None)
+        return func(*args, **given, **({"device": "cpu"} if func is torch.randn else {}))
 
 
 def fitting_model(found: Shapes, known: Mapping[str, Architecture]) -> str | None:
