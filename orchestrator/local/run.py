@@ -29,6 +29,7 @@ from db.settings import settings
 from db.states import JobState
 from orchestrator.jobs.request import Request, submit_job
 from orchestrator.local.folder import served_database, state_dir_of
+from orchestrator.local.interrupts import Interrupts, heard_interrupts
 from orchestrator.terminal.console import Console
 from orchestrator.terminal.jobs import follow_job
 from workers.errors import redact
@@ -36,7 +37,6 @@ from workers.machine import auto_devices
 from workers.models.registry import find_model
 from workers.storage.source import open_source
 
-INTERRUPTED = 130  # the exit code that shells give a command ended by Ctrl-C
 _STOP_SECONDS = 75  # a little more than the worker's own drain time
 
 
@@ -69,14 +69,15 @@ def run(
 
     notice: a line about the model for the gallery. local_files: Label Studio's document root, for label-studio.json.
 
-    Raises KeyboardInterrupt on Ctrl-C or SIGTERM. Then everything is stopped, and the next run continues the job.
+    Raises KeyboardInterrupt on Ctrl-C or SIGTERM. Then everything is stopped, and the next run continues the job. The
+    images in the worker's hands are finished first, or given up at a second Ctrl-C.
     Raises RunError, SourceError or PostgresFailed when it cannot work.
     """
     started = time.monotonic()
     open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     state_dir = state_dir_of(out)
     with ExitStack() as stack:
+        interrupts = stack.enter_context(heard_interrupts())
         stack.enter_context(_only_run_in(out, state_dir))
         database_url = stack.enter_context(served_database(state_dir))
         broker_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-broker-"))
@@ -86,7 +87,8 @@ def run(
         engine = open_engine(database_url)
         stack.callback(engine.dispose)
         job = _begin(engine, request)
-        with _worker(devices, state_dir / "worker.log") as worker, _dispatcher(engine) as dispatcher:
+        log_file = state_dir / "worker.log"
+        with _worker(devices, log_file, interrupts, console) as worker, _dispatcher(engine) as dispatcher:
 
             def check() -> None:
                 worker.check()
@@ -157,7 +159,8 @@ class _Worker:
 
 
 @contextmanager
-def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
+def _worker(devices: str, log_file: Path, interrupts: Interrupts, console: Console) -> Iterator[_Worker]:
+    """A worker. At the end it finishes the images in its hands, unless a second interrupt comes."""
     command = [
         sys.executable,
         "-P",
@@ -171,9 +174,12 @@ def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
     ]
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    interrupts.hurry = lambda: process.send_signal(signal.SIGINT)
     try:
         yield _Worker(process, log_file)
     finally:
+        if interrupts.heard:
+            console.print("stopping: the images at work are finished first; Ctrl-C again gives them up")
         process.terminate()
         try:
             process.wait(_STOP_SECONDS)
