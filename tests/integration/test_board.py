@@ -123,7 +123,7 @@ def test_a_person_logs_in_and_sees_a_job_go_on_until_it_is_done(running: Running
     assert "half & <b>.jpg" in failures
     assert "internal · 1" in failures
     assert browser.run("return document.querySelectorAll('#pictures .masks path').length") > 10
-    assert browser.run("return document.querySelectorAll('#time path').length") == 2
+    browser.wait("return document.querySelectorAll('#time path').length == 2", what="both outcomes over time")
     assert "Not published" in text_of(browser, "#people")
 
 
