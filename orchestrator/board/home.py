@@ -57,8 +57,9 @@ def summary(db: Connection) -> str:
     tiles = [
         tile("jobs at work", f"{at_work:,}"),
         tile("workers", f"{len(workers):,}", "" if workers or not at_work else "bad"),
-        tile("dispatchers", f"{sum(process.kind is ProcessKind.DISPATCHER for process in live):,}"),
     ]
+    if dispatchers := sum(process.kind is ProcessKind.DISPATCHER for process in live):
+        tiles.append(tile("dispatchers", f"{dispatchers:,}"))
     paused = states.get(JobState.PAUSED, 0) + states.get(JobState.FAILED, 0)
     tiles += [tile("jobs that need a person", f"{paused:,}", "bad")] if paused else []
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
