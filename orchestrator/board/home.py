@@ -40,7 +40,7 @@ def _numbers(db: Connection, job: Job, counts: Counts) -> str:
         rate = progress.assets_per_second(db, job_id=job.id)
         parts += [speed(rate)] if rate else ["no rate yet"]
         if rate and job.state is JobState.RUNNING and counts.pending:
-            parts.append(f"about {duration(counts.pending / rate)} left")
+            parts.append(f"about {duration(round(counts.pending / rate))} left")
     elif job.finished_at is not None:
         parts.append(f"in {duration((job.finished_at - job.created_at).total_seconds())}")
     if job.error:

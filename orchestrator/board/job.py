@@ -45,7 +45,7 @@ def _pace(job: Job, activity: Activity) -> Iterator[str]:
     if activity.assets_per_second:
         yield f"<b>{speed(activity.assets_per_second)}</b>"
     if activity.seconds_left:
-        yield f"about <b>{duration(activity.seconds_left)}</b> left"
+        yield f"about <b>{duration(round(activity.seconds_left))}</b> left"
     if job.finished_at is not None:
         yield f"finished in <b>{duration((job.finished_at - job.created_at).total_seconds())}</b>"
 
@@ -114,7 +114,7 @@ def workers(db: Connection, job: Job) -> str:
 
 def _worker(worker: AtWork) -> str:
     about = [*([worker.device] if worker.device else []), *([worker.model] if worker.model else [])]
-    held = "" if worker.held_seconds is None else f", for {duration(max(worker.held_seconds, 0.0))}"
+    held = "" if worker.held_seconds is None else f", for {duration(max(round(worker.held_seconds), 0))}"
     late = ' <span class="bad">its lease has expired</span>' if worker.lease_seconds < 0 else ""
     return (
         f'<li><b><bdi>{safe_text(worker.worker)}</bdi></b><span class="quiet">{safe_text(" · ".join(about))}</span>'

@@ -90,7 +90,7 @@ class Bar:
         rate = self._pace.rate(self._drawn_at)
         said = [speed(rate, self._unit)] if rate and self._unit != SECONDS else []
         if rate and self.total is not None and self.total > self.done:
-            said.append(f"about {duration((self.total - self.done) / rate)} left")
+            said.append(f"about {duration(round((self.total - self.done) / rate))} left")
         line = [self._line or f"{self.title}: {self._counted()}", *said, "" if self._line else self._note]
         fields: dict[str, Any] = {"counted": self._counted(), "said": ", ".join(said), "note": self._note}
         self._bars.update(self._task, self, fields, ", ".join(part for part in line if part))
@@ -157,8 +157,8 @@ def _article(unit: str) -> str:
 
 def duration(seconds: float) -> str:
     """In at most two units: 8.1 s, 45 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
+    if seconds < 9.5:
+        return f"{seconds:.2g} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

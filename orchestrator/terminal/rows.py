@@ -67,7 +67,7 @@ def _speed(activity: Activity) -> str:
     rate, left = activity.assets_per_second, activity.seconds_left
     if rate is None:
         return ""
-    return speed(rate) if left is None else f"{speed(rate)}, about {duration(left)} left"
+    return speed(rate) if left is None else f"{speed(rate)}, about {duration(round(left))} left"
 
 
 def _at_work(worker: AtWork) -> str:

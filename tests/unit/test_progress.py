@@ -57,7 +57,15 @@ def test_a_rate_is_said_as_people_picture_it(rate: float, unit: str, said: str) 
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(8.14, "8.1 s"), (45, "45 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (4 * 86400 + 7200, "4 d 2 h")],
+    [
+        (8.14, "8.1 s"),
+        (8, "8 s"),
+        (9.6, "10 s"),
+        (45, "45 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+        (4 * 86400 + 7200, "4 d 2 h"),
+    ],
 )
 def test_a_duration_has_two_units_at_most(seconds: float, said: str) -> None:
     assert duration(seconds) == said
