@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from db import jobs, queue
+from db import jobs, queue, results
 from db.jobs import Job
 from db.session import Engine, open_engine
 from db.settings import settings
@@ -32,11 +32,13 @@ from orchestrator.local.folder import served_database, state_dir_of
 from orchestrator.local.interrupts import Interrupts, heard_interrupts
 from orchestrator.terminal.console import Console
 from orchestrator.terminal.jobs import follow_job
+from orchestrator.terminal.progress import bars_on
 from workers.errors import redact
 from workers.machine import auto_devices
 from workers.models.registry import find_model
 from workers.storage.source import open_source
 
+_PAGE = 20  # tasks of Label Studio take long to write, so their masks are read in short pages
 _STOP_SECONDS = 75  # a little more than the worker's own drain time
 
 
@@ -98,7 +100,9 @@ def run(
         if job.state in (JobState.FAILED, JobState.PAUSED):
             raise RunError(f"{request.source}: {job.error}")
         seconds = time.monotonic() - started
-        return _write_outputs(engine, job, out, seconds=seconds, notice=notice, local_files=local_files)
+        return _write_outputs(
+            engine, job, out, seconds=seconds, notice=notice, local_files=local_files, console=console
+        )
 
 
 @contextmanager
@@ -224,18 +228,33 @@ def _dispatcher(engine: Engine) -> Iterator[_Dispatcher]:
 
 
 def _write_outputs(
-    engine: Engine, job: Job, out: Path, *, seconds: float, notice: str | None, local_files: str | None
+    engine: Engine,
+    job: Job,
+    out: Path,
+    *,
+    seconds: float,
+    notice: str | None,
+    local_files: str | None,
+    console: Console,
 ) -> Outputs:
     from orchestrator.export.coco import export_coco
     from orchestrator.export.label_studio import export_label_studio
     from orchestrator.export.summary import write_summary
+    from orchestrator.pages.choice import MAX_CARDS
     from orchestrator.pages.gallery import write_gallery
 
     patient = open_engine(engine.url.render_as_string(hide_password=False), statement_timeout_seconds=0)
-    with patient.begin() as db:
-        export_coco(db, job, out / "coco.json")
-        notes = export_label_studio(db, job, out / "label-studio.json", local_files=local_files)
+    with patient.begin() as db, bars_on(console, is_transient=True) as bars:
+        counts = jobs.count_job(db, job_id=job.id)
+        total = counts.labeled - counts.without_prompts
+        coco, tasks, page = (
+            bars.bar(f"writing {name}", total) for name in ("coco.json", "label-studio.json", "index.html")
+        )
+        export_coco(db, job, out / "coco.json", coco.over(results.labeled_assets(db, job_id=job.id)))
+        assets = tasks.over(results.labeled_assets(db, job_id=job.id, page=_PAGE))
+        notes = export_label_studio(db, job, out / "label-studio.json", assets, local_files=local_files)
         summary = write_summary(db, job, out / "summary.json", seconds, notes)
-        write_gallery(db, job, out / "index.html", seconds=seconds, notice=notice)
+        page.total = min(total, MAX_CARDS)
+        write_gallery(db, job, out / "index.html", seconds=seconds, notice=notice, progress=page.advance)
     patient.dispose()
     return Outputs(out=out, summary=summary)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 _LINE_SECONDS = 10.0  # between lines when the output is no terminal
 _DRAW_SECONDS = 0.1  # between drawings: some work is told thousands of times a second
 _KNOWN_SECONDS = 30.0  # so much does a rate count that was known before, beside what is seen
+Item = TypeVar("Item")
+
 BYTES = "byte"
 SECONDS = "second"  # work that takes a given time
 
@@ -79,6 +81,13 @@ class Bar:
     def advance(self, number: int) -> None:
         self.show(self.done + number)
 
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each counted when the next one is asked for."""
+        self.show(0)
+        for item in items:
+            yield item
+            self.advance(1)
+
     def say(self, note: str) -> None:
         """Change the note alone."""
         self._note, self._line = note, ""
@@ -127,7 +136,8 @@ class Bars:
 
 
 @contextmanager
-def bars_on(console: Console) -> Iterator[Bars]:
+def bars_on(console: Console, *, is_transient: bool = False) -> Iterator[Bars]:
+    """is_transient: the bars leave the screen at the end."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
@@ -135,7 +145,7 @@ def bars_on(console: Console) -> Iterator[Bars]:
         TextColumn("[cyan]{task.fields[said]}"),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=is_transient) as progress:
         bars = Bars(console, progress)
         try:
             yield bars

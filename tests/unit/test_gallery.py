@@ -90,6 +90,7 @@ def make_page(
         model_version="stub@1+2",
         asked={},
         fresh=False,
+        priority=5,
         list_cursor=None,
         list_failures=0,
         asset_count=len(assets),
