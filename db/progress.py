@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from sqlalchemy import Connection, text
 
@@ -43,6 +44,15 @@ class ChunkCounts:
     waiting: int
     queued: int
     running: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredThen:
+    """Outcomes that were stored in one second, of the chunks that were looked at."""
+
+    at: datetime
+    labeled: int
+    failed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,21 +109,25 @@ def count_chunks(db: Connection, *, job_id: int) -> ChunkCounts:
 
 
 def assets_per_second(db: Connection, *, job_id: int) -> float | None:
-    """How many outcomes workers stored a second, over the last ten minutes at most. None when they stored none.
+    """How many outcomes workers stored a second, over the last ten minutes at most. None when that is not known yet.
 
-    Answers from stored outcomes do not count: they come at another speed.
+    Answers from stored outcomes do not count: they come at another speed. Nor does the first batch: nobody knows how
+    long it took.
     """
     statement = text(
         """WITH recent AS (
                SELECT first_asset_id, last_asset_id FROM chunk
                WHERE job_id = :job_id AND state IN ('running', 'done') AND sent_at IS NOT NULL
                ORDER BY sent_at DESC LIMIT :chunks)
-           SELECT count(*) / greatest(extract(epoch FROM now() - min(o.created_at)), 1)
-           -- OFFSET 0: chunk by chunk by key, or the planner may read all outcomes.
-           FROM recent CROSS JOIN LATERAL (
-               SELECT created_at FROM outcome
-               WHERE asset_id BETWEEN first_asset_id AND last_asset_id AND job_id = :job_id
-                 AND answered_by IS NULL AND created_at > now() - make_interval(secs => :secs) OFFSET 0) o"""
+           SELECT count(*) FILTER (WHERE created_at > first)
+                  / greatest(extract(epoch FROM now() - min(first)), 1)
+           FROM (
+               SELECT o.created_at, min(o.created_at) OVER () AS first
+               -- OFFSET 0: chunk by chunk by key, or the planner may read all outcomes.
+               FROM recent CROSS JOIN LATERAL (
+                   SELECT created_at FROM outcome
+                   WHERE asset_id BETWEEN first_asset_id AND last_asset_id AND job_id = :job_id
+                     AND answered_by IS NULL AND created_at > now() - make_interval(secs => :secs) OFFSET 0) o) s"""
     )
     values = {"job_id": job_id, "chunks": _RECENT_CHUNKS, "secs": _RECENT_SECONDS}
     rate = db.execute(statement, values).scalar_one()
@@ -132,3 +146,32 @@ def last_errors(db: Connection, *, job_id: int) -> list[LastError]:
            JOIN asset a ON a.id = o.asset_id ORDER BY o.error_kind"""
     )
     return [LastError(**row) for row in db.execute(statement, {"job_id": job_id}).mappings()]
+
+
+def stored_over_time(db: Connection, *, job_id: int, chunks: int = 48) -> list[StoredThen]:
+    """When outcomes were stored, of at most so many chunks, evenly spread over those that were sent."""
+    statement = text(
+        """WITH last AS (
+               SELECT first_asset_id FROM chunk
+               WHERE job_id = :job_id AND state IN ('running', 'done') AND sent_at IS NOT NULL
+               ORDER BY sent_at DESC LIMIT 1),
+           span AS (
+               SELECT first_asset_id AS first, (SELECT first_asset_id FROM last) AS last
+               FROM chunk WHERE job_id = :job_id ORDER BY first_asset_id LIMIT 1),
+           chosen AS (
+               SELECT DISTINCT c.first_asset_id, c.last_asset_id
+               FROM span CROSS JOIN generate_series(0, CAST(:chunks AS int) - 1) AS i
+               CROSS JOIN LATERAL (
+                   SELECT first_asset_id, last_asset_id FROM chunk
+                   WHERE job_id = :job_id AND first_asset_id >= first + i * (last - first) / (:chunks - 1)
+                   ORDER BY first_asset_id LIMIT 1) c)
+           SELECT date_trunc('second', o.created_at) AS at, count(*) FILTER (WHERE o.error_kind IS NULL) AS labeled,
+                  count(*) FILTER (WHERE o.error_kind IS NOT NULL) AS failed
+           -- OFFSET 0: chunk by chunk by key, or the planner may read all outcomes.
+           FROM chosen CROSS JOIN LATERAL (
+               SELECT created_at, error_kind FROM outcome
+               WHERE asset_id BETWEEN first_asset_id AND last_asset_id AND job_id = :job_id OFFSET 0) o
+           GROUP BY 1 ORDER BY 1"""
+    )
+    rows = db.execute(statement, {"job_id": job_id, "chunks": chunks}).mappings()
+    return [StoredThen(**row) for row in rows]

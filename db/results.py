@@ -14,8 +14,6 @@ from sqlalchemy import Connection, text
 from db import counters
 from db.states import MaskCount
 
-_SAMPLE_PAGE = 10  # the masks of this many assets are in memory at once
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredMask:
@@ -112,42 +110,6 @@ def _with_masks(db: Connection, job_id: int, rows: Sequence[Any]) -> list[Labele
         LabeledAsset(asset_id=row.id, key=row.key, size_hw=(row.height, row.width), masks=masks.get(row.id, []))
         for row in rows
     ]
-
-
-def sample_labeled(db: Connection, *, job_id: int, limit: int) -> Iterator[LabeledAsset]:
-    """Stream at most `limit` of a job's labeled assets, spread over the listing, in its order."""
-    labeled = "FROM outcome WHERE job_id = :job_id AND error_kind IS NULL AND width IS NOT NULL"
-    columns = "a.id, a.key, o.width, o.height, o.segment_ms"
-    first_ones = text(
-        f"""SELECT {columns} FROM (SELECT * {labeled} ORDER BY asset_id LIMIT :limit + 1) o
-            JOIN asset a ON a.id = o.asset_id ORDER BY a.id"""
-    )
-    # From `limit` places, evenly spread over the asset ids, each time the next labeled asset.
-    spread = text(
-        f"""WITH span AS (SELECT (SELECT min(asset_id) {labeled}) AS first, (SELECT max(asset_id) {labeled}) AS last)
-            SELECT DISTINCT ON (a.id) {columns}
-            FROM span CROSS JOIN generate_series(0, CAST(:limit AS int) - 1) AS i
-            CROSS JOIN LATERAL (
-                SELECT * {labeled} AND asset_id >= first + i * (last - first + 1) / :limit
-                ORDER BY asset_id LIMIT 1) o
-            JOIN asset a ON a.id = o.asset_id ORDER BY a.id"""
-    )
-    values = {"job_id": job_id, "limit": limit}
-    rows = db.execute(first_ones, values).all()
-    if len(rows) > limit:
-        rows = db.execute(spread, values).all()
-    for start in range(0, len(rows), _SAMPLE_PAGE):
-        page = rows[start : start + _SAMPLE_PAGE]
-        masks = masks_of(db, asset_ids=[row.id for row in page])
-        require_job(db, job_id=job_id)
-        for row in page:
-            yield LabeledAsset(
-                asset_id=row.id,
-                key=row.key,
-                size_hw=(row.height, row.width),
-                segment_ms=row.segment_ms,
-                masks=masks.get(row.id, []),
-            )
 
 
 def masks_per_asset(db: Connection, *, job_id: int) -> dict[int, int]:

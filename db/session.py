@@ -44,13 +44,17 @@ def is_passing(error: DBAPIError) -> bool:
     return isinstance(error, OperationalError) or error.connection_invalidated or code[:2] in _PASSING_CLASSES
 
 
-def open_engine(url: str, *, pool_size: int = 4, statement_timeout_seconds: float = 60) -> Engine:
+def open_engine(
+    url: str, *, pool_size: int = 4, statement_timeout_seconds: float = 60, read_only: bool = False
+) -> Engine:
     """An engine. Its connections are checked before use, give up on a hung server, and never idle in a transaction.
 
-    statement_timeout_seconds: 0 means no limit, for long work such as migrations and exports.
+    statement_timeout_seconds: 0 means no limit, for long work such as migrations and exports. read_only: Postgres
+    refuses every write.
     """
     milliseconds = int(statement_timeout_seconds * 1000)
     options = f"-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={milliseconds} -c jit=off"
+    options += " -c default_transaction_read_only=on" if read_only else ""
     return create_engine(
         psycopg2_url(url),
         pool_pre_ping=True,

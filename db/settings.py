@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     )
     assist_user: str = Field("maskfleet", description="User with which Label Studio calls `maskfleet assist`")
     assist_password: SecretStr | None = Field(None, description="Its password, at least 16 characters")
+    board_password: SecretStr | None = Field(
+        None, description="Password of `maskfleet board`, at least 12 characters; unset: it makes and prints one"
+    )
     weights_dir: Path | None = Field(None, description="Where checkpoints are kept; default ~/.cache/maskfleet/weights")
     weights_mirror: str | None = Field(
         None,

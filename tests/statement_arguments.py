@@ -91,6 +91,10 @@ def _of_jobs(middle: int) -> Given:
         "pairs": [(middle, "k")],
         "matched": {"n": 1},
         "min_score": 0.5,
+        "label": None,
+        "at_random": True,
+        "chunks": 48,
+        "each": 40,
     }
 
 

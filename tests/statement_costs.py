@@ -147,9 +147,14 @@ PAGE: dict[str, int] = {
     "review_order.unpublished_in_order": 1500,
     "review_order.unpublished_without_order": 1000,
     "results.masks_of": 20,
-    "results.sample_labeled": 1600,
+    "progress.stored_over_time": 1500,
     "reviewed_masks.chosen_masks": 2400,
     "reviewed_masks.reviewed_assets": 2400,
+    "samples.failed_of_each_kind": 600,
+    "samples.labeled_of_ids": 600,
+    "samples.mean_ious": 600,
+    "samples.photo_of": 20,
+    "samples.sample_ids": 1600,
 }
 JOB = {
     "clicks.click_tallies",  # review

@@ -11,6 +11,8 @@ Messages say which object, what was found, what was expected. They are stored an
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import StrEnum
 
 
@@ -96,3 +98,9 @@ def redact(text: str) -> str:
 def printable(text: str) -> str:
     """A key or message on one line, without control sequences that a terminal would obey."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """For the message about an unknown name: a question, if one of the known names is nearly the same."""
+    found = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+from workers.errors import meant
+
 
 class ParamError(ValueError):
     """A parameter is unknown, or its value is not allowed."""
@@ -113,7 +115,7 @@ def parse_params(texts: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, text in texts.items():
         if name not in hints:
-            raise ParamError(f"unknown parameter {name!r}; known: {', '.join(PARAM_NAMES)}")
+            raise ParamError(f"unknown parameter {name!r}{meant(name, PARAM_NAMES)}; known: {', '.join(PARAM_NAMES)}")
         values[name] = _parse(name, text, hints[name])
         least, most = _RANGES.get(name, (-math.inf, math.inf))
         if isinstance(values[name], int | float) and not least <= values[name] <= most:
@@ -189,8 +191,10 @@ def parse_prompt_params(texts: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = dict(texts)
     for name in texts:
         if name not in _PARAM_NAMES:
-            known = ", ".join(_PARAM_NAMES)
-            raise ParamError(f"unknown parameter {name!r} of a job with prompts; known: {known}")
+            raise ParamError(
+                f"unknown parameter {name!r} of a job with prompts{meant(name, _PARAM_NAMES)}; "
+                f"known: {', '.join(_PARAM_NAMES)}"
+            )
     if "text_threshold" in values:
         try:
             values["text_threshold"] = float(values["text_threshold"])

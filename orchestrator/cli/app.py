@@ -54,10 +54,18 @@ OptionalJobArgument = Annotated[int | None, typer.Argument(help=JOB_HELP, metava
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
-def stop_on_signals() -> threading.Event:
+def stop_on_signals(hurry: threading.Event | None = None) -> threading.Event:
+    """Set at SIGTERM and Ctrl-C. hurry: set at a Ctrl-C after that. A second SIGTERM changes nothing: some systems send
+    several."""
     stop = threading.Event()
+
+    def hear(number: int, _: object) -> None:
+        if hurry is not None and stop.is_set() and number == signal.SIGINT:
+            hurry.set()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, hear)
     return stop
 
 

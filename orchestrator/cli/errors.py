@@ -8,11 +8,13 @@ from pydantic_settings import SettingsError
 
 from db.session import DatabaseNotReady, OperationalError
 from orchestrator.assist.credential import AssistError
+from orchestrator.board.password import BoardError
 from orchestrator.export.errors import ExportError
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.local.folder import NoFolderError
 from orchestrator.local.postgres import PostgresFailed
 from orchestrator.local.run import RunError
+from orchestrator.pages.choice import ChoiceError
 from workers.errors import SourceError, TransientError, redact
 from workers.models.spec import ModelError
 from workers.params import ParamError
@@ -30,6 +32,8 @@ _FAILURES = (
     NoFolderError,
     LabelStudioError,
     AssistError,
+    BoardError,
+    ChoiceError,
     ExportError,
     SettingsError,
 )
@@ -40,14 +44,31 @@ def as_message(error: Exception) -> str | None:
     if isinstance(error, _FAILURES) or type(error) is LookupError:
         return redact(str(error))
     if isinstance(error, ValidationError):
-        lines = (
-            f"MASKFLEET_{str(e['loc'][0]).upper()}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
-        )
-        return redact("; ".join(lines))
+        return redact("; ".join(map(_setting, error.errors())))
     if isinstance(error, OperationalError):
         return redact(f"Postgres did not answer: {error.orig}; `maskfleet doctor` says more")
     return None
 
 
+# What each of the validator's findings means; {ge} and the like are the bound that did not hold.
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "finite_number": "a number that is not infinite",
+    "bool_parsing": "true or false",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "{le:g} or less",
+    "literal_error": "{expected}",
+}
+
+
 def _setting(error: ErrorDetails) -> str:
-    return f"MASKFLEET_{str(error['loc'][0]).upper()}: {error['msg'].removeprefix('Value error, ')}"
+    """A setting that is wrong, in our words. Its value is shown where no secret can be in it."""
+    variable = f"MASKFLEET_{str(error['loc'][0]).upper()}"
+    if error["type"] not in _EXPECTED:  # our own checks
+        return f"{variable}: {error['msg'].removeprefix('Value error, ')}"
+    expected = _EXPECTED[error["type"]].format(**error.get("ctx", {})).replace("'", "")
+    return f"{variable}={error['input']!r}: expected {expected}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +15,12 @@ from orchestrator.cli.app import JobArgument, app, deployment_engine, err, fail
 from orchestrator.cli.options import LocalFilesOption
 from orchestrator.cli.request import document_root
 from orchestrator.cli.root import opened
-from orchestrator.export.formats import ExportFormat, Question
+from orchestrator.export.formats import ExportFormat, Question, Written
 from orchestrator.export.keys import Keys
 from orchestrator.export.selection import Selection
 from orchestrator.terminal.console import printable
 from orchestrator.terminal.jobs import read_job
+from orchestrator.terminal.progress import bars_on
 
 
 @app.command(epilog="Example: `maskfleet export 12 --format coco --out coco.json`")
@@ -84,11 +85,13 @@ def export(
             page=file_format.page,
         ),
     )
-    with engine.connect() as db:
+    chosen = keys is not None or reviewed
+    with engine.connect() as db, bars_on(err) as bars:
         if reviewed:
             _say_reviewed(db, job, others=min_score is not None)
-        notes = question.write(db, found, counts, out)
-    _say(out, notes)
+        bar = bars.bar(f"job {job}", None if chosen else counts.labeled - counts.without_prompts)
+        written = replace(question, progress=bar.show).write(db, found, counts, out)
+    _say(out, written)
 
 
 def _check(file_format: ExportFormat, *, images: bool, local_files: Path | None) -> None:
@@ -112,7 +115,8 @@ def _say_reviewed(db: Connection, job: int, *, others: bool) -> None:
     err.print(f"{count:,} assets as people left them")
 
 
-def _say(out: str, notes: Sequence[str]) -> None:
-    err.print(printable(f"wrote {out}"), markup=False)
-    for note in notes:
+def _say(out: str, written: Written) -> None:
+    said = f"{out}: was complete already; nothing was written" if written.was_there else f"wrote {out}"
+    err.print(printable(said), markup=False)
+    for note in written.notes:
         err.print(printable(note), style="yellow", markup=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from db import jobs, queue
+from db import jobs, progress, queue
 from db.queue import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from db.states import JobState
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
@@ -35,7 +35,9 @@ def watch(
     """Follow a job until it is over; exits 1 when assets failed, or when there was nothing to label."""
     engine = deployment_engine()
     if not once:
-        follow_job(engine, job, console=err, refresh_seconds=1.0)
+        with engine.begin() as db:
+            rate = progress.assets_per_second(db, job_id=job)
+        follow_job(engine, job, console=err, refresh_seconds=1.0, known_rate=rate)
     found, counts = read_job(engine, job)
     if as_json:
         print_json(job_as_json(found, counts))
@@ -48,6 +50,8 @@ def watch(
     why = why if found.state is JobState.DONE else None
     if why:
         err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
+    if found.state is JobState.DONE and counts.labeled and not once:
+        err.print(f"maskfleet gallery {job} --out look    shows its pictures", style="dim", highlight=False)
     if found.state is JobState.PAUSED:
         err.print(f"paused: {printable(found.error or '')}", style="red", markup=False)
     if why or counts.failed or found.state in (JobState.FAILED, JobState.PAUSED):

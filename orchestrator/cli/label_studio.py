@@ -7,13 +7,6 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from db import results
 from db.jobs import Job
@@ -39,6 +32,7 @@ from orchestrator.label_studio.publication import Options
 from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
 from orchestrator.terminal.jobs import read_job
+from orchestrator.terminal.progress import bars_on
 from orchestrator.terminal.publish import print_report, report_as_json
 from workers.allocator import keep_freed_memory
 from workers.logs import log_to_stderr
@@ -92,14 +86,12 @@ def publish(
     root = str(local_files.absolute()) if local_files else None
     options = Options(as_=as_.value, max_masks=max_masks, local_files=root, order=order.value)
     documents: dict[int, dict[str, Any]] = {}
-    with connect_label_studio() as client, _progress_bars() as bars:
-        bar = bars.add_task(f"project {number}", total=total)
-
-        def progress(n: int) -> None:
-            bars.advance(bar, n)
+    with connect_label_studio() as client, bars_on(err) as bars:
+        bar = bars.bar(f"project {number}", total, unit="task")
+        bar.show(0)
 
         def waiting() -> None:
-            bars.update(bar, description=f"project {number}: another publisher is at work")
+            bar.say("another publisher is at work")
 
         def passed(job_of: Job, report: Report) -> None:
             documents[job_of.id] = report_as_json(job_of, client.url, number, report)
@@ -109,13 +101,15 @@ def publish(
             stop = stop_on_signals()
             with Heart(database_url(), lambda: [own_beat(ProcessKind.PUBLISHER)]):
                 follow_project(
-                    engine, client, number, options, job_id=job, stop=stop, published_pass=passed, progress=progress
+                    engine, client, number, options, job_id=job, stop=stop, published_pass=passed, progress=bar.advance
                 )
         else:
             found, _ = read_job(engine, job or 0)
-            passed(found, publish_job(engine, client, found, number, options, progress=progress, waiting=waiting))
+            passed(found, publish_job(engine, client, found, number, options, progress=bar.advance, waiting=waiting))
+        address = f"{client.url}/projects/{number}/data"
     if as_json:
         print_json([*documents.values()] if job is None else documents.get(job))
+    err.print(address, markup=False, highlight=False)
     if any(document["refused"] for document in documents.values()):
         raise typer.Exit(1)
 
@@ -204,11 +198,6 @@ def assist_service(url: str) -> Service:
     if password is None:
         fail("set MASKFLEET_ASSIST_PASSWORD to the password of `maskfleet assist`, at least 16 characters")
     return Service(url=url, user=settings().assist_user, password=password.get_secret_value())
-
-
-def _progress_bars() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=err, disable=not err.is_terminal)
 
 
 def project_number(project: int | None) -> int:

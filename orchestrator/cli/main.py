@@ -10,16 +10,19 @@ import os
 import sys
 
 from orchestrator.cli.root import app, opened
+from orchestrator.local.interrupts import INTERRUPTED, heard_interrupts
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
     try:
-        with opened:
+        with heard_interrupts(), opened:
             app()
     except BrokenPipeError:
         os._exit(0)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except Exception as error:
         # Imported only here: the errors of all parts stand in as many files.
         from orchestrator.cli.app import USAGE, err

@@ -10,19 +10,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from orchestrator.cli.app import USAGE, JsonOption, err, fail, models_app, print_json
 from orchestrator.cli.request import require_weights
 from orchestrator.terminal.console import printable, stdout_console
+from orchestrator.terminal.progress import BYTES, bars_on
 from workers.models.files import is_present, weights_path
 from workers.models.loading import ONNX_LIBRARIES, missing_libraries, require_decoder, require_libraries
 from workers.models.registry import find_model, known_models, with_base
@@ -84,16 +77,9 @@ def models_pull(name: ModelArgument) -> None:
 @contextmanager
 def byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on stderr while the block runs. Yields what is told how many of how many are done."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
-        bar = progress.add_task(name, total=None)
-        yield lambda done, total: progress.update(bar, completed=done, total=total)
+    with bars_on(err) as bars:
+        bar = bars.bar(name, unit=BYTES)
+        yield lambda done, total: bar.show(done, total)
 
 
 @models_app.command("verify", epilog="Example: `maskfleet models verify sam_vit_b`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Annotated
 
@@ -56,7 +57,8 @@ def worker(
         found = find_devices(devices)
     except DeviceError as error:
         fail(str(error))
-    stop = stop_on_signals()
+    hurry = threading.Event()
+    stop = stop_on_signals(hurry)
     engine = engine_once_postgres_answers(stop)
     tended = Tended(
         database_url=database_url(),
@@ -64,6 +66,7 @@ def worker(
         top_up=partial(top_up_or_say, engine),
         metrics=None if metrics_port is None else (metrics_address, metrics_port),
         parent_pid=parent,
+        hurry=hurry,
     )
     try:
         code = serve(found, stop, tended)

@@ -20,6 +20,7 @@ from orchestrator.prompts.classifier import read_classifier
 from orchestrator.prompts.detectors import read_detector, read_phrases
 from orchestrator.prompts.files import PromptFile, list_reports, read_prompts
 from orchestrator.terminal.console import printable
+from orchestrator.terminal.progress import bars_on
 from workers.classifiers.asked import AskedClassifier
 from workers.detectors.detector import AskedDetector
 from workers.detectors.kinds import DetectorKind
@@ -214,8 +215,7 @@ def print_dry_run(request: Request, as_json: bool) -> None:
     Exits 1 if there is nothing to do.
     """
     open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
-    with err.status("listing"):
-        found = survey(request)
+    found = listed(request)
     if as_json:
         document = {"assets": found.assets, "bytes": found.size_bytes, "sample": found.sample}
         document |= {"skipped": dict(found.skipped), "model_version": request.model_version()}
@@ -227,6 +227,12 @@ def print_dry_run(request: Request, as_json: bool) -> None:
         for key in found.sample:
             print(f"  {printable(key)}")
     print_survey(request, found)
+
+
+def listed(request: Request, *, seconds: float | None = None) -> Survey:
+    """What the request would find, with a count while the source is listed. seconds: for about so long."""
+    with bars_on(err) as bars:
+        return survey(request, seconds=seconds, progress=bars.bar("listing", unit="object").show)
 
 
 def print_survey(request: Request, found: Survey) -> None:

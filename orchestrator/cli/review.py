@@ -18,9 +18,10 @@ from orchestrator.cli.app import JobArgument, JsonOption, app, database_url, dep
 from orchestrator.cli.label_studio import connect_label_studio, project_number
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.errors import Unavailable
-from orchestrator.local.run import INTERRUPTED
+from orchestrator.local.interrupts import INTERRUPTED
 from orchestrator.terminal.console import stdout_console
 from orchestrator.terminal.jobs import read_job
+from orchestrator.terminal.progress import bars_on
 from orchestrator.terminal.review import print_review
 from workers.errors import redact
 from workers.running.heart import Heart, own_beat
@@ -91,8 +92,10 @@ def _review_once(
     from orchestrator.label_studio.review_numbers import read_review
     from orchestrator.pages.review import write_review
 
-    with err.status("reading annotations") as status:
-        pull(engine, client, project, progress=lambda n: status.update(f"reading annotations: {n:,} tasks"))
+    with bars_on(err) as bars:
+        bar = bars.bar("reading annotations", unit="task")
+        bar.show(0)
+        pull(engine, client, project, progress=bar.show)
     read = read_review(engine, job, publishing.LsProject(client.url, project))
     if as_json and in_a_line:
         print(json.dumps(read.as_json(), ensure_ascii=False), flush=True)
@@ -102,7 +105,7 @@ def _review_once(
         print_review(stdout_console(), read)
     if html is not None:
         write_review(engine, read, html)
-        err.print(f"wrote {html}")
+        err.print(f"wrote {html}", markup=False, highlight=False)
 
 
 def _listen_address(listen: str) -> tuple[str, int]:

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("jobs", "Follow a job until it is over; exits 1 when assets failed, or when there was nothing to label."),
     "jobs": ("jobs", "List the newest jobs."),
     "show": ("jobs", "Show one job: its progress, what was skipped, what failed and why."),
+    "gallery": ("gallery", "Write a page with pictures of a job: what failed and why, then photos with their masks."),
     "priority": ("jobs", "Change a job's priority: its share of the workers from now on."),
     "cancel": ("jobs", "Stop a job. Its labeled assets stay, and `resume` goes on."),
     "resume": ("jobs", "Let a cancelled, paused or failed job go on where it stopped."),
@@ -37,6 +38,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tune": (
         "tune",
         "Teach the mask decoder of a job's model what people corrected in Label Studio. Only its decoder changes.",
+    ),
+    "board": (
+        "board",
+        "Serve a page of all jobs, live and read-only, behind a password, until SIGTERM or Ctrl-C.",
     ),
     "models": ("own_models", "The models, and their weights on this machine."),
     "worker": (

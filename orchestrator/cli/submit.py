@@ -24,6 +24,7 @@ from orchestrator.cli.request import (
     demonstration_notice,
     document_root,
     job_request,
+    listed,
     print_dry_run,
     print_survey,
     require_embedding_store,
@@ -33,8 +34,7 @@ from orchestrator.cli.request import (
 from orchestrator.jobs.activity import why_nobody_can
 from orchestrator.jobs.findings import nothing_found
 from orchestrator.jobs.request import Request, submit_job
-from orchestrator.jobs.survey import survey
-from orchestrator.local.run import INTERRUPTED
+from orchestrator.local.interrupts import INTERRUPTED
 from orchestrator.local.run import run as run_embedded
 from orchestrator.terminal.console import printable
 from orchestrator.terminal.jobs import job_as_json, read_job
@@ -129,8 +129,7 @@ def submit(
     else:
         print(job.id)
         err.print(f"maskfleet watch {job.id}    follows it", style="dim")
-    with err.status("listing"):
-        found = survey(request, seconds=_SURVEY_SECONDS)
+    found = listed(request, seconds=_SURVEY_SECONDS)
     if not found.complete:
         err.print(f"the source is large; maskfleet show {job.id}    says what was found when it is listed", style="dim")
     print_survey(request, found)
@@ -161,6 +160,7 @@ def _run_and_report(
             f"{assets['failed']} failed, in {outputs.summary['seconds']:.1f} s"
         )
         print(f"gallery: {outputs.gallery}")
+        print(f"with it in {out}: coco.json, label-studio.json, summary.json")
     return outputs.summary
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from db.publishing import LsProject
@@ -16,9 +15,10 @@ from db.settings import settings
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, print_json
 from orchestrator.cli.label_studio import connect_label_studio, project_number
 from orchestrator.export.files import replacing
-from orchestrator.local.run import INTERRUPTED
+from orchestrator.local.interrupts import INTERRUPTED
 from orchestrator.terminal.console import stdout_console
 from orchestrator.terminal.jobs import read_job
+from orchestrator.terminal.progress import SECONDS, Bar, Bars, bars_on
 from orchestrator.tuning.install import install, require_free_name
 from orchestrator.tuning.lessons import make_plan
 from orchestrator.tuning.process import Said, TuneStopped, train_and_judge
@@ -28,7 +28,13 @@ from workers.tuning.plan import Plan, TuneError, read_plan, write_plan
 
 _STATE = ".maskfleet"
 _DECODER = "decoder.safetensors"
-_STAGES = {"images": "reading images", "copies": "encoding turned copies", "train": "training", "verdict": "judging"}
+# Each stage of a tuning: what is said of it, and what is counted.
+_STAGES = {
+    "images": ("reading images", "image"),
+    "copies": ("encoding turned copies", "image"),
+    "train": ("training", SECONDS),
+    "verdict": ("judging", "image"),
+}
 
 
 @app.command(epilog="Example: `maskfleet tune 12 --project 3 --name our_sam --minutes 30`")
@@ -91,32 +97,30 @@ def _require_same(plan: Plan, folder: Path, *, job: int, name: str, seed: int, p
 
 
 def _train(plan: Plan, folder: Path, *, minutes: float, device: str) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        try:
-            train_and_judge(folder / _STATE, seconds=60 * minutes, device=device, listen=_listener(progress))
-        except TuneStopped:
-            progress.stop()
-            err.print(
-                f"stopped; what was done is stored in {folder}. The same command goes on; remove the folder to begin "
-                "again",
-                style="yellow",
-            )
-            raise typer.Exit(INTERRUPTED) from None
+    try:
+        with bars_on(err) as bars:
+            train_and_judge(folder / _STATE, seconds=60 * minutes, device=device, listen=_listener(bars))
+    except TuneStopped:
+        err.print(
+            f"stopped; what was done is stored in {folder}. The same command goes on; remove the folder to begin again",
+            style="yellow",
+        )
+        raise typer.Exit(INTERRUPTED) from None
 
 
-def _listener(progress: Progress) -> Callable[[Said], None]:
+def _listener(bars: Bars) -> Callable[[Said], None]:
     """Shows each stage as a bar of its own."""
-    bars: dict[str, TaskID] = {}
+    shown: dict[str, Bar] = {}
 
     def listen(said: Said) -> None:
         stage = said.get("stage")
         if stage not in _STAGES:
             return
-        if stage not in bars:
-            bars[stage] = progress.add_task(_STAGES[stage], total=said["of"], said="")
+        title, unit = _STAGES[stage]
+        if stage not in shown:
+            shown[stage] = bars.bar(title, unit=unit)
         text = f"step {said['step']}, box {said['box']:.2f}, click {said['click']:.2f}" if stage == "train" else ""
-        progress.update(bars[stage], completed=said["done"], total=said["of"], said=text)
+        shown[stage].show(int(said["done"]), int(said["of"]), note=text)
 
     return listen
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from db.jobs import Counts, Job
+from db.results import LabeledAsset
 from db.session import Connection
 from orchestrator.export.coco import export_coco
 from orchestrator.export.errors import ExportError
@@ -43,10 +44,19 @@ class ExportFormat(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What became of an export. notes: for people. was_there: it was complete already, and nothing was written."""
+
+    notes: Sequence[str]
+    was_there: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """What is to be written. part_assets: assets a part; None is the format's usual: one file, or Parquet's parts.
 
-    local_files: as `export_label_studio` takes it. images: as `export_yolo` takes it.
+    local_files: as `export_label_studio` takes it. images: as `export_yolo` takes it. progress: called with how many
+    assets are written; first with how many were there before.
     """
 
     file_format: ExportFormat
@@ -54,16 +64,29 @@ class Question:
     part_assets: int | None = None
     images: bool = False
     local_files: str | None = None
+    progress: Callable[[int], None] = lambda _: None
 
-    def write(self, db: Connection, job: Job, counts: Counts, out: str) -> list[str]:
-        """Write it, and return notes for people. Raises ExportError for what cannot be written, or not there."""
+    def write(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
+        """Write it. Raises ExportError for what cannot be written, or not there."""
         in_parts = self.part_assets is not None or self.file_format is ExportFormat.PARQUET
         self._check(db, job, out, in_parts=in_parts)
         if in_parts:
-            notes = self._write_parts(db, job, counts, out)
+            written = self._write_parts(db, job, counts, out)
         else:
-            notes = self._writer(db, job)(Path(out), self.selection.assets(db, job)) or []
-        return notes + ([] if self.selection.keys is None else self.selection.keys.notes())
+            assets = self._told(self.selection.assets(db, job), 0)
+            written = Written(notes=self._writer(db, job)(Path(out), assets) or [])
+        return (
+            written
+            if self.selection.keys is None
+            else replace(written, notes=[*written.notes, *self.selection.keys.notes()])
+        )
+
+    def _told(self, assets: Iterable[LabeledAsset], before: int) -> Iterator[LabeledAsset]:
+        """The assets on their way, told to `progress`."""
+        self.progress(before)
+        for number, asset in enumerate(assets, start=before + 1):
+            yield asset
+            self.progress(number)
 
     def _check(self, db: Connection, job: Job, out: str, *, in_parts: bool) -> None:
         self.selection.check(db, job)
@@ -75,17 +98,17 @@ class Question:
                 "numbers in each part: leave --shard-assets out, or use --format parquet"
             )
 
-    def _write_parts(self, db: Connection, job: Job, counts: Counts, out: str) -> list[str]:
+    def _write_parts(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
         part_assets = self.part_assets or _PART_ASSETS
         with open_parts(out, self._request(job, counts, part_assets)) as parts:
             if parts.complete:
-                return [f"{out}: was complete already; nothing was written"]
-            assets = self.selection.assets(db, job, after=parts.last_key)
+                return Written(notes=[], was_there=True)
+            assets = self._told(self.selection.assets(db, job, after=parts.last_key), parts.count("assets"))
             suffix = self.file_format.suffix
             notes = write_parts(parts, assets, self._writer(db, job), part_assets=part_assets, suffix=suffix)
             self._finish(db, job, parts)
             said = f"{len(parts.finished):,} parts, {parts.count('assets'):,} assets, {parts.count('masks'):,} masks"
-        return [said, *notes]
+        return Written(notes=[said, *notes])
 
     def _finish(self, db: Connection, job: Job, parts: Parts) -> None:
         if self.file_format is ExportFormat.PARQUET:

@@ -14,6 +14,7 @@ from db.session import Connection
 from orchestrator.export.errors import ExportError
 from orchestrator.export.keys import Keys
 from orchestrator.label_studio.names import DEFAULT_LABEL
+from workers.errors import meant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,9 @@ class Selection:
         known = {*results.labels_of(db, job_id=job.id), DEFAULT_LABEL}
         strange = sorted(self.labels - known)
         if strange and not self.reviewed:
-            raise ExportError(f"--label {strange[0]}: job {job.id} has {', '.join(sorted(known)[:20])}")
+            raise ExportError(
+                f"--label {strange[0]}{meant(strange[0], known)}: job {job.id} has {', '.join(sorted(known)[:20])}"
+            )
 
     def assets(self, db: Connection, job: Job, after: str = "") -> Iterator[LabeledAsset]:
         """Stream the assets in key order with the masks that are asked for. after: only later keys."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +30,16 @@ class Survey:
     matched: dict[str, Any] | None = None
 
 
-def survey(request: Request, *, seconds: float | None = None) -> Survey:
+def survey(
+    request: Request, *, seconds: float | None = None, progress: Callable[[int], None] = lambda _: None
+) -> Survey:
     """List a request's source with its filters, for about so long if a time is given, and match its prompts.
 
-    Raises what listing a source raises.
+    progress: called with how many assets were found so far. Raises what listing a source raises.
     """
     found = Survey()
     give_way_at = None if seconds is None else time.monotonic() + seconds
-    keys = _keys(request, found, give_way_at)
+    keys = _keys(request, found, give_way_at, progress)
     if request.prompts is None:
         for _ in keys:
             pass
@@ -47,15 +49,17 @@ def survey(request: Request, *, seconds: float | None = None) -> Survey:
     return found
 
 
-def _keys(request: Request, found: Survey, give_way_at: float | None) -> Iterator[str]:
+def _keys(request: Request, found: Survey, give_way_at: float | None, progress: Callable[[int], None]) -> Iterator[str]:
     """The keys of the request's assets, counted as they pass."""
     source = open_source(request.source, s3_endpoint=settings().s3_endpoint)
+    progress(0)
     for page in select(listed_part(source, request.asked()), asked=request.asked(), after=None, found=0):
         found.assets += len(page.assets)
         found.size_bytes += sum(asset.size_bytes for asset in page.assets)
         found.sample += [asset.key for asset in page.assets[: _SAMPLE - len(found.sample)]]
         found.skipped.update(page.skipped)
         found.complete = page.complete
+        progress(found.assets)
         yield from (asset.key for asset in page.assets)
         if give_way_at is not None and time.monotonic() > give_way_at:
             return

@@ -83,6 +83,7 @@ def pull(
             page = []
     count += _store(engine, ls_project, page, prompts)
     count += _read_again(engine, client, ls_project, prompts)
+    progress(count)
     with engine.begin() as db:
         set_watermark(db, ls_project=ls_project, watermark=newest)
     return count

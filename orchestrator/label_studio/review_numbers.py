@@ -126,7 +126,7 @@ def read_review(engine: Engine, job: Job, ls_project: LsProject) -> Review:
             job=job,
             ls_project=ls_project,
             assets=review_counts.asset_counts(db, job_id=job.id, ls_project=ls_project),
-            masks=_sum(ours, lambda _: "all").get("all", Numbers()),
+            masks=sum_of(tallies, job.model_version),
             by_label=_sum(ours, lambda tally: tally.label),
             by_band=_sum([tally for tally in ours if tally.band is not None], lambda tally: tally.band or 0),
             by_version=_sum(tallies, lambda tally: tally.model_version),
@@ -140,6 +140,12 @@ def read_review(engine: Engine, job: Job, ls_project: LsProject) -> Review:
             worst=review_counts.worst_assets(db, job_id=job.id, ls_project=ls_project, limit=WORST),
             clicks=click_tallies(db, job_id=job.id, ls_project=ls_project),
         )
+
+
+def sum_of(tallies: Iterable[Tally], model_version: str) -> Numbers:
+    """The numbers of all masks whose annotation began from this version."""
+    ours = (tally for tally in tallies if tally.model_version == model_version)
+    return _sum(ours, lambda _: "all").get("all", Numbers())
 
 
 def accepted_above(by_score: Sequence[tuple[float, int, int]], *, share: float) -> Accepted | None:

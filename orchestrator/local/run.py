@@ -22,21 +22,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from db import jobs, queue
+from db import jobs, queue, results
 from db.jobs import Job
 from db.session import Engine, open_engine
 from db.settings import settings
 from db.states import JobState
 from orchestrator.jobs.request import Request, submit_job
 from orchestrator.local.folder import served_database, state_dir_of
+from orchestrator.local.interrupts import Interrupts, heard_interrupts
 from orchestrator.terminal.console import Console
 from orchestrator.terminal.jobs import follow_job
+from orchestrator.terminal.progress import bars_on
 from workers.errors import redact
 from workers.machine import auto_devices
 from workers.models.registry import find_model
 from workers.storage.source import open_source
 
-INTERRUPTED = 130  # the exit code that shells give a command ended by Ctrl-C
+_PAGE = 20  # tasks of Label Studio take long to write, so their masks are read in short pages
 _STOP_SECONDS = 75  # a little more than the worker's own drain time
 
 
@@ -69,14 +71,15 @@ def run(
 
     notice: a line about the model for the gallery. local_files: Label Studio's document root, for label-studio.json.
 
-    Raises KeyboardInterrupt on Ctrl-C or SIGTERM. Then everything is stopped, and the next run continues the job.
+    Raises KeyboardInterrupt on Ctrl-C or SIGTERM. Then everything is stopped, and the next run continues the job. The
+    images in the worker's hands are finished first, or given up at a second Ctrl-C.
     Raises RunError, SourceError or PostgresFailed when it cannot work.
     """
     started = time.monotonic()
     open_source(request.source, s3_endpoint=settings().s3_endpoint).check()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     state_dir = state_dir_of(out)
     with ExitStack() as stack:
+        interrupts = stack.enter_context(heard_interrupts())
         stack.enter_context(_only_run_in(out, state_dir))
         database_url = stack.enter_context(served_database(state_dir))
         broker_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-broker-"))
@@ -86,7 +89,8 @@ def run(
         engine = open_engine(database_url)
         stack.callback(engine.dispose)
         job = _begin(engine, request)
-        with _worker(devices, state_dir / "worker.log") as worker, _dispatcher(engine) as dispatcher:
+        log_file = state_dir / "worker.log"
+        with _worker(devices, log_file, interrupts, console) as worker, _dispatcher(engine) as dispatcher:
 
             def check() -> None:
                 worker.check()
@@ -96,7 +100,9 @@ def run(
         if job.state in (JobState.FAILED, JobState.PAUSED):
             raise RunError(f"{request.source}: {job.error}")
         seconds = time.monotonic() - started
-        return _write_outputs(engine, job, out, seconds=seconds, notice=notice, local_files=local_files)
+        return _write_outputs(
+            engine, job, out, seconds=seconds, notice=notice, local_files=local_files, console=console
+        )
 
 
 @contextmanager
@@ -157,7 +163,8 @@ class _Worker:
 
 
 @contextmanager
-def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
+def _worker(devices: str, log_file: Path, interrupts: Interrupts, console: Console) -> Iterator[_Worker]:
+    """A worker. At the end it finishes the images in its hands, unless a second interrupt comes."""
     command = [
         sys.executable,
         "-P",
@@ -171,9 +178,12 @@ def _worker(devices: str, log_file: Path) -> Iterator[_Worker]:
     ]
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+    interrupts.hurry = lambda: process.send_signal(signal.SIGINT)
     try:
         yield _Worker(process, log_file)
     finally:
+        if interrupts.heard:
+            console.print("stopping: the images at work are finished first; Ctrl-C again gives them up")
         process.terminate()
         try:
             process.wait(_STOP_SECONDS)
@@ -218,18 +228,33 @@ def _dispatcher(engine: Engine) -> Iterator[_Dispatcher]:
 
 
 def _write_outputs(
-    engine: Engine, job: Job, out: Path, *, seconds: float, notice: str | None, local_files: str | None
+    engine: Engine,
+    job: Job,
+    out: Path,
+    *,
+    seconds: float,
+    notice: str | None,
+    local_files: str | None,
+    console: Console,
 ) -> Outputs:
     from orchestrator.export.coco import export_coco
     from orchestrator.export.label_studio import export_label_studio
     from orchestrator.export.summary import write_summary
+    from orchestrator.pages.choice import MAX_CARDS
     from orchestrator.pages.gallery import write_gallery
 
     patient = open_engine(engine.url.render_as_string(hide_password=False), statement_timeout_seconds=0)
-    with patient.begin() as db:
-        export_coco(db, job, out / "coco.json")
-        notes = export_label_studio(db, job, out / "label-studio.json", local_files=local_files)
+    with patient.begin() as db, bars_on(console, is_transient=True) as bars:
+        counts = jobs.count_job(db, job_id=job.id)
+        total = counts.labeled - counts.without_prompts
+        coco, tasks, page = (
+            bars.bar(f"writing {name}", total) for name in ("coco.json", "label-studio.json", "index.html")
+        )
+        export_coco(db, job, out / "coco.json", coco.over(results.labeled_assets(db, job_id=job.id)))
+        assets = tasks.over(results.labeled_assets(db, job_id=job.id, page=_PAGE))
+        notes = export_label_studio(db, job, out / "label-studio.json", assets, local_files=local_files)
         summary = write_summary(db, job, out / "summary.json", seconds, notes)
-        write_gallery(db, job, out / "index.html", seconds=seconds, notice=notice)
+        page.total = min(total, MAX_CARDS)
+        write_gallery(db, job, out / "index.html", seconds=seconds, notice=notice, progress=page.advance)
     patient.dispose()
     return Outputs(out=out, summary=summary)

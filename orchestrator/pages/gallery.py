@@ -1,47 +1,45 @@
-"""One HTML file that shows what a job found: photos with their masks, numbers, and what failed and why.
+"""One HTML file that shows what a job found: what failed and why, then photos with their masks, and numbers.
 
-It contains everything it needs and loads nothing (its own policy forbids it). It stays under about 40 MB for a job of
-any size. Masks are SVG outlines: sharp on every screen, and smaller than images of the masks. All text from a source is
+It contains everything it needs and loads nothing (its own policy forbids it). It stays under 5 MB for a job of any
+size. Masks are SVG outlines: sharp on every screen, and smaller than images of the masks. All text from a source is
 untrusted and goes through `safe_text`.
 """
 
 from __future__ import annotations
 
-import base64
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
-from db import jobs, results
+from db import jobs, results, samples
 from db.jobs import Counts, Job
 from db.results import FailedAsset, LabeledAsset
 from db.session import Connection
-from db.settings import settings
-from orchestrator.pages.page import TEMPLATE, chart, counted, duration, fill_template, safe_text, tile
-from orchestrator.pages.photo import mask_outlines, small_jpeg
+from orchestrator.label_studio.names import DEFAULT_LABEL
+from orchestrator.pages.choice import Choice, choose
+from orchestrator.pages.page import chart, counted, duration, fact, fill_page, safe_text, share_bar, tile
+from orchestrator.pages.photo import MASKS_CHARS, ReadPhoto, embedded_photo, mask_outlines, photos_of
 from orchestrator.shapes.colours import label_colour
-from workers.errors import AssetError, ErrorKind, SourceError, TransientError
-from workers.images.decode import decode
-from workers.images.pixels import RgbImage
-from workers.storage.source import open_source
+from workers.errors import ErrorKind
 
-MAX_CARDS = 200
-MAX_FAILED = 500
+FAILED_A_KIND = 40
 
-_ALL_PHOTOS_BYTES = 22_000_000  # base64 adds a third
-_PHOTO_BYTES = 300_000
+_CARDS_BYTES = 4_300_000  # of the page's 5 MB; the rest is for failed assets and the frame
+_CARD_BYTES = 440_000
+_CARD_TEXT_BYTES = 1_500
+_OUTLINES_SHARE = 0.45  # of a card's bytes at most; its photo has the rest
+_FAILED_PHOTOS, _FAILED_PHOTO_BYTES = 6, 12_000  # a kind
 _THREADS = 4  # decoding and outlines release the interpreter's lock; fetching waits for the store
 _PIXELS_AT_ONCE = 50_000_000  # decoding takes 7 bytes for each pixel
 
-log = logging.getLogger(__name__)
-
-_WHAT_HAPPENED: dict[str, str] = {
+# What failed after its photo was decoded. Of the others the photo cannot be read, or reading it may harm.
+PICTURED = frozenset({ErrorKind.BAD_PROMPT, ErrorKind.GPU_OOM, ErrorKind.INTERNAL})
+WHAT_HAPPENED: dict[str, str] = {
     ErrorKind.NOT_FOUND: "listed, but gone when it was read",
     ErrorKind.FORBIDDEN: "the store or the file's permissions do not allow reading it",
     ErrorKind.TOO_LARGE: "more bytes or pixels than this deployment accepts",
@@ -58,73 +56,104 @@ _WHAT_HAPPENED: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
-    """The content of the page. read: returns the photo of a key. failed: the first MAX_FAILED failed assets."""
+    """The content of the page. seconds: the job's time, None while it is not over. read: returns the photo of a key.
+
+    assets: with pictures, `cards` of them at most. said: what they are. failed: FAILED_A_KIND of each kind at most.
+    """
 
     job: Job
     counts: Counts
-    seconds: float
+    seconds: float | None
     notice: str | None
     assets: Iterable[LabeledAsset]
+    cards: int
+    said: str
     failed: Sequence[FailedAsset]
     labels: Sequence[str]
     masks_per_asset: Mapping[int, int]
     iou_percents: Mapping[int, int]
-    read: Callable[[str], RgbImage]
+    read: ReadPhoto
 
 
-def write_gallery(db: Connection, job: Job, out: Path, *, seconds: float, notice: str | None = None) -> None:
-    """Write the page of a job: at most MAX_CARDS labeled assets, evenly chosen, and MAX_FAILED failed ones.
+def write_gallery(
+    db: Connection,
+    job: Job,
+    out: Path,
+    *,
+    seconds: float | None = None,
+    notice: str | None = None,
+    choice: Choice | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> int:
+    """Write the page of a job, and return how many labeled assets it shows.
 
-    seconds: the caller's time for the job. notice: shown at the top, with words in backticks as code.
+    seconds: the time for the job; default: until it was finished. notice: shown at the top, with words in backticks as
+    code. choice: which assets; default: evenly spread. progress: called with 1 after each of them.
     Photos are read from the job's source again. Where a photo is gone, only its outlines are shown.
+    Raises ChoiceError if nothing can be chosen.
     """
-    source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
-
-    def read(key: str) -> RgbImage:
-        content = source.read(key, settings().max_object_bytes)
-        return decode(content, name=key, max_pixels=settings().max_pixels)
-
+    choice = choice or Choice()
+    counts = jobs.count_job(db, job_id=job.id)
+    chosen = choose(db, job, counts, choice)
+    assets = samples.labeled_of_ids(db, job_id=job.id, asset_ids=chosen.asset_ids)
+    if seconds is None and job.finished_at is not None:
+        seconds = (job.finished_at - job.created_at).total_seconds()
     gallery = Gallery(
         job=job,
-        counts=jobs.count_job(db, job_id=job.id),
+        counts=counts,
         seconds=seconds,
         notice=notice,
-        assets=results.sample_labeled(db, job_id=job.id, limit=MAX_CARDS),
-        failed=results.failed_assets(db, job_id=job.id, limit=MAX_FAILED),
+        assets=_told(_of_label(assets, choice.label), progress),
+        cards=len(chosen.asset_ids),
+        said=chosen.said,
+        failed=samples.failed_of_each_kind(db, job_id=job.id, each=FAILED_A_KIND),
         labels=results.labels_of(db, job_id=job.id),
         masks_per_asset=results.masks_per_asset(db, job_id=job.id),
         iou_percents=results.predicted_iou_percents(db, job_id=job.id),
-        read=read,
+        read=photos_of(job.source),
     )
     write_page(gallery, out)
+    return gallery.cards
+
+
+def _of_label(assets: Iterable[LabeledAsset], label: str | None) -> Iterator[LabeledAsset]:
+    for asset in assets:
+        wanted = [m for m in asset.masks if label is None or (DEFAULT_LABEL if m.label is None else m.label) == label]
+        yield replace(asset, masks=wanted)
+
+
+def _told(assets: Iterable[LabeledAsset], progress: Callable[[int], None]) -> Iterator[LabeledAsset]:
+    for asset in assets:
+        yield asset
+        progress(1)
 
 
 def write_page(gallery: Gallery, out: Path) -> None:
     """Fill the template, one card at a time."""
+    counts = gallery.counts
     parts: dict[str, Iterable[str]] = {
-        "name": [safe_text(gallery.job.name)],
+        "name": [safe_text(gallery.job.name or f"job {gallery.job.id}")],
         "facts": _facts(gallery.job),
         "notice": _notice(gallery.notice),
         "tiles": _tiles(gallery),
-        "share": _share(gallery.counts),
+        "share": [share_bar({"": counts.labeled, "bad": counts.failed}, counts.listed)],
         "charts": _charts(gallery),
-        "shown": [_shown(gallery.counts.labeled)],
+        "shown": [safe_text(gallery.said)],
         "legend": _legend(gallery.labels),
         "cards": _cards(gallery),
         "failed": _failed(gallery),
         "skipped": _skipped(gallery.job.skipped),
         "footer": _footer(gallery.job),
     }
-    fill_template(TEMPLATE.read_text(encoding="utf-8"), parts, out)
+    fill_page("gallery", parts, out)
 
 
 def _cards(gallery: Gallery) -> Iterator[str]:
-    photo_bytes = min(_PHOTO_BYTES, _ALL_PHOTOS_BYTES // max(1, min(gallery.counts.labeled, MAX_CARDS)))
-    if gallery.counts.labeled == 0:
-        yield '<li class="empty">No asset of this job is labeled yet.</li>'
+    if gallery.cards == 0:
+        yield '<li class="empty">No labeled asset to show.</li>'
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="gallery") as pool:
         for batch in _batches(gallery.assets):
-            yield from pool.map(lambda asset: _card(asset, gallery, photo_bytes), batch)
+            yield from pool.map(lambda asset: _card(asset, gallery), batch)
 
 
 def _batches(assets: Iterable[LabeledAsset]) -> Iterator[list[LabeledAsset]]:
@@ -140,24 +169,23 @@ def _batches(assets: Iterable[LabeledAsset]) -> Iterator[list[LabeledAsset]]:
         yield batch
 
 
-def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
+def _card(asset: LabeledAsset, gallery: Gallery) -> str:
     height, width = asset.size_hw
     shape = min(3.0, max(0.62, width / height))
     count = counted(len(asset.masks), "mask")
     time = "" if asset.segment_ms is None else f" · {asset.segment_ms / 1000:.1f}&nbsp;s"
-    sort = f' data-masks="{len(asset.masks)}"'
-    if asset.segment_ms is not None:
-        sort += f' data-ms="{asset.segment_ms}"'
-    if asset.masks:
-        sort += f' data-iou="{sum(mask.predicted_iou for mask in asset.masks) / len(asset.masks):.4f}"'
     key = safe_text(asset.key)
     folder, slash, name = key.rpartition("/")
-    photo = _photo(asset, gallery.read, photo_bytes)
+    room = min(_CARD_BYTES, _CARDS_BYTES // max(1, gallery.cards)) - _CARD_TEXT_BYTES
     # With one label, colours are by instance: one colour for all would hide where an instance ends.
-    masks, left_out = mask_outlines(asset, by_label=len(gallery.labels) > 1)
+    masks, left_out = mask_outlines(
+        asset, by_label=len(gallery.labels) > 1, room=min(MASKS_CHARS, int(room * _OUTLINES_SHARE))
+    )
+    # base64 makes four characters of three bytes.
+    photo = embedded_photo(gallery.read, asset.key, (room - len(masks)) * 3 // 4, asset.size_hw)
     note = f" · the smallest {left_out} not drawn" if left_out else ""
     return (
-        f'<li class="card" style="--shape:{shape:.3f}"{sort}>'
+        f'<li class="card" style="--shape:{shape:.3f}"{_sort_keys(asset)}>'
         f'<button class="shot" aria-label="Enlarge {key}, {count}">{photo}{masks}</button>'
         f'<div class="text"><bdi class="key" title="{key}"><span class="folder">{folder}{slash}</span>'
         f"<span>{name}</span></bdi>"
@@ -165,24 +193,18 @@ def _card(asset: LabeledAsset, gallery: Gallery, photo_bytes: int) -> str:
     )
 
 
-def _photo(asset: LabeledAsset, read: Callable[[str], RgbImage], photo_bytes: int) -> str:
-    try:
-        image = read(asset.key)
-        if image.shape[:2] != asset.size_hw:
-            return '<span class="gone">The image has changed since then.</span>'
-        jpeg = small_jpeg(image, photo_bytes)
-    except (AssetError, TransientError, SourceError) as error:
-        log.warning("the gallery has no photo of asset %d: %s", asset.asset_id, error)
-        kind = error.kind if isinstance(error, AssetError) else "the store does not answer"
-        return f'<span class="gone">The image cannot be read any more: {safe_text(str(kind))}.</span>'
-    data = base64.b64encode(jpeg).decode("ascii")
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{safe_text(asset.key)}">'
+def _sort_keys(asset: LabeledAsset) -> str:
+    sort = f' data-masks="{len(asset.masks)}"'
+    if asset.segment_ms is not None:
+        sort += f' data-ms="{asset.segment_ms}"'
+    if asset.masks:
+        sort += f' data-iou="{sum(mask.predicted_iou for mask in asset.masks) / len(asset.masks):.4f}"'
+    return sort
 
 
 def _facts(job: Job) -> Iterator[str]:
-    facts = {"Source": job.source, "Model": job.model_version, "Job": str(job.id)}
-    for name, value in facts.items():
-        yield f"<div><dt>{name}</dt><dd><code>{safe_text(value)}</code></dd></div>"
+    for name, value in {"Source": job.source, "Model": job.model_version, "Job": str(job.id)}.items():
+        yield fact(name, value)
     yield f"<div><dt>Submitted</dt><dd>{job.created_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC</dd></div>"
 
 
@@ -202,27 +224,17 @@ def _tiles(gallery: Gallery) -> Iterator[str]:
     if counts.pending:
         yield tile(f"pending ({gallery.job.state})", f"{counts.pending:,}")
     yield tile("masks", f"{counts.masks:,}")
-    yield tile("time", duration(gallery.seconds))
+    if gallery.seconds is not None:
+        yield tile("time", duration(gallery.seconds))
     if counts.reused:
         yield tile("answered from stored", f"{counts.reused:,}")
     if counts.without_prompts:
         yield tile("without prompts", f"{counts.without_prompts:,}")
 
 
-def _share(counts: Counts) -> Iterator[str]:
-    shares = {"": counts.labeled, "bad": counts.failed, "pending": counts.pending}
-    return (f'<i class="{name}" style="flex:{number}"></i>' for name, number in shares.items() if number)
-
-
 def _charts(gallery: Gallery) -> Iterator[str]:
     yield chart("Masks per asset", gallery.masks_per_asset, "asset", "{:,}", step=1)
     yield chart("Predicted IoU of the masks", gallery.iou_percents, "mask", "{:.2f}", step=0.01)
-
-
-def _shown(labeled: int) -> str:
-    if labeled > MAX_CARDS:
-        return f"{MAX_CARDS:,} of {labeled:,} assets shown, evenly spread"
-    return counted(labeled, "asset")
 
 
 def _legend(labels: Sequence[str]) -> Iterator[str]:
@@ -242,18 +254,25 @@ def _failed(gallery: Gallery) -> Iterator[str]:
     yield f"<section><h2>Failed</h2><p>{counted(counts.failed, 'asset')} without masks, and why."
     if counts.failed > len(gallery.failed):
         command = f"<code>maskfleet show {gallery.job.id} --failed</code>"
-        yield f" The first {len(gallery.failed):,} are shown; {command} lists all."
+        yield f" The newest {FAILED_A_KIND} of each kind are shown; {command} lists all."
     yield "</p>\n"
-    for kind, failed in groupby(sorted(gallery.failed, key=lambda asset: asset.error_kind), lambda a: a.error_kind):
-        meaning = _WHAT_HAPPENED.get(kind, "")
-        number = counts.failed_by_kind.get(kind, 0)
-        yield f'<div class="sheet kind"><h3>{safe_text(kind)} · {number:,}<span>{meaning}</span></h3><table>'
-        yield '<thead class="unseen"><tr><th scope="col">Asset</th><th scope="col">Found</th></tr></thead><tbody>\n'
-        for asset in failed:
-            reason = safe_text(asset.error.removeprefix(f"{asset.key}: "))
-            yield f'<tr><td><bdi class="key">{safe_text(asset.key)}</bdi></td><td>{reason}</td></tr>\n'
-        yield "</tbody></table></div>\n"
+    for kind, failed in groupby(gallery.failed, lambda asset: asset.error_kind):
+        yield from _failed_kind(gallery, kind, list(failed))
     yield "</section>\n"
+
+
+def _failed_kind(gallery: Gallery, kind: str, failed: Sequence[FailedAsset]) -> Iterator[str]:
+    number = gallery.counts.failed_by_kind.get(kind, 0)
+    yield f'<div class="sheet kind"><h3>{safe_text(kind)} · {number:,}<span>{WHAT_HAPPENED.get(kind, "")}</span></h3>'
+    yield '<div class="rows" tabindex="0"><table>'
+    yield '<thead class="unseen"><tr><th scope="col">Asset</th><th scope="col">Found</th></tr></thead><tbody>\n'
+    for n, asset in enumerate(failed):
+        photo = ""
+        if kind in PICTURED and n < _FAILED_PHOTOS:
+            photo = f'<span class="thumb">{embedded_photo(gallery.read, asset.key, _FAILED_PHOTO_BYTES)}</span>'
+        reason = safe_text(asset.error.removeprefix(f"{asset.key}: "))
+        yield f'<tr><td>{photo}<bdi class="key">{safe_text(asset.key)}</bdi></td><td>{reason}</td></tr>\n'
+    yield "</tbody></table></div></div>\n"
 
 
 def _skipped(skipped: Mapping[str, int]) -> Iterator[str]:

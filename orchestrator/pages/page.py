@@ -1,4 +1,4 @@
-"""The frame of a page that needs no server: a filled template, tiles, charts, safe text."""
+"""The frame of a page that needs no server: its head, tiles, charts, safe text."""
 
 from __future__ import annotations
 
@@ -6,51 +6,118 @@ import base64
 import hashlib
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from orchestrator.export.files import replacing
 
-TEMPLATE = Path(__file__).with_name("gallery.html")
+HERE = Path(__file__).parent
 _BARS = 24
+_FEW_BARS = 6  # with fewer, bars keep their width and stand on the left
 
 
-def fill_template(template: str, parts: Mapping[str, Iterable[str]], out: Path) -> None:
-    """Write the template to `out` with each {{name}} filled. {{script_hash}} is computed from the template's script."""
-    script = template.partition("<script>")[2].partition("</script>")[0]
-    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+def fill_page(kind: str, parts: Mapping[str, Iterable[str]], out: Path) -> None:
+    """Write head.html and KIND.html to `out`, with style.css and KIND.css inside, and each {{name}} filled.
+
+    The page's policy allows the script of KIND.html, known by its hash, and nothing else.
+    """
+    body = (HERE / f"{kind}.html").read_text(encoding="utf-8")
+    script = body.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    given = {
+        **parts,
+        "logo": [(HERE / "logo.svg").read_text(encoding="utf-8")],
+        "kind": [f" · {kind}"],
+        "style": [(HERE / name).read_text(encoding="utf-8") for name in ("style.css", f"{kind}.css")],
+        "script_source": [f"'sha256-{digest}'" if script else "'none'"],
+    }
+    template = f"{(HERE / 'head.html').read_text(encoding='utf-8')}{body}</body>\n</html>\n"
     with replacing(out) as file:
-        # The text that fills one gap is never searched for other gaps.
-        for n, piece in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
-            file.writelines([piece] if n % 2 == 0 else [script_hash] if piece == "script_hash" else parts[piece])
+        file.writelines(filled(template, given))
+
+
+def filled(template: str, parts: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """The template's text with each {{name}} filled. The text that fills one gap is never searched for other gaps."""
+    for n, piece in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
+        yield from [piece] if n % 2 == 0 else parts[piece]
 
 
 def tile(name: str, number: str, css_class: str = "") -> str:
     return f'<div class="{css_class}"><dt>{safe_text(name)}</dt><dd>{number}</dd></div>'
 
 
+def fact(name: str, value: str) -> str:
+    return f"<div><dt>{name}</dt><dd><code>{safe_text(value)}</code></dd></div>"
+
+
+def share_bar(shares: Mapping[str, int], total: int) -> str:
+    """A bar of `total`, with a part for each CSS class. A part that is not 0 is seen, however small it is."""
+    at, parts = 0.0, []
+    for css_class, number in shares.items():
+        if number:
+            width = max(0.7, 100 * number / max(total, 1))
+            parts.append(f'<rect class="{css_class}" x="{at:.2f}" width="{width:.2f}" height="1"/>')
+            at += width
+    return (
+        f'<svg class="share" viewBox="0 0 {max(100.0, at):.2f} 1" preserveAspectRatio="none" aria-hidden="true">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
 def chart(title: str, numbers: Mapping[int, int], unit: str, form: str, *, step: float) -> str:
-    """A histogram with at most _BARS bars, from the smallest value to the largest."""
+    """A histogram. Values far from all others share one bar at their end, so that the rest stays visible."""
     if not numbers:
         return f"<figure><figcaption>{title}</figcaption><p class='quiet'>none</p></figure>"
-    low = min(numbers)
-    width = -(-(max(numbers) - low + 1) // _BARS)
-    bars = [0] * ((max(numbers) - low) // width + 1)
+    low, high = _in_sight(numbers)
+    width = -(-(high - low + 1) // _BARS)
+    bars = [(form.format((low + n * width) * step), 0) for n in range((high - low) // width + 1)]
+    below = above = 0
     for value, number in numbers.items():
-        bars[(value - low) // width] += number
-    # With few values the bars keep their width and stand on the left.
-    columns = max(len(bars), 6)
+        if value < low:
+            below += number
+        elif value > high:
+            above += number
+        else:
+            name, counted_here = bars[(value - low) // width]
+            bars[(value - low) // width] = (name, counted_here + number)
+    ends = [form.format(value * step) for value in sorted({low, high})]
+    if below:
+        bars.insert(0, (f"less than {form.format(low * step)}", below))
+        ends[0] = f"from {form.format(min(numbers) * step)}"
+    if above:
+        bars.append((f"more than {form.format(high * step)}", above))
+        ends[-1] = f"up to {form.format(max(numbers) * step)}"
+    return _histogram(title, bars, unit, ends)
+
+
+def _in_sight(numbers: Mapping[int, int]) -> tuple[int, int]:
+    """The values between which bars are drawn: all, or those inside Tukey's outer fences if a few lie far outside."""
+    values = sorted(numbers)
+    if values[-1] - values[0] < _BARS:
+        return values[0], values[-1]
+    sums = list(accumulate(numbers[value] for value in values))
+    lower, upper = (next(v for v, n in zip(values, sums, strict=True) if n >= q * sums[-1]) for q in (0.25, 0.75))
+    reach = 3 * max(1, upper - lower)
+    inside = [value for value in values if lower - reach <= value <= upper + reach]
+    if 2 * (inside[-1] - inside[0]) > values[-1] - values[0]:
+        return values[0], values[-1]
+    return inside[0], inside[-1]
+
+
+def _histogram(title: str, bars: list[tuple[str, int]], unit: str, ends: list[str]) -> str:
+    most = max(number for _, number in bars)
     drawn = [
         f'<rect x="{i + 0.08:g}" y="{100 - height:.1f}" width="0.84" height="{height:.1f}">'
-        f"<title>{form.format((low + i * width) * step)}: {counted(number, unit)}</title></rect>"
-        for i, number in enumerate(bars)
-        if (height := max(2.0, 100 * number / max(bars)) if number else 0)
+        f"<title>{name}: {counted(number, unit)}</title></rect>"
+        for i, (name, number) in enumerate(bars)
+        if (height := max(2.0, 100 * number / most) if number else 0)
     ]
-    ends = "".join(f"<span>{form.format(value * step)}</span>" for value in sorted({low, max(numbers)}))
+    few = f" few-{len(bars)}" if len(bars) < _FEW_BARS else ""
     return (
-        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {columns} 100" role="img" '
+        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {max(len(bars), _FEW_BARS)} 100" role="img" '
         f'preserveAspectRatio="none" aria-label="{title}: histogram">{"".join(drawn)}</svg>'
-        f'<div class="ends" style="width:{100 * len(bars) / columns:.1f}%" aria-hidden="true">{ends}</div></figure>'
+        f'<div class="ends{few}" aria-hidden="true">{"".join(f"<span>{end}</span>" for end in ends)}</div></figure>'
     )
 
 

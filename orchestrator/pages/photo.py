@@ -1,24 +1,63 @@
-"""A photo for a page: a small JPEG, and its masks as outlines over it."""
+"""A photo for a page: read from the job's source, a small JPEG, and its masks as outlines over it."""
 
 from __future__ import annotations
 
+import base64
 import colorsys
 import logging
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 
 from db.results import LabeledAsset, StoredMask
+from db.settings import settings
 from orchestrator.pages.page import safe_text
 from orchestrator.shapes.colours import label_colour
 from orchestrator.shapes.outlines import GRID, outline
-from workers.images.decode import thumbnail_jpeg
+from workers.errors import AssetError, SourceError, TransientError
+from workers.images.decode import decode, thumbnail_jpeg
 from workers.images.pixels import RgbImage
+from workers.storage.source import open_source
 
-log = logging.getLogger(__name__)
+MASKS_CHARS = 40_000
+"""For all outlines of an asset: enough for 100 masks of a busy scene."""
+
+ReadPhoto = Callable[[str], RgbImage]
+CANNOT_BE_READ = (AssetError, TransientError, SourceError)
+"""What reading a photo raises."""
+
 _PHOTO_SIDE_PX = 1280
 _PHOTO_QUALITY = 82
-_MASKS_CHARS = 40_000  # for all outlines of an asset: enough for 100 masks of a busy scene
+_SMALL_PHOTO_BYTES, _SMALL_PHOTO_QUALITY = 60_000, 70  # then more pixels show more than finer ones
+_FINE_CHARS, _COARSE_UNITS = 20_000, 3  # with less room for them, outlines are coarser: a small photo shows no more
+
+log = logging.getLogger(__name__)
+
+
+def photos_of(source: str) -> ReadPhoto:
+    """What reads the photo of a key of this source, upright. It raises CANNOT_BE_READ."""
+    opened = open_source(source, s3_endpoint=settings().s3_endpoint)
+
+    def read(key: str) -> RgbImage:
+        content = opened.read(key, settings().max_object_bytes)
+        return decode(content, name=key, max_pixels=settings().max_pixels)
+
+    return read
+
+
+def embedded_photo(read: ReadPhoto, key: str, most_bytes: int, size_hw: tuple[int, int] | None = None) -> str:
+    """The photo inside the page, or what is wrong with it. size_hw: of the masks over it, when it must have that."""
+    try:
+        image = read(key)
+        if size_hw is not None and image.shape[:2] != size_hw:
+            return '<span class="gone">The image has changed since then.</span>'
+        jpeg = small_jpeg(image, most_bytes)
+    except CANNOT_BE_READ as error:
+        log.warning("the page has no photo of %s: %s", key, error)
+        why = str(error.kind) if isinstance(error, AssetError) else "the store does not answer"
+        return f'<span class="gone">The image cannot be read any more: {safe_text(why)}.</span>'
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode("ascii")}" alt="{safe_text(key)}">'
 
 
 def instance_colour(n: int) -> str:
@@ -36,22 +75,26 @@ def small_jpeg(image: RgbImage, most_bytes: int) -> bytes:
         scale = side / max(height, width)
         size_wh = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
-    jpeg = thumbnail_jpeg(image, side, _PHOTO_QUALITY)
+    quality = _PHOTO_QUALITY if most_bytes > _SMALL_PHOTO_BYTES else _SMALL_PHOTO_QUALITY
+    jpeg = thumbnail_jpeg(image, side, quality)
     while len(jpeg) > most_bytes and side > 64:
         side = int(side * min(0.9, 0.95 * (most_bytes / len(jpeg)) ** 0.5))
-        jpeg = thumbnail_jpeg(image, side, _PHOTO_QUALITY)
+        jpeg = thumbnail_jpeg(image, side, quality)
     return jpeg
 
 
-def mask_outlines(asset: LabeledAsset, *, by_label: bool) -> tuple[str, int]:
-    """The masks as SVG, large ones below small ones, and the number of masks that did not fit."""
+def mask_outlines(asset: LabeledAsset, *, by_label: bool, room: int = MASKS_CHARS) -> tuple[str, int]:
+    """The masks as SVG, large ones below small ones, and the number of masks that did not fit.
+
+    room: characters for the outlines of all masks, about.
+    """
     height, width = asset.size_hw
     unit = GRID / max(height, width)
+    tolerance = 1 if room >= _FINE_CHARS else _COARSE_UNITS
     paths: list[str] = []
-    room = _MASKS_CHARS
     left_out = 0
     for mask in sorted(asset.masks, key=lambda mask: (-mask.area_px, mask.n)):
-        path = _mask_path(mask, asset.size_hw, by_label=by_label) if room > 0 else ""
+        path = _mask_path(mask, asset.size_hw, tolerance, by_label=by_label) if room > 0 else ""
         room -= len(path)
         left_out += not path
         paths.append(path)
@@ -59,9 +102,9 @@ def mask_outlines(asset: LabeledAsset, *, by_label: bool) -> tuple[str, int]:
     return f'<svg class="masks" viewBox="{box}" aria-hidden="true">{"".join(paths)}</svg>', left_out
 
 
-def _mask_path(mask: StoredMask, size_hw: tuple[int, int], *, by_label: bool) -> str:
+def _mask_path(mask: StoredMask, size_hw: tuple[int, int], tolerance: int, *, by_label: bool) -> str:
     try:
-        d = outline(mask, size_hw)
+        d = outline(mask, size_hw, tolerance=tolerance)
     except ValueError as error:
         log.warning("cannot draw mask %d of asset %d: %s", mask.n, mask.asset_id, error)
         return ""

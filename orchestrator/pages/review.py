@@ -5,8 +5,6 @@ It uses the gallery's style, contains everything it needs and runs no script.
 
 from __future__ import annotations
 
-import base64
-import logging
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,18 +14,12 @@ from db import results, reviewed_masks
 from db.results import LabeledAsset
 from db.review_counts import Reviewed
 from db.session import Connection, Engine
-from db.settings import settings
 from orchestrator.label_studio.review_numbers import BANDS, Numbers, Review
-from orchestrator.pages.page import TEMPLATE, counted, duration, fill_template, safe_text, tile
-from orchestrator.pages.photo import mask_outlines, small_jpeg
-from workers.errors import AssetError, SourceError, TransientError
-from workers.images.decode import decode
-from workers.storage.source import open_source
+from orchestrator.pages.page import counted, duration, fact, fill_page, safe_text, share_bar, tile
+from orchestrator.pages.photo import ReadPhoto, embedded_photo, mask_outlines, photos_of
 
 _PHOTO_BYTES = 250_000  # the page has each photo twice, for ten assets
 _COLUMNS = ("predicted", "kept", "edited", "relabelled", "deleted", "added", "mean IoU of edited")
-
-log = logging.getLogger(__name__)
 
 
 def write_review(engine: Engine, review: Review, out: Path) -> None:
@@ -35,16 +27,15 @@ def write_review(engine: Engine, review: Review, out: Path) -> None:
     with engine.connect() as db:
         parts = {
             "name": [safe_text(review.job.name)],
-            "style": [TEMPLATE.read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]],
             "facts": _facts(review),
             "tiles": _tiles(review),
-            "share": _share(review.masks),
+            "share": [_share(review.masks)],
             "charts": _charts(review),
             "tables": _tables(review),
             "worst": _worst(db, review),
             "footer": _footer(review),
         }
-        fill_template(Path(__file__).with_name("review.html").read_text(encoding="utf-8"), parts, out)
+        fill_page("review", parts, out)
 
 
 def _facts(review: Review) -> Iterator[str]:
@@ -53,8 +44,7 @@ def _facts(review: Review) -> Iterator[str]:
         "Model": review.job.model_version,
         "Label Studio": f"{review.ls_project.server}/projects/{review.ls_project.project_id}",
     }
-    for name, value in facts.items():
-        yield f"<div><dt>{name}</dt><dd><code>{safe_text(value)}</code></dd></div>"
+    return (fact(name, value) for name, value in facts.items())
 
 
 def _tiles(review: Review) -> Iterator[str]:
@@ -76,9 +66,8 @@ def _tiles(review: Review) -> Iterator[str]:
         yield tile(f"score above which {review.accepted.share:.0%} were kept", f"{review.accepted.score:.3f}")
 
 
-def _share(masks: Numbers) -> Iterator[str]:
-    shares = {"": masks.kept, "edited": masks.edited, "deleted": masks.deleted}
-    return (f'<i class="{name}" style="flex:{number}"></i>' for name, number in shares.items() if number)
+def _share(masks: Numbers) -> str:
+    return share_bar({"": masks.kept, "edited": masks.edited, "deleted": masks.deleted}, masks.predicted)
 
 
 def _charts(review: Review) -> Iterator[str]:
@@ -163,17 +152,18 @@ def _worst(db: Connection, review: Review) -> Iterator[str]:
     if not review.worst:
         return
     yield "<section><h2>Corrected most</h2><p>Left: the prediction. Right: the correction.</p>\n"
+    read = photos_of(review.job.source)
     for asset in review.worst:
-        yield _pair(db, review, asset)
+        yield _pair(db, review, read, asset)
     yield "</section>\n"
 
 
-def _pair(db: Connection, review: Review, asset: Reviewed) -> str:
+def _pair(db: Connection, review: Review, read: ReadPhoto, asset: Reviewed) -> str:
     ids = [asset.asset_id]
     with db.begin():
         before = results.masks_of(db, asset_ids=ids).get(asset.asset_id, [])
         after = reviewed_masks.chosen_masks(db, job_id=review.job.id, asset_ids=ids).get(asset.asset_id, [])
-    photo = _photo(review, asset.key)
+    photo = embedded_photo(read, asset.key, _PHOTO_BYTES)
     key = safe_text(asset.key)
     sides = []
     for name, masks in (("prediction", before), ("correction", list(after))):
@@ -189,17 +179,6 @@ def _pair(db: Connection, review: Review, asset: Reviewed) -> str:
         f'<figure class="sheet pair"><div class="two">{"".join(sides)}</div><figcaption><bdi class="key">{key}</bdi> · '
         f"agreement <b>{asset.agreement:.3f}</b> · {counts} · task {asset.task_id}</figcaption></figure>\n"
     )
-
-
-def _photo(review: Review, key: str) -> str:
-    try:
-        source = open_source(review.job.source, s3_endpoint=settings().s3_endpoint)
-        image = decode(source.read(key, settings().max_object_bytes), name=key, max_pixels=settings().max_pixels)
-        jpeg = small_jpeg(image, _PHOTO_BYTES)
-    except (AssetError, TransientError, SourceError) as error:
-        log.warning("the review has no photo of %s: %s", key, error)
-        return '<span class="gone">The image cannot be read.</span>'
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode("ascii")}" alt="{safe_text(key)}">'
 
 
 def _footer(review: Review) -> Iterator[str]:

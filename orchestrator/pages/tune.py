@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import logging
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,16 +11,11 @@ import cv2
 import numpy as np
 
 from db.results import StoredMask
-from db.settings import settings
-from orchestrator.pages.page import TEMPLATE, fill_template, safe_text, tile
-from orchestrator.pages.photo import small_jpeg
+from orchestrator.pages.page import fact, fill_page, safe_text, tile
+from orchestrator.pages.photo import ReadPhoto, embedded_photo, photos_of
 from orchestrator.shapes.outlines import GRID, outline
 from orchestrator.tuning.verdict import NAMES, Judged, Measured, Verdict
-from workers.errors import AssetError, SourceError, TransientError
-from workers.images.decode import decode
-from workers.images.pixels import RgbImage
 from workers.masks import BoolMask, decode_counts, mask_from_pixels
-from workers.storage.source import open_source
 from workers.tuning.outcome import Shown
 from workers.tuning.plan import Plan
 
@@ -32,14 +25,11 @@ _LEAST_SIDE_PX = 48
 
 Window = tuple[int, int, int, int]  # y0, y1, x0, x1 in pixels of the image
 
-log = logging.getLogger(__name__)
-
 
 def write_tune(plan: Plan, judged: Judged, verdict: Verdict, out: Path) -> None:
     """Write the page. Photos are read from the source again. Where one is gone, only outlines are shown."""
     parts = {
         "name": [safe_text(plan.name)],
-        "style": [TEMPLATE.read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]],
         "facts": _facts(plan),
         "said": _said(verdict),
         "tiles": _tiles(judged),
@@ -47,7 +37,7 @@ def write_tune(plan: Plan, judged: Judged, verdict: Verdict, out: Path) -> None:
         "pictures": _pictures(plan, judged.shown),
         "footer": _footer(plan),
     }
-    fill_template(Path(__file__).with_name("tune.html").read_text(encoding="utf-8"), parts, out)
+    fill_page("tune", parts, out)
 
 
 def _facts(plan: Plan) -> Iterator[str]:
@@ -56,8 +46,7 @@ def _facts(plan: Plan) -> Iterator[str]:
         "Source": plan.source,
         "Label Studio": f"{plan.server}/projects/{plan.project}",
     }
-    for name, value in facts.items():
-        yield f"<div><dt>{name}</dt><dd><code>{safe_text(value)}</code></dd></div>"
+    return (fact(name, value) for name, value in facts.items())
 
 
 def _said(verdict: Verdict) -> Iterator[str]:
@@ -101,20 +90,22 @@ def _table(title: str, measured: dict[str, Measured]) -> Iterator[str]:
 
 
 def _pictures(plan: Plan, shown: Sequence[Shown]) -> Iterator[str]:
+    read = photos_of(plan.source)
     for title, some in (
         ("Largest gains", [one for one in shown if one.gain > 0]),
         ("Largest losses", [one for one in shown if one.gain < 0]),
     ):
         if some:
             yield f'<section><h2>{title}</h2><div class="changes">\n'
-            yield from (_picture(plan, one) for one in some)
+            yield from (_picture(read, one) for one in some)
             yield "</div></section>\n"
 
 
-def _picture(plan: Plan, shown: Shown) -> str:
+def _picture(read: ReadPhoto, shown: Shown) -> str:
     masks = {name: decode_counts(getattr(shown, name), shown.size_hw) for name in ("person", "before", "after")}
     window = _window(masks["person"] | masks["before"] | masks["after"])
-    photo = _photo(plan, shown, window)
+    y0, y1, x0, x1 = window
+    photo = embedded_photo(lambda key: np.ascontiguousarray(read(key)[y0:y1, x0:x1]), shown.key, _PICTURE_BYTES)
     sides = "".join(
         f'<div class="shot" style="--shape:{_shape(window):.3f}">{photo}'
         f"{_outlines(masks['person'], masks[name], window)}"
@@ -175,22 +166,6 @@ def _path(pixels: BoolMask) -> str:
         prompt=None,
     )
     return outline(stored, mask.size_hw)
-
-
-def _photo(plan: Plan, shown: Shown, window: Window) -> str:
-    y0, y1, x0, x1 = window
-    try:
-        image = _read(plan.source, shown.key)[y0:y1, x0:x1]
-        jpeg = small_jpeg(np.ascontiguousarray(image), _PICTURE_BYTES)
-    except (AssetError, TransientError, SourceError) as error:
-        log.warning("the page has no photo of %s: %s", shown.key, error)
-        return '<span class="gone">The image cannot be read.</span>'
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode("ascii")}" alt="{safe_text(shown.key)}">'
-
-
-def _read(source: str, key: str) -> RgbImage:
-    opened = open_source(source, s3_endpoint=settings().s3_endpoint)
-    return decode(opened.read(key, settings().max_object_bytes), name=key, max_pixels=settings().max_pixels)
 
 
 def _footer(plan: Plan) -> Iterator[str]:

@@ -16,10 +16,11 @@ _MOST_CHARS = 10_000  # of one outline; most take 100 to 500
 _MOST_RINGS = 500
 
 
-def outline(mask: StoredMask, size_hw: tuple[int, int]) -> str:
+def outline(mask: StoredMask, size_hw: tuple[int, int], *, tolerance: int = 1) -> str:
     """The mask's borders, holes too, as the `d` of an SVG path. The frame's longer side has GRID units.
 
-    The error is at most half a pixel of a 640 px image. Fill it by the even-odd rule. Empty for an empty mask.
+    tolerance: the error in these units; 1 is half a pixel of a 640 px image. Fill it by the even-odd rule. Empty for an
+    empty mask.
     """
     edges = edges_from_counts(mask.counts, size_hw)
     if edges.size == 0:
@@ -38,8 +39,8 @@ def outline(mask: StoredMask, size_hw: tuple[int, int]) -> str:
 
     # A ragged mask gets coarser lines, until it fits.
     d = ""
-    for tolerance in (1, 2, 4, 8, 16, 32):
-        d = "".join(_path(cv2.approxPolyDP(line, tolerance, True)[:, 0, ::-1]) for line in lines)
+    for coarser in (1, 2, 4, 8, 16, 32):
+        d = "".join(_path(cv2.approxPolyDP(line, tolerance * coarser, True)[:, 0, ::-1]) for line in lines)
         if len(d) <= _MOST_CHARS:
             break
     return d or _dot(mask, unit)

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -20,38 +19,29 @@ from db.session import DBAPIError, Engine, is_passing
 from db.states import JobState
 from orchestrator.jobs.reports import JobReport
 from orchestrator.terminal.console import printable
+from orchestrator.terminal.progress import Bar, bars_on
 from orchestrator.terminal.publish import published_rows
 from orchestrator.terminal.rows import activity_rows, detector_rows, prompt_rows, text_rows
 
 OVER = (JobState.DONE, JobState.CANCELLED, JobState.FAILED, JobState.PAUSED)
 _LONGEST_PAUSE_SECONDS = 30.0
-_PLAIN_LINE_SECONDS = 10.0  # between lines when the output is no terminal
-
-
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "-/s", style="cyan")
 
 
 def follow_job(
-    engine: Engine, job_id: int, *, console: Console, refresh_seconds: float, check: Callable[[], None] | None = None
+    engine: Engine,
+    job_id: int,
+    *,
+    console: Console,
+    refresh_seconds: float,
+    known_rate: float | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Job:
     """Show a bar until the job is over, and return the job. `check` is called before each count and may raise.
 
-    A count takes longer on a large job. So the pause between two counts is at least ten times as long as a count.
+    known_rate: assets a second before this call. The pause between two counts is at least ten times as long as a count.
     """
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    shown_at = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar, pause = progress.add_task(f"job {job_id}", total=None, note=""), refresh_seconds
+    with bars_on(console) as bars:
+        bar, pause = bars.bar(f"job {job_id}", known_rate=known_rate), refresh_seconds
         while True:
             if check is not None:
                 check()
@@ -61,19 +51,26 @@ def follow_job(
             except DBAPIError as error:
                 if not is_passing(error):
                     raise
-                progress.update(bar, note="[yellow]Postgres does not answer[/yellow]")
+                bar.say("[yellow]Postgres does not answer[/yellow]")
                 pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
                 time.sleep(pause)
                 continue
             pause = refresh_seconds
-            total = counts.listed if job.listed_at else None
-            progress.update(bar, completed=counts.labeled + counts.failed, total=total, note=_note(job, counts))
+            _show(bar, job, counts)
             if job.state in OVER:
                 return job
-            if not console.is_terminal and started - shown_at > _PLAIN_LINE_SECONDS:
-                shown_at = started
-                console.print(one_line(job, counts), highlight=False)
             time.sleep(max(refresh_seconds, 10 * (time.monotonic() - started)))
+
+
+def _show(bar: Bar, job: Job, counts: Counts) -> None:
+    bar.show(
+        counts.labeled + counts.failed,
+        counts.listed if job.listed_at else None,
+        reused=counts.reused + counts.without_prompts,
+        is_waiting=counts.running == 0,
+        note=_note(job, counts),
+        line=one_line(job, counts),
+    )
 
 
 def read_job(engine: Engine, job_id: int) -> tuple[Job, Counts]:
@@ -118,12 +115,13 @@ def job_as_json(job: Job, counts: Counts) -> dict[str, Any]:
 def jobs_table(jobs: Sequence[tuple[Job, Counts]]) -> Table:
     """The newest jobs, one a row."""
     table = Table(box=None, pad_edge=False)
-    for name in ("job", "state", "priority", "listed", "labeled", "failed", "pending", "masks", "model", "source"):
-        table.add_column(name, justify="left" if name in ("job", "state", "model", "source") else "right")
+    left = ("job", "name", "state", "model", "source")
+    for name in (*left[:3], "priority", "listed", "labeled", "failed", "pending", "masks", *left[3:]):
+        table.add_column(name, justify="left" if name in left else "right")
     for job, counts in jobs:
-        numbers = (counts.listed, counts.labeled, counts.failed, counts.pending, counts.masks)
-        source = Text(job.source, overflow="ellipsis", no_wrap=True)
-        table.add_row(str(job.id), job.state, str(job.priority), *(f"{n:,}" for n in numbers), job.model, source)
+        numbers = (job.priority, counts.listed, counts.labeled, counts.failed, counts.pending, counts.masks)
+        shown_name, source = (Text(printable(t), overflow="ellipsis", no_wrap=True) for t in (job.name, job.source))
+        table.add_row(str(job.id), shown_name, job.state, *(f"{n:,}" for n in numbers), job.model, source)
     return table
 
 
@@ -198,7 +196,7 @@ def failed_table(failed: Sequence[FailedAsset]) -> Table:
 
 
 def _note(job: Job, counts: Counts) -> str:
-    parts = ["listing"] if job.state is JobState.LISTING else []
+    parts = [f"listing, {counts.listed:,} found"] if job.state is JobState.LISTING else []
     parts += [f"[yellow]{escape(printable(job.error))}[/yellow]"] if job.error and job.list_failures else []
     parts += [f"{counts.masks:,} masks"]
     parts += [f"[red]{counts.failed:,} failed[/red]"] if counts.failed else []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import Any
 
 from db.progress import AtWork
 from orchestrator.jobs.activity import Activity
 from orchestrator.jobs.findings import matching_rows
+from orchestrator.terminal.progress import duration, speed
 
 
 def prompt_rows(report: dict[str, Any]) -> dict[str, str]:
@@ -67,8 +67,7 @@ def _speed(activity: Activity) -> str:
     rate, left = activity.assets_per_second, activity.seconds_left
     if rate is None:
         return ""
-    speed = f"{rate:,.1f} assets a second" if rate >= 1 else f"{1 / rate:,.1f} seconds an asset"
-    return speed if left is None else f"{speed}, about {timedelta(seconds=round(left))} left"
+    return speed(rate) if left is None else f"{speed(rate)}, about {duration(round(left))} left"
 
 
 def _at_work(worker: AtWork) -> str:

@@ -19,6 +19,7 @@ from db.session import open_engine
 from orchestrator.local.folder import folder_database, state_dir_of
 from tests.deployment import draw_pictures
 from tests.e2e.test_run import MASKFLEET, environment, run
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -63,6 +64,26 @@ def test_a_finished_run_is_shown_and_exported_by_its_folder(out: Path, tmp_path:
     assert (shown["assets"]["labeled"], shown["assets"]["failed"]) == (2, 1)
     assert sorted(p.suffix for p in (tmp_path / "yolo").rglob("*") if p.is_file() and p.suffix != ".yaml")
     assert not server_runs(out)
+
+
+def test_a_gallery_of_a_folder_shows_its_pictures_and_what_failed(out: Path, tmp_path: Path) -> None:
+    told = call("gallery", out, "--out", tmp_path / "look", "--sample", "1")
+    typo = call("gallery", out, "--out", tmp_path / "typo", "--label", "dgo", code=2)
+
+    page = tmp_path / "look" / "index.html"
+    assert told.strip() == f"gallery: {page}"
+    assert page.read_text().count("data:image/jpeg;base64,") == 1
+    assert "not_image · 1" in page.read_text()
+    assert "1 of 2 assets" in page.read_text()
+    assert "has object" in typo
+
+
+def test_a_complete_export_is_not_written_again(out: Path, tmp_path: Path) -> None:
+    words = ("export", out, "--format", "parquet", "--out", tmp_path / "parquet")
+
+    assert "wrote" in call(*words)
+    assert "was complete already; nothing was written" in (again := call(*words))
+    assert "wrote" not in again
 
 
 def test_the_options_of_export_choose_what_is_written(out: Path, tmp_path: Path) -> None:
@@ -130,6 +151,40 @@ def test_a_command_that_was_killed_leaves_the_folder_usable(out: Path) -> None:
 
     assert json.loads(call("show", out, "--json"))["assets"]["labeled"] == 2
     assert not server_runs(out)
+
+
+@pytest.mark.faults
+def test_a_second_ctrl_c_hurries_and_still_leaves_nothing_behind(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 6), tmp_path / "out"
+    log = tmp_path / "run.log"
+    endless = {"MASKFLEET_STUB_SECONDS": "600", "MASKFLEET_DRAIN_SECONDS": "600"}
+    command = [*MASKFLEET, "run", str(source), "--out", str(out), "--model", "stub"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            env=environment(**endless),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    worker_log = out / ".maskfleet" / "worker.log"
+    wait_for(
+        lambda: worker_log.exists() and "received" in worker_log.read_text(), "a chunk at work", logs=log.read_text
+    )
+    started = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "Ctrl-C again" in log.read_text(), "the first to be heard", logs=log.read_text)
+    os.kill(process.pid, signal.SIGINT)
+
+    assert process.wait(120) == 130
+    assert "Traceback" not in log.read_text()
+    assert "the same command goes on" in log.read_text()
+    wait_for(lambda: not any(map(psutil.pid_exists, started)), "the end of its processes")
+    assert not server_runs(out)
+    summary = json.loads(run(source, "--out", out, "--model", "stub", "--json").stdout)
+    assert (summary["job"], summary["assets"]["labeled"]) == (1, 6)
 
 
 def test_another_folder_and_a_typing_error_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,19 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, text
 
-from db import jobs, results
+from db import jobs, samples
 from db.jobs import Job
 from db.leases import NewOutcome
-from db.results import StoredMask
+from db.results import LabeledAsset, StoredMask
 from orchestrator.export.coco import export_coco
 from orchestrator.export.label_studio import export_label_studio
 from orchestrator.export.png import export_png
 from orchestrator.export.summary import write_summary
 from orchestrator.label_studio.addresses import PublishError
 from orchestrator.label_studio.regions import mask_ordinal
-from orchestrator.pages.gallery import MAX_CARDS, write_gallery
+from orchestrator.pages.choice import MAX_CARDS, Choice, ChoiceError, Order
+from orchestrator.pages.gallery import write_gallery
 from tests.factories import chunk_ids, claim, finish, make_job, pending, record
 from workers.masks import BoolMask, mask_from_pixels
 
@@ -376,14 +378,56 @@ def test_the_gallery_of_a_large_job_shows_assets_from_all_over_it(engine: Engine
     job, _ = finished_job(engine, keys, masks=1, source=str(tmp_path))
 
     with engine.connect() as db:
-        sample = [asset.key for asset in results.sample_labeled(db, job_id=job.id, limit=MAX_CARDS)]
-        few = [asset.key for asset in results.sample_labeled(db, job_id=job.id, limit=10_000)]
+        ids = samples.sample_ids(db, job_id=job.id, limit=MAX_CARDS)
+        some = samples.sample_ids(db, job_id=job.id, limit=MAX_CARDS, at_random=True)
+        few = [asset.key for asset in all_of(db, job, samples.sample_ids(db, job_id=job.id, limit=10_000))]
+        places = [keys.index(asset.key) for asset in all_of(db, job, ids)]
 
-    places = [keys.index(key) for key in sample]
+    assert len(set(some)) == MAX_CARDS
+    assert some != ids
     assert len(places) == MAX_CARDS
     assert places[0] == 0
     assert {b - a for a, b in itertools.pairwise(places)} == {2, 3}
     assert few == keys
+
+
+def all_of(db: Connection, job: Job, ids: list[int]) -> list[LabeledAsset]:
+    return list(samples.labeled_of_ids(db, job_id=job.id, asset_ids=ids))
+
+
+def cards(page: Path) -> list[str]:
+    return re.findall(r'aria-label="Enlarge ([^,]+)', page.read_text(encoding="utf-8"))
+
+
+def test_a_gallery_shows_what_is_asked_for(engine: Engine, tmp_path: Path) -> None:
+    keys = [f"{n}.jpg" for n in range(6)]
+    job, _ = finished_job(engine, keys, masks=3, labels=["cat", "dog"], failed=["z.jpg"], source=str(tmp_path))
+    page = tmp_path / "index.html"
+    unsure = text("UPDATE mask SET predicted_iou = :iou WHERE asset_id = (SELECT id FROM asset WHERE key = :key)")
+    with engine.begin() as db:
+        db.execute(unsure, [{"iou": 0.3, "key": "4.jpg"}, {"iou": 0.2, "key": "2.jpg"}])
+        db.execute(text("DELETE FROM mask WHERE label = 'dog' AND asset_id % 2 = 0"))
+
+    shown: dict[str, list[str]] = {}
+    with engine.connect() as db:
+        asked = {
+            "worst": Choice(limit=3, order=Order.WORST),
+            "random": Choice(order=Order.RANDOM),
+            "dog": Choice(label="dog"),
+            "failed": Choice(only_failed=True),
+        }
+        for name, choice in asked.items():
+            write_gallery(db, job, page, choice=choice)
+            shown[name] = cards(page)
+            assert "z.jpg" in page.read_text()
+        with pytest.raises(ChoiceError, match="has cat, dog, object"):
+            write_gallery(db, job, page, choice=Choice(label="dgo"))
+
+    assert shown["worst"][:2] == ["2.jpg", "4.jpg"]
+    assert len(shown["worst"]) == 3
+    assert sorted(shown["random"]) == [f"{n}.jpg" for n in range(6)]
+    assert len(shown["dog"]) == 3
+    assert shown["failed"] == []
 
 
 _EXPORT = """

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import Engine, text
 
-from db import brake, jobs, leases, listing, prompts, queue, results
+from db import brake, jobs, leases, listing, progress, prompts, queue, results
 from db.jobs import Job
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
@@ -524,3 +524,23 @@ def test_a_job_may_ask_for_its_own_brake(engine: Engine) -> None:
         finish(engine, chunk)
         with engine.begin() as db:
             assert [paused.job_id for paused in brake.pause_failing_jobs(db)] == ([job.id] if fraction == 0 else [])
+
+
+def test_the_rate_of_a_job_leaves_out_the_batch_whose_time_nobody_knows(engine: Engine) -> None:
+    job = make_job(engine, keys=6)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    ids = [asset.id for asset in pending(engine, chunk)]
+
+    def rate() -> float | None:
+        with engine.begin() as db:
+            return progress.assets_per_second(db, job_id=job.id)
+
+    record(engine, chunk, [labeled(asset_id) for asset_id in ids[:2]])
+    with engine.begin() as db:
+        db.execute(text("UPDATE chunk SET sent_at = now() - interval '1 minute'"))
+        db.execute(text("UPDATE outcome SET created_at = now() - interval '5 minutes'"))
+    assert rate() is None
+
+    record(engine, chunk, [labeled(asset_id) for asset_id in ids[2:]])
+    assert rate() == pytest.approx(4 / 300, rel=0.2)

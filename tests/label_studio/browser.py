@@ -73,6 +73,18 @@ class Browser:
         assert bgr is not None
         return np.ascontiguousarray(bgr[:, :, ::-1]).astype(np.uint8)
 
+    def emulate(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Show pages as a screen of this size in CSS pixels does, in its light or dark colours."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._send("goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
+        colours = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self._send("goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": colours}})
+
+    def type(self, text: str) -> None:
+        """Press and release the keys of the text, in what has the focus."""
+        keys = [{"type": kind, "value": letter} for letter in text for kind in ("keyDown", "keyUp")]
+        self.act({"type": "key", "id": "keyboard", "actions": keys})
+
     def _send(self, path: str, body: dict[str, Any]) -> Any:
         answer = self.http.post(path, json=body)
         assert answer.is_success, answer.text[:2000]

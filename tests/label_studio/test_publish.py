@@ -31,6 +31,7 @@ from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
 from orchestrator.label_studio.setup import Wanted, make_project, set_up_project
 from tests.factories import chunk_ids
+from tests.json_page import documented_keys
 from tests.label_studio.jobs import SIZE_HW, label_chunk, labeled_job, noise, read_job, ring, rings
 from tests.label_studio.proxy import Proxy
 from tests.label_studio.server import Server, personal_access_token
@@ -537,6 +538,7 @@ def test_setup_makes_a_project_once_and_a_second_time_changes_nothing(
 
     refused = call(label_studio, database_url, *words, "--send-keys", code=2, **keys)
     made = json.loads(call(label_studio, database_url, *words[:4], "--label", "bus", "--label", "car", "--json"))
+    assert set(made) == documented_keys("label-studio setup")
     again = json.loads(call(label_studio, database_url, *words[:4], "--label", "bus", "--json"))
     lacking = call(label_studio, database_url, *words[:4], "--label", "tram", code=2)
 

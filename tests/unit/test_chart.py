@@ -30,6 +30,7 @@ EVERYTHING = {
             "awsCredentials": "aws",
             "labelStudioApiKey": "label-studio",
             "assistPassword": "assist",
+            "boardPassword": "board",
             "flowerBasicAuth": "flower",
         }
     },
@@ -46,7 +47,7 @@ EVERYTHING = {
         "extraEgress": [{"ports": [{"protocol": "TCP", "port": 8080}]}],
     },
     "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
-    **{name: {"enabled": True} for name in ("autoscaling", "publisher", "assist", "flower")},
+    **{name: {"enabled": True} for name in ("autoscaling", "publisher", "assist", "board", "flower")},
 }
 SPOT = yaml.safe_load((CHART / "values-spot.yaml").read_text())
 WAYS = {"defaults": {}, "everything": EVERYTHING, "spot": SPOT}
@@ -230,6 +231,7 @@ def test_every_pod_has_a_network_policy_and_nobody_calls_in_unless_it_is_said(do
     [
         ({"worker": {"graceSeconds": 50}}, "worker.graceSeconds is 50, expected more than worker.drainSeconds"),
         ({"publisher": {"enabled": True}}, "publisher.enabled needs labelStudio.url"),
+        ({"board": {"enabled": True}}, "board.enabled needs secret.keys.boardPassword"),
         ({"flower": {"enabled": True}}, "flower.enabled needs secret.keys.flowerBasicAuth"),
         ({"settings": {"MASKFLEET_CHUNKSIZE": "64"}}, "value must be one of"),
         ({"settings": {"MASKFLEET_DATABASE_URL": "postgresql://user:word@host/db"}}, "value must be one of"),

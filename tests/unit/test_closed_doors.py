@@ -123,7 +123,16 @@ WRONG = {
     "max_object_bytes": ["0", "200MiB"],
 }
 # Any text is a name or a path. What is wrong with it is said by the command that uses it.
-ANY_TEXT = {"weights_dir", "weights_mirror", "state_dir", "model", "embeddings", "assist_user", "assist_password"}
+ANY_TEXT = {
+    "weights_dir",
+    "weights_mirror",
+    "state_dir",
+    "model",
+    "embeddings",
+    "assist_user",
+    "assist_password",
+    "board_password",
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
@@ -141,6 +150,8 @@ def test_a_setting_with_a_wrong_value_is_one_line_that_names_it(
     said = as_message(raised.value)
     assert said is not None
     assert re.search(rf"MASKFLEET_{name.upper()}|the database's address", said)
+    assert "expected" in said
+    assert "Input should" not in said  # the validator's words
     assert "\n" not in said
 
 

@@ -27,7 +27,7 @@ WORKER_ALONE = ROOT / "infra" / "worker.yml"
 FILES = [BASE, *OVERLAYS, WORKER_ALONE]
 EXAMPLE = ROOT / "infra" / "env.example"
 SERVICES = yaml.safe_load(BASE.read_text())["services"]
-OURS = ["migrate", "dispatch", "worker", "publisher", "assist", "flower"]
+OURS = ["migrate", "dispatch", "worker", "publisher", "assist", "board", "flower"]
 ONE_SHOT = {"migrate"}
 WRITES_INTO_ITSELF = {"label-studio"}
 
@@ -202,7 +202,13 @@ def test_one_service_builds_the_image_and_the_others_take_it():
 def test_profiles_leave_out_what_others_have_and_env_starts_what_a_new_deployment_needs():
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
 
-    assert profiles == {"s3": ["s3"], "label-studio": ["label-studio"], "publisher": ["publish"], "assist": ["assist"]}
+    assert profiles == {
+        "s3": ["s3"],
+        "label-studio": ["label-studio"],
+        "publisher": ["publish"],
+        "assist": ["assist"],
+        "board": ["board"],
+    }
     assert "\nCOMPOSE_PROFILES=s3,label-studio\n" in EXAMPLE.read_text()
 
 
@@ -313,8 +319,8 @@ def test_make_env_fills_in_every_secret_once_for_the_owner_alone(tmp_path):
     values = dict(line.split("=", 1) for line in env.read_text().splitlines() if line and line[0] != "#")
 
     secrets = [value for name, value in values.items() if f"{name}=\n" in EXAMPLE.read_text()]
-    assert len(secrets) == 10
-    assert len(set(secrets)) == 10
+    assert len(secrets) == 11
+    assert len(set(secrets)) == 11
     assert all(re.fullmatch(r"[0-9a-f]{40}", secret) for secret in secrets)
     assert env.stat().st_mode & 0o777 == 0o600
     again = subprocess.run([sys.executable, folder / "infra" / "make_env.py"], capture_output=True, text=True)

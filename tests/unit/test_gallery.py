@@ -19,7 +19,9 @@ from PIL import Image, ImageDraw
 from db.jobs import Counts, Job
 from db.results import FailedAsset, LabeledAsset, StoredMask
 from db.states import JobState
-from orchestrator.pages.gallery import MAX_CARDS, Gallery, write_page
+from orchestrator.pages.choice import MAX_CARDS
+from orchestrator.pages.gallery import Gallery, write_page
+from orchestrator.pages.page import chart
 from orchestrator.pages.photo import instance_colour
 from orchestrator.shapes.outlines import outline
 from workers.errors import AssetError, ErrorKind, TransientError
@@ -88,6 +90,7 @@ def make_page(
         model_version="stub@1+2",
         asked={},
         fresh=False,
+        priority=5,
         list_cursor=None,
         list_failures=0,
         asset_count=len(assets),
@@ -116,6 +119,8 @@ def make_page(
         seconds=12.3,
         notice=notice,
         assets=assets,
+        cards=changes.pop("cards", len(assets)),
+        said=changes.pop("said", "all of them"),
         failed=failed,
         labels=labels,
         masks_per_asset={len(a.masks): 1 for a in assets},
@@ -149,8 +154,9 @@ def test_no_text_of_a_source_becomes_markup(tmp_path: Path, text: str) -> None:
         make_page(
             tmp_path,
             [asset("a.jpg", label="b"), asset("b.jpg", label="c")],
-            failed=[FailedAsset(asset_id=2, key="c.jpg", error_kind="internal", error="d")],
+            failed=[FailedAsset(asset_id=2, key="c.jpg", error_kind="strange", error="d")],
             notice="e",
+            said="e",
             skipped={"f": 1},
         )
     )
@@ -161,6 +167,7 @@ def test_no_text_of_a_source_becomes_markup(tmp_path: Path, text: str) -> None:
             [asset(text, label=text), asset("b.jpg", label="c")],
             failed=[FailedAsset(asset_id=2, key=text, error_kind=text, error=text)],
             notice=text.replace("`", ""),
+            said=text,
             skipped={text: 1},
             name=text,
         )
@@ -258,21 +265,56 @@ def test_masks_that_make_no_sense_are_left_out_and_counted(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_page_of_noisy_photos_with_ragged_masks_stays_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cards", [160, MAX_CARDS])
+def test_a_page_of_noisy_photos_with_ragged_masks_stays_below_5_mb(tmp_path: Path, cards: int) -> None:
     size_hw = (240, 320)
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (*size_hw, 3), np.uint8)
     speckled = [stored(rng.random(size_hw) < 0.3, n=n) for n in range(6)]
     worst = LabeledAsset(asset_id=1, key="a.jpg", size_hw=size_hw, masks=speckled)
 
-    page = make_page(tmp_path, [worst], read=lambda _: noise, labeled=MAX_CARDS)
-    rest = make_page(tmp_path, [], labeled=MAX_CARDS)
+    page = make_page(tmp_path, [worst], read=lambda _: noise, cards=cards)
+    rest = make_page(tmp_path, [], cards=cards)
 
-    assert (len(page) - len(rest)) * MAX_CARDS < 40_000_000
+    assert "<img" in page
+    assert "data-n" in page
+    assert (len(page) - len(rest)) * cards < 4_500_000
 
 
-def test_a_sample_says_that_it_is_one(tmp_path: Path) -> None:
-    assert "200 of 12,345 assets shown" in make_page(tmp_path, [asset("a.jpg")], labeled=12_345)
+def test_a_page_of_few_photos_shows_them_large(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    large = LabeledAsset(asset_id=1, key="a.jpg", size_hw=(300, 400), masks=[stored(np.ones((300, 400), np.bool_))])
+
+    page = make_page(tmp_path, [large], read=lambda _: noise)
+
+    [data] = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (400, 300)
+
+
+def bars(numbers: dict[int, int]) -> list[float]:
+    drawn = chart("Masks per asset", numbers, "asset", "{:,}", step=1)
+    return [float(height) for height in re.findall(r'height="([\d.]+)"><title>', drawn)]
+
+
+def test_an_outlier_does_not_flatten_the_histogram() -> None:
+    usual = {n: 3 + n % 5 for n in range(10, 40)}
+
+    with_outlier = bars({**usual, 5000: 1})
+
+    assert len(with_outlier) > 12
+    assert max(with_outlier[:-1]) == 100
+    assert with_outlier[:-1] == bars(usual)
+    assert "more than 39: 1 asset" in chart("", {**usual, 5000: 1}, "asset", "{:,}", step=1)
+    assert "up to 5,000" in chart("", {**usual, 5000: 1}, "asset", "{:,}", step=1)
+
+
+def test_a_histogram_counts_every_value_once() -> None:
+    wide = {n * n: 1 for n in range(60)}  # no value is far from all others
+
+    said = chart("", wide, "asset", "{:,}", step=1)
+
+    assert sum(int(n) for n in re.findall(r": (\d+) asset", said)) == 60
+    assert "more than" not in said
 
 
 def test_the_failed_assets_stand_under_their_kind_with_what_was_found(tmp_path: Path) -> None:
@@ -281,11 +323,31 @@ def test_the_failed_assets_stand_under_their_kind_with_what_was_found(tmp_path: 
         FailedAsset(asset_id=2, key="c.png", error_kind="not_image", error="starts b'<html>'"),
     ]
 
+    failed.sort(key=lambda asset: asset.error_kind)
     page = Elements(make_page(tmp_path, [], failed=failed, skipped={"folder_marker": 3})).text
 
     assert page.index("not_image · 1") < page.index("starts b'<html>'") < page.index("truncated · 1")
     assert "3 folder marker" in page
-    assert "No asset of this job is labeled yet" in page
+    assert "No labeled asset to show" in page
+
+
+def test_the_failed_assets_come_first_with_their_photo_where_it_can_be_read(tmp_path: Path) -> None:
+    kinds = {"a.jpg": "bad_prompt", "b.jpg": "crashed_worker", "c.jpg": "gpu_oom"}
+    failed = [FailedAsset(asset_id=2, key=key, error_kind=kind, error="why") for key, kind in kinds.items()]
+    asked: list[str] = []
+
+    def read(key: str) -> RgbImage:
+        asked.append(key)
+        if key == "c.jpg":
+            raise AssetError(ErrorKind.NOT_FOUND, "gone")
+        return photo(key)
+
+    page = make_page(tmp_path, [asset("d.jpg")], failed=failed, read=read)
+
+    assert page.index("bad_prompt") < page.index('aria-label="Enlarge d.jpg')
+    assert asked == ["d.jpg", "a.jpg", "c.jpg"] or asked == ["a.jpg", "c.jpg", "d.jpg"]  # never what killed a worker
+    assert page.count("<img") == 2
+    assert "cannot be read any more: not_found" in page
 
 
 def test_the_notice_shows_its_commands_as_code(tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ def test_every_entry_has_defaults_that_json_can_hold_and_a_job_may_ask():
 
 
 def test_unknown_model_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UnknownModelError, match=r"'sam_vit_x'; known: sam_vit_h, sam_vit_l, sam_vit_b, .*sam_nano"):
+    with pytest.raises(
+        UnknownModelError,
+        match=r"'sam_vit_x' \(did you mean sam_vit_\w\?\); known: sam_vit_h, sam_vit_l, sam_vit_b, .*sam_nano",
+    ):
         find_model("sam_vit_x")
 
 

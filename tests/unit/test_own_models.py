@@ -87,7 +87,9 @@ def test_a_job_of_another_file_of_the_same_name_is_refused() -> None:
 
 def test_an_unknown_name_is_an_error_that_lists_the_models_of_ones_own_too() -> None:
     write_own(own())
-    with pytest.raises(UnknownModelError, match=r"unknown model 'cells-8'; known: sam_vit_h, .*, cells-7"):
+    with pytest.raises(
+        UnknownModelError, match=r"unknown model 'cells-8' \(did you mean cells-7\?\); known: sam_vit_h, .*, cells-7"
+    ):
         find_model("cells-8")
     with pytest.raises(UnknownModelError):
         find_model("../cells-7")

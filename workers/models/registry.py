@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from workers.errors import meant
 from workers.models.files import is_present, weights_sha256
 from workers.models.loading import missing_libraries
 from workers.models.own import OwnModel, is_own, own_names, read_own, require_own_name, toml_path, weights_file
@@ -213,7 +214,8 @@ def find_model(name: str) -> ModelSpec:
         return MODELS[name]
     if is_own(name):
         return spec_of(read_own(name))
-    raise UnknownModelError(f"unknown model {name!r}; known: {', '.join((*MODELS, *own_names()))}")
+    known = (*MODELS, *own_names())
+    raise UnknownModelError(f"unknown model {name!r}{meant(name, known)}; known: {', '.join(known)}")
 
 
 def known_models() -> tuple[list[ModelSpec], list[str]]:

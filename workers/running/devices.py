@@ -35,6 +35,7 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _HEALTHY_SECONDS = 60.0  # a worker that lived this long starts again without a pause
 _MOST_QUICK_DEATHS = 10  # then the device is given up: a restart does not fix what is wrong
 _MOST_QUICK_DEATHS_WHILE_WAITED_FOR = 3
+_DRAIN_POLL_SECONDS = 0.05
 _POLL_SECONDS = 0.5
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Tended:
     """How `serve` tends its workers. drain_seconds: for the end of each one's batch. top_up: called every
     top_up_seconds, so that the queue fills even when no dispatcher runs. metrics: address and port for Prometheus, or
     None. parent_pid: the workers also stop when that process has ended, and a device is given up sooner, because a
-    person waits."""
+    person waits. hurry: once it is set, nothing is drained any more."""
 
     database_url: str
     drain_seconds: float
@@ -73,6 +74,7 @@ class Tended:
     top_up_seconds: float = 10
     metrics: tuple[str, int] | None = None
     parent_pid: int | None = None
+    hurry: threading.Event = field(default_factory=threading.Event)
 
 
 def serve(devices: Sequence[Device], stop: threading.Event, tended: Tended) -> int:
@@ -94,7 +96,7 @@ def serve(devices: Sequence[Device], stop: threading.Event, tended: Tended) -> i
             _offer_metrics(workers, folder / "metrics", *tended.metrics)
         stack.enter_context(Heart(tended.database_url, lambda: [_beat(worker) for worker in workers]))
         _tend(workers, stop, tended)
-        _drain(workers, tended.drain_seconds)
+        _drain(workers, tended)
         return int(all(worker.given_up for worker in workers))
 
 
@@ -210,18 +212,19 @@ def _start(worker: _WorkerProcess) -> None:
     log.info("worker %s started as process %d", name, worker.process.pid)
 
 
-def _drain(workers: Sequence[_WorkerProcess], drain_seconds: float) -> None:
+def _drain(workers: Sequence[_WorkerProcess], tended: Tended) -> None:
     running = [worker.process for worker in workers if worker.process is not None]
     for worker in workers:
         stop_file(worker.run_dir).touch()
     for process in running:
         process.terminate()
-    give_up_at = time.monotonic() + drain_seconds
+    give_up_at = time.monotonic() + tended.drain_seconds
     for process in running:
-        try:
-            process.wait(max(0.0, give_up_at - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            log.warning("process %d did not stop within %g s and is killed", process.pid, drain_seconds)
+        while process.poll() is None and time.monotonic() < give_up_at and not tended.hurry.wait(_DRAIN_POLL_SECONDS):
+            pass
+        if process.poll() is None:
+            seconds = "at once" if tended.hurry.is_set() else f"within {tended.drain_seconds:g} s"
+            log.warning("process %d did not stop %s and is killed", process.pid, seconds)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also ends pool children that a dead main process left behind
         process.wait()

@@ -110,10 +110,8 @@ securityContext:
 {{ include "maskfleet.secretFile" (dict "variable" "MASKFLEET_BROKER_URL_FILE" "key" .Values.secret.keys.brokerUrl) }}
 {{- end }}
 
-{{/* What dispatch, worker, publisher and assist share. */}}
-{{- define "maskfleet.commonEnv" -}}
-{{ include "maskfleet.databaseEnv" . }}
-{{ include "maskfleet.brokerEnv" . }}
+{{/* What reads images needs. */}}
+{{- define "maskfleet.imagesEnv" -}}
 - {name: AWS_DEFAULT_REGION, value: {{ .Values.s3.region | quote }}}
 {{- with .Values.secret.keys.awsCredentials }}
 {{ include "maskfleet.secretFile" (dict "variable" "AWS_SHARED_CREDENTIALS_FILE" "key" .) }}
@@ -121,6 +119,16 @@ securityContext:
 {{- with .Values.s3.endpoint }}
 - {name: MASKFLEET_S3_ENDPOINT, value: {{ . | quote }}}
 {{- end }}
+{{- range $name, $value := .Values.settings }}
+- {name: {{ $name }}, value: {{ $value | quote }}}
+{{- end }}
+{{- end }}
+
+{{/* What dispatch, worker, publisher and assist share. */}}
+{{- define "maskfleet.commonEnv" -}}
+{{ include "maskfleet.databaseEnv" . }}
+{{ include "maskfleet.brokerEnv" . }}
+{{ include "maskfleet.imagesEnv" . }}
 {{- with .Values.embeddings }}
 - {name: MASKFLEET_EMBEDDINGS, value: {{ . | quote }}}
 {{- end }}
@@ -128,9 +136,6 @@ securityContext:
 - {name: HF_HOME, value: /weights/huggingface}
 {{- with .Values.weights.mirror }}
 - {name: MASKFLEET_WEIGHTS_MIRROR, value: {{ . | quote }}}
-{{- end }}
-{{- range $name, $value := .Values.settings }}
-- {name: {{ $name }}, value: {{ $value | quote }}}
 {{- end }}
 {{- end }}
 
