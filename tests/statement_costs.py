@@ -139,6 +139,7 @@ PAGE: dict[str, int] = {
     "queue.unsend": 20,
     "results.failed_of_keys": 600,
     "same_bytes.answer_same_bytes": 2200,
+    "results.key_after": 20,
     "results.labeled_assets": 500,
     "results.labeled_of_keys": 600,
     "results.stream_failed": 600,

@@ -122,7 +122,8 @@ class _ParallelListing:
             self._long.discard(n)
         else:
             self._shards[n] = ListShard(n=n, cursor=cursor, upto=shard.upto)
-            self._long.add(n)
+            if len(page.assets) + sum(page.skipped.values()) >= PAGE_SIZE:
+                self._long.add(n)
         return True
 
     def _look_for_cuts(self, pool: ThreadPoolExecutor) -> None:
