@@ -189,14 +189,21 @@ def _outcome(asset_id: int, masks: int) -> NewOutcome:
     return NewOutcome(asset_id=asset_id, width=1024, height=768, segment_ms=50, masks=found)
 
 
-def run_part(url: str, load: Load, part: int, workers: int, messages: Any) -> dict[str, Any]:
+_MESSAGES: list[Any] = []  # the queue of this process
+
+
+def _take(messages: Any) -> None:
+    _MESSAGES[:] = [messages]
+
+
+def run_part(url: str, load: Load, part: int, workers: int) -> dict[str, Any]:
     """Some of the workers, in a process of their own. Returns their seconds, assets and CPU seconds."""
     engine = open_engine(url, pool_size=max(min(workers, CONNECTIONS // PROCESSES), 1))
     engine.pool._max_overflow = 0  # type: ignore[attr-defined]
     until = time.monotonic() + load.seconds
     window = queue.window_of(workers=load.workers, jobs=1, most=max(64, 2 * load.workers))
     crew = [
-        Worker(engine=engine, name=f"w{part}.{n}", load=load, messages=messages, until=until, window=window)
+        Worker(engine=engine, name=f"w{part}.{n}", load=load, messages=_MESSAGES[0], until=until, window=window)
         for n in range(workers)
     ]
     threads = [threading.Thread(target=worker.run) for worker in crew]
@@ -217,14 +224,19 @@ def run_level(engine: Engine, url: str, load: Load) -> Level:
     wanted = int(load.workers * load.rate * load.seconds)
     with engine.begin() as db:
         db.execute(text("UPDATE job SET state = 'cancelled' WHERE state IN ('listing', 'running')"))
-    job = make_job(engine, keys=2 * wanted + CHUNK * load.workers, chunk_size=CHUNK, fresh=True)
-    with multiprocessing.Manager() as manager, _watched(engine) as seen:
-        messages = manager.Queue()
-        shares = [load.workers // PROCESSES + (n < load.workers % PROCESSES) for n in range(PROCESSES)]
+    # A source of its own: otherwise the assets of an earlier level would answer.
+    job = make_job(
+        engine, keys=2 * wanted + CHUNK * load.workers, chunk_size=CHUNK, source=f"s3://bucket/{time.monotonic_ns()}"
+    )
+    shares = [load.workers // PROCESSES + (n < load.workers % PROCESSES) for n in range(PROCESSES)]
+    forked = multiprocessing.get_context("fork")
+    with (
+        ProcessPoolExecutor(PROCESSES, mp_context=forked, initializer=_take, initargs=(forked.Queue(),)) as pool,
+        _watched(engine) as seen,
+    ):
         began = time.monotonic()
-        with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
-            parts = [pool.submit(run_part, url, load, n, share, messages) for n, share in enumerate(shares) if share]
-            found = [part.result() for part in parts]
+        parts = [pool.submit(run_part, url, load, n, share) for n, share in enumerate(shares) if share]
+        found = [part.result() for part in parts]
         seconds = time.monotonic() - began
     with engine.begin() as db:
         counts = jobs.count_job(db, job_id=job.id)

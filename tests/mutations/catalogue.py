@@ -142,7 +142,7 @@ MUTATIONS = (
     Mutation(
         name="the token check before masks of the same bytes are copied",
         file="db/same_bytes.py",
-        before="""    hold(db, chunk=chunk, set_="", lease=lease_seconds)
+        before="""    extend_lease(db, chunk=chunk, lease_seconds=lease_seconds)
 """,
         after="",
         tests=("tests/integration/test_same_bytes.py::test_a_worker_that_lost_its_chunk_copies_nothing",),
