@@ -87,6 +87,7 @@ CALL: dict[str, int] = {
     "queue.expire_lease": 20,
     "queue.has_stale_sent": 20,
     "same_bytes.count_same_bytes": 20,
+    "session.require_session": 20,
     "queue.count_active": 20,
     "queue.set_priority": 20,
     "results.require_job": 20,

@@ -273,14 +273,13 @@ def _level(load: Load, found: Sequence[dict[str, Any]], seen: dict[str, Any], se
         waits={name: round(n / looks, 2) for name, n in waits.most_common(4)},
         says="",
     )
-    return Level(**{**asdict(level), "says": _judge(level)})
+    return Level(**{**asdict(level), "says": judge(level, cores=psutil.cpu_count() or 1)})
 
 
-def _judge(level: Level) -> str:
+def judge(level: Level, *, cores: int) -> str:
     """What is saturated. Cores first: a machine without idle cores makes everything else wait."""
     if level.reached >= REACHED * level.wanted:
         return "keeps up"
-    cores = psutil.cpu_count() or 1
     waiting = {kind: sum(n for name, n in level.waits.items() if name.startswith(kind)) for kind in ("Lock", "IO")}
     if level.postgres_cores + level.client_cores > 0.85 * cores:
         return f"the machine's {cores} cores ({level.postgres_cores:.1f} by Postgres)"
