@@ -9,6 +9,8 @@ from datetime import datetime
 
 from sqlalchemy import Connection, Engine, text
 
+from db.session import require_session
+
 _LOCK = 7_271_902_311  # of pg_try_advisory_lock: any number that nothing else uses
 _UNUSED_MINUTES = 10  # an annotated task may be open again: what is in use is not deleted
 
@@ -30,6 +32,7 @@ def sweep_lock(engine: Engine) -> Iterator[Connection | None]:
     """
     with engine.connect() as db:
         with db.begin():
+            require_session(db)
             held = db.execute(text("SELECT pg_try_advisory_lock(:lock)"), {"lock": _LOCK}).scalar_one()
         try:
             yield db if held else None

@@ -164,7 +164,7 @@ def record(
 
     Raises LeaseLost when this worker no longer holds the lease. An outcome that already exists is kept.
     """
-    hold(
+    _hold(
         db, chunk=chunk, set_="in_flight = CAST(:in_flight AS bigint[])", in_flight=list(in_flight), lease=lease_seconds
     )
     if not outcomes:
@@ -202,12 +202,12 @@ def record(
 
 def extend_lease(db: Connection, *, chunk: ClaimedChunk, lease_seconds: float) -> None:
     """Heartbeat. Raises LeaseLost when this worker no longer holds the chunk, or the job was cancelled."""
-    hold(db, chunk=chunk, set_="", lease=lease_seconds)
+    _hold(db, chunk=chunk, set_="", lease=lease_seconds)
 
 
 def finish_chunk(db: Connection, *, chunk: ClaimedChunk) -> None:
     """Mark the chunk done. Raises LeaseLost when this worker no longer holds it."""
-    hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
+    _hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
 
 
 def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False) -> None:
@@ -224,7 +224,7 @@ def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool 
     )
 
 
-def hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **values: Any) -> None:
+def _hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **values: Any) -> None:
     """Write to a chunk only while this worker holds it and its job runs. The row stays locked until the commit."""
     changes = f", {set_}" if set_ else ""
     held = db.execute(

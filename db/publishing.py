@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, RowMapping, text
 
+from db.session import require_session
 from db.states import LsState
 
 _VERSION_PAGE = 100
@@ -78,6 +79,7 @@ def project_lock(engine: Engine, *, ls_project: LsProject, wait: Callable[[], No
     with engine.connect() as db:
         while True:
             with db.begin():
+                require_session(db)
                 held = db.execute(key, name).scalar_one()
             if held:
                 break

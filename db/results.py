@@ -93,6 +93,17 @@ def labeled_assets(db: Connection, *, job_id: int, after: str = "", page: int = 
         after = rows[-1].key
 
 
+def key_after(db: Connection, *, job_id: int, after: str, assets: int) -> str | None:
+    """The key of the job's asset that is so many places behind a key. None when there are not so many."""
+    statement = text(
+        "SELECT key FROM asset WHERE job_id = :job_id AND key > :after ORDER BY key OFFSET :before LIMIT 1"
+    )
+    found: str | None = db.execute(
+        statement, {"job_id": job_id, "after": after, "before": assets - 1}
+    ).scalar_one_or_none()
+    return found
+
+
 def labeled_of_keys(db: Connection, *, job_id: int, keys: Sequence[str]) -> list[LabeledAsset]:
     """Those of a job's assets with these keys that are labeled, in key order with their masks."""
     statement = text(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, text
 
 from db.copied_outcomes import copy_outcomes, remember_bytes
-from db.leases import ClaimedChunk, hold
+from db.leases import ClaimedChunk, extend_lease
 from db.states import MaskCount
 
 
@@ -67,7 +67,7 @@ def answer_same_bytes(
 
     read: what was read, by asset. Raises LeaseLost when this worker no longer holds the chunk.
     """
-    hold(db, chunk=chunk, set_="", lease=lease_seconds)
+    extend_lease(db, chunk=chunk, lease_seconds=lease_seconds)
     asked = [(asset_id, key, one.etag) for asset_id, one in read.items() for key in one.keys]
     values = {
         "job_id": chunk.job_id,

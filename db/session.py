@@ -23,6 +23,7 @@ __all__ = [
     "newest_migration",
     "open_engine",
     "psycopg2_url",
+    "require_session",
 ]
 
 _MIGRATIONS = Path(__file__).parent / "migrations" / "versions"
@@ -79,6 +80,19 @@ def psycopg2_url(url: str) -> URL:
         raise DatabaseNotReady(
             "the database's address cannot be read, expected postgresql://user@host:5432/name"
         ) from error
+
+
+def require_session(db: Connection) -> None:
+    """For what holds a lock for longer than a transaction. Raises DatabaseNotReady behind a pooler of transactions.
+
+    There each transaction may be on another connection of the server, so that two could hold the lock at once. Such a
+    pooler also drops the options that `open_engine` asks for, and that shows.
+    """
+    if db.execute(text("SELECT current_setting('jit')")).scalar_one() == "on":
+        raise DatabaseNotReady(
+            "the database is reached through a pooler that gives each transaction another connection, so a lock would "
+            "hold nothing: let this command's MASKFLEET_DATABASE_URL name PostgreSQL itself"
+        )
 
 
 def migration_of(engine: Engine) -> str | None:

@@ -235,6 +235,7 @@ OTHERS: dict[str, Callable[[Connection, Given], Given]] = {
     "publishing.unpublished": lambda db, given: {"after_asset_id": given["chunk"].first_asset_id - 100 * CHUNK},
     "copied_outcomes.remember_bytes": lambda db, given: {"keys": [(f"{n:032}", n) for n in given["asset_ids"]]},
     "same_bytes.answer_same_bytes": lambda db, given: _with_known_bytes(db, given),
+    "results.key_after": lambda db, given: {"assets": 64},
     "results.labeled_of_keys": lambda db, given: {"keys": _keys(db, given)},
     "results.failed_of_keys": lambda db, given: {"keys": _keys(db, given)},
     "reviewed_masks.reviewed_assets": lambda db, given: {

@@ -8,7 +8,7 @@ from alembic import context
 from sqlalchemy import text
 
 from db.partitions import is_partition
-from db.session import open_engine
+from db.session import open_engine, require_session
 from db.tables import Base
 
 _ONE_RUNNER = 0x6D61736B  # "mask": the advisory lock of migrations
@@ -21,6 +21,7 @@ def _is_compared(name: str | None, kind: str, _: Any) -> bool:
 
 engine = open_engine(context.config.attributes["url"], statement_timeout_seconds=0)
 with engine.connect() as connection:
+    require_session(connection)
     connection.execute(text(f"SELECT pg_advisory_lock({_ONE_RUNNER})"))  # however long the runner before takes
     wait = context.config.attributes.get("lock_timeout", "30s")
     connection.execute(text("SELECT set_config('lock_timeout', :wait, false)"), {"wait": wait})

@@ -59,6 +59,9 @@ def export(
             help="In parts of this many assets; the same command goes on after a stop. parquet always does: 100000.",
         ),
     ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, max=64, metavar="N", help="Write N parts at once.")
+    ] = 1,
     images: Annotated[bool, typer.Option("--images", help="With yolo: copy the images too.")] = False,
     local_files: LocalFilesOption = None,
 ) -> None:
@@ -76,6 +79,7 @@ def export(
         images=images,
         local_files=None if local_files is None else document_root(local_files, found.source),
         part_assets=shard_assets,
+        processes=processes,
         selection=Selection(
             labels=frozenset(label or ()),
             min_area_px=min_area,

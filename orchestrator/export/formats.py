@@ -18,6 +18,7 @@ from orchestrator.export.label_studio import export_label_studio
 from orchestrator.export.parquet import export_failed, export_parquet
 from orchestrator.export.parts import Parts, WritePart, open_parts, write_parts
 from orchestrator.export.png import export_png
+from orchestrator.export.processes import PartWriter, part_ranges, write_parts_at_once
 from orchestrator.export.selection import Selection
 from orchestrator.export.yolo import export_yolo
 
@@ -51,12 +52,16 @@ class Written:
     was_there: bool = False
 
 
+def tell_nobody(_: int) -> None:
+    """The progress of an export that nobody watches."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """What is to be written. part_assets: assets a part; None is the format's usual: one file, or Parquet's parts.
 
-    local_files: as `export_label_studio` takes it. images: as `export_yolo` takes it. progress: called with how many
-    assets are written; first with how many were there before.
+    local_files: as `export_label_studio` takes it. images: as `export_yolo` takes it. processes: parts at once.
+    progress: called with how many assets are written; first with how many were there before.
     """
 
     file_format: ExportFormat
@@ -64,7 +69,8 @@ class Question:
     part_assets: int | None = None
     images: bool = False
     local_files: str | None = None
-    progress: Callable[[int], None] = lambda _: None
+    processes: int = 1
+    progress: Callable[[int], None] = tell_nobody
 
     def write(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
         """Write it. Raises ExportError for what cannot be written, or not there."""
@@ -90,6 +96,10 @@ class Question:
 
     def _check(self, db: Connection, job: Job, out: str, *, in_parts: bool) -> None:
         self.selection.check(db, job)
+        if self.processes > 1 and not in_parts:
+            raise ExportError("--processes: only --format parquet, or an export with --shard-assets, has parts")
+        if self.processes > 1 and self.selection.keys is not None:
+            raise ExportError("--processes with --keys: one process reads the keys in order; leave --processes out")
         if "://" in out and not in_parts:
             raise ExportError(f"{out}: only --format parquet, or an export with --shard-assets, goes to a bucket")
         if in_parts and self.selection.reviewed and self.file_format in (ExportFormat.COCO, ExportFormat.YOLO):
@@ -103,12 +113,33 @@ class Question:
         with open_parts(out, self._request(job, counts, part_assets)) as parts:
             if parts.complete:
                 return Written(notes=[], was_there=True)
-            assets = self._told(self.selection.assets(db, job, after=parts.last_key), parts.count("assets"))
-            suffix = self.file_format.suffix
-            notes = write_parts(parts, assets, self._writer(db, job), part_assets=part_assets, suffix=suffix)
+            if self.processes > 1:
+                notes = self._write_at_once(db, job, parts, out, part_assets)
+            else:
+                assets = self._told(self.selection.assets(db, job, after=parts.last_key), parts.count("assets"))
+                suffix = self.file_format.suffix
+                notes = write_parts(parts, assets, self._writer(db, job), part_assets=part_assets, suffix=suffix)
             self._finish(db, job, parts)
             said = f"{len(parts.finished):,} parts, {parts.count('assets'):,} assets, {parts.count('masks'):,} masks"
         return Written(notes=[said, *notes])
+
+    def _write_at_once(self, db: Connection, job: Job, parts: Parts, out: str, part_assets: int) -> list[str]:
+        ranges = part_ranges(
+            db,
+            job,
+            after=parts.last_key,
+            first=len(parts.finished),
+            part_assets=part_assets,
+            suffix=self.file_format.suffix,
+        )
+        writer = PartWriter(
+            database_url=db.engine.url.render_as_string(hide_password=False),
+            job=job,
+            selection=self.selection,
+            make_writer=replace(self, progress=tell_nobody)._writer,  # it goes to other processes
+            out=out if "://" in out else str(parts.folder),
+        )
+        return write_parts_at_once(parts, ranges, writer, processes=self.processes, progress=self.progress)
 
     def _finish(self, db: Connection, job: Job, parts: Parts) -> None:
         if self.file_format is ExportFormat.PARQUET:

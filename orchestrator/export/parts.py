@@ -142,22 +142,26 @@ def write_parts(
     rest = iter(assets)
     while (first := list(islice(rest, 1))) or not parts.finished:
         path = parts.folder / f"part-{len(parts.finished):05}{suffix}"
-        if path.is_dir():
-            _remove(path)  # its writer was killed before it could name it
-        counted = _Counted(chain(first, islice(rest, part_assets - 1)))
-        told = write(path, counted) or []
-        notes = notes or told
-        parts.finished.append(
-            {
-                "name": path.name,
-                "assets": counted.assets,
-                "masks": counted.masks,
-                "last_key": counted.last_key,
-                "notes": told,
-            }
-        )
+        entry = write_part(path, chain(first, islice(rest, part_assets - 1)), write)
+        notes = notes or entry["notes"]
+        parts.finished.append(entry)
         parts.store()
     return notes
+
+
+def write_part(path: Path, assets: Iterator[LabeledAsset], write: WritePart) -> dict[str, Any]:
+    """Write one part. Returns its entry of export.json."""
+    if path.is_dir():
+        _remove(path)  # its writer was killed before it could name it
+    counted = _Counted(assets)
+    notes = write(path, counted) or []
+    return {
+        "name": path.name,
+        "assets": counted.assets,
+        "masks": counted.masks,
+        "last_key": counted.last_key,
+        "notes": notes,
+    }
 
 
 class _Counted:

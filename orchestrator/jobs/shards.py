@@ -122,7 +122,8 @@ class _ParallelListing:
             self._long.discard(n)
         else:
             self._shards[n] = ListShard(n=n, cursor=cursor, upto=shard.upto)
-            self._long.add(n)
+            if len(page.assets) + sum(page.skipped.values()) >= PAGE_SIZE:
+                self._long.add(n)
         return True
 
     def _look_for_cuts(self, pool: ThreadPoolExecutor) -> None:
@@ -160,6 +161,8 @@ class _ParallelListing:
 def find_cut(bucket: Bucket, shard: ListShard, high: str | None) -> _Cut:
     """Look for a place in a range with more than a page of keys behind it. high: only before this key."""
     upto: str | None = None
+    if high is None:
+        upto = high = _shared_end(bucket, shard.cursor)
     for _ in range(_PROBES):
         at = middle(shard.cursor, high)
         if at is None:
@@ -171,6 +174,22 @@ def find_cut(bucket: Bucket, shard: ListShard, high: str | None) -> _Cut:
             return _Cut(upto=upto, at=at, high=high)
         high = at
     return _Cut(upto=upto, at=None, high=high)
+
+
+def _shared_end(bucket: Bucket, cursor: str) -> str | None:
+    """A key behind all keys, which begin as the cursor does for as long as possible. None when they share nothing.
+
+    Keys behind the first letters of the cursor and the last sign of ASCII begin otherwise. With more letters, there are
+    more of them. So a few list requests find the first letter in which keys differ.
+    """
+    fewest, most = 0, len(cursor)
+    while fewest < most:
+        letters = (fewest + most) // 2
+        if next(bucket.list(cursor[:letters] + chr(_LAST_ASCII)), None) is None:
+            fewest = letters + 1
+        else:
+            most = letters
+    return cursor[: fewest - 1] + chr(_LAST_ASCII) if fewest else None
 
 
 def middle(low: str, high: str | None) -> str | None:

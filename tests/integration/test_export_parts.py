@@ -39,9 +39,14 @@ Export = Callable[..., Written]
 @pytest.fixture
 def export(engine: Engine) -> Export:
     def write(
-        job: Job, out: object, file_format: ExportFormat, selection: Selection, part_assets: int | None = None
+        job: Job,
+        out: object,
+        file_format: ExportFormat,
+        selection: Selection,
+        part_assets: int | None = None,
+        processes: int = 1,
     ) -> Written:
-        question = Question(file_format=file_format, part_assets=part_assets, selection=selection)
+        question = Question(file_format=file_format, part_assets=part_assets, selection=selection, processes=processes)
         with engine.connect() as db:
             return question.write(db, job, jobs.count_job(db, job_id=job.id), str(out))
 
@@ -221,6 +226,51 @@ def test_parts_go_to_a_bucket_and_go_on_there(
     assert {stored.name: place.read(stored.name, 10**6) for stored in place.stored()} == {
         name: path.read_bytes() for name, path in here.items()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", [ExportFormat.COCO, ExportFormat.PARQUET])
+def test_parts_that_are_written_at_once_are_those_of_one_process_and_go_on_alike(
+    engine: Engine, export: Export, tmp_path: Path, bucket: str, file_format: ExportFormat
+) -> None:
+    job, _ = finished_job(engine, [f"{n}.jpg" for n in range(5)], failed=["2b.jpg", "bad.jpg"], source="/photos")
+    bucket, at_once = f"{bucket}/at once/{file_format}", {"part_assets": 2, "processes": 2}
+    export(job, tmp_path / "one", file_format, Selection(), part_assets=2)
+
+    export(job, tmp_path / "two", file_format, Selection(), **at_once)
+    export(job, bucket, file_format, Selection(), **at_once)
+
+    assert rows_of(tmp_path / "one", file_format) == rows_of(tmp_path / "two", file_format)
+    document = json.loads((tmp_path / "two" / "export.json").read_text())
+    assert [(part["assets"], part["last_key"]) for part in document["parts"]] == [
+        (2, "1.jpg"),
+        (1, "2b.jpg"),
+        (2, "4.jpg"),
+        (0, "4.jpg"),
+    ]
+    there = {stored.name: open_objects(bucket).read(stored.name, 10**6) for stored in open_objects(bucket).stored()}
+    assert there.keys() == {
+        path.relative_to(tmp_path / "two").as_posix() for path in (tmp_path / "two").rglob("*") if path.is_file()
+    }
+    # As after a kill: one part is named, another is written and not named.
+    first = next(path for path in (tmp_path / "two").rglob("part-00000*"))
+    written_at = first.stat().st_mtime_ns
+    del document["parts"][1:]
+    (tmp_path / "two" / "export.json").write_text(json.dumps(document | {"complete": False}))
+    export(job, tmp_path / "two", file_format, Selection(), **at_once)
+    assert rows_of(tmp_path / "one", file_format) == rows_of(tmp_path / "two", file_format)
+    assert first.stat().st_mtime_ns == written_at
+    with pytest.raises(ExportError, match="has parts"):
+        export(job, tmp_path / "x.json", ExportFormat.COCO, Selection(), processes=2)
+
+
+def rows_of(out: Path, file_format: ExportFormat) -> list[object]:
+    """The images and masks of all parts, in order."""
+    if file_format is ExportFormat.PARQUET:
+        return [row for kind in ("masks", "assets") for row in pq.read_table(out / kind).sort_by("key").to_pylist()]
+    parts = [json.loads(path.read_text()) for path in sorted(out.glob("part-*"))]
+    masks = [mask for part in parts for mask in part["annotations"]]
+    return [[image for part in parts for image in part["images"]], [{**mask, "id": 0} for mask in masks]]
 
 
 def test_parts_do_not_go_into_a_place_of_other_files(engine: Engine, export: Export, tmp_path: Path) -> None:

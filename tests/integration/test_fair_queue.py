@@ -88,7 +88,7 @@ def test_each_step_of_priority_doubles_a_jobs_share_of_what_is_handed_out(engine
     assert taken.count(urgent.id) == 80  # four to one
     set_priority(engine, urgent, 4)
     work.hand_out(work.window)
-    assert 60 <= work.hand_out(90).count(usual.id) <= 63  # two to one
+    assert 54 <= work.hand_out(90).count(usual.id) <= 66  # two to one, as far as ten places allow
 
 
 @pytest.mark.parametrize("jobs_at_work", [3, 12])
@@ -152,7 +152,7 @@ def test_an_embedding_that_somebody_waits_for_comes_before_chunks(
 
     with (
         app.connection_for_read() as connection,
-        Consumer(connection, [app.amqp.queues[name] for name in QUEUES], [note], accept=["json"]) as consumer,
+        Consumer(connection, [app.amqp.queues[name] for name in QUEUES], callbacks=[note], accept=["json"]) as consumer,
     ):
         consumer.qos(prefetch_count=1)  # as a worker's
         while EMBED_QUEUE not in handed_out:

@@ -4,10 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from alembic import command
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, create_engine, text
 
+from db.embedding_sweep import sweep_lock
 from db.migrating import migrate, migration_config
-from db.session import DatabaseNotReady, check_migrated
+from db.publishing import LsProject, project_lock
+from db.session import DatabaseNotReady, check_migrated, psycopg2_url
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -24,6 +26,17 @@ def test_a_database_can_go_down_to_nothing_and_up_again(database_url: str, engin
     migrate(database_url)
     migrate(database_url)
     check_migrated(engine)
+
+
+def test_what_holds_a_lock_for_long_is_refused_behind_a_pooler_that_drops_the_options(database_url: str) -> None:
+    pooled = create_engine(psycopg2_url(database_url))
+    project = LsProject("http://ls", 1)
+
+    with pytest.raises(DatabaseNotReady, match="a pooler"), project_lock(pooled, ls_project=project, wait=pytest.fail):
+        pass
+    with pytest.raises(DatabaseNotReady, match="name PostgreSQL itself"), sweep_lock(pooled):
+        pass
+    pooled.dispose()
 
 
 def test_a_second_migrate_waits_for_the_first_however_long_that_takes(database_url: str, engine: Engine) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 _QUERIES = "tests/integration/test_queries.py"
+_FAIR = "tests/integration/test_fair_queue.py"
 _FENCING = "tests/integration/test_fencing.py"
 _CHUNKS = "tests/integration/test_chunk_runs.py"
 _PUBLISH = "tests/label_studio/test_publish.py"
@@ -120,6 +121,38 @@ MUTATIONS = (
         before="(SELECT id FROM wanted) AND state = 'new' FOR UPDATE SKIP LOCKED)",
         after="(SELECT id FROM wanted))",
         tests=(f"{_FENCING}::test_a_chunk_that_another_dispatcher_is_sending_is_left_to_it",),
+    ),
+    Mutation(
+        name="what a job has in the queue counts for its share",
+        file="db/queue.py",
+        before="(coalesce(queued.n, 0) - 1 + row_number()",
+        after="(row_number()",
+        tests=(
+            f"{_FAIR}::test_a_small_job_waits_for_no_more_chunks_than_the_stated_bound_whoever_came_first",
+            f"{_FAIR}::test_each_step_of_priority_doubles_a_jobs_share_of_what_is_handed_out",
+        ),
+    ),
+    Mutation(
+        name="the job that was served longest ago comes first",
+        file="db/queue.py",
+        before="WHERE NOT returned\n                ORDER BY share, served_at NULLS FIRST, id",
+        after="WHERE NOT returned\n                ORDER BY share, id",
+        tests=(f"{_FAIR}::test_no_job_is_left_out_beside_urgent_ones_though_there_are_more_than_the_queue_has_places",),
+    ),
+    Mutation(
+        name="the token check before masks of the same bytes are copied",
+        file="db/same_bytes.py",
+        before="""    extend_lease(db, chunk=chunk, lease_seconds=lease_seconds)
+""",
+        after="",
+        tests=("tests/integration/test_same_bytes.py::test_a_worker_that_lost_its_chunk_copies_nothing",),
+    ),
+    Mutation(
+        name="the model_version in the key of bytes",
+        file="db/same_bytes.py",
+        before='f"{kind} {name} {model_version}"',
+        after='f"{kind} {name}"',
+        tests=("tests/integration/test_same_bytes.py::test_other_parameters_and_jobs_that_did_not_ask_share_nothing",),
     ),
     Mutation(
         name="no copy of a message that may still wait",

@@ -76,6 +76,7 @@ RUN_BY = {
     "orchestrator.export.files": "integration/test_export.py",
     "orchestrator.export.parquet": "integration/test_export_parts.py",
     "orchestrator.export.parts": "integration/test_export_parts.py",
+    "orchestrator.export.processes": "integration/test_export_parts.py",
     "orchestrator.export.png_file": "integration/test_export.py",
     "orchestrator.jobs.activity": "faults/test_operators.py",
     "orchestrator.jobs.findings": "reports/test_prompt_reports.py",

@@ -1,0 +1,140 @@
+"""Exports 1,000,000 masks to COCO and Parquet, by one and two processes, against pyarrow writing ready rows.
+
+    .venv/bin/python tests/benchmarks/export_rate.py [--assets 200000] [--json]
+
+Five masks of 192 bytes of counts an asset, in parts of an eighth of the assets. Ready rows are the rows of the Parquet
+export as Python values: one process makes columns of them and writes them with the export's own compression, without
+Postgres. Postgres is that of the wheel, without fsync, and has been read once before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from sqlalchemy import Engine, text
+
+from db import jobs, results
+from db.jobs import Job
+from db.migrating import migrate
+from db.session import open_engine
+from orchestrator.export.files import source_of
+from orchestrator.export.formats import ExportFormat, Question
+from orchestrator.export.parquet import MASKS, _mask_row, _rows
+from orchestrator.export.selection import Selection
+from orchestrator.local.postgres import EmbeddedPostgres
+from tests.factories import make_job
+
+MASKS_AN_ASSET = 5
+PARTS = 8
+COUNTS = "".join(random.Random(1).choices("0123456789abcdefghijklmnopqrstuvwxyz", k=192))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """A figure. bar: the limit, None where there is none."""
+
+    name: str
+    value: float
+    bar: float | None = None
+    holds: bool | None = None
+
+
+def fill(engine: Engine, assets: int) -> Job:
+    job = make_job(engine, keys=[f"{n // 1000:04}/{n:07}.jpg" for n in range(assets)], source="s3://bucket/photos")
+    with engine.begin() as db:
+        for statement in (
+            """INSERT INTO outcome (asset_id, job_id, width, height, mask_count)
+               SELECT id, job_id, 1024, 768, :masks FROM asset WHERE job_id = :job""",
+            # Other counts in each: equal ones would be compressed to nothing.
+            """INSERT INTO mask (asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou,
+                                 stability_score, label, prompt)
+               SELECT id, n, md5(id::text || n) || substr(:counts, 33), 10, 10, 100, 100, 5000, 0.9123, 0.9512, 'car',
+                      '{"points": [[512.5, 341.5, 1]]}'
+               FROM asset, generate_series(0, :masks - 1) AS n WHERE job_id = :job""",
+        ):
+            db.execute(text(statement), {"job": job.id, "masks": MASKS_AN_ASSET, "counts": COUNTS})
+            db.execute(text("ANALYZE"))
+    return job
+
+
+def export(
+    engine: Engine, job: Job, file_format: ExportFormat, out: Path, *, processes: int, part_assets: int
+) -> float:
+    """Seconds of an export in parts."""
+    question = Question(
+        file_format=file_format,
+        part_assets=part_assets,
+        selection=Selection(page=file_format.page),
+        processes=processes,
+    )
+    began = time.perf_counter()
+    with engine.connect() as db:
+        question.write(db, job, jobs.count_job(db, job_id=job.id), str(out))
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out)
+    return seconds
+
+
+def ready_rows(engine: Engine, job: Job, out: Path, masks: int) -> float:
+    """Masks a second of writing rows that are there."""
+    source = source_of(job)
+    with engine.connect() as db:
+        assets = [asset for asset, _ in zip(results.labeled_assets(db, job_id=job.id), range(20_000), strict=False)]
+    rows = [_mask_row(asset, mask, job, source) for asset in assets for mask in asset.masks]
+    began = time.perf_counter()
+    with _rows(out, MASKS) as written:
+        for n in range(masks):
+            written.add(rows[n % len(rows)], len(COUNTS))
+    return masks / (time.perf_counter() - began)
+
+
+def measure(assets: int) -> list[Bar]:
+    masks = assets * MASKS_AN_ASSET
+    with tempfile.TemporaryDirectory() as folder, EmbeddedPostgres(Path(folder) / "data", durable=False) as server:
+        migrate(server.url)
+        engine = open_engine(server.url, statement_timeout_seconds=0)
+        job = fill(engine, assets)
+        ready = ready_rows(engine, job, Path(folder) / "ready.parquet", masks)
+        bars = [Bar(name="pyarrow, ready rows, masks a second", value=ready)]
+        for file_format in (ExportFormat.PARQUET, ExportFormat.COCO):
+            rates = {}
+            for processes in (1, 2):
+                out = Path(folder) / f"{file_format}-{processes}"
+                seconds = export(engine, job, file_format, out, processes=processes, part_assets=assets // PARTS)
+                rates[processes] = masks / seconds
+                part = rates[processes] / ready
+                name = f"{file_format}, {processes} process{'es' if processes > 1 else ''}"
+                bars.append(Bar(name=f"{name}, masks a second", value=rates[processes]))
+                bars.append(Bar(name=f"{name}, part of ready rows", value=part, bar=0.4, holds=part >= 0.4))
+            bars.append(Bar(name=f"{file_format}, two processes against one", value=rates[2] / rates[1]))
+        engine.dispose()
+    return bars
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=int, default=200_000)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    bars = measure(args.assets)
+    if args.json:
+        print(json.dumps({"bars": [asdict(bar) for bar in bars]}, indent=2))
+    else:
+        for bar in bars:
+            judged = "" if bar.bar is None else f"bar {bar.bar:g} {'holds' if bar.holds else 'MISSED'}"
+            print(f"{bar.name:50} {bar.value:12.3f}  {judged}")
+    sys.exit(1 if any(bar.holds is False for bar in bars) else 0)
+
+
+if __name__ == "__main__":
+    main()
