@@ -24,6 +24,7 @@ RUN_BY = {
     "orchestrator.jobs.named_keys": "unit/test_key_lists.py",
     "orchestrator.jobs.shards": "integration/test_listing.py",
     "workers.running.same_bytes": "integration/test_same_bytes.py",
+    "workers.compiler": "unit/test_compiler.py",
     "db.copying": "integration/test_prompted_jobs.py",
     "db.ls_tables": "integration/test_migrations.py",
     "db.metrics": "metrics/test_metrics.py",
