@@ -13,4 +13,6 @@ label-studio init
 unset LABEL_STUDIO_PASSWORD LABEL_STUDIO_USER_TOKEN
 LABEL_STUDIO_FOLDER=$(python3 -c 'from importlib.util import find_spec; print(find_spec("label_studio").submodule_search_locations[0])')
 export LABEL_STUDIO_FOLDER
+# Here and not in uwsgi.ini: the image's uWSGI is a Python module, whose os.environ is older than that file.
+export DJANGO_SETTINGS_MODULE=core.settings.label_studio APP_WEBSERVER=uwsgi
 exec uwsgi --ini /maskfleet/uwsgi.ini

@@ -22,8 +22,8 @@ _LOOK_SECONDS = 4.0  # between a task's opening and its submission
 
 
 def publish_and_review(stack: Stack, report: Report) -> None:
-    upload(stack, "review", copies=2)
-    job = submit(stack, "review")
+    upload(stack, "review", copies=4)
+    job = submit(stack, "review", points=16)
     labeled = int(finish(stack, job).split()[0])
     with report.row("`label-studio setup`") as row:
         made = json.loads(stack.maskfleet("label-studio", "setup", "--title", "trial", "--job", str(job), "--json"))
@@ -57,25 +57,21 @@ def publish_and_review(stack: Stack, report: Report) -> None:
 
 
 def many_reviewers(stack: Stack, report: Report) -> None:
-    """Each opens a task with its image, looks at it, submits it, and takes the next."""
-    upload(stack, "many", copies=_REVIEWERS)
-    job = submit(stack, "many")
-    finish(stack, job)
-    made = json.loads(stack.maskfleet("label-studio", "setup", "--title", "many", "--job", str(job), "--json"))
-    project = int(made["project"])
-    stack.maskfleet("publish", str(job), "--project", str(project))
+    """Each opens a published task with its image, looks at it, submits it, and takes the next."""
+    project = int(stack.sql("SELECT max(project_id) FROM ls_task"))
     tasks = task_ids(stack, project)
+    masks = stack.sql("SELECT round(avg(mask_count - left_out)) FROM ls_prediction")
     times: dict[str, list[float]] = {"open": [], "submit": []}
     faults: list[str] = []
     with report.row(f"{_REVIEWERS} reviewers at once, {_TASKS_EACH} tasks each") as row:
-        shares = [tasks[n::_REVIEWERS][:_TASKS_EACH] for n in range(_REVIEWERS)]
+        shares = [(tasks[n % len(tasks) :] + tasks)[:_TASKS_EACH] for n in range(_REVIEWERS)]
         threads = [threading.Thread(target=work, args=(stack, project, share, times, faults)) for share in shares]
         for thread in threads:
             thread.start()
             time.sleep(_LOOK_SECONDS / _REVIEWERS)
         for thread in threads:
             thread.join()
-        row.found = f"{len(times['open'])} tasks; " + "; ".join(
+        row.found = f"{len(times['open'])} tasks of {masks} masks; " + "; ".join(
             f"{what}: median {statistics.median(of):.2f} s, p95 {statistics.quantiles(of, n=20)[-1]:.2f} s"
             for what, of in times.items()
         )

@@ -15,6 +15,14 @@ _OURS = ("db", "workers", "orchestrator")
 
 
 def begin_with_the_old(stack: Stack, report: Report) -> None:
+    try:
+        upgrade(stack, report)
+    finally:
+        stack.tag = "trial"
+        stack.override(None)
+
+
+def upgrade(stack: Stack, report: Report) -> None:
     """The old version's code with today's libraries makes the tables and begins a job. New tables come under it."""
     tree = stack.out / "old"
     with report.row(f"image with the code of {stack.old}") as row:
@@ -27,16 +35,16 @@ def begin_with_the_old(stack: Stack, report: Report) -> None:
     with report.row("`up --wait` of it, from empty volumes") as row:
         stack.up()
         row.found = f"migration {migration(stack)}"
-    upload(stack, "upgrade", copies=12)
+    upload(stack, "upgrade", copies=5)
     job = submit(stack, "upgrade")
     wait_until(lambda: done(stack, job) > 3, lambda: progress(stack, job), 300)
     stack.tag = "trial"
     with report.row("the new version's tables under it (`run --rm migrate`)") as row:
         before, at_first = migration(stack), done(stack, job)
+        stack.override(None)  # of the running containers nothing changes
         stack.compose("run", "--rm", "--no-deps", "migrate")
         wait_until(lambda: done(stack, job) > at_first + 3, lambda: progress(stack, job), 300)
         row.found = f"{before} -> {migration(stack)}; the old workers went on: {at_first}, then {done(stack, job)} done"
-    stack.override(None)
     with report.row("`up --wait` of the new version, the job half done") as row:
         stack.up()
         row.found = finish(stack, job)
@@ -84,14 +92,11 @@ def copy_with_old_code(new: Path, target: Path, commit: str) -> None:
 def addresses_in_the_environment(stack: Stack) -> str:
     """A compose file for versions that read no secret from a file."""
     keys = dict(line.split(" = ") for line in stack.secret("aws-credentials").splitlines() if " = " in line)
-    variables = {
-        "MASKFLEET_DATABASE_URL": stack.secret("database-url"),
-        "MASKFLEET_BROKER_URL": stack.secret("broker-url"),
-        **{name.upper(): value for name, value in keys.items()},
-    }
-    return json.dumps(
-        {"services": {name: {"environment": variables} for name in ("migrate", "dispatch", "worker", "flower")}}
-    )
+    broker = {"MASKFLEET_BROKER_URL": stack.secret("broker-url")}
+    database = {"MASKFLEET_DATABASE_URL": stack.secret("database-url")}
+    variables = {**broker, **database, **{name.upper(): value for name, value in keys.items()}}
+    environments = {"migrate": variables, "dispatch": variables, "worker": variables, "flower": broker}
+    return json.dumps({"services": {name: {"environment": of} for name, of in environments.items()}})
 
 
 def migration(stack: Stack) -> str:
