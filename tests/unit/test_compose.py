@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -214,7 +215,9 @@ def test_the_health_checks_look_for_what_runs():
         assert said == kind
     assert SERVICES["worker"]["healthcheck"]["test"][-2] == "workers.running.app"
     assert '"workers.running.app"' in Path(devices.__file__).read_text()
-    assert SERVICES["flower"]["healthcheck"]["test"][-1] in SERVICES["flower"]["entrypoint"]  # Celery's argument too
+    argument, address = SERVICES["flower"]["healthcheck"]["test"][-2:]
+    assert argument in SERVICES["flower"]["entrypoint"][2].split()
+    assert f"--port={urlsplit(address).port}" in SERVICES["flower"]["command"]
 
 
 def test_one_service_builds_the_image_and_the_others_take_it():
