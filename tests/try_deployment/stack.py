@@ -43,11 +43,10 @@ class Stack:
 
     @property
     def environment(self) -> dict[str, str]:
-        profiles = "s3,label-studio,publish" if os.environ.get("PUBLISHER") else "s3,label-studio"
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith(("MASKFLEET_", "AWS_"))},
             "COMPOSE_PROJECT_NAME": _PROJECT,
-            "COMPOSE_PROFILES": profiles,
+            "COMPOSE_PROFILES": "s3,label-studio",
             "IMAGE_TAG": self.tag,
             **self._variables,
         }
