@@ -16,7 +16,7 @@ from tests.try_deployment.report import expect
 
 ROOT = Path(__file__).parents[2]
 ONE_SHOT = {"migrate"}
-OURS = {"dispatch", "worker", "flower", "publisher", "assist"}
+OURS = {"dispatch", "worker", "flower", "publisher", "assist", "board"}
 _PROJECT = "maskfleet-trial"
 
 T = TypeVar("T")
