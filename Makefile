@@ -30,11 +30,11 @@ ifneq ($(CA_BUNDLE),)
 CERTIFICATES = PIP_CERT=$(CA_BUNDLE) SSL_CERT_FILE=$(CA_BUNDLE)
 endif
 
-.PHONY: help setup demo check unit test coverage lint picture reference docs bench sbom mutate fuzz
+.PHONY: help setup demo check unit test coverage lint picture reference docs bench sbom mutate fuzz try-deployment
 
 help:  ## Show what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1 /' \
-		| while read -r name what; do printf '  make %-9s %s\n' "$$name" "$$what"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1 /' \
+		| while read -r name what; do printf '  make %-15s %s\n' "$$name" "$$what"; done
 
 setup: $(UV)  ## Make .venv with everything for development, or update it
 	@test -n "$(PYTHON)" || { echo "make setup: no Python 3.11 or newer with venv on PATH (on Debian: python3-venv)" >&2; exit 2; }
@@ -97,6 +97,9 @@ mutate: .venv/.complete  ## Remove each safeguard in a copy, one at a time, and 
 
 fuzz: .venv/.complete  ## Read damaged files with every reader (MINUTES=n); finds go to out/fuzz
 	@.venv/bin/python -m tests.fuzz.run --minutes $(or $(MINUTES),1)
+
+try-deployment: .venv/.complete  ## Build, start, break, upgrade and restore the compose deployment on the engine that is there (OLD=commit)
+	@.venv/bin/python -m tests.try_deployment $(if $(OLD),--old $(OLD)) $(if $(OUT_DIR),--out $(OUT_DIR))
 
 ifneq ($(wildcard tests/faults/campaign.py),)
 .PHONY: campaign

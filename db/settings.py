@@ -72,6 +72,9 @@ class Settings(BaseSettings):
     )
     s3_anonymous: bool = Field(False, description="Unsigned S3 requests, for public buckets")
     label_studio_url: HttpAddress | None = Field(None, description="Label Studio, http://host:8080")
+    label_studio_public_url: HttpAddress | None = Field(
+        None, description="Label Studio's address for people, where it is another one; `label-studio setup` prints it"
+    )
     label_studio_api_key: HeaderSecret | None = Field(None, description="Label Studio legacy or personal access token")
     label_studio_project: int | None = Field(
         None, description="Project that `publish` takes when --project is not given"

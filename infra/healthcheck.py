@@ -1,7 +1,8 @@
-"""The health check of our containers: `healthcheck.py ARGUMENT [KIND]`.
+"""The health check of our containers: `healthcheck.py ARGUMENT [KIND|ADDRESS]`.
 
 Exit 0 when a process with that argument runs, the servers that the container's settings name accept connections, and,
-with KIND, the command's heartbeat in Postgres is young: a command that is frozen writes none.
+with KIND, the command's heartbeat in Postgres is young: a command that is frozen writes none. With ADDRESS (http://...)
+its page must answer.
 
 Docker restarts nothing that is unhealthy. So a command whose heartbeat has stopped for RESTART_SECONDS, though Postgres
 answers, is killed here, and its restart policy starts it again. No Celery `inspect ping`: every half minute that would
@@ -17,6 +18,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 ADDRESSES = {"MASKFLEET_DATABASE_URL": 5432, "MASKFLEET_BROKER_URL": 6379}
 INITS = ("docker-init", "tini")  # process 1; its arguments are those of the command that it started
@@ -83,9 +85,19 @@ def stopped(kind: str) -> list[str]:
     return [f"the last heartbeat of the {kind} is {age_seconds:.0f} s old"] if age_seconds > OLD_SECONDS else []
 
 
-def main(argument: str, kind: str | None = None) -> list[str]:
+def silent(address: str) -> list[str]:
+    try:
+        urlopen(address, timeout=5).close()  # noqa: S310  it begins with http:, see below
+    except OSError as error:
+        return [f"{address}: {error}"]
+    return []
+
+
+def main(argument: str, more: str = "") -> list[str]:
     faults = unreachable() + ([] if runs(argument) else [f"no process with the argument {argument!r}"])
-    return faults or (stopped(kind) if kind else [])
+    if faults or not more:
+        return faults
+    return silent(more) if more.startswith("http:") else stopped(more)
 
 
 if __name__ == "__main__":

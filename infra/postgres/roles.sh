@@ -3,8 +3,8 @@
 # Neither role can enter the other's database, and neither is a superuser.
 set -eu
 psql --no-psqlrc --set=ON_ERROR_STOP=1 --username="${POSTGRES_USER:-postgres}" <<'SQL'
-\getenv maskfleet_password DATABASE_PASSWORD
-\getenv label_studio_password LABEL_STUDIO_DATABASE_PASSWORD
+\set maskfleet_password `cat /run/secrets/database-password`
+\set label_studio_password `cat /run/secrets/label-studio-database-password`
 CREATE ROLE maskfleet LOGIN PASSWORD :'maskfleet_password';
 CREATE ROLE label_studio LOGIN PASSWORD :'label_studio_password';
 CREATE DATABASE maskfleet OWNER maskfleet;

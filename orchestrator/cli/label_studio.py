@@ -26,6 +26,7 @@ from orchestrator.cli.app import (
     stop_on_signals,
 )
 from orchestrator.cli.options import LocalFilesOption
+from orchestrator.label_studio.addresses import server_key
 from orchestrator.label_studio.backend import Service
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.publication import Options
@@ -176,7 +177,7 @@ def label_studio_setup(
             set_up = set_up_project(client, client.get_project(project), wanted)
         else:
             set_up = make_project(client, title, wanted)
-        url = f"{client.url}/projects/{set_up.project.id}/data"
+        url = f"{server_key(settings().label_studio_public_url or client.url)}/projects/{set_up.project.id}/data"
     if as_json:
         print_json(
             {"project": set_up.project.id, "url": url, "done": set_up.done, "missing_config_lines": set_up.missing}

@@ -26,6 +26,7 @@ from orchestrator.label_studio.config import (
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import DEFAULT_LABEL
 from orchestrator.label_studio.prompt_controls import add_prompt_controls
+from workers.storage.client import keys_in_use
 from workers.storage.source import open_source
 
 SAMPLING = "Uncertainty sampling"  # lowest prediction score first: these tasks need a person most
@@ -184,9 +185,8 @@ def _set_up_bucket(client: LabelStudio, set_up: SetUp, source: str, wanted: Want
 
 
 def _keys() -> dict[str, str]:
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    keys = {name.lower(): os.environ[name] for name in names if os.environ.get(name)}
-    if len(keys) < 2:
-        raise SetupError("--send-keys: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are not set")
+    keys = keys_in_use()
+    if not keys:
+        raise SetupError("--send-keys: there are none; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     endpoint, region = settings().s3_endpoint, os.environ.get("AWS_DEFAULT_REGION")
     return keys | ({"s3_endpoint": endpoint} if endpoint else {}) | ({"region_name": region} if region else {})

@@ -240,3 +240,15 @@ def test_a_worker_that_is_killed_is_restarted_by_its_supervisor(deployment: Depl
 
     wait_for(lambda: [p for p in deployment.celery_mains(worker) if p.pid != first.pid], "its successor")
     assert terminate(worker) == 0
+
+
+def test_a_worker_whose_celery_process_is_frozen_is_ended_and_started_again(deployment: Deployment) -> None:
+    worker = deployment.start("worker", "--devices", "cpu", MASKFLEET_STUB_STUCK_SECONDS="10")
+    [first] = wait_for(lambda: deployment.celery_mains(worker), "the worker process")
+    wait_for(lambda: deployment.pool_children(worker), "its child")
+
+    first.suspend()
+
+    wait_for(lambda: [p for p in deployment.celery_mains(worker) if p.pid != first.pid], "its successor")
+    assert "ended with exit code -9: its event loop stood still and starts again" in deployment.logs()
+    assert terminate(worker) == 0

@@ -1,6 +1,10 @@
-"""Put on PYTHONPATH by tests, so that the real commands in real processes know one more model: `stub`."""
+"""Put on PYTHONPATH by tests, so that the real commands in real processes know one more model: `stub`.
+
+MASKFLEET_STUB_STUCK_SECONDS: how long a worker's main process may stand still.
+"""
 
 import hashlib
+import os
 from pathlib import Path
 
 from workers.models.registry import MODELS
@@ -20,3 +24,8 @@ MODELS["stub"] = ModelSpec(
     prompts=("box", "points"),
     licence="Apache-2.0",
 )
+
+if stuck_seconds := os.environ.get("MASKFLEET_STUB_STUCK_SECONDS"):
+    from workers.running import pulse
+
+    pulse.STUCK_SECONDS = float(stuck_seconds)

@@ -104,6 +104,7 @@ WRONG = {
     "s3_request_payer": ["me"],
     "s3_anonymous": ["perhaps"],
     "label_studio_url": ["nonsense", "h:8080", "http://h:port"],
+    "label_studio_public_url": ["nonsense", "labels.example.com"],
     "label_studio_api_key": ["two\nlines", "ключ"],
     "label_studio_project": ["first", "1.5"],
     "webhook_secret": ["two\nlines", " blank"],

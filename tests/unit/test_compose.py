@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -22,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 BASE = ROOT / "docker-compose.yml"
 GPU_OVERLAYS = [ROOT / "infra" / "gpu.yml", ROOT / "infra" / "gpu-per-device.yml"]
 HEAD = ROOT / "infra" / "head.yml"
-OVERLAYS = [*GPU_OVERLAYS, HEAD]
+OWN_POSTGRES = ROOT / "infra" / "own-postgres.yml"
+OVERLAYS = [*GPU_OVERLAYS, HEAD, OWN_POSTGRES]
 WORKER_ALONE = ROOT / "infra" / "worker.yml"
 FILES = [BASE, *OVERLAYS, WORKER_ALONE]
 EXAMPLE = ROOT / "infra" / "env.example"
@@ -75,13 +77,15 @@ def test_a_service_is_no_root_and_cannot_become_it(name):
 
 
 @every_service
-def test_a_service_restarts_and_keeps_its_logs_and_memory_bounded(name):
+def test_a_service_restarts_and_keeps_its_logs_memory_and_cores_bounded(name):
     service = SERVICES[name]
 
     assert service["restart"] == ("on-failure:5" if name in ONE_SHOT else "unless-stopped")
     assert service["logging"]["options"].keys() == {"max-size", "max-file"}
     # Docker Compose refuses a service that has `pids_limit` beside these.
-    assert service["deploy"]["resources"]["limits"].keys() == {"memory", "pids"}
+    limits = service["deploy"]["resources"]["limits"]
+    assert limits.keys() == {"memory", "pids", "cpus"}
+    assert re.fullmatch(r"\$\{[A-Z_]+_CPUS:-0\}", limits["cpus"])
     assert "pids_limit" not in service
 
 
@@ -119,17 +123,36 @@ def test_databases_and_queues_lead_nowhere_outside():
     assert SERVICES["redis"]["networks"] == ["broker"]
 
 
-def test_no_secret_has_a_value_that_works():
-    text = BASE.read_text()
-    secret = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|BASIC_AUTH|_USER$|USERNAME")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_environment_holds_a_secret(path):
+    """`docker inspect` shows the environment and the command. A secret is in a file, whose path they may name."""
+    secret = re.compile(r"PASSWORD|TOKEN|SECRET|ACCESS_KEY|BASIC_AUTH|_AUTH$|CREDENTIALS|(DATABASE|BROKER)_URL")
+    of_no_secret = {"LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN", "SECRETS_DIR", "AWS_WEB_IDENTITY_TOKEN_FILE"}
 
-    for name, rest in re.findall(r"(?<!\$)\$\{(\w+)([^}]*)\}", text):
-        if secret.search(name):
-            assert rest == f":?set {name} in .env, see infra/env.example"
-    for service in SERVICES.values():
+    variables = set(re.findall(r"(?<!\$)\$\{(\w+)", path.read_text())) - of_no_secret
+    assert [name for name in variables if secret.search(name)] == []
+    for service in yaml.safe_load(path.read_text())["services"].values():
         for name, value in service.get("environment", {}).items():
-            if secret.search(name) and name not in ("POSTGRE_USER", "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN"):
-                assert value is None or "${" in value, f"{name} is written out"
+            if secret.search(name) and name not in of_no_secret:
+                assert name.endswith("_FILE")
+                assert value.removeprefix("/run/secrets/") in service["secrets"]
+
+
+def test_each_secret_has_a_file_that_make_env_writes_and_a_service_sees_those_that_it_reads(tmp_path):
+    text = BASE.read_text()
+    declared = yaml.safe_load(text)["secrets"]
+    written = {path.name for path in (_make_env(tmp_path) / "secrets").iterdir()}
+
+    assert declared == {name: {"file": f"${{SECRETS_DIR:-./secrets}}/{name}"} for name in written}
+    programs = {
+        "postgres": (ROOT / "infra" / "postgres" / "roles.sh").read_text(),
+        "label-studio": (ROOT / "infra" / "label-studio" / "start.sh").read_text(),
+    }
+    for name, service in SERVICES.items():
+        said = f"{service} {programs.get(name, '')}"
+        read = set(re.findall(r"/run/secrets/([a-z-]+)", said)) | set(re.findall(r"\$\(secret ([a-z-]+)\)", said))
+        unread = {"broker-url", "aws-credentials"} if name in ("migrate", "publisher") else set()
+        assert set(service["secrets"]) - unread <= read <= set(service["secrets"]), name
 
 
 def test_the_broker_keeps_what_it_was_given():
@@ -137,7 +160,7 @@ def test_the_broker_keeps_what_it_was_given():
 
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command
-    assert "requirepass $$REDISCLI_AUTH" in command
+    assert "requirepass $$(cat /run/secrets/redis-password)" in command
 
 
 def test_every_variable_is_explained_and_every_explained_one_is_used():
@@ -163,16 +186,18 @@ def test_the_defaults_shown_are_the_defaults():
             assert getattr(Settings(**{name.lower(): value}), name.lower()) == default, name
 
 
-def test_the_settings_of_an_unchanged_deployment_are_valid(monkeypatch):
+def test_the_settings_of_an_unchanged_deployment_are_valid(monkeypatch, tmp_path):
+    secrets = _make_env(tmp_path) / "secrets"
     for name, value in SERVICES["dispatch"]["environment"].items():
         if name.startswith("MASKFLEET_") and value is not None:
             default = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
-            monkeypatch.setenv(name, re.sub(r"\$\{[^}]*\}", "value", default))
+            monkeypatch.setenv(name, default.replace("/run/secrets", str(secrets)))
 
     made = Settings()
 
     assert made.database_url is not None
-    assert made.database_url.get_secret_value() == "postgresql://maskfleet:value@postgres:5432/maskfleet"
+    address = f"postgresql://maskfleet:{(secrets / 'database-password').read_text().strip()}@postgres:5432/maskfleet"
+    assert made.database_url.get_secret_value() == address
     assert str(made.weights_dir) == "/weights"
 
 
@@ -190,7 +215,9 @@ def test_the_health_checks_look_for_what_runs():
         assert said == kind
     assert SERVICES["worker"]["healthcheck"]["test"][-2] == "workers.running.app"
     assert '"workers.running.app"' in Path(devices.__file__).read_text()
-    assert SERVICES["flower"]["healthcheck"]["test"][-1] in SERVICES["flower"]["entrypoint"]
+    argument, address = SERVICES["flower"]["healthcheck"]["test"][-2:]
+    assert argument in SERVICES["flower"]["entrypoint"][2].split()
+    assert f"--port={urlsplit(address).port}" in SERVICES["flower"]["command"]
 
 
 def test_one_service_builds_the_image_and_the_others_take_it():
@@ -214,8 +241,7 @@ def test_profiles_leave_out_what_others_have_and_env_starts_what_a_new_deploymen
 
 def test_keys_of_aws_may_be_left_to_a_role_but_the_bundled_store_needs_them():
     for name in ("dispatch", "worker", "publisher", "label-studio"):
-        environment = SERVICES[name]["environment"]
-        assert environment["AWS_ACCESS_KEY_ID"] is environment["AWS_SECRET_ACCESS_KEY"] is None
+        assert SERVICES[name]["environment"]["AWS_SHARED_CREDENTIALS_FILE"] == "/run/secrets/aws-credentials"
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         assert f"$${{{name}:?" in SERVICES["s3"]["command"][0]
 
@@ -279,18 +305,12 @@ def test_a_machine_that_only_works_has_the_worker_of_the_deployment_and_its_secr
     here, there = dict(alone["worker"]), dict(SERVICES["worker"])
 
     environment, beside = here.pop("environment"), there.pop("environment")
-    files = {"MASKFLEET_DATABASE_URL_FILE": "database-url", "MASKFLEET_BROKER_URL_FILE": "broker-url"}
-    assert {name: environment.pop(name) for name in files} == {
-        name: f"/run/secrets/maskfleet/{file}" for name, file in files.items()
-    }
+    assert here.pop("secrets") == [*there.pop("secrets"), "ca.crt"]
     own = {
         "MASKFLEET_EMBEDDINGS": None,
         "MASKFLEET_MODEL": None,
     }  # no folder of one machine; only `submit` takes a model
-    assert {**environment, **own} == {
-        **{name: value for name, value in beside.items() if f"{name}_FILE" not in files},
-        **own,
-    }
+    assert {**environment, **own} == {**beside, **own}
     for key in ("depends_on", "networks"):
         del there[key]
     for service in (here, there):
@@ -304,7 +324,7 @@ def test_docker_compose_accepts_it(overlay, tmp_path):
     if not _has_compose():
         pytest.skip("`docker compose` is not installed")
     env = _make_env(tmp_path) / ".env"
-    env.write_text(f"{env.read_text()}\nHEAD_ADDRESS=127.0.0.1\nTLS_DIR=/tls\n")
+    env.write_text(f"{env.read_text()}\nHEAD_ADDRESS=127.0.0.1\nTLS_DIR=/tls\nSECRETS_DIR={env.parent / 'secrets'}\n")
     files = [f"--file={path}" for path in [BASE, overlay] if path]
     command = ["docker", "compose", f"--env-file={env}", *files, "config", "--quiet"]
 
@@ -313,19 +333,44 @@ def test_docker_compose_accepts_it(overlay, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_make_env_fills_in_every_secret_once_for_the_owner_alone(tmp_path):
+def test_make_env_writes_every_secret_once_where_the_owner_alone_can_enter(tmp_path):
     folder = _make_env(tmp_path)
-    env = folder / ".env"
-    values = dict(line.split("=", 1) for line in env.read_text().splitlines() if line and line[0] != "#")
+    secrets = {path.name: path.read_text() for path in (folder / "secrets").iterdir()}
+    drawn = re.findall(r"\b[0-9a-f]{40}\b", "".join(secrets.values()))
 
-    secrets = [value for name, value in values.items() if f"{name}=\n" in EXAMPLE.read_text()]
-    assert len(secrets) == 11
-    assert len(set(secrets)) == 11
-    assert all(re.fullmatch(r"[0-9a-f]{40}", secret) for secret in secrets)
-    assert env.stat().st_mode & 0o777 == 0o600
+    assert len(drawn) == 13
+    assert len(set(drawn)) == 11  # two of them are in an address too
+    assert (folder / "secrets").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (folder / "secrets").iterdir()} == {0o444}
+    assert (folder / ".env").read_text() == EXAMPLE.read_text()
     again = subprocess.run([sys.executable, folder / "infra" / "make_env.py"], capture_output=True, text=True)
     assert again.returncode == 2
-    assert "is not changed" in again.stderr
+    assert "nothing is changed" in again.stderr
+    assert secrets == {path.name: path.read_text() for path in (folder / "secrets").iterdir()}
+
+
+def test_make_env_renews_the_secret_whose_file_was_deleted(tmp_path):
+    secrets = _make_env(tmp_path) / "secrets"
+    before = {path.name: path.read_text() for path in secrets.iterdir()}
+    for name in ("redis-password", "broker-url"):
+        (secrets / name).unlink()
+
+    subprocess.run([sys.executable, tmp_path / "infra" / "make_env.py"], check=True, capture_output=True)
+
+    after = {path.name: path.read_text() for path in secrets.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"redis-password", "broker-url"}
+    assert after["broker-url"] == f"redis://:{after['redis-password'].strip()}@redis:6379/0\n"
+
+
+def test_make_env_takes_the_passwords_of_an_older_env_into_files(tmp_path):
+    (tmp_path / ".env").write_text("DATABASE_PASSWORD=a b/c\nFLOWER_USER=fl\nFLOWER_PASSWORD=p\nAWS_ACCESS_KEY_ID=AK\n")
+
+    secrets = _make_env(tmp_path) / "secrets"
+
+    assert (secrets / "database-url").read_text() == "postgresql://maskfleet:a%20b%2Fc@postgres:5432/maskfleet\n"
+    assert (secrets / "flower-auth").read_text() == "fl:p\n"
+    assert "aws_access_key_id = AK\n" in (secrets / "aws-credentials").read_text()
+    assert (tmp_path / ".env").read_text().startswith("DATABASE_PASSWORD=a b/c\n")
 
 
 def test_a_container_is_well_while_its_process_runs_and_its_servers_answer():

@@ -28,6 +28,7 @@ from workers.running.app import QUEUES
 from workers.running.device_lock import hold_device
 from workers.running.heart import Heart, own_beat
 from workers.running.metrics import FOLDER_VARIABLE, serve_worker_metrics
+from workers.running.pulse import Watch
 from workers.running.run_dir import RUN_DIR_VARIABLE, error_file, model_file, stop_file
 from workers.running.tasks import SUPERVISOR_VARIABLE
 
@@ -47,6 +48,7 @@ class _WorkerProcess:
 
     device: Device
     run_dir: Path
+    watch: Watch
     process: subprocess.Popen[bytes] | None = None
     started_at: float = 0.0
     restart_at: float = 0.0
@@ -89,15 +91,18 @@ def serve(devices: Sequence[Device], stop: threading.Event, tended: Tended) -> i
             if device.cuda_id:
                 stack.enter_context(hold_device(device.cuda_id))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maskfleet-worker-")))
-        workers = [_WorkerProcess(device=device, run_dir=folder / device.name) for device in devices]
-        for worker in workers:
-            worker.run_dir.mkdir()
+        workers = [_worker_of(device, folder / device.name) for device in devices]
         if tended.metrics:
             _offer_metrics(workers, folder / "metrics", *tended.metrics)
         stack.enter_context(Heart(tended.database_url, lambda: [_beat(worker) for worker in workers]))
         _tend(workers, stop, tended)
         _drain(workers, tended)
         return int(all(worker.given_up for worker in workers))
+
+
+def _worker_of(device: Device, run_dir: Path) -> _WorkerProcess:
+    run_dir.mkdir()
+    return _WorkerProcess(device=device, run_dir=run_dir, watch=Watch(run_dir))
 
 
 def _tend(workers: Sequence[_WorkerProcess], stop: threading.Event, tended: Tended) -> None:
@@ -168,6 +173,8 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
         return
     code = worker.process.poll()
     if code is None:
+        if worker.watch.is_stuck(_POLL_SECONDS):
+            _end_stuck(worker, worker.process)
         return
     worker.process = None
     worker.quick_deaths = 0 if now - worker.started_at > _HEALTHY_SECONDS else worker.quick_deaths + 1
@@ -178,6 +185,14 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
     what = "is given up" if worker.given_up else f"starts again in {pause:g} s"
     about = {"worker": _node_name(worker.device)}
     log.error("worker %s ended with %s and %s", worker.device.name, worker.last_error, what, extra=about)
+
+
+def _end_stuck(worker: _WorkerProcess, process: subprocess.Popen[bytes]) -> None:
+    """Kill its main process, which hears no signal. The pool's child stores its batch and ends."""
+    with suppress(OSError):
+        error_file(worker.run_dir).write_text("its event loop stood still", encoding="utf-8")
+    process.kill()
+    worker.watch.begin()
 
 
 def _said(worker: _WorkerProcess) -> str:
@@ -209,6 +224,7 @@ def _start(worker: _WorkerProcess) -> None:
     # Logs go to stderr. What Celery itself prints on stdout ("Warm shutdown") would be no log line.
     worker.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     worker.started_at = time.monotonic()
+    worker.watch.begin()
     log.info("worker %s started as process %d", name, worker.process.pid)
 
 

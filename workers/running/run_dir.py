@@ -1,4 +1,5 @@
-"""The folder that a worker shares with its supervisor: whether it is to stop, what it loaded, why it fails.
+"""The folder that a worker shares with its supervisor: whether it is to stop, what it loaded, whether it moves, why it
+fails.
 
 `maskfleet worker` makes the folder and names it in the environment of the Celery processes that it starts.
 """
@@ -43,6 +44,11 @@ def model_file(folder: Path) -> Path:
 def error_file(folder: Path) -> Path:
     """The last error, one line."""
     return folder / "error"
+
+
+def pulse_file(folder: Path) -> Path:
+    """Touched by Celery's main process as long as its event loop turns."""
+    return folder / "pulse"
 
 
 def keep_error(error: object) -> None:

@@ -39,6 +39,7 @@ from workers.running.app import EMBED, FIRST_QUEUE, QUEUE, SEGMENT_CHUNK, app, p
 from workers.running.chunk import run_chunk
 from workers.running.embedding import embed_wanted, send_wanted
 from workers.running.outcomes import ProcessUnfit
+from workers.running.pulse import PulseStep
 from workers.running.run_dir import faults_file, keep_error, model_file, run_dir, stop_file
 from workers.running.worker import Worker
 
@@ -97,6 +98,9 @@ def _log(**_: object) -> None:
 def _silence_billiard(**_: object) -> None:
     """Without this the pool's children log in billiard's own form before `_log` is called there."""
     os.environ.pop("_MP_FORK_LOGLEVEL_", None)
+
+
+app.steps["worker"].add(PulseStep)
 
 
 class ChunkRequest(Request):  # type: ignore[misc]  # Celery's classes carry no types

@@ -76,12 +76,25 @@ def _config(store: Store, attempts: int) -> Any:
 
 def has_credentials() -> bool:
     """Whether the environment or a profile has keys for S3, or no keys are needed (anonymous)."""
-    if settings().s3_anonymous:
-        return True
+    return settings().s3_anonymous or _find_keys() is not None
+
+
+def keys_in_use() -> dict[str, str]:
+    """aws_access_key_id, aws_secret_access_key and, where there is one, aws_session_token, as boto3 finds them in the
+    environment or in a credentials file. Empty where it finds none."""
+    found = _find_keys()
+    if found is None:
+        return {}
+    keys = found.get_frozen_credentials()
+    named = {"aws_access_key_id": keys.access_key, "aws_secret_access_key": keys.secret_key}
+    return named | ({"aws_session_token": keys.token} if keys.token else {})
+
+
+def _find_keys() -> Any:
     try:
-        return boto3.Session().get_credentials() is not None
+        return boto3.Session().get_credentials()
     except botocore.exceptions.ProfileNotFound:  # AWS_PROFILE names none
-        return False
+        return None
 
 
 def endpoint_error(endpoint: str) -> str | None:

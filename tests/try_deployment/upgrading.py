@@ -1,0 +1,117 @@
+"""From one version to the next while workers run, and from a dump into fresh volumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from tests.try_deployment.living import finish, progress, submit, upload
+from tests.try_deployment.report import Report, expect
+from tests.try_deployment.stack import ROOT, Stack, run, wait_until
+
+_OURS = ("db", "workers", "orchestrator")
+
+
+def begin_with_the_old(stack: Stack, report: Report) -> None:
+    try:
+        upgrade(stack, report)
+    finally:
+        stack.tag = "trial"
+        stack.override(None)
+
+
+def upgrade(stack: Stack, report: Report) -> None:
+    """The old version's code with today's libraries makes the tables and begins a job. New tables come under it."""
+    tree = stack.out / "old"
+    with report.row(f"image with the code of {stack.old}") as row:
+        copy_with_old_code(stack.tree, tree, str(stack.old))
+        run(["docker", "build", "--file", "infra/Dockerfile", "--tag", "maskfleet:trial-old", "."], cwd=tree)
+        row.found = "on today's dependencies"
+    stack.tag = "trial-old"
+    if not (tree / "db" / "secret_files.py").exists():
+        stack.override(addresses_in_the_environment(stack))
+    with report.row("`up --wait` of it, from empty volumes") as row:
+        stack.up()
+        row.found = f"migration {migration(stack)}"
+    upload(stack, "upgrade", copies=5)
+    job = submit(stack, "upgrade")
+    wait_until(lambda: done(stack, job) > 3, lambda: progress(stack, job), 300)
+    stack.tag = "trial"
+    with report.row("the new version's tables under it (`run --rm migrate`)") as row:
+        before, at_first = migration(stack), done(stack, job)
+        stack.override(None)  # of the running containers nothing changes
+        stack.compose("run", "--rm", "--no-deps", "migrate")
+        wait_until(lambda: done(stack, job) > at_first + 3, lambda: progress(stack, job), 300)
+        row.found = f"{before} -> {migration(stack)}; the old workers went on: {at_first}, then {done(stack, job)} done"
+    with report.row("`up --wait` of the new version, the job half done") as row:
+        stack.up()
+        row.found = finish(stack, job)
+
+
+def restore_into_fresh_volumes(stack: Stack, report: Report) -> None:
+    dumps = {name: stack.out / f"{name}.dump" for name in ("maskfleet", "label_studio")}
+    counts = "SELECT (SELECT count(*) FROM outcome), (SELECT count(*) FROM mask), (SELECT count(*) FROM ls_task)"
+    before = stack.sql(counts)
+    with report.row("back-up (`pg_dump` of both databases)") as row:
+        for name, path in dumps.items():
+            dump(stack, name, path)
+        row.found = f"outcomes, masks, tasks: {before}; {sum(p.stat().st_size for p in dumps.values()) / 1e6:.1f} MB"
+    stack.compose("down", "--timeout", "60")
+    for volume in ("postgres", "redis"):
+        run(["docker", "volume", "rm", f"maskfleet-trial_{volume}"])
+    with report.row("restored into fresh volumes of Postgres and Redis") as row:
+        stack.up("postgres")
+        for name, path in dumps.items():
+            words = ["--no-owner", f"--role={name}", "--exit-on-error", "--username=postgres", f"--dbname={name}"]
+            stack.compose("exec", "-T", "postgres", "pg_restore", *words, stdin=path.read_bytes())
+        stack.up()
+        row.found = stack.sql(counts)
+        expect(row.found == before, f"{row.found}, expected {before}")
+    with report.row("a job after it, and `publish` again") as row:
+        job = submit(stack, "street", "--limit", "20")
+        row.found = finish(stack, job)
+        expect(stack.show(job)["assets"]["reused"] > 0, "nothing was answered from the stored masks")
+        published, project = stack.sql(
+            "SELECT p.job_id, t.project_id FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id "
+            "ORDER BY p.job_id LIMIT 1"
+        ).split("|")
+        answer = json.loads(stack.maskfleet("publish", published, "--project", project, "--json"))
+        row.found += f"; publish: {answer['already']} there already, {answer['created']} made"
+        expect(answer["already"] and not answer["created"], row.found)
+
+
+def copy_with_old_code(new: Path, target: Path, commit: str) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(new, target, ignore=shutil.ignore_patterns("secrets", ".env", *_OURS))
+    archive = subprocess.run(["git", "archive", commit, *_OURS], cwd=ROOT, capture_output=True, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", str(target)], input=archive, check=True)
+
+
+def addresses_in_the_environment(stack: Stack) -> str:
+    """A compose file for versions that read no secret from a file."""
+    keys = dict(line.split(" = ") for line in stack.secret("aws-credentials").splitlines() if " = " in line)
+    broker = {"MASKFLEET_BROKER_URL": stack.secret("broker-url")}
+    database = {"MASKFLEET_DATABASE_URL": stack.secret("database-url")}
+    variables = {**broker, **database, **{name.upper(): value for name, value in keys.items()}}
+    environments = {"migrate": variables, "dispatch": variables, "worker": variables, "flower": broker}
+    return json.dumps({"services": {name: {"environment": of} for name, of in environments.items()}})
+
+
+def migration(stack: Stack) -> str:
+    return stack.sql("SELECT version_num FROM alembic_version")
+
+
+def done(stack: Stack, job: int) -> int:
+    """Outcomes in SQL, because the commands of another version refuse the tables."""
+    query = f"SELECT count(*) FROM outcome o JOIN asset a ON a.id = o.asset_id WHERE a.job_id = {job}"
+    return int(stack.sql(query))
+
+
+def dump(stack: Stack, name: str, path: Path) -> None:
+    words = ["exec", "-T", "postgres", "pg_dump", "--username=postgres", "--format=custom", name]
+    command = ["docker", "compose", f"--file={stack.tree / 'docker-compose.yml'}", *words]
+    with path.open("wb") as file:
+        code = subprocess.run(command, cwd=stack.tree, env=stack.environment, stdout=file, check=False).returncode
+    expect(code == 0 and path.stat().st_size > 0, f"pg_dump of {name}: exit {code}")
