@@ -50,7 +50,7 @@ class JobPage(_JobHandler):
 
 
 def _facts(job: Job) -> Iterable[str]:
-    facts = {"Job": str(job.id), "Source": job.source, "Model": job.model_version}
+    facts = {"Job": str(job.id), "Source": job.source, "Model": job.model_version, "Priority": str(job.priority)}
     yield from (fact(name, value) for name, value in facts.items())
     yield f"<div><dt>Submitted</dt><dd>{job.created_at:%Y-%m-%d %H:%M} UTC</dd></div>"
 
