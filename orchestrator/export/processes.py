@@ -5,6 +5,7 @@ Parts are named in export.json in their order. What a killed export had finished
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +20,7 @@ from db import results
 from db.jobs import Job
 from db.results import LabeledAsset
 from db.session import Connection, open_engine
+from db.settings import settings
 from orchestrator.export.parts import Parts, WritePart, write_part
 from orchestrator.export.selection import Selection
 from workers.storage.objects import open_objects
@@ -77,7 +79,12 @@ def write_parts_at_once(
     """
     progress(parts.count("assets"))
     notes: list[str] = []
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    # A server that has imported all once forks the processes. A fork of this one would share its connection.
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["orchestrator.export.formats"])
+    with ProcessPoolExecutor(
+        processes, mp_context=server, initializer=_in_this_environment, initargs=(dict(os.environ),)
+    ) as pool:
         running: deque[Future[dict[str, Any]]] = deque()
         try:
             for part in ranges:
@@ -91,6 +98,13 @@ def write_parts_at_once(
         finally:
             pool.shutdown(cancel_futures=True)
     return notes
+
+
+def _in_this_environment(environment: dict[str, str]) -> None:
+    """The server may be older than a change of this process's environment."""
+    os.environ.clear()
+    os.environ.update(environment)
+    settings.cache_clear()
 
 
 def _name_first(parts: Parts, running: deque[Future[dict[str, Any]]]) -> list[str]:

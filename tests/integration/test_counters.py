@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 from alembic import command
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
-from db import counters, jobs, leases, progress, prompts, results
+from db import counters, jobs, leases, progress, prompts, published, publishing, results
 from db.jobs import Job
 from db.leases import NewOutcome
 from db.migrating import migrate, migration_config
+from db.publishing import Intent, LsProject
 from db.results import StoredMask
 from db.states import MaskCount
-from tests.factories import chunk_ids, claim, count, labeled, make_job, pending, record
+from tests.factories import chunk_ids, claim, count, delete, labeled, make_job, pending, record
 
 pytestmark = pytest.mark.integration
 
@@ -106,3 +107,79 @@ def test_a_filled_database_is_brought_to_counters_and_partitions_and_back_withou
         [*_, newest] = results.labeled_assets(db, job_id=job.id)
     assert len(newest.masks) == 1
     assert (count(engine, job).labeled, count(engine, job).failed) == (7, 0)
+
+
+AS_STORED = """SELECT server, project_id, state, count(*), sum(mask_count - left_out), sum(left_out),
+                      round(sum(iou_sum)::numeric, 3)
+               FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id WHERE p.job_id = :job
+               GROUP BY server, project_id, state ORDER BY 1, 2, 3"""
+AS_COUNTED = """SELECT server, project_id, state, sum(predictions), sum(masks_shown), sum(masks_left_out),
+                       round(sum(iou_sum)::numeric, 3)
+                FROM prediction_counter WHERE job_id = :job
+                GROUP BY server, project_id, state HAVING sum(predictions) <> 0 ORDER BY 1, 2, 3"""
+
+
+def same_predictions(engine: Engine, job: Job) -> list[object]:
+    """What the counter says, which must be what is stored."""
+    with engine.begin() as db:
+        stored, counted = (db.execute(text(s), {"job": job.id}).all() for s in (AS_STORED, AS_COUNTED))
+    assert counted == stored
+    return [tuple(row) for row in counted]
+
+
+def test_predictions_are_counted_whoever_writes_or_deletes_them_and_those_from_before(
+    engine: Engine, database_url: str
+) -> None:
+    job, here, there = make_job(engine, keys=8), LsProject("http://ls", 1), LsProject("http://ls", 2)
+    first = pending(engine, claim(engine, chunk_ids(engine, job)[0]))[0].id
+
+    def intend(db: Connection, project: LsProject, **ious: float | None) -> dict[str, int]:
+        intents = [
+            Intent(
+                asset_uid=uid,
+                uri=uid,
+                asset_id=first,
+                mask_count=4,
+                left_out=1,
+                iou_sum=2.5,
+                iou_min=iou,
+                error=None if iou is not None else "no",
+            )
+            for uid, iou in ious.items()
+        ]
+        return publishing.write_intents(db, ls_project=project, job_id=job.id, model_version="v", intents=intents)
+
+    with engine.begin() as db:
+        ids = intend(db, here, a=0.9, b=0.7, c=None, d=0.8)
+        other = intend(db, there, a=0.5)
+        publishing.mark_done(db, ls_project=here, model_version="v", task_ids={ids["a"]: 1, ids["b"]: 2, ids["d"]: 4})
+        publishing.mark_done(db, ls_project=there, model_version="v", task_ids={other["a"]: 1})
+    assert len(same_predictions(engine, job)) == 3
+    with engine.begin() as db:
+        [mine, others] = published.published(db, job_id=job.id)
+        assert (mine.assets, mine.refused, mine.masks_shown, mine.masks_left_out) == (3, 1, 9, 3)
+        assert (mine.iou_worst, mine.iou_mean) == (pytest.approx(0.7), pytest.approx(7.5 / 9))
+        assert (others.assets, others.iou_worst) == (1, pytest.approx(0.5))
+        publishing.forget_tasks(db, ls_task_ids=[ids["b"]])  # a task goes with its predictions
+        publishing.forget_refused(db, ls_project=here, job_id=job.id)
+        intend(db, here, a=0.6)  # sent again
+    assert len(same_predictions(engine, job)) == 3
+    engine.dispose()
+
+    command.downgrade(migration_config(database_url), "0013")
+    with engine.begin() as db:
+        db.execute(text("UPDATE ls_prediction SET left_out = 2 WHERE state = 'done'"))
+    engine.dispose()
+    migrate(database_url)
+
+    assert len(same_predictions(engine, job)) == 3
+    with engine.begin() as db:
+        db.execute(text("UPDATE ls_prediction SET state = 'done'"))
+        db.execute(text("DELETE FROM ls_prediction WHERE ls_task_id = :id"), {"id": other["a"]})
+    assert [row[1:4] for row in same_predictions(engine, job)] == [(1, "done", 2)]  # type: ignore[index]
+    delete(engine, job)
+    with engine.begin() as db:
+        assert db.execute(text("SELECT count(*) FROM prediction_counter")).scalar_one() == 0
+        assert db.execute(text("SELECT count(*) FROM ls_prediction")).scalar_one() == 2  # published tasks stay
+        db.execute(text("DELETE FROM ls_task"))
+        assert db.execute(text("SELECT count(*) FROM prediction_counter")).scalar_one() == 0
