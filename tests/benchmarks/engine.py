@@ -214,15 +214,16 @@ class Compared:
         return f"{self.identical} of {self.masks} masks identical, {order}"
 
 
-def tiny_sam(scene: bool = True) -> Sam:
+def tiny_sam(scene: bool = True, side_px: int = 1024) -> Sam:
     """SAM's geometry (1024 px, 64 x 64 embedding, 256 x 256 logits) with an encoder of two layers."""
+    side = side_px // 16
     torch.manual_seed(0)
     encoder = ImageEncoderViT(
-        depth=2, embed_dim=192, img_size=1024, mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_heads=3,
+        depth=2, embed_dim=192, img_size=side_px, mlp_ratio=4, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_heads=3,
         patch_size=16, qkv_bias=True, use_rel_pos=True, global_attn_indexes=(), window_size=14, out_chans=256,
     )  # fmt: skip
     prompts = PromptEncoder(
-        embed_dim=256, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16
+        embed_dim=256, image_embedding_size=(side, side), input_image_size=(side_px, side_px), mask_in_chans=16
     )
     transformer = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
     decoder: nn.Module = MaskDecoder(transformer_dim=256, transformer=transformer)
