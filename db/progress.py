@@ -151,12 +151,18 @@ def last_errors(db: Connection, *, job_id: int) -> list[LastError]:
 def stored_over_time(db: Connection, *, job_id: int, chunks: int = 48) -> list[StoredThen]:
     """When outcomes were stored, of at most so many chunks, evenly spread over those that were sent."""
     statement = text(
-        """WITH last AS (
+        """WITH recent AS (
                SELECT first_asset_id FROM chunk
                WHERE job_id = :job_id AND state IN ('running', 'done') AND sent_at IS NOT NULL
-               ORDER BY sent_at DESC LIMIT 1),
+               ORDER BY sent_at DESC LIMIT :recent),
            span AS (
-               SELECT first_asset_id AS first, (SELECT first_asset_id FROM last) AS last
+               SELECT first_asset_id AS first, greatest(
+                   (SELECT max(first_asset_id) FROM recent),
+                   coalesce(
+                       (SELECT first_asset_id - 1 FROM chunk WHERE job_id = :job_id AND state <> 'done'
+                        ORDER BY first_asset_id LIMIT 1),
+                       (SELECT first_asset_id FROM chunk WHERE job_id = :job_id
+                        ORDER BY first_asset_id DESC LIMIT 1))) AS last
                FROM chunk WHERE job_id = :job_id ORDER BY first_asset_id LIMIT 1),
            chosen AS (
                SELECT DISTINCT c.first_asset_id, c.last_asset_id
@@ -173,5 +179,6 @@ def stored_over_time(db: Connection, *, job_id: int, chunks: int = 48) -> list[S
                WHERE asset_id BETWEEN first_asset_id AND last_asset_id AND job_id = :job_id OFFSET 0) o
            GROUP BY 1 ORDER BY 1"""
     )
-    rows = db.execute(statement, {"job_id": job_id, "chunks": chunks}).mappings()
+    values = {"job_id": job_id, "chunks": chunks, "recent": _RECENT_CHUNKS}
+    rows = db.execute(statement, values).mappings()
     return [StoredThen(**row) for row in rows]

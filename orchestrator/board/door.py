@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Served:
-    """What the handlers share. guessing: one try of the password at a time, so that guessing is slow."""
+    """What the handlers share. guessing: one try of the password at a time, so that guessing is slow. ending: set when
+    the board ends, so that events end too."""
 
     board: Board
     photos: Photos
@@ -52,6 +53,7 @@ class Served:
     reading: ThreadPoolExecutor
     decoding: ThreadPoolExecutor
     guessing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Handler(RequestHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 
 import orjson
@@ -85,7 +86,7 @@ class Events(_JobHandler):
         shown: dict[str, str] = {}
         silent = 0.0
         try:
-            while not self.served.stop.is_set():
+            while not self.served.ending.is_set():
                 regions = await self._regions(job_id)
                 changed = {name: html for name, html in regions.items() if shown.get(name) != html}
                 silent = 0.0 if changed else silent + _LOOK_SECONDS
@@ -96,7 +97,8 @@ class Events(_JobHandler):
                     silent = 0.0
                     self.write(b": still here\n\n")
                 await self.flush()
-                await asyncio.sleep(_LOOK_SECONDS)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.served.ending.wait(), _LOOK_SECONDS)
         except StreamClosedError:
             return
 

@@ -20,6 +20,7 @@ from orchestrator.board.photos import Photos
 
 _READ_THREADS, _PHOTO_THREADS = 4, 2
 _MOST_BODY_BYTES = 10_000
+_POLL_SECONDS = 0.2
 
 
 def serve(
@@ -68,6 +69,8 @@ async def _serve(served: door.Served, *, host: str, port: int, started: Callable
     server.add_sockets(sockets)
     started(sockets[0].getsockname()[1])
     while not served.stop.is_set():
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(_POLL_SECONDS)
     server.stop()
+    served.ending.set()
+    await asyncio.sleep(_POLL_SECONDS)  # for events to end
     await server.close_all_connections()

@@ -79,6 +79,7 @@ def board_of(out: Path) -> Iterator[tuple[str, str]]:
         yield url, password
     finally:
         assert terminate(process) == 0
+        assert "ERROR" not in log.read_text()
 
 
 @pytest.fixture(scope="module")
