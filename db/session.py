@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import orjson
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
@@ -59,6 +60,7 @@ def open_engine(
     return create_engine(
         psycopg2_url(url),
         pool_pre_ping=True,
+        json_deserializer=orjson.loads,  # a tenth of json's time, which is a fifth of an export
         pool_size=pool_size,
         connect_args={"connect_timeout": 10, "options": options, "application_name": "maskfleet"},
     )

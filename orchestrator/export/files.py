@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+
 from db.jobs import Job
 from db.results import StoredMask
 from db.reviewed_masks import ReviewedMask
@@ -60,7 +62,11 @@ def mask_score(mask: StoredMask) -> float:
 
 
 def json_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """orjson takes a tenth of json's time, but knows no keys that are not text, and no whole numbers above 64 bits."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @contextmanager
