@@ -11,7 +11,7 @@ from db.secret_files import SecretFiles
 from db.settings import Settings
 from orchestrator.cli.errors import as_message
 
-SECRETS = ("database_url", "broker_url", "label_studio_api_key", "webhook_secret", "assist_password")
+SECRETS = ("database_url", "broker_url", "label_studio_api_key", "webhook_secret", "assist_password", "board_password")
 
 
 @pytest.mark.parametrize("name", SECRETS)
