@@ -27,7 +27,7 @@ def test_an_outage_of_postgres_leaves_the_messages_in_the_queue(deployment: Depl
     dispatcher = deployment.start("dispatch")
     job = deployment.submit(source)
     broker = redis.Redis.from_url(deployment.broker_url)
-    wait_for(lambda: broker.llen(QUEUE) == 20, "every chunk in the queue", logs=deployment.logs)
+    wait_for(lambda: broker.llen(QUEUE) >= 8, "a full queue", logs=deployment.logs)
     worker = deployment.start("worker", "--devices", "cpu")
     deployment.wait_for_outcomes(job, 4)
 
@@ -37,7 +37,7 @@ def test_an_outage_of_postgres_leaves_the_messages_in_the_queue(deployment: Depl
         left = broker.llen(QUEUE)
 
     # Messages are sent again only after an hour. So if the queue had been emptied, the job would not continue.
-    assert left >= 15
+    assert left >= 5
     assert_nothing_lost(deployment.wait_until_done(job), listed=160)
     assert worker.poll() is dispatcher.poll() is None
 

@@ -130,7 +130,7 @@ def test_a_bucket_is_listed_in_ranges_that_are_split_where_its_keys_are(
     list_all(engine, job)
 
     assert_exact(engine, job, [key.removeprefix("photos/") for key in KEYS[spread]])
-    assert shards(engine, job) >= 3
+    assert shards(engine, job) >= 2  # how often depends on how fast the pages come
     assert len(chunk_ids(engine, job)) <= 60
 
 
