@@ -71,7 +71,7 @@ def test_a_task_shows_its_readable_name_and_the_chunk_id_alone(flower, redis_url
 
     def ended() -> list[dict]:
         tasks = flower.get("/api/tasks", auth=LOGIN).json().values()
-        return [task for task in tasks if task["worker"] == WORKER and task["state"] in ("SUCCESS", "FAILURE")]
+        return [task for task in tasks if task.get("worker") == WORKER and task["state"] in ("SUCCESS", "FAILURE")]
 
     (task,) = wait_for(ended, "the task's end in Flower")
     assert task["name"] == SEGMENT_CHUNK == "maskfleet.segment_chunk"
