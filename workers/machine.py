@@ -12,7 +12,10 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MOST_CPU_WORKERS = 8  # on machines with more cores each has several threads
-_WORKING_BYTES = 2_000_000_000  # of a worker beside its weights: torch, and the masks of a picture of 12 MP
+# A worker's memory beside its weights, at the peak. Measured on photos of 0.8 MP: sam_nano 1.2 GB; vit_b 12 GB, mostly
+# SAM's decoder for 64 points at once, which all models of SAM's size have.
+_SMALL_WEIGHTS_BYTES = 10_000_000
+_SMALL_WORKING_BYTES, _WORKING_BYTES = 1_500_000_000, 12_000_000_000
 _LARGEST_WEIGHTS_BYTES = 2_600_000_000
 
 
@@ -69,7 +72,8 @@ def auto_devices(weights_bytes: int) -> str:
     if _cuda_ids():
         return "all"
     free = free_memory_bytes()
-    fit = _MOST_CPU_WORKERS if free is None else free // (_WORKING_BYTES + 2 * weights_bytes)
+    working = _SMALL_WORKING_BYTES if weights_bytes < _SMALL_WEIGHTS_BYTES else _WORKING_BYTES
+    fit = _MOST_CPU_WORKERS if free is None else free // (working + 2 * weights_bytes)
     return ",".join(["cpu"] * max(1, min(usable_cores(), _MOST_CPU_WORKERS, fit)))
 
 

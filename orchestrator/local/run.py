@@ -39,6 +39,7 @@ from workers.models.registry import find_model
 from workers.storage.source import open_source
 
 _PAGE = 20  # tasks of Label Studio take long to write, so their masks are read in short pages
+_SHARED_CHUNK_SIZE = 2  # on a CPU an image takes much longer than a claim
 _STOP_SECONDS = 75  # a little more than the worker's own drain time
 
 
@@ -124,14 +125,14 @@ def _only_run_in(out: Path, state_dir: Path) -> Iterator[None]:
 def _become_deployment(database_url: str, broker_dir: Path, embeddings: Path, *, shares: bool) -> None:
     """Make this process and its worker use the embedded servers, through the same variables that an operator sets.
 
-    shares: several CPU workers share the folder, so that a chunk is no more than a batch.
+    shares: several CPU workers share the folder. Then chunks are small, so that all have work until the end.
     """
     os.environ["MASKFLEET_DATABASE_URL"] = database_url
     os.environ["MASKFLEET_BROKER_URL"] = f"filesystem://{broker_dir}"
     if settings().embeddings is None:
         os.environ["MASKFLEET_EMBEDDINGS"] = str(embeddings.absolute())
     if shares and "chunk_size" not in settings().model_fields_set:
-        os.environ["MASKFLEET_CHUNK_SIZE"] = str(settings().batch_size)
+        os.environ["MASKFLEET_CHUNK_SIZE"] = str(_SHARED_CHUNK_SIZE)
     settings.cache_clear()
 
 
