@@ -48,7 +48,7 @@ HeaderSecret = Annotated[SecretStr, AfterValidator(_require_header_text)]
 
 
 class Settings(BaseSettings):
-    """One field a setting. The README and `maskfleet doctor` show its description."""
+    """One field a setting. docs/settings.md and `maskfleet config` show its description."""
 
     model_config = SettingsConfigDict(
         env_prefix="MASKFLEET_",

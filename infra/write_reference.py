@@ -71,14 +71,14 @@ def _commands_page() -> str:
 
 
 def _section(name: str, command: Any) -> str:
-    lines = [f"## maskfleet {name}", "", (command.help or "").strip().replace("\n\n\n", "\n\n"), ""]
+    lines = [f"## maskfleet {name}", "", (command.help or "").strip(), ""]
     rows = [_row(parameter) for parameter in command.params if not getattr(parameter, "hidden", False)]
-    lines += ["| argument or option | default | meaning |", "|---|---|---|", *filter(None, rows), ""] if rows else []
+    lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows, ""] if rows else []
     return "\n".join([*lines, command.epilog or "", ""])
 
 
 def _row(parameter: Any) -> str:
-    """A line of the table. A parameter without a help text is the library's own, such as `--help`."""
+    """A line of the table."""
     if parameter.param_type_name == "argument":
         name = f"`{parameter.metavar or parameter.name.upper()}`"
     else:
