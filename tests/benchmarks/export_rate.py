@@ -10,13 +10,10 @@ Postgres. Postgres is that of the wheel, without fsync, and has been read once b
 from __future__ import annotations
 
 import argparse
-import json
-import random
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -33,20 +30,10 @@ from orchestrator.export.parquet import MASKS, _mask_row, _rows
 from orchestrator.export.selection import Selection
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job
+from tests.measured import COUNTS, Bar, report
 
 MASKS_AN_ASSET = 5
 PARTS = 8
-COUNTS = "".join(random.Random(1).choices("0123456789abcdefghijklmnopqrstuvwxyz", k=192))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """A figure. bar: the limit, None where there is none."""
-
-    name: str
-    value: float
-    bar: float | None = None
-    holds: bool | None = None
 
 
 def fill(engine: Engine, assets: int) -> Job:
@@ -127,13 +114,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     bars = measure(args.assets)
-    if args.json:
-        print(json.dumps({"bars": [asdict(bar) for bar in bars]}, indent=2))
-    else:
-        for bar in bars:
-            judged = "" if bar.bar is None else f"bar {bar.bar:g} {'holds' if bar.holds else 'MISSED'}"
-            print(f"{bar.name:50} {bar.value:12.3f}  {judged}")
-    sys.exit(1 if any(bar.holds is False for bar in bars) else 0)
+    report(bars, as_json=args.json)
 
 
 if __name__ == "__main__":

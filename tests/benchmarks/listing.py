@@ -10,7 +10,6 @@ rounds of 2 s into the Postgres of the wheel (without fsync), as the dispatcher 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,20 +31,11 @@ from db.states import JobState
 from orchestrator.jobs.listing import Walks
 from orchestrator.jobs.prepare import list_for_a_while
 from orchestrator.local.postgres import EmbeddedPostgres
+from tests.measured import Bar, report
 from workers.storage.source import open_source
 
 TURNS = 3
 ROUND_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """A figure. bar: the limit, None where there is none."""
-
-    name: str
-    value: float
-    bar: float | None = None
-    holds: bool | None = None
 
 
 def names_alone(folder: str) -> int:
@@ -145,13 +134,7 @@ def main() -> None:
     with flat_folder(args.files) as folder:
         bars = against_scandir(folder, args.files)
         bars += into_postgres(folder) if args.stored else []
-    if args.json:
-        print(json.dumps({"bars": [asdict(bar) for bar in bars]}, indent=2))
-    else:
-        for bar in bars:
-            judged = "" if bar.bar is None else f"bar {bar.bar:g} {'holds' if bar.holds else 'MISSED'}"
-            print(f"{bar.name:50} {bar.value:12.3f}  {judged}")
-    sys.exit(1 if any(bar.holds is False for bar in bars) else 0)
+    report(bars, as_json=args.json)
 
 
 if __name__ == "__main__":

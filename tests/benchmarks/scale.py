@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from sqlalchemy import Connection, Engine, text
 
 from db import jobs, leases, queue
-from db.leases import ClaimedChunk, NewOutcome
+from db.leases import ClaimedChunk
 from db.migrating import migrate
-from db.results import StoredMask
 from db.session import open_engine
 from orchestrator.jobs.delete import delete_job
 from orchestrator.jobs.reports import read_report
@@ -42,21 +39,11 @@ from orchestrator.local.postgres import EmbeddedPostgres
 from orchestrator.terminal.jobs import read_job
 from tests.factories import chunk_ids, make_job
 from tests.filled import LS_PROJECT, Filled, fill
+from tests.measured import COUNTS, Bar, outcome_with, report
 
 SMALL, LARGE = 10_000, 1_000_000
 TURNS = 30
 MASKS, BATCH = 100, 4  # masks an asset; assets that one commit stores
-COUNTS = "".join(random.Random(1).choices("0123456789abcdefghijklmnopqrstuvwxyz", k=192))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """A figure. bar: the limit, None where there is none."""
-
-    name: str
-    value: float
-    bar: float | None = None
-    holds: bool | None = None
 
 
 @contextmanager
@@ -140,7 +127,7 @@ def _claim(db: Connection, filled: Filled) -> ClaimedChunk:
 
 def _prepare(db: Connection, filled: Filled) -> Any:
     chunk = _claim(db, filled)
-    return chunk, [_outcome(n, masks=10) for n in range(chunk.first_asset_id, chunk.first_asset_id + BATCH)]
+    return chunk, [outcome_with(n, masks=10) for n in range(chunk.first_asset_id, chunk.first_asset_id + BATCH)]
 
 
 def _record(db: Connection, prepared: Any) -> None:
@@ -208,7 +195,7 @@ def _write_job(url: str, n: int) -> float:
     with engine.begin() as db:
         chunk = leases.claim_chunk(db, chunk_id=chunk_ids(engine, job)[0], worker=f"w{n}", lease_seconds=600)
     assert chunk is not None
-    outcomes = [_outcome(k, masks=MASKS) for k in range(chunk.first_asset_id, chunk.last_asset_id + 1)]
+    outcomes = [outcome_with(k, masks=MASKS) for k in range(chunk.first_asset_id, chunk.last_asset_id + 1)]
     began = time.perf_counter()
     for start in range(0, len(outcomes), BATCH):
         batch = outcomes[start : start + BATCH]
@@ -234,29 +221,6 @@ def _copy_bare(url: str, n: int) -> float:
 def _line() -> str:
     prompt = json.dumps({"points": [[512.5, 341.5, 1]]})
     return f"%d\t%d\t{COUNTS}\t10\t10\t100\t100\t5000\t0.9123\t0.9512\tcar\t{prompt}\n"
-
-
-def _outcome(asset_id: int, *, masks: int) -> NewOutcome:
-    return NewOutcome(
-        asset_id=asset_id,
-        width=1024,
-        height=768,
-        segment_ms=50,
-        masks=[
-            StoredMask(
-                asset_id=asset_id,
-                n=n,
-                counts=COUNTS,
-                bbox_xywh=(10, 10, 100, 100),
-                area_px=5000,
-                predicted_iou=0.9123,
-                stability_score=0.9512,
-                label="car",
-                prompt={"points": [[512.5, 341.5, 1]]},
-            )
-            for n in range(masks)
-        ],
-    )
 
 
 # delete
@@ -293,7 +257,7 @@ def _work_beside(engine: Engine, stop: threading.Event, waits: list[float]) -> N
         with engine.begin() as db:
             chunk = leases.claim_chunk(db, chunk_id=chunk_id, worker="w", lease_seconds=60)
         assert chunk is not None
-        outcomes = [_outcome(n, masks=10) for n in range(chunk.first_asset_id, chunk.last_asset_id + 1)]
+        outcomes = [outcome_with(n, masks=10) for n in range(chunk.first_asset_id, chunk.last_asset_id + 1)]
         with engine.begin() as db:
             leases.record(db, chunk=chunk, outcomes=outcomes, in_flight=[], worker="w", lease_seconds=60)
         read_job(engine, job.id)
@@ -309,13 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     bars = [bar for name in args.section or SECTIONS for bar in SECTIONS[name]()]
-    if args.json:
-        print(json.dumps({"bars": [asdict(bar) for bar in bars]}, indent=2))
-    else:
-        for bar in bars:
-            judged = "" if bar.bar is None else f"bar {bar.bar:g} {'holds' if bar.holds else 'MISSED'}"
-            print(f"{bar.name:60} {bar.value:12.3f}  {judged}")
-    sys.exit(1 if any(bar.holds is False for bar in bars) else 0)
+    report(bars, as_json=args.json)
 
 
 if __name__ == "__main__":

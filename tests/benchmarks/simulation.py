@@ -40,10 +40,10 @@ from sqlalchemy import Engine, text
 from db import jobs, leases, queue
 from db.leases import ClaimedChunk, NewOutcome
 from db.migrating import migrate
-from db.results import StoredMask
 from db.session import open_engine
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job
+from tests.measured import outcome_with
 
 BATCH, CHUNK = 4, 64
 HEARTBEAT_SECONDS = 20.0  # a third of the usual lease
@@ -51,7 +51,6 @@ LEASE_SECONDS = 60.0
 PROCESSES = 4
 CONNECTIONS = 40
 REACHED = 0.9  # of the wanted rate: below it something is saturated
-COUNTS = "".join(random.Random(1).choices("0123456789abcdefghijklmnopqrstuvwxyz", k=192))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +134,7 @@ class Worker:
         for start in range(0, len(assets), BATCH):
             ids = assets[start : start + BATCH]
             ready_at = time.monotonic() + len(ids) / self.load.rate
-            outcomes = [_outcome(asset_id, self.load.masks) for asset_id in ids]
+            outcomes = [outcome_with(asset_id, masks=self.load.masks) for asset_id in ids]
             self._sleep_until(ready_at, chunk)
             ahead = assets[start + BATCH : start + 3 * BATCH]
             self._timed("record", self._record, chunk, outcomes, ahead)
@@ -169,24 +168,6 @@ class Worker:
         found = do(*arguments)
         self.seconds[what].append(time.perf_counter() - began)
         return found
-
-
-def _outcome(asset_id: int, masks: int) -> NewOutcome:
-    found = [
-        StoredMask(
-            asset_id=asset_id,
-            n=n,
-            counts=COUNTS,
-            bbox_xywh=(10, 10, 100, 100),
-            area_px=5000,
-            predicted_iou=0.9123,
-            stability_score=0.9512,
-            label="car",
-            prompt={"points": [[512.5, 341.5, 1]]},
-        )
-        for n in range(masks)
-    ]
-    return NewOutcome(asset_id=asset_id, width=1024, height=768, segment_ms=50, masks=found)
 
 
 _MESSAGES: list[Any] = []  # the queue of this process
