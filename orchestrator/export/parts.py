@@ -23,7 +23,8 @@ from typing import Any
 from db.results import LabeledAsset
 from orchestrator.export.errors import ExportError
 from workers.errors import AssetError, ErrorKind
-from workers.storage.objects import Objects, open_objects
+from workers.storage.objects import open_objects
+from workers.storage.place import Objects
 
 _NAME = "export.json"
 _MOST_BYTES = 1 << 26  # of export.json

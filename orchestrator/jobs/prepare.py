@@ -21,7 +21,6 @@ from orchestrator.jobs.shards import list_in_parallel
 from orchestrator.prompts.key_matching import MatchingError, match
 from workers.errors import AssetError, SourceError, TransientError, redact
 from workers.storage.asset import SkipReason
-from workers.storage.bucket import Bucket
 from workers.storage.source import open_source
 
 _PAGE = 5000
@@ -35,8 +34,7 @@ def list_for_a_while(engine: Engine, job: Job, walks: Walks, *, seconds: float) 
     give_way_at = time.monotonic() + seconds
     try:
         source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
-        if isinstance(source, Bucket) and job.asked.get("list_shards"):
-            list_in_parallel(engine, job, source, seconds=seconds)
+        if job.asked.get("list_shards") and list_in_parallel(engine, job, source, seconds=seconds):
             return
         pages = walks.take(job, listed_part(source, job.asked))
         current: Job | None = job

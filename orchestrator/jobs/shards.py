@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from db import list_shards
 from db.jobs import Job
@@ -21,18 +21,27 @@ from db.session import Engine
 from db.settings import settings
 from db.states import JobState
 from orchestrator.jobs.listing import Selection, select
-from workers.storage.asset import PAGE_SIZE, Page
-from workers.storage.bucket import Bucket
+from workers.storage.asset import PAGE_SIZE, Page, Source
+
+if TYPE_CHECKING:
+    from workers.storage.bucket import Bucket
 
 _PROBES = 8  # list requests of one try to split
 _LAST_ASCII, _LAST_CHARACTER = 0x7F, 0x10FFFF
 _SURROGATES = range(0xD800, 0xE000)
 
 
-def list_in_parallel(engine: Engine, job: Job, bucket: Bucket, *, seconds: float) -> None:
-    """Store the next pages of a job's ranges. Raises SourceError and TransientError."""
-    listing = _ParallelListing(engine, job, bucket, most=job.asked["list_shards"])
-    listing.go_on(seconds)
+def list_in_parallel(engine: Engine, job: Job, source: Source, *, seconds: float) -> bool:
+    """Store the next pages of a job's ranges. False for a folder, which has none.
+
+    Raises SourceError and TransientError.
+    """
+    from workers.storage.bucket import Bucket  # here, because it loads boto3
+
+    if not isinstance(source, Bucket):
+        return False
+    _ParallelListing(engine, job, source, most=job.asked["list_shards"]).go_on(seconds)
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

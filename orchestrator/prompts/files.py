@@ -27,7 +27,6 @@ from orchestrator.prompts.json_items import items
 from workers.errors import AssetError, ErrorKind, redact
 from workers.models.spec import ModelSpec
 from workers.prompts import Prompt, PromptError, PromptKind, parse_prompt, takes
-from workers.storage.bucket import Bucket
 from workers.storage.source import open_source
 
 MOST_LINE_BYTES = 64 * 2**20  # about a hundred thousand prompts on one asset
@@ -210,6 +209,8 @@ def _download(address: str, into: IO[bytes], s3_endpoint: str | None) -> bool:
     folder, _, name = address.rpartition("/")
     if not name or folder == "s3:/":
         return False
+    from workers.storage.bucket import Bucket  # here, because it loads boto3
+
     bucket = open_source(folder, s3_endpoint=s3_endpoint)
     assert isinstance(bucket, Bucket)
     try:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from db.settings import Settings
 from workers.embeddings.address import EmbeddingError, EmbeddingFault, is_address
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError, redact
-from workers.storage.objects import Objects, StoredObject, open_objects
+from workers.storage.objects import open_objects
+from workers.storage.place import Objects, StoredObject
 
 # The largest known embedding is SAM-HQ's of vit_h: 12 MiB in fp16.
 MOST_BYTES = 64 * 1024 * 1024

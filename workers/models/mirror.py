@@ -19,7 +19,8 @@ from workers.models.own import MAX_TOML_BYTES
 from workers.models.part_file import Progress, Wanted, require_room
 from workers.models.spec import WeightsError
 from workers.models.weights import name_of
-from workers.storage.objects import Objects, open_objects
+from workers.storage.objects import open_objects
+from workers.storage.place import Objects
 
 
 class Mirror(Protocol):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from db.processes import Beat
 from db.states import ProcessKind
-from workers.machine import Device
+from workers.machine import PINNED_VARIABLE, Device
 from workers.models.files import is_present
 from workers.models.registry import known_models
 from workers.running.app import QUEUES
@@ -212,7 +212,7 @@ def _start(worker: _WorkerProcess) -> None:
     command += ["--pool", "prefork", "--concurrency", "1", "--hostname", f"{name}@%h", "--loglevel", "INFO"]
     command += ["--without-gossip", "--without-mingle"]
     environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": worker.device.cuda_id,
+        PINNED_VARIABLE: worker.device.cuda_id,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         RUN_DIR_VARIABLE: str(worker.run_dir),
         SUPERVISOR_VARIABLE: str(os.getpid()),

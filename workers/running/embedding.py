@@ -20,7 +20,6 @@ from workers.embeddings.store import EmbeddingStore
 from workers.errors import AssetError, ErrorKind, redact
 from workers.images.decode import decode
 from workers.models.files import require_same_weights
-from workers.models.pulling import Bringing, bring_for_job
 from workers.running.app import EMBED_QUEUE, EMBEDS_A_MESSAGE, publish_embeds, waiting_messages
 from workers.running.outcomes import judge, storable_text
 from workers.running.worker import Worker
@@ -96,7 +95,10 @@ def _make(worker: Worker, store: EmbeddingStore, wanted: WantedEmbedding) -> Non
     if asset is None:
         raise AssetError(ErrorKind.NOT_FOUND, "its job was deleted")
     version = asset.model_version
-    bring_for_job(asset.model, lambda spec: require_same_weights(spec, version), Bringing(is_public=False))
+    if worker.settings.weights_mirror is not None:
+        from workers.models.pulling import Bringing, bring_for_job  # here, because it loads an HTTP client
+
+        bring_for_job(asset.model, lambda spec: require_same_weights(spec, version), Bringing(is_public=False))
     of = embedding_of(asset, EmbeddingFormat(wanted.address.split("/")[1]))
     if of.address != wanted.address:
         raise AssetError(ErrorKind.INTERNAL, f"asset {asset.asset_id} has the address {of.address}")

@@ -16,6 +16,7 @@ from db.leases import Asset, ClaimedChunk
 from workers.embeddings.address import EmbeddingError, EmbeddingFault, EmbeddingFormat, EmbeddingOf, embedding_of
 from workers.embeddings.store import EmbeddingStore, open_store
 from workers.errors import SourceError, redact
+from workers.machine import pinned_device
 from workers.models.registry import find_model
 from workers.running.worker import Worker
 
@@ -47,10 +48,9 @@ class FromStore:
 
     def _read_one(self, of: EmbeddingOf) -> Any:
         from workers.embeddings.codec import decode, to_device  # here, because it loads torch
-        from workers.engine.device import default_device
 
         try:
-            return to_device(decode(self._store.read(of.address), of.stamp), default_device())
+            return to_device(decode(self._store.read(of.address), of.stamp), pinned_device())
         except EmbeddingError as error:
             log.warning("chunk %d: %s is encoded again: %s", self._chunk.id, of.key, redact(str(error)))
             self._is_away = error.fault is EmbeddingFault.AWAY

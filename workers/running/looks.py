@@ -27,7 +27,6 @@ from workers.images.pixels import RgbImage
 from workers.masks import Mask
 from workers.models.files import require_same_weights
 from workers.models.own import require_same_model
-from workers.models.pulling import Bringing, bring_for_job
 from workers.models.registry import find_model
 from workers.models.spec import Model, ModelSpec
 from workers.params import PromptParams, automatic_params
@@ -82,7 +81,10 @@ def _require_model(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], None
         if worker.draining():
             raise Draining
 
-    bring_for_job(chunk.model, check, Bringing(progress=still_wanted, while_waiting=still_wanted, is_public=False))
+    if worker.settings.weights_mirror is not None:
+        from workers.models.pulling import Bringing, bring_for_job  # here, because it loads an HTTP client
+
+        bring_for_job(chunk.model, check, Bringing(progress=still_wanted, while_waiting=still_wanted, is_public=False))
     check(find_model(chunk.model))
 
 

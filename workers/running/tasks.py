@@ -32,6 +32,7 @@ from workers.detectors import detector as detectors
 from workers.embeddings.store import open_store
 from workers.errors import redact
 from workers.logs import log_to_stderr
+from workers.machine import pinned_device
 from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import Model
@@ -251,18 +252,14 @@ def _worker(name: str) -> Worker:
 
 
 def _load_model(name: str) -> Model:
-    from workers.engine.device import default_device
-
-    model = load_model(find_model(name), default_device())
+    model = load_model(find_model(name), pinned_device())
     with suppress(OSError):  # the folder's owner may have ended and removed it
         model_file(run_dir()).write_text(name)
     return model
 
 
 def _load_detector(asked: detectors.AskedDetector) -> detectors.Detector | detectors.PhraseDetector:
-    from workers.engine.device import default_device
-
-    return detectors.load(asked, default_device())
+    return detectors.load(asked, pinned_device())
 
 
 def _leave() -> None:

@@ -11,7 +11,6 @@ import urllib.parse
 
 from workers.errors import SourceError, redact
 from workers.storage.asset import Source
-from workers.storage.bucket import Bucket
 from workers.storage.folder import Folder
 
 # With the root logger at DEBUG these log whole requests, with their Authorization headers.
@@ -28,6 +27,8 @@ def open_source(source: str, *, s3_endpoint: str | None = None) -> Source:
     if not separator:
         return Folder(source)
     if scheme == "s3":
+        from workers.storage.bucket import Bucket  # here, because it loads boto3
+
         return Bucket(rest, endpoint=s3_endpoint)
     if scheme == "file":
         host, slash, path = rest.partition("/")
