@@ -18,7 +18,7 @@ import pytest
 from db.session import open_engine
 from orchestrator.local.folder import folder_database, state_dir_of
 from tests.deployment import draw_pictures
-from tests.e2e.test_run import MASKFLEET, environment, run
+from tests.e2e.test_run import MASKFLEET, RUN, environment, run
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -158,7 +158,7 @@ def test_a_second_ctrl_c_hurries_and_still_leaves_nothing_behind(tmp_path: Path)
     source, out = draw_pictures(tmp_path / "pictures", 6), tmp_path / "out"
     log = tmp_path / "run.log"
     endless = {"MASKFLEET_STUB_SECONDS": "600", "MASKFLEET_DRAIN_SECONDS": "600"}
-    command = [*MASKFLEET, "run", str(source), "--out", str(out), "--model", "stub"]
+    command = [*RUN, str(source), "--out", str(out), "--model", "stub"]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,

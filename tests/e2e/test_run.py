@@ -21,6 +21,7 @@ from tests.waiting import wait_for
 pytestmark = pytest.mark.integration
 
 MASKFLEET = [sys.executable, "-P", "-m", "orchestrator.cli"]
+RUN = [*MASKFLEET, "run", "--devices", "cpu"]  # a second worker would take longer to start than to label
 
 
 def environment(**settings: str) -> dict[str, str]:
@@ -32,7 +33,7 @@ def run(
     *words: str | Path, code: int = 0, cwd: Path | None = None, **settings: str
 ) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [*MASKFLEET, "run", *map(str, words)],
+        [*RUN, *map(str, words)],
         env=environment(**settings),
         capture_output=True,
         text=True,
@@ -105,7 +106,7 @@ def test_the_same_command_again_computes_nothing_and_sees_new_files(tmp_path: Pa
 
 
 def start(source: Path, out: Path, **settings: str) -> subprocess.Popen[bytes]:
-    command = [*MASKFLEET, "run", str(source), "--out", str(out), "--model", "stub"]
+    command = [*RUN, str(source), "--out", str(out), "--model", "stub"]
 
     def hear_ctrl_c() -> None:  # a shell starts what it puts into the background deaf to it, and so its children
         signal.signal(signal.SIGINT, signal.SIG_DFL)

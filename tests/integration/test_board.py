@@ -48,7 +48,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("board")
     source = draw_pictures(folder / "pictures", PICTURES, special={"zz broken.png": (253, 251, 7)})
     (source / "half & <b>.jpg").write_bytes(b"a text")
-    words = ["run", str(source), "--out", str(folder / "out"), "--model", "stub", "--name", NAME]
+    words = ["run", "--devices", "cpu", str(source), "--out", str(folder / "out"), "--model", "stub", "--name", NAME]
     slow = environment(MASKFLEET_STUB_SECONDS="0.5", MASKFLEET_CHUNK_SIZE="8", MASKFLEET_BATCH_SIZE="2")
     with (folder / "run.log").open("wb") as log:
         job = subprocess.Popen([*MASKFLEET, *words], env=slow, stdout=log, stderr=log, start_new_session=True)

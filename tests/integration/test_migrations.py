@@ -10,13 +10,17 @@ from db.embedding_sweep import sweep_lock
 from db.migrating import migrate, migration_config
 from db.publishing import LsProject, project_lock
 from db.session import DatabaseNotReady, check_migrated, psycopg2_url
+from db.tables import Base
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
 
 
 def test_migrations_build_exactly_the_tables_of_the_models(database_url: str) -> None:
-    command.check(migration_config(database_url))
+    config = migration_config(database_url)
+    config.attributes["models"] = Base.metadata
+
+    command.check(config)
 
 
 def test_a_database_can_go_down_to_nothing_and_up_again(database_url: str, engine: Engine) -> None:

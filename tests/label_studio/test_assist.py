@@ -147,7 +147,7 @@ def _reviewing(server: Server, client: LabelStudio, out: Path, names: Sequence[s
     for number, name in enumerate(names):
         Image.fromarray(draw_scene(90_000_000_000_000 + number, SCENE_HW).image).save(photos / name)
     made = Review(server=server, client=client, out=out, project_id=0, tasks={}, masks={})
-    made.call("run", photos, "--out", out, "--model", "sam_nano", "--keep-embeddings", "all")
+    made.call("run", "--devices", "cpu", photos, "--out", out, "--model", "sam_nano", "--keep-embeddings", "all")
     setup = ["label-studio", "setup", "--job", out, "--local-files"]
     project_id = int(made.call(*setup, "--title", "assisted"))
     published = ["publish", out, "--project", str(project_id), "--max-masks", str(SHOWN)]

@@ -48,6 +48,8 @@ RUN_BY = {
     "db.reviewed_masks": "label_studio/test_review.py",
     "db.texts": "unit/test_storage.py",
     "workers.allocator": "unit/test_allocator.py",
+    "workers.storage.bucket_objects": "integration/test_export_parts.py",
+    "workers.storage.place": "integration/test_export_parts.py",
     "orchestrator.cli.__main__": "e2e/test_run.py",
     "orchestrator.cli.app": "e2e/test_run.py",
     "orchestrator.board.board": "integration/test_board.py",

@@ -81,10 +81,12 @@ def pull_named(name: str, bringing: Bringing) -> list[Path]:
 
 
 def bring_for_job(name: str, check: Callable[[ModelSpec], None], bringing: Bringing) -> None:
-    """Take the model of a job from the mirror of the settings, when it is absent here.
+    """Take the model of a job from the mirror, when it is absent here and a mirror is set.
 
     check: raises when this is not the model that the job means. Nothing is stored then. Raises what `pull` raises too.
     """
+    if settings().weights_mirror is None:
+        return
     if name not in MODELS and not is_own(name):
         own = _ask_mirror(name, mirror_of_settings(bringing.manner))
         check(spec_of(own))
