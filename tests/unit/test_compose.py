@@ -151,8 +151,7 @@ def test_each_secret_has_a_file_that_make_env_writes_and_a_service_sees_those_th
     for name, service in SERVICES.items():
         said = f"{service} {programs.get(name, '')}"
         read = set(re.findall(r"/run/secrets/([a-z-]+)", said)) | set(re.findall(r"\$\(secret ([a-z-]+)\)", said))
-        unread = {"broker-url", "aws-credentials"} if name in ("migrate", "publisher") else set()
-        assert set(service["secrets"]) - unread <= read <= set(service["secrets"]), name
+        assert set(service["secrets"]) == read, name
 
 
 def test_the_broker_keeps_what_it_was_given():

@@ -20,6 +20,13 @@ echo "$@" > started
 trap 'sleep 0.2; echo drained > ended; exit 0' TERM
 while true; do sleep 0.05; done
 """
+# The script sets its traps only when the worker is gone and the shell has taken note of it: then /proc has it no more.
+SLOW_SHELL = """
+trap() {
+  builtin trap "$@"
+  while [ -e "/proc/${worker:-none}" ]; do sleep 0.01; done
+}
+"""
 
 
 @pytest.fixture
@@ -61,8 +68,12 @@ def test_before_the_limit_the_worker_drains_and_the_job_is_queued_again_and_a_ca
         assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
-def test_the_exit_status_of_the_worker_is_that_of_the_job(cluster: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("slow", [False, True], ids=["shell in time", "worker gone first"])
+def test_the_exit_status_of_the_worker_is_that_of_the_job(cluster: dict[str, str], tmp_path: Path, slow: bool) -> None:
     (tmp_path / ".venv" / "bin" / "maskfleet").write_text("#!/bin/bash\nexit 3\n")
+    if slow:
+        (tmp_path / "slow.sh").write_text(SLOW_SHELL)
+        cluster["BASH_ENV"] = str(tmp_path / "slow.sh")
 
     assert subprocess.run(["bash", SCRIPT], env=cluster, cwd=tmp_path).returncode == 3
     assert not (tmp_path / "requeued").exists()
