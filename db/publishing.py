@@ -101,7 +101,9 @@ def unpublished(
     rows = db.execute(
         text(
             """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
-               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
+               -- :after is asked of both: otherwise a merge of the two reads the assets from the first one on.
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND a.id > :after
+                 AND o.error_kind IS NULL AND o.width IS NOT NULL
                  -- Not NOT EXISTS: for that the planner may read all predictions, to make a hash of them.
                  AND (SELECT true FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
                       WHERE p.asset_id = o.asset_id AND t.server = :server AND t.project_id = :project_id
@@ -149,7 +151,8 @@ def version_rows(
     statement = text(
         f"""SELECT {_ROW} FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
             WHERE t.server = :server AND t.project_id = :project_id AND p.model_version = :version
-              AND p.state = :state AND t.id > :after ORDER BY t.id LIMIT :page"""
+              AND p.state = :state AND t.id > :after AND p.ls_task_id > :after
+            ORDER BY t.id LIMIT :page"""
     )
     values = {
         **ls_project.values(),

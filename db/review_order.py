@@ -1,6 +1,9 @@
 """SQL of the order in which a job's assets are published: a temporary table of the publisher's connection.
 
 The order of a whole job needs no memory here. It lasts as long as the connection that holds the project's lock.
+
+Where assets and outcomes are both read in the order of ids, `:after` is asked of both. Postgres does not carry it from
+one to the other. Without it a merge of the two reads the assets from the first one on.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def order_by_score(db: Connection, *, job_id: int, after_asset_id: int) -> None:
             """INSERT INTO publish_order (asset_id, rank)
                SELECT a.id, (SELECT avg(m.predicted_iou) FROM mask m WHERE m.asset_id = a.id)
                FROM asset a JOIN outcome o ON o.asset_id = a.id
-               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL"""
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND a.id > :after
+                 AND o.error_kind IS NULL AND o.width IS NOT NULL"""
         ),
         {"job_id": job_id, "after": after_asset_id},
     )
@@ -79,7 +83,7 @@ def pairs(db: Connection, *, job: Job, after_asset_id: int, page: int) -> list[P
                    FROM others j JOIN asset b ON b.job_id = j.id AND b.key = a.key
                    JOIN outcome p ON p.asset_id = b.id AND p.error_kind IS NULL AND p.width IS NOT NULL
                    ORDER BY j.id DESC LIMIT 1) other
-               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND a.id > :after AND o.error_kind IS NULL
                  AND o.width = other.width AND o.height = other.height
                ORDER BY o.asset_id LIMIT :page"""
         ),
@@ -122,11 +126,13 @@ def unpublished_without_order(
     rows = db.execute(
         text(
             """SELECT a.id, a.key, o.width, o.height FROM outcome o JOIN asset a ON a.id = o.asset_id
-               WHERE o.job_id = :job_id AND o.asset_id > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
+               WHERE o.job_id = :job_id AND o.asset_id > :after AND a.id > :after AND o.error_kind IS NULL
+                 AND o.width IS NOT NULL
                  AND NOT EXISTS (SELECT 1 FROM publish_order q WHERE q.asset_id = o.asset_id)
-                 AND NOT EXISTS (
-                     SELECT 1 FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
-                     WHERE p.asset_id = o.asset_id AND t.server = :server AND t.project_id = :project_id)
+                 -- Not NOT EXISTS: for that the planner may read all predictions, to make a hash of them.
+                 AND (SELECT true FROM ls_prediction p JOIN ls_task t ON t.id = p.ls_task_id
+                      WHERE p.asset_id = o.asset_id AND t.server = :server AND t.project_id = :project_id
+                      LIMIT 1) IS NULL
                ORDER BY o.asset_id LIMIT :page"""
         ),
         {"job_id": job_id, "after": after_asset_id, **ls_project.values(), "page": page},
