@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,7 @@ def install() -> Path:
     """The program label-studio, installed when it is not. Raises NotInstallable."""
     program = PLACE / "bin" / "label-studio"
     PLACE.parent.mkdir(exist_ok=True)
-    with (PLACE.parent / "label-studio.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone():
         if not (PLACE / ".complete").exists():
             shutil.rmtree(PLACE, ignore_errors=True)
             for command in _install_commands():
@@ -75,8 +74,12 @@ def serve(folder: Path, *, database: Mapping[str, str] | None = None, **settings
     program = install()
     (folder / "files").mkdir(parents=True)
     (folder / "home").mkdir()
-    if database is None and _TEMPLATE.exists():
-        shutil.copy(_TEMPLATE, folder / _SQLITE)
+    first_boot = ExitStack()
+    if database is None:
+        if not _TEMPLATE.exists():
+            first_boot.enter_context(_alone())  # the other test processes wait and then take what this one migrates
+        if _TEMPLATE.exists():
+            shutil.copy(_TEMPLATE, folder / _SQLITE)
     port = free_port()
     environment = {
         "HOME": str(folder / "home"),
@@ -98,6 +101,7 @@ def serve(folder: Path, *, database: Mapping[str, str] | None = None, **settings
     }
     command = [str(program), "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)]
     with (
+        first_boot,
         (folder / "log").open("wb") as log,
         subprocess.Popen(
             command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -108,6 +112,7 @@ def serve(folder: Path, *, database: Mapping[str, str] | None = None, **settings
             wait_for(lambda: _answers(server), f"Label Studio, see {folder}/log", seconds=600)
             if database is None and not _TEMPLATE.exists():
                 _keep_template(folder / _SQLITE)
+            first_boot.close()
             yield server
         finally:
             process.terminate()
@@ -126,6 +131,13 @@ def personal_access_token(server: Server) -> str:
         answer = browser.post("/api/token/", headers={"X-CSRFToken": browser.cookies["csrftoken"]})
         answer.raise_for_status()
         return str(answer.json()["token"])
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    with (PLACE.parent / "label-studio.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _install_commands() -> list[list[str]]:
