@@ -1,4 +1,4 @@
-"""`worker`, `dispatch`, `migrate`, `doctor`: the commands that run a deployment."""
+"""`worker`, `dispatch`: the commands that label. Both last, and import no more than they need."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from db.migrating import migrate as migrate_database
 from db.settings import settings
 from db.states import ProcessKind
 from orchestrator.cli.app import (
-    USAGE,
-    JsonOption,
     app,
     database_url,
     engine_once_postgres_answers,
-    err,
     fail,
-    print_json,
     require_broker,
     stop_on_signals,
 )
 from orchestrator.cli.options import DevicesOption
-from orchestrator.local.doctor import examine
-from orchestrator.terminal.console import stdout_console
 from workers.logs import log_to_stderr
 from workers.running.heart import Heart, own_beat
 
@@ -99,36 +91,3 @@ def dispatch(
             fail(f"--metrics-port {metrics_port}: {error}")
     with Heart(database_url(), lambda: [own_beat(ProcessKind.DISPATCHER)]):
         run_dispatcher(engine, stop)
-
-
-@app.command(epilog="Example: `maskfleet migrate`")
-def migrate() -> None:
-    """Bring the database's tables to this version; safe to run twice."""
-    found, now = migrate_database(database_url())
-    if found == now:
-        err.print(f"the tables were at migration {now} already")
-    else:
-        err.print(f"the tables are at migration {now} now, before: {found or 'none'}")
-
-
-@app.command(epilog="Example: `maskfleet doctor s3://bucket/street`")
-def doctor(
-    source: Annotated[
-        str | None, typer.Argument(help="Also try to list this: a folder, or s3://bucket/prefix.", show_default=False)
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show on one screen what is reachable, who is at work, what is missing, and how to fix it."""
-    findings = examine(source)
-    if as_json:
-        print_json([{"what": f.what, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings])
-    else:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for finding in findings:
-            mark = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]not set[/dim]"}[finding.ok]
-            table.add_row(mark, f"[bold]{finding.what}[/bold]", finding.found)
-            if finding.remedy:
-                table.add_row("", "", f"[dim]{finding.remedy}[/dim]")
-        stdout_console().print(table)
-    if any(finding.ok is False for finding in findings):
-        raise typer.Exit(USAGE)

@@ -49,9 +49,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Run one worker process on each CUDA device (or the CPU) and restart dead ones. SIGTERM drains them.",
     ),
     "dispatch": ("operate", "List new jobs, keep the queue full, and take back the work of dead workers."),
-    "migrate": ("operate", "Bring the database's tables to this version; safe to run twice."),
+    "migrate": ("migrate", "Bring the database's tables to this version; safe to run twice."),
     "config": ("config", "Show every setting with its value here and where it came from. Secrets are hidden."),
-    "doctor": ("operate", "Show on one screen what is reachable, who is at work, what is missing, and how to fix it."),
+    "doctor": ("doctor", "Show on one screen what is reachable, who is at work, what is missing, and how to fix it."),
 }
 
 

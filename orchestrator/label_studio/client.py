@@ -24,7 +24,8 @@ import httpx
 
 from orchestrator.label_studio.addresses import server_key
 from orchestrator.label_studio.answers import FoundTask, Imported, Project
-from orchestrator.label_studio.errors import STORAGE_REMEDY, NotFound, Refused, Unavailable, error_of
+from orchestrator.label_studio.errors import NotFound, Refused, Unavailable
+from orchestrator.label_studio.refusals import STORAGE_REMEDY, error_of
 from orchestrator.label_studio.tokens import LegacyToken, PersonalAccessToken, is_web_token
 
 # A lookup is a GET, so its ids are in the URL. 100 ids of 16 characters make 3 KB; servers take at least 4 KB.

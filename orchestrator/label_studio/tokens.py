@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from orchestrator.label_studio.addresses import server_key
-from orchestrator.label_studio.errors import error_of
+from orchestrator.label_studio.refusals import error_of
 
 
 class LegacyToken(httpx.Auth):
