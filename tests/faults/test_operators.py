@@ -102,6 +102,21 @@ def test_a_worker_that_cannot_start_is_said_by_show_and_by_doctor(deployment: De
     assert "nosuchbroker" in workers["found"]
 
 
+def test_a_worker_on_a_gpu_that_torch_cannot_use_says_so_and_labels_nothing_on_the_cpu(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    deployment.settings["CUDA_VISIBLE_DEVICES"] = GPU
+    deployment.start("dispatch")
+    deployment.start("worker")
+    job = deployment.submit(draw_pictures(tmp_path / "pictures", 1), "--model", "sam_nano")
+
+    said = wait_for(lambda: deployment.read(job)[0].error, "the reason on the job", logs=deployment.logs)
+
+    assert "sam_nano cannot be loaded" in said
+    assert "NVIDIA" in said or "CUDA" in said
+    assert deployment.read(job)[1].pending == 1
+
+
 def test_a_second_supervisor_on_a_device_is_refused_until_the_first_has_died(deployment: Deployment) -> None:
     deployment.settings["CUDA_VISIBLE_DEVICES"] = GPU
     first = deployment.start("worker")

@@ -44,6 +44,15 @@ def test_only_what_the_command_needs_is_imported(arguments: str, allowed: tuple[
     assert [name for name in HEAVY if name in imported and name not in allowed] == []
 
 
+def test_what_a_worker_is_made_of_loads_no_model_store_or_client_that_its_job_may_not_need() -> None:
+    program = "import sys; from orchestrator.cli import operate; from workers.running import devices, tasks\nprint(*sys.modules)"
+    command = [sys.executable, "-P", "-c", program]
+
+    imported = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert {"torch", "boto3", "httpx", "alembic", "transformers"} & set(imported) == set()
+
+
 def test_a_misspelt_command_is_guessed() -> None:
     command = [sys.executable, "-P", "-m", "orchestrator.cli", "jbos"]
 
