@@ -45,8 +45,8 @@ def test_only_what_the_command_needs_is_imported(arguments: str, allowed: tuple[
 
 
 def test_what_a_worker_is_made_of_loads_no_model_store_or_client_that_its_job_may_not_need() -> None:
-    program = "import sys; from orchestrator.cli import operate; from workers.running import devices, tasks\nprint(*sys.modules)"
-    command = [sys.executable, "-P", "-c", program]
+    program = "import sys; from orchestrator.cli import operate; from workers.running import devices, tasks"
+    command = [sys.executable, "-P", "-c", f"{program}\nprint(*sys.modules)"]
 
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
