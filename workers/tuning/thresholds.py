@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ PREDICTED_IOUS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88)
 STABILITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 FEWEST_IMAGES, MOST_IMAGES = 2, 20
 _SHARE = 0.25  # of the training's seconds
-_WORTH_ITS_POINTS = 0.01  # what a finer grid must add to F1
+EQUALLY_GOOD = 0.01  # a difference in F1 that says nothing: two objects of 200
 
 
 Image = tuple[Tensor, Sequence[BoolMask]]  # its embedding, and the masks (H, W) that people left: at least one
@@ -38,7 +38,7 @@ Image = tuple[Tensor, Sequence[BoolMask]]  # its embedding, and the masks (H, W)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """Three of AutomaticParams, by their names."""
+    """Three of AutomaticParams, by their names. In order: what costs most comes first."""
 
     points_per_side: int
     pred_iou_thresh: float
@@ -125,20 +125,23 @@ def images_to_try(
 
 
 def choose_thresholds(model: Promptable, images: Iterable[Image], params: AutomaticParams) -> Choice:
-    """The thresholds with the best F1, of those that find no fewer objects than params' own do. Ties: params' own."""
+    """The thresholds with the best F1, of those that find no fewer objects than params' own do.
+
+    Of equally good ones params' own are taken, else those with the fewest points, which each later job pays for, and
+    then the lowest: a decoder's scores are lower on images that it did not learn from.
+    """
     usual = Thresholds.of(params)
-    tried = {usual: Counted()}  # the first of equal ones is taken
+    tried = {usual: Counted()}
     looked_at = 0
     for image in images:
         looked_at += 1
         for choice, counted in _try_all(model, image, params):
             tried[choice] = tried.get(choice, Counted()) + counted
     able = [one for one, counted in tried.items() if counted.found >= tried[usual].found]
-
-    def worth(one: Thresholds) -> float:
-        return tried[one].f1 - _WORTH_ITS_POINTS * (one.points_per_side > usual.points_per_side)
-
-    return Choice(usual=usual, chosen=max(able, key=worth), tried=tried, images=looked_at)
+    best = max(tried[one].f1 for one in able)
+    good = [one for one in able if tried[one].f1 >= best - EQUALLY_GOOD]
+    chosen = usual if usual in good else min(good, key=astuple)
+    return Choice(usual=usual, chosen=chosen, tried=tried, images=looked_at)
 
 
 def _try_all(model: Promptable, image: Image, params: AutomaticParams) -> Iterator[tuple[Thresholds, Counted]]:
