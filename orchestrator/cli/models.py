@@ -35,6 +35,7 @@ def models_list(as_json: JsonOption = False) -> None:
                     "family": spec.family,
                     "architecture": spec.architecture,
                     "base": spec.base,
+                    "defaults": dict(spec.defaults),
                     "parameters": spec.parameter_count,
                     "prompts": list(spec.prompts),
                     "decoders": list(spec.decoders),

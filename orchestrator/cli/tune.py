@@ -22,7 +22,16 @@ from orchestrator.terminal.progress import SECONDS, Bar, Bars, bars_on
 from orchestrator.tuning.install import install, require_free_name
 from orchestrator.tuning.lessons import make_plan
 from orchestrator.tuning.process import Said, TuneStopped, train_and_judge
-from orchestrator.tuning.verdict import NAMES, Judged, Measured, Verdict, decide, measured_as_json, read_judged
+from orchestrator.tuning.verdict import (
+    NAMES,
+    Judged,
+    Measured,
+    Verdict,
+    decide,
+    measured_as_json,
+    read_judged,
+    said_of_defaults,
+)
 from workers.tuning.outcome import JUDGED_NAME
 from workers.tuning.plan import Plan, TuneError, read_plan, write_plan
 
@@ -33,6 +42,7 @@ _STAGES = {
     "images": ("reading images", "image"),
     "copies": ("encoding turned copies", "image"),
     "train": ("training", SECONDS),
+    "thresholds": ("choosing thresholds", "image"),
     "verdict": ("judging", "image"),
 }
 
@@ -76,13 +86,13 @@ def tune(
     judged = read_judged(folder / _STATE / JUDGED_NAME)
     verdict = decide(judged.assets)
     is_kept = verdict.is_better or keep_anyway
-    model = install(plan, folder / _STATE / _DECODER) if is_kept else None
+    model = install(plan, folder / _STATE / _DECODER, judged.rest["defaults"]) if is_kept else None
     document = _document(plan, judged, verdict, model.sha256 if model else None)
     _write(folder, document, plan, judged, verdict)
     if as_json:
         print_json(document)
     else:
-        _print(plan, verdict, folder, is_kept=is_kept)
+        _print(plan, judged, verdict, folder, is_kept=is_kept)
     if not is_kept:
         raise typer.Exit(1)
 
@@ -150,7 +160,7 @@ def _write(folder: Path, document: dict[str, Any], plan: Plan, judged: Judged, v
     write_tune(plan, judged, verdict, folder / "index.html")
 
 
-def _print(plan: Plan, verdict: Verdict, folder: Path, *, is_kept: bool) -> None:
+def _print(plan: Plan, judged: Judged, verdict: Verdict, folder: Path, *, is_kept: bool) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("on the held-out images", "before", "after", "gain", "95 % of resamples"):
         table.add_column(column, justify="left" if column.startswith("on") else "right")
@@ -159,6 +169,7 @@ def _print(plan: Plan, verdict: Verdict, folder: Path, *, is_kept: bool) -> None
     stdout_console().print(table)
     for reason in verdict.reasons:
         err.print(f"{plan.name}: {reason}", style="yellow", markup=False)
+    err.print(said_of_defaults(judged), markup=False, highlight=False)
     if is_kept:
         err.print(f"{plan.name} is a model now: `maskfleet submit … --model {plan.name}`", markup=False)
     else:

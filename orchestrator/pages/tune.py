@@ -14,7 +14,7 @@ from db.results import StoredMask
 from orchestrator.pages.page import fact, fill_page, safe_text, tile
 from orchestrator.pages.photo import ReadPhoto, embedded_photo, photos_of
 from orchestrator.shapes.outlines import GRID, outline
-from orchestrator.tuning.verdict import NAMES, Judged, Measured, Verdict
+from orchestrator.tuning.verdict import NAMES, Judged, Measured, Verdict, said_of_defaults
 from workers.masks import BoolMask, decode_counts, mask_from_pixels
 from workers.tuning.outcome import Shown
 from workers.tuning.plan import Plan
@@ -31,7 +31,7 @@ def write_tune(plan: Plan, judged: Judged, verdict: Verdict, out: Path) -> None:
     parts = {
         "name": [safe_text(plan.name)],
         "facts": _facts(plan),
-        "said": _said(verdict),
+        "said": _said(judged, verdict),
         "tiles": _tiles(judged),
         "tables": _tables(verdict),
         "pictures": _pictures(plan, judged.shown),
@@ -49,11 +49,12 @@ def _facts(plan: Plan) -> Iterator[str]:
     return (fact(name, value) for name, value in facts.items())
 
 
-def _said(verdict: Verdict) -> Iterator[str]:
+def _said(judged: Judged, verdict: Verdict) -> Iterator[str]:
     if verdict.is_better:
         yield '<p class="good">Better: boxes or clicks gain, and nothing is lost.</p>'
     for reason in verdict.reasons:
         yield f'<p class="bad">{safe_text(reason)}</p>'
+    yield f"<p>{safe_text(said_of_defaults(judged))}</p>"
 
 
 def _tiles(judged: Judged) -> Iterator[str]:

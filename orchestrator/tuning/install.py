@@ -6,9 +6,11 @@ import hashlib
 import json
 import secrets
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from workers.models.files import encoder_of, weights_dir
 from workers.models.own import OwnModel, is_own, require_own_name, weights_file, write_own
@@ -23,8 +25,11 @@ def require_free_name(name: str) -> None:
         raise TuneError(f"{name} is a model already: choose another --name, or `maskfleet models list` shows them")
 
 
-def install(plan: Plan, decoder: Path) -> OwnModel:
-    """Copy the decoder into the weights folder, then write its TOML, which makes it a model. Raises WeightsError."""
+def install(plan: Plan, decoder: Path, defaults: Mapping[str, Any]) -> OwnModel:
+    """Copy the decoder into the weights folder, then write its TOML, which makes it a model. Raises WeightsError.
+
+    defaults: of automatic masks, where they are not those of the model that was tuned.
+    """
     require_free_name(plan.name)
     spec = find_model(plan.model)
     base, base_sha256 = encoder_of(spec)
@@ -51,6 +56,7 @@ def install(plan: Plan, decoder: Path) -> OwnModel:
         added=datetime.now(UTC).date(),
         base=base,
         base_sha256=base_sha256,
+        defaults={**spec.own_defaults, **defaults},
     )
     write_own(model)
     return model

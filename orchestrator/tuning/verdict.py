@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.tuning.outcome import Judgement, Shown
+from workers.tuning.outcome import Judgement, Pair, Shown
 from workers.tuning.plan import TuneError
 
 SHARE = 0.95  # of the resamples that an interval holds
@@ -21,9 +21,10 @@ NAMES = {
     "click": "click, mean IoU",
     "corrected": "click and correction, mean IoU",
     "recall": "automatic masks, recall at IoU 0.75",
+    "f1": "automatic masks, F1 at IoU 0.75",
     "masks_an_object": "automatic masks an object",
 }
-_JUDGED = ("box", "click", "corrected", "recall")  # a loss of one of these refuses the decoder
+_JUDGED = ("box", "click", "corrected", "recall", "f1")  # a loss of one of these refuses the decoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,15 @@ def read_judged(path: Path) -> Judged:
     return Judged(assets=assets, shown=shown, rest=document)
 
 
+def said_of_defaults(judged: Judged) -> str:
+    """Which thresholds automatic masks of the new model have by default."""
+    chosen = judged.rest["defaults"]
+    if not chosen:
+        return "Automatic masks: the thresholds stay as they were; no others did better on images that taught."
+    said = ", ".join(f"{name} {value:g}" for name, value in chosen.items())
+    return f"Automatic masks: {said}, chosen on {judged.rest['thresholds']['images']} images that taught."
+
+
 def decide(judgements: Sequence[Judgement]) -> Verdict:
     """The decoder is better when boxes or clicks gain, and nothing loses, each beyond its interval."""
     measured = measure(judgements)
@@ -90,43 +100,64 @@ def decide(judgements: Sequence[Judgement]) -> Verdict:
 
 def measure(judgements: Sequence[Judgement], label: str | None = None) -> dict[str, Measured]:
     """Each figure of the objects with this label, or of all. Figures of which nothing is known are left out."""
-    sums: dict[str, list[tuple[float, float, int]]] = {name: [] for name in NAMES}
+    rows: dict[str, list[_Row]] = {name: [] for name in NAMES}
     for one in judgements:
-        rows = [row for row, found in enumerate(one.labels) if label in (None, found)]
-        if not rows:
-            continue
-        for name, pairs in (("box", one.box), ("click", one.click), ("corrected", one.corrected)):
-            sums[name].append(_sum([pairs[row] for row in rows]))
-        if one.found is not None:
-            sums["recall"].append(_sum([one.found[row] for row in rows]))
-            if label is None:
-                sums["masks_an_object"].append((*one.masks, len(rows)))
-    return {name: _measured(np.array(rows, np.float64)) for name, rows in sums.items() if rows}
+        for name, row in (_of_prompts(one, label) | _of_automatic(one, label)).items():
+            rows[name].append(row)
+    return {name: _measured(found) for name, found in rows.items() if found}
 
 
-def _sum(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, int]:
-    return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs), len(pairs)
+# Of one asset: sums before and after, what each is divided by, and the number of objects.
+_Row = tuple[float, float, float, float, int]
 
 
-def _measured(rows: NDArray[np.float64]) -> Measured:
-    """rows: (assets, 3), the sums before and after and the number of objects of each asset.
+def _of_prompts(one: Judgement, label: str | None) -> dict[str, _Row]:
+    asked = [n for n, its in enumerate(one.labels) if label in (None, its)]
+    pairs = {"box": one.box, "click": one.click, "corrected": one.corrected}
+    return {name: _mean_of([found[n] for n in asked]) for name, found in pairs.items() if asked}
 
-    Objects of one image fail together. So whole assets are drawn, not objects.
-    """
-    before, after, objects = rows.sum(axis=0)
+
+def _of_automatic(one: Judgement, label: str | None) -> dict[str, _Row]:
+    found = [pair for pair, its in zip(one.found or (), one.found_labels or (), strict=True) if label in (None, its)]
+    if not found:
+        return {}
+    recall = _mean_of(found)
+    if label is not None:  # automatic masks have none, so which are too many for a label is not known
+        return {"recall": recall}
+    before, after, _, _, objects = recall
+    return {
+        "recall": recall,
+        "f1": (2 * before, 2 * after, one.masks[0] + objects, one.masks[1] + objects, objects),
+        "masks_an_object": (*one.masks, objects, objects, objects),
+    }
+
+
+def _mean_of(pairs: Sequence[Pair]) -> _Row:
+    count = len(pairs)
+    return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs), count, count, count
+
+
+def _measured(rows: Sequence[_Row]) -> Measured:
+    """Objects of one image fail together. So whole assets are drawn, not objects."""
+    table = np.array(rows, np.float64)
     drawn = np.random.default_rng(0).integers(len(rows), size=(_RESAMPLES, len(rows)))
-    resampled = rows[drawn].sum(axis=1)
-    gains = (resampled[:, 1] - resampled[:, 0]) / resampled[:, 2]
+    gains = [after - before for before, after in map(_ratios, table[drawn].sum(axis=1))]
     low, high = np.quantile(gains, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+    before, after = _ratios(table.sum(axis=0))
     return Measured(
-        before=float(before / objects),
-        after=float(after / objects),
-        gain=float((after - before) / objects),
+        before=before,
+        after=after,
+        gain=after - before,
         low=float(low),
         high=float(high),
-        objects=int(objects),
+        objects=sum(row[4] for row in rows),
         assets=len(rows),
     )
+
+
+def _ratios(sums: NDArray[np.float64]) -> Pair:
+    """Before and after. sums: (5), as in a row."""
+    return float(sums[0] / sums[2]), float(sums[1] / sums[3])
 
 
 def measured_as_json(measured: dict[str, Measured]) -> dict[str, dict[str, float]]:

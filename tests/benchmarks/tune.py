@@ -29,17 +29,20 @@ from workers.params import PromptParams, automatic_params
 from workers.prompts import Prompt
 from workers.tuning.batch import draw_batch
 from workers.tuning.gathering import Embeddings, frame_of, gather, lesson_of
-from workers.tuning.judging import judge
+from workers.tuning.judging import judge, searched
 from workers.tuning.lessons import Lesson, target_of
 from workers.tuning.outcome import Judgement
 from workers.tuning.plan import Plan, PlannedAsset, PlannedMask, PlannedWrong
+from workers.tuning.thresholds import choose_thresholds, images_to_try
 from workers.tuning.training import begin, compute_loss, train
 from workers.tuning.views import copies
 
 PHOTOS = Path(__file__).parents[3] / "shared/testdata/photos_masks"
 CPU_SECONDS = 900.0  # everything that comes before the verdict
 WRONG_IOU = 0.5  # a person deletes an automatic mask that fits no object better
+THRESHOLDS_SHARE = 0.15  # of these seconds, left for choosing thresholds
 NANO = find_model("sam_nano")
+USUAL = automatic_params(NANO.defaults, {})
 
 Row = dict[str, object]
 
@@ -83,7 +86,7 @@ def curve(cpu_seconds: float, seed: int) -> list[Row]:
     rows: list[Row] = []
     for count in (2, 4, 8):
         name = f"curve, {count} images: "
-        rows += tuned_rows(name, assets[:count], assets[8:], cpu_seconds / 3, seed, bars={}, few=True)
+        rows += tuned_rows(name, assets[:count], assets[8:], cpu_seconds / 3, seed, bars={})
     return rows
 
 
@@ -112,9 +115,8 @@ def tuned_rows(
     seed: int,
     *,
     bars: dict[str, float],
-    few: bool = False,
 ) -> list[Row]:
-    """Tune on some images, judge on others, and compare with the bars. few: without automatic masks."""
+    """Tune on some images, judge on others, and compare with the bars."""
     began = time.process_time()
     sam = load_sam_nano("cpu")
     sam.requires_grad_(False)
@@ -133,16 +135,23 @@ def tuned_rows(
         )
         lessons = [lesson for lesson in lessons if lesson.targets]
         run = begin(sam, seed)
-        left = cpu_seconds - (time.process_time() - began)
+        left = (1 - THRESHOLDS_SHARE) * cpu_seconds - (time.process_time() - began)
         for _ in train(
             run, lessons, lambda lesson: taught.of(lesson.number, lesson.view), seconds=left, clock=time.process_time
         ):
             if run.step % 100 == 0:
                 print(f"{name}step {run.step}, {run.seconds:.0f} of {left:.0f} s", file=sys.stderr, flush=True)
-        judgements = [judge_both(run, one, judged, few) for one in gathered[1]]
+        sam.mask_decoder.load_state_dict(run.average)
+        images = images_to_try(gathered[0], taught, seconds=cpu_seconds, clock=time.process_time)
+        choice = choose_thresholds(promptable(sam, fold_from_dim=0), images, USUAL)
+        spent = time.process_time() - began
+        automatic = (USUAL, replace(USUAL, **choice.defaults))
+        judgements = [judge_both(run, one, judged, automatic) for one in gathered[1]]
     measured = decide(judgements).measured
     print(f"{name}{run.step} steps", {key: round(found.gain, 3) for key, found in measured.items()}, file=sys.stderr)
-    return rows_of(name, measured, bars)
+    print(f"{name}thresholds", json.dumps(choice.as_json()), file=sys.stderr)
+    cost = row(f"{name}CPU s before the verdict, of {cpu_seconds:.0f}", spent, None)
+    return [cost, *rows_of(name, measured, bars)]
 
 
 def plan_of(assets: Sequence[tuple[Path, PlannedAsset]], seed: int) -> Plan:
@@ -163,7 +172,7 @@ def with_deleted(one, model, embeddings):
     """The asset with the prompts of those automatic masks that a person would delete."""
     asset = one.asset
     blank = np.zeros((*asset.size_hw, 3), np.uint8)
-    found = automatic_masks(model, blank, automatic_params(NANO.defaults, {}), embedding=embeddings.of(one.number))
+    found = automatic_masks(model, blank, USUAL, embedding=embeddings.of(one.number))
     truth = [{"size": list(asset.size_hw), "counts": mask.counts.encode()} for mask in asset.masks]
     made = [{"size": list(asset.size_hw), "counts": mask.counts.encode()} for mask in found]
     best = coco_mask.iou(made, truth, [0] * len(truth)).max(axis=1) if made and truth else []
@@ -172,14 +181,16 @@ def with_deleted(one, model, embeddings):
     return replace(one, asset=asset.model_copy(update={"wrong": wrong}))
 
 
-def judge_both(run, one, embeddings, few):
+def judge_both(run, one, embeddings, automatic):
     masks = [mask for mask in one.masks() if mask.any()]
-    answers = []
-    for weights in (run.start, run.average):
+    answers, found = [], []
+    for weights, params in zip((run.start, run.average), automatic, strict=True):
         run.sam.mask_decoder.load_state_dict(weights)
-        params = None if few else automatic_params(NANO.defaults, {})
-        answers.append(judge(promptable(run.sam, fold_from_dim=0), embeddings.of(one.number), masks, params))
-    return Judgement.of(one.asset, list(range(len(masks))), *answers)
+        model, embedding = promptable(run.sam, fold_from_dim=0), embeddings.of(one.number)
+        answers.append(judge(model, embedding, masks))
+        found.append(searched(model, embedding, masks, params))
+    judgement = Judgement.of(one.asset, list(range(len(masks))), *answers)
+    return judgement.with_automatic(judgement.labels, *found)
 
 
 def rows_of(name: str, measured: dict[str, Measured], bars: dict[str, float]) -> list[Row]:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -54,24 +55,43 @@ def maskfleet(environment: dict[str, str], *words: str) -> subprocess.CompletedP
     )
 
 
-def interrupt(environment: dict[str, str], out: Path, *words: str) -> str:
-    """Start the command, send it Ctrl-C when it trains, and return what it said then."""
-    trained = out / ".maskfleet" / "embeddings"
+def begin(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own."""
     # A shell lets its background commands, and what they start, ignore Ctrl-C.
     listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    command = [*MASKFLEET, *words]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listens) as process:
-        wait_for(lambda: len(list(trained.glob("*-4.safetensors"))) == 8, "the first turned copies", 240)
+    return subprocess.Popen(
+        [*MASKFLEET, *words],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listens,
+        start_new_session=True,
+    )
+
+
+def interrupt(environment: dict[str, str], out: Path, *words: str) -> str:
+    """Start the command, send it Ctrl-C when it encodes turned copies, and return what it said then."""
+    encoded = out / ".maskfleet" / "embeddings"
+    with begin(environment, *words) as process:
+        wait_for(lambda: len(list(encoded.glob("*-4.safetensors"))) == 8, "the first turned copies", 240)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=240)
     assert process.returncode == 130, said
     return said
 
 
-def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
+def kill(environment: dict[str, str], out: Path, *words: str) -> None:
+    """Start the command, and kill it and its process at the first checkpoint, both at once as a power cut does."""
+    with begin(environment, *words) as process:
+        wait_for((out / ".maskfleet" / "checkpoint.safetensors").is_file, "the first checkpoint", 240)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model_though_it_was_stopped_and_killed(
     engine: Engine, environment: dict[str, str], label_studio: str, tmp_path: Path
 ) -> None:
-    source, out = tmp_path / "scenes", tmp_path / "out"
+    source, out, weights = tmp_path / "scenes", tmp_path / "out", tmp_path / "weights"
     scenes = draw_scenes(source, 10)
     ls_project = LsProject(server_key(label_studio), PROJECT)
     job = plant_review(engine, source, scenes, model="sam_nano", model_version=VERSION, ls_project=ls_project)
@@ -79,6 +99,8 @@ def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
 
     stopped = interrupt(environment, out, *words, "--minutes", "60")
     assert "The same command goes on" in stopped
+    kill(environment, out, *words, "--minutes", "0.2")
+    assert not list(weights.glob("*"))
     done = maskfleet(environment, *words, "--minutes", "0.2", "--keep-anyway", "--json")
 
     assert done.returncode == 0, done.stderr
@@ -87,8 +109,11 @@ def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
     assert document["taught"]["assets"] == 8
     assert document["taught"]["deleted"] == 8
     assert document["encoded"] == 0  # the interrupted run had done it
-    assert document["steps"] > 0
-    assert {"box", "click", "corrected", "recall", "masks_an_object"} == set(document["measured"])
+    assert "goes on from step" in done.stderr
+    assert document["steps"] > 1
+    assert {"box", "click", "corrected", "recall", "f1", "masks_an_object"} == set(document["measured"])
+    assert sorted(path.name for path in weights.iterdir()) == ["ours.safetensors", "ours.toml"]
+    assert tomllib.loads((weights / "ours.toml").read_text()).get("defaults", {}) == document["defaults"]
     assert document["measured"]["box"]["assets"] == 2
     assert json.loads((out / "tune.json").read_text()) == document
     page = (out / "index.html").read_text()
@@ -98,6 +123,7 @@ def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model(
         one for one in json.loads(maskfleet(environment, "models", "list", "--json").stdout) if one["name"] == "ours"
     ]
     assert listed["present"]
+    assert listed["defaults"] == {**NANO.defaults, **document["defaults"]}
     again = maskfleet(environment, *words)
     assert again.returncode == 2
     assert "ours is a model already" in again.stderr

@@ -79,7 +79,7 @@ def tuned(tmp_path: Path) -> ModelSpec:
         seed=1,
         assets=[],
     )
-    install(plan, tmp_path / "decoder.safetensors")
+    install(plan, tmp_path / "decoder.safetensors", {})
     return find_model("ours")
 
 

@@ -126,11 +126,13 @@ def test_a_model_travels_through_a_folder_with_what_is_known_about_it(
 def test_a_decoder_brings_its_base(node: Callable[..., Path], tmp_path: Path) -> None:
     first = node("first")
     keep(first)
-    head = MINE.model_copy(update={"name": "head", "base": "mine", "base_sha256": MINE.sha256})
+    its = {"name": "head", "base": "mine", "base_sha256": MINE.sha256, "defaults": {"pred_iou_thresh": 0.4}}
+    head = MINE.model_copy(update=its)
     push(keep(first, head), str(tmp_path / "mirror"))
     node("second", tmp_path / "mirror")
 
     assert [path.stem for path in pull_named("head", Bringing())] == ["mine", "head"]
+    assert find_model("head").defaults == {"pred_iou_thresh": 0.4}
 
     node("third", tmp_path / "mirror")
     other = MINE.model_copy(update={"sha256": hashlib.sha256(b"other").hexdigest(), "size_bytes": 5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -11,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from db.settings import settings
+from orchestrator.jobs.version import what_is_computed
 from workers.models.files import is_present, model_version, require_same_weights, weights_path, weights_sha256
-from workers.models.own import MAX_TOML_BYTES, OwnModel, parse_own, require_own_name, toml_of, write_own
+from workers.models.own import (
+    MAX_TOML_BYTES,
+    OwnModel,
+    identity_of,
+    parse_own,
+    require_own_name,
+    require_same_model,
+    toml_of,
+    write_own,
+)
 from workers.models.registry import MODELS, find_model, known_models
 from workers.models.spec import UnknownModelError, WeightsError
 from workers.models.weights import verify
@@ -59,7 +70,8 @@ def test_a_model_that_was_written_is_found_by_name_with_its_architectures_prompt
 
 @given(st.text(st.characters(exclude_categories=("C", "Z")), max_size=60))
 def test_the_toml_says_what_was_written(text: str) -> None:
-    written = own(origin=text, base="sam_vit_h", base_sha256="b2" * 32)
+    defaults = {"points_per_side": 24, "pred_iou_thresh": 0.35}
+    written = own(origin=text, base="sam_vit_h", base_sha256="b2" * 32, defaults=defaults)
     assert parse_own(toml_of(written), name="cells-7", where="x") == written
 
 
@@ -83,6 +95,21 @@ def test_a_job_of_another_file_of_the_same_name_is_refused() -> None:
 
     with pytest.raises(WeightsError, match=r"cells-7.safetensors is d4d4d4d4, but the job was submitted with a1a1a1a1"):
         require_same_weights(find_model("cells-7"), version)
+
+
+def test_the_defaults_of_a_toml_take_the_place_of_its_architectures_and_are_part_of_what_a_job_means() -> None:
+    write_own(own(architecture="sam_nano"))
+    usual = find_model("cells-7")
+    assert usual.defaults == MODELS["sam_nano"].defaults
+    write_own(own(architecture="sam_nano", defaults={"pred_iou_thresh": 0.3}))
+    lower = find_model("cells-7")
+
+    assert lower.defaults == {**MODELS["sam_nano"].defaults, "pred_iou_thresh": 0.3}
+    versions = [model_version(spec, what_is_computed(spec, {}, None)) for spec in (usual, lower)]
+    assert versions[0] != versions[1]
+    require_same_model(lower, json.loads(json.dumps(identity_of(lower))))
+    with pytest.raises(WeightsError, match=r"defaults .'pred_iou_thresh': 0.3., sha256 [a1]+, but the job was"):
+        require_same_model(lower, identity_of(usual))
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_models_of_ones_own_too() -> None:
@@ -116,6 +143,10 @@ WRONG = {
     GOOD.replace("a1" * 32, "A1" * 32): "sha256: String should match pattern",
     GOOD.replace("2026-11-26", "'soon'"): "added: Input should be a valid date",
     GOOD.replace("/data/medsam.pth", "a\\u001b[2Jb"): "origin and licence are one line each",
+    GOOD + "[defaults]\npoints_per_sid = 12": "unknown parameter 'points_per_sid' (did you mean points_per_side?)",
+    GOOD + "[defaults]\npred_iou_thresh = 7": "pred_iou_thresh=7: expected 0..1",
+    GOOD + "[defaults]\nbox_nms_thresh = nan": "box_nms_thresh=nan: expected 0..1",
+    GOOD + "[defaults]\nprecision = 'fast'": "defaults.precision.int: Input should be a valid integer",
     GOOD + "base = 'sam_vit_b'": "base and base_sha256 go together",
     GOOD + f"base = 'cells-7'\nbase_sha256 = '{'b2' * 32}'": "cannot be its own base",
 }

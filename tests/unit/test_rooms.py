@@ -16,7 +16,7 @@ RUN_BY = {
     "orchestrator.cli.tune": "e2e/test_tune.py",
     "orchestrator.pages.tune": "e2e/test_tune.py",
     "workers.running.from_store": "integration/test_tuned_models.py",
-    "workers.tuning.judging": "e2e/test_tune.py",
+    "workers.tuning.held_out": "e2e/test_tune.py",
     "db.base": "integration/test_migrations.py",
     "db.counter_tables": "integration/test_migrations.py",
     "orchestrator.jobs.inventory": "unit/test_key_lists.py",

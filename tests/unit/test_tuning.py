@@ -26,16 +26,20 @@ from workers.models.nano import load_sam_nano
 from workers.models.own import OwnModel, write_own
 from workers.models.registry import find_model
 from workers.models.spec import WeightsError
+from workers.params import automatic_params
 from workers.storage.objects import open_objects
-from workers.tuning import batch
+from workers.training.scenes import draw_scene
+from workers.tuning import batch, thresholds
 from workers.tuning.checkpoint import FILE_NAME, load_run, save_run
 from workers.tuning.decoding import Asked, decode
 from workers.tuning.gathering import Embeddings, Gathered, hold_out
+from workers.tuning.judging import searched
 from workers.tuning.lessons import NEAR_SIDE, Frame, Lesson, Target, WrongPrompt, target_of, turned
 from workers.tuning.loss import best_of_three, focal_and_dice, look_near, near_ious, near_loss
-from workers.tuning.outcome import FewAssets, Judgement, require_enough
+from workers.tuning.outcome import Counted, FewAssets, Judgement, Pair, require_enough
 from workers.tuning.plan import Plan, PlannedAsset, PlannedMask, TuneError, read_plan, write_plan
 from workers.tuning.prompts import draw_box, draw_click, draw_correction, middle_of
+from workers.tuning.thresholds import choose_thresholds
 from workers.tuning.training import begin, train
 from workers.tuning.tune import DECODER_NAME, tune
 from workers.tuning.views import COPIES
@@ -265,7 +269,9 @@ def test_a_kept_embedding_of_other_weights_stops_the_tuning(sam: Sam, tmp_path: 
     assert float(embeddings.of(0).mean()) == 1
 
 
-def judgement(before: float, after: float, *, box: float = 0.0, found: tuple[float, float] = (1, 1)) -> Judgement:
+def judgement(
+    before: float, after: float, *, box: float = 0.0, found: Pair = (1, 1), masks: Pair = (4, 3)
+) -> Judgement:
     return Judgement(
         key="a",
         labels=["cell", "cell"],
@@ -273,7 +279,8 @@ def judgement(before: float, after: float, *, box: float = 0.0, found: tuple[flo
         click=[(before, after)] * 2,
         corrected=[(0.8, 0.8)] * 2,
         found=[found] * 2,
-        masks=(4, 3),
+        found_labels=["cell", "cell"],
+        masks=masks,
     )
 
 
@@ -294,6 +301,36 @@ def test_a_decoder_is_better_when_clicks_gain_and_nothing_is_lost() -> None:
     worse = decide([replace(one, found=[(1, 0), (1, 0)]) for one in gained])
     assert [reason for reason in worse.reasons if "recall" in reason]
     assert not worse.is_better
+
+    flooded = decide([replace(one, masks=(3, 9)) for one in gained])
+    assert flooded.measured["recall"].gain == 0
+    assert flooded.reasons == ["automatic masks, F1 at IoU 0.75 fell from 0.800 to 0.364 (by 0.436 to 0.436)"]
+
+
+def test_the_thresholds_that_are_chosen_find_what_automatic_masks_then_find(
+    sam: Sam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thresholds, "POINTS_PER_SIDE", (6,))
+    scene = draw_scene(8_000_000_000_001, (192, 256))
+    masks = [np.asarray(mask, np.bool_) for mask in scene.masks]
+    with torch.no_grad():  # a decoder that predicts half of the IoU
+        sam.mask_decoder.iou_prediction_head.layers[-1].weight.mul_(0.5)
+        sam.mask_decoder.iou_prediction_head.layers[-1].bias.mul_(0.5)
+    model = promptable(sam, fold_from_dim=0)
+    [embedding] = model.embed([scene.image], fast=False)
+    usual = automatic_params(NANO.defaults, {"points_per_side": 4})
+
+    choice = choose_thresholds(model, [(embedding, masks)], usual)
+
+    assert choice.tried[choice.usual].found == 0
+    assert choice.defaults["pred_iou_thresh"] < 0.5
+    for one in (choice.chosen, replace(choice.chosen, pred_iou_thresh=0.2, stability_score_thresh=0.8)):
+        found = searched(model, embedding, masks, replace(usual, **dataclasses.asdict(one)))
+        assert choice.tried[one] == Counted(found=sum(found.found), masks=found.masks, objects=len(masks))
+    assert choice.tried[choice.chosen].found > 0
+
+    same = choose_thresholds(model, [], usual)
+    assert (same.defaults, same.images) == ({}, 0)
 
 
 def test_a_planned_mask_is_what_people_left() -> None:

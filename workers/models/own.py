@@ -16,10 +16,11 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from workers.models.files import weights_dir
 from workers.models.spec import ModelSpec, WeightsError
+from workers.params import parse_params
 
 MAX_TOML_BYTES = 16_384
 MAX_WEIGHTS_BYTES = 1 << 40
@@ -35,7 +36,8 @@ class OwnModel(BaseModel):
 
     architecture: the name of the registry whose modules the weights fit. sha256, size_bytes: of the file. origin: where
     it came from, for people. base, base_sha256: of a file that holds a mask decoder alone, the model that has all
-    other tensors, and the sha256 of that model's file.
+    other tensors, and the sha256 of that model's file. defaults: numbers of AutomaticParams, where they
+    are not the architecture's.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
@@ -50,6 +52,13 @@ class OwnModel(BaseModel):
     added: date
     base: Name | None = None
     base_sha256: Sha256 | None = None
+    defaults: dict[str, int | float] = {}
+
+    @field_validator("defaults")
+    @classmethod
+    def _check_defaults(cls, values: dict[str, int | float]) -> dict[str, Any]:
+        """By the rules of --param."""
+        return parse_params({name: str(value) for name, value in values.items()})
 
     @model_validator(mode="after")
     def _check(self) -> OwnModel:
@@ -117,7 +126,7 @@ def parse_own(content: bytes, *, name: str, where: str) -> OwnModel:
         raise WeightsError(f"{where}: cannot be read as TOML ({error}); remove it, or add the model again") from error
 
 
-def identity_of(spec: ModelSpec) -> dict[str, str] | None:
+def identity_of(spec: ModelSpec) -> dict[str, Any] | None:
     """What a job's row says about a model of one's own, JSON-safe. None for a model of the registry."""
     if not spec.is_own:
         return None
@@ -126,6 +135,7 @@ def identity_of(spec: ModelSpec) -> dict[str, str] | None:
         "sha256": spec.sha256,
         "base": spec.base,
         "base_sha256": spec.base_sha256,
+        "defaults": dict(spec.own_defaults) or None,
     }
     return {key: value for key, value in said.items() if value is not None}
 
@@ -178,9 +188,14 @@ def write_own(model: OwnModel) -> Path:
 
 def toml_of(model: OwnModel) -> bytes:
     """The model as TOML. Its texts are printable, so JSON's way to write them is TOML's too."""
-    values = model.model_dump(exclude={"name"}, exclude_none=True)
-    lines = [
-        f"{key} = {json.dumps(value, ensure_ascii=False) if isinstance(value, str) else value}"
+    lines = _lines(model.model_dump(exclude={"name", "defaults"}, exclude_none=True))
+    if model.defaults:
+        lines += ["", "[defaults]", *_lines(model.defaults)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} = {value if isinstance(value, date) else json.dumps(value, ensure_ascii=False)}"
         for key, value in values.items()
     ]
-    return ("\n".join(lines) + "\n").encode()

@@ -287,6 +287,8 @@ def spec_of(own: OwnModel) -> ModelSpec:
         size_bytes=own.size_bytes,
         parameter_count=own.parameter_count,
         licence=own.licence,
+        defaults={**built.defaults, **own.defaults},
+        own_defaults=own.defaults,
         demonstration=False,
         base=own.base,
         base_sha256=own.base_sha256,

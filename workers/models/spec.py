@@ -44,6 +44,7 @@ class ModelSpec:
     automatic: whether it makes masks without prompts.
     decoders: the runtimes that can run its decoder, of params.DECODERS.
     defaults: its own AutomaticParams where they differ, JSON-safe.
+    own_defaults: those of them that the TOML of a model of one's own sets.
     demonstration: the model is too small for real work. This is said wherever its masks are shown.
     architecture: the name of the registry whose modules it is built from. Left out, it is the model's own name.
     base, base_sha256: of a model whose file holds the mask decoder alone: the model that has its other tensors, and the
@@ -69,6 +70,7 @@ class ModelSpec:
     architecture: str = ""
     base: str | None = None
     base_sha256: str | None = None
+    own_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.architecture:

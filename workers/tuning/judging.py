@@ -6,7 +6,7 @@ It asks through the same engine as jobs and clicks do, and compares in the image
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ from workers.engine.prompted import prompt_decoder, prompted_masks
 from workers.masks import BoolMask, Mask, decode_counts
 from workers.params import AutomaticParams, PromptParams
 from workers.prompts import Prompt
+from workers.tuning.outcome import Searched
 from workers.tuning.prompts import middle_of
 
 FOUND_IOU = 0.75  # an automatic mask with this IoU finds the object
@@ -30,23 +31,19 @@ PROMPTED_OBJECTS = 100  # of an asset; a slide of cells has thousands
 class Judged:
     """A model's answers for one asset. All lists are of its objects, in order.
 
-    box, click, corrected: the IoU 0..1 of each answer. found: whether an automatic mask finds the object; None where no
-    automatic masks were made. masks: how many automatic masks. shown: the mask of each box and of each click.
+    box, click, corrected: the IoU 0..1 of each answer. shown: the mask of each box and of each click.
     """
 
     box: Sequence[float]
     click: Sequence[float]
     corrected: Sequence[float]
-    found: Sequence[bool] | None
-    masks: int
     shown: dict[str, Sequence[Mask]]
 
 
-def judge(model: Promptable, embedding: Tensor, masks: Sequence[BoolMask], automatic: AutomaticParams | None) -> Judged:
+def judge(model: Promptable, embedding: Tensor, masks: Sequence[BoolMask]) -> Judged:
     """Ask for each of these masks (H, W) of an image: by its box, by a click in its middle, and by a second click.
 
-    The second click is in the middle of the first answer's largest error. embedding: of the image. automatic: None
-    leaves automatic masks out.
+    The second click is in the middle of the first answer's largest error. embedding: of the image.
     """
     size_hw = (masks[0].shape[0], masks[0].shape[1])
     truth = [_rle(mask) for mask in masks]
@@ -60,31 +57,33 @@ def judge(model: Promptable, embedding: Tensor, masks: Sequence[BoolMask], autom
     middles = [middle_of(mask) for mask in masks]
     clicked = ask([Prompt(points=((x, y, 1),)) for x, y in middles])
     corrected = ask([_correct(*one) for one in zip(masks, middles, clicked, strict=True)])
-    found, count = (None, 0) if automatic is None else _search(model, embedding, truth, size_hw, automatic)
     return Judged(
         box=_ious(boxed, truth),
         click=_ious(clicked, truth),
         corrected=_ious(corrected, truth),
-        found=found,
-        masks=count,
         shown={"box": boxed, "click": clicked},
     )
 
 
-def _search(
-    model: Promptable,
-    embedding: Tensor,
-    truth: Sequence[dict[str, object]],
-    size_hw: tuple[int, int],
-    params: AutomaticParams,
-) -> tuple[list[bool], int]:
-    """Which objects automatic masks find, and how many masks there are. The image is not needed: it has no crops."""
-    blank = np.zeros((*size_hw, 3), np.uint8)
-    made = automatic_masks(model, blank, params, embedding=embedding)
+def search(
+    model: Promptable, embedding: Tensor, masks: Sequence[BoolMask], params: AutomaticParams
+) -> tuple[list[Mask], NDArray[np.float64]]:
+    """The n automatic masks of an image, and their IoUs (n, objects) with these masks (H, W) of it.
+
+    The image itself is not needed, for no crops of it are looked at.
+    """
+    blank = np.zeros((*masks[0].shape, 3), np.uint8)
+    made = automatic_masks(model, blank, replace(params, crop_n_layers=0), embedding=embedding)
     if not made:
-        return [False] * len(truth), 0
-    ious = coco_mask.iou([_stored(mask) for mask in made], list(truth), [0] * len(truth))
-    return [bool(best >= FOUND_IOU) for best in ious.max(axis=0)], len(made)
+        return [], np.zeros((0, len(masks)))
+    ious = coco_mask.iou([_stored(mask) for mask in made], [_rle(mask) for mask in masks], [0] * len(masks))
+    return made, np.asarray(ious, np.float64)
+
+
+def searched(model: Promptable, embedding: Tensor, masks: Sequence[BoolMask], params: AutomaticParams) -> Searched:
+    """Which of these masks (H, W) of an image automatic masks find, and how many there are."""
+    made, ious = search(model, embedding, masks, params)
+    return Searched(found=[bool(best >= FOUND_IOU) for best in ious.max(axis=0, initial=0)], masks=len(made))
 
 
 def _correct(mask: BoolMask, middle: tuple[float, float], shown: Mask) -> Prompt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from workers.masks import Mask
@@ -31,7 +31,7 @@ def require_enough(usable: int, annotated: int, left_out: Sequence[Mapping[str, 
 
 
 class Answers(Protocol):
-    """What `judging.Judged` has: a model's answers for the objects of one asset."""
+    """What `judging.Judged` has: a model's answers for some objects of one asset."""
 
     @property
     def box(self) -> Sequence[float]: ...
@@ -40,11 +40,34 @@ class Answers(Protocol):
     @property
     def corrected(self) -> Sequence[float]: ...
     @property
-    def found(self) -> Sequence[bool] | None: ...
-    @property
-    def masks(self) -> int: ...
-    @property
     def shown(self) -> Mapping[str, Sequence[Mask]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """Automatic masks against people's. found: how many of the objects a mask finds."""
+
+    found: int = 0
+    masks: int = 0
+    objects: int = 0
+
+    def __add__(self, other: Counted) -> Counted:
+        return Counted(
+            found=self.found + other.found, masks=self.masks + other.masks, objects=self.objects + other.objects
+        )
+
+    @property
+    def f1(self) -> float:
+        """0..1, 1 when each object has one mask and no mask is too much. 0 where there is neither."""
+        return 2 * self.found / max(self.masks + self.objects, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """The automatic masks of one asset. found: of each of its objects, whether a mask finds it. masks: how many."""
+
+    found: Sequence[bool]
+    masks: int
 
 
 Pair = tuple[float, float]  # before, after
@@ -52,9 +75,10 @@ Pair = tuple[float, float]  # before, after
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """One held-out asset, before and after. labels, box, click, corrected, found: one entry an object.
+    """One held-out asset, before and after. labels, box, click, corrected: one entry an object that was asked for.
 
-    found: None where no automatic masks were made. masks: how many automatic masks.
+    found, found_labels: one entry for every object of the asset. None where no automatic masks were made. masks: how
+    many automatic masks.
     """
 
     key: str
@@ -62,23 +86,25 @@ class Judgement:
     box: list[Pair]
     click: list[Pair]
     corrected: list[Pair]
-    found: list[Pair] | None
-    masks: Pair
+    found: list[Pair] | None = None
+    found_labels: list[str] | None = None
+    masks: Pair = (0.0, 0.0)
 
     @classmethod
     def of(cls, asset: PlannedAsset, numbers: Sequence[int], before: Answers, after: Answers) -> Judgement:
-        found = None
-        if before.found is not None and after.found is not None:
-            found = [(float(a), float(b)) for a, b in zip(before.found, after.found, strict=True)]
         return cls(
             key=asset.key,
             labels=[asset.masks[n].label for n in numbers],
             box=list(zip(before.box, after.box, strict=True)),
             click=list(zip(before.click, after.click, strict=True)),
             corrected=list(zip(before.corrected, after.corrected, strict=True)),
-            found=found,
-            masks=(float(before.masks), float(after.masks)),
         )
+
+    def with_automatic(self, labels: list[str], before: Searched, after: Searched) -> Judgement:
+        """The same with automatic masks. labels: of all objects."""
+        found = [(float(a), float(b)) for a, b in zip(before.found, after.found, strict=True)]
+        masks = (float(before.masks), float(after.masks))
+        return replace(self, found=found, found_labels=labels, masks=masks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,13 +14,12 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from segment_anything.modeling import Sam
 
@@ -35,19 +34,19 @@ from workers.models.loading import load_model
 from workers.models.registry import find_model
 from workers.models.spec import ModelError
 from workers.models.tuned import require_tunable, write_decoder
-from workers.params import automatic_params
+from workers.params import AutomaticParams, automatic_params
 from workers.tuning.checkpoint import load_run, save_run
 from workers.tuning.gathering import Embeddings, Gathered, gather, hold_out, lesson_of
-from workers.tuning.judging import PROMPTED_OBJECTS, judge
-from workers.tuning.outcome import JUDGED_NAME, FewAssets, Judgement, Shown, require_enough
+from workers.tuning.held_out import judge_held_out
+from workers.tuning.outcome import JUDGED_NAME, FewAssets, require_enough
 from workers.tuning.plan import Plan, TuneError, read_plan
+from workers.tuning.thresholds import Choice, choose_thresholds, images_to_try
 from workers.tuning.training import Run, begin, train
 from workers.tuning.views import copies
 
 DECODER_NAME = "decoder.safetensors"
 STOPPED = 130  # the exit code after Ctrl-C: a checkpoint is stored
 _SAVE_SECONDS, _SAY_SECONDS = 60.0, 0.5
-_MOST_PROMPTED, _MOST_AUTOMATIC = 200, 20  # held-out assets that are judged: a decoder of vit_h takes a minute each
 
 log = logging.getLogger(__name__)
 
@@ -93,14 +92,18 @@ def tune(folder: Path, *, seconds: float, device: str) -> None:
     lessons = [lesson for lesson in map(lesson_of, teaching) if lesson.targets]
     if not lessons or not any(one.asset.masks for one in judging):
         raise FewAssets("no masks to learn from or to judge by: all annotations are empty")
-    turned = copies(plan, base, embeddings, teaching, settings(), seconds=seconds, say=_say_copies)
+    turned = copies(plan, base, embeddings, teaching, settings(), seconds=seconds, say=_say_at("copies"))
     run = begin(sam, plan.seed)
     if load_run(run, folder):
         log.warning("goes on from step %d", run.step)
     _train(run, [*lessons, *(copy for copy in turned if copy.targets)], embeddings, folder, seconds)
     write_decoder(run.average, folder / DECODER_NAME)
-    judgements, shown = _judge_all(plan, run, judging, embeddings)
+    choice, usual = _choose(plan, run, teaching, embeddings, seconds)
+    automatic = (usual, replace(usual, **choice.defaults))
+    judgements, shown = judge_held_out(plan, run, judging, embeddings, automatic, say=_say_at("verdict"))
     document = {
+        "defaults": choice.defaults,
+        "thresholds": choice.as_json(),
         "steps": run.step,
         "seconds": run.seconds,
         "encoded": sum(one.encoded for one in usable),
@@ -110,9 +113,7 @@ def tune(folder: Path, *, seconds: float, device: str) -> None:
         "assets": [asdict(one) for one in judgements],
         "shown": [asdict(one) for one in shown],
     }  # fmt: skip
-    part = folder / f".{JUDGED_NAME}.part"
-    part.write_text(json.dumps(document), encoding="utf-8")
-    part.replace(folder / JUDGED_NAME)
+    _write(document, folder)
 
 
 def _load(plan: Plan, device: str) -> Sam:
@@ -150,7 +151,7 @@ def _gather(plan: Plan, model: Any, embeddings: Embeddings) -> tuple[list[Gather
 
 def _train(run: Run, lessons: Sequence[Any], embeddings: Embeddings, folder: Path, seconds: float) -> None:
     """Take the steps. Stores a checkpoint now and then, at the end, and when it is stopped."""
-    saved = said = time.monotonic()
+    saved, said = -_SAVE_SECONDS, time.monotonic()  # a disk without room is said after the first step
     try:
         steps = train(
             run,
@@ -172,39 +173,29 @@ def _train(run: Run, lessons: Sequence[Any], embeddings: Embeddings, folder: Pat
         save_run(run, folder)
 
 
-def _judge_all(
-    plan: Plan, run: Run, judging: Sequence[Gathered], embeddings: Embeddings
-) -> tuple[list[Judgement], list[Shown]]:
-    """Judge the decoder before and after on the held-out assets that have masks."""
-    sam, spec = run.sam, find_model(plan.model)
-    sam.mask_decoder.eval().requires_grad_(False)
-    automatic = replace(automatic_params(spec.defaults, plan.automatic), crop_n_layers=0)
-    judgements: list[Judgement] = []
-    shown: list[Shown] = []
-    chosen = [one for one in sorted(judging, key=lambda one: one.content) if one.asset.masks][:_MOST_PROMPTED]
-    for done, one in enumerate(chosen):
-        rng = np.random.default_rng((plan.seed, one.number))
-        some = sorted(rng.permutation(len(one.asset.masks))[:PROMPTED_OBJECTS].tolist())
-        masks = one.masks()
-        kept = [n for n in some if masks[n].any()]
-        if not kept:
-            continue
-        both = []
-        for weights in (run.start, run.average):
-            sam.mask_decoder.load_state_dict(weights)
-            model = promptable(sam, fold_from_dim=0)
-            params = automatic if done < _MOST_AUTOMATIC else None
-            both.append(judge(model, embeddings.of(one.number), [masks[n] for n in kept], params))
-            _stop_if_asked()
-        judgements.append(Judgement.of(one.asset, kept, *both))
-        shown = Shown.most_changed([*shown, *Shown.of(one.asset, kept, *both)])
-        _say(stage="verdict", done=done + 1, of=len(chosen))
-    return judgements, shown
+def _choose(
+    plan: Plan, run: Run, teaching: Sequence[Gathered], embeddings: Embeddings, seconds: float
+) -> tuple[Choice, AutomaticParams]:
+    """Choose the new decoder's thresholds. Also returns the parameters of automatic masks that the job had."""
+    usual = automatic_params(find_model(plan.model).defaults, plan.automatic)
+    run.sam.mask_decoder.eval().requires_grad_(False)
+    run.sam.mask_decoder.load_state_dict(run.average)
+    images = images_to_try(teaching, embeddings, seconds=seconds, say=_say_at("thresholds"))
+    return choose_thresholds(promptable(run.sam, fold_from_dim=0), images, usual), usual
 
 
-def _say_copies(done: int, of: int) -> None:
-    _say(stage="copies", done=done, of=of)
-    _stop_if_asked()
+def _write(document: Mapping[str, Any], folder: Path) -> None:
+    part = folder / f".{JUDGED_NAME}.part"
+    part.write_text(json.dumps(document), encoding="utf-8")
+    part.replace(folder / JUDGED_NAME)
+
+
+def _say_at(stage: str) -> Callable[[int, int], None]:
+    def say(done: int, of: int) -> None:
+        _say(stage=stage, done=done, of=of)
+        _stop_if_asked()
+
+    return say
 
 
 _is_asked_to_stop = False
