@@ -104,7 +104,7 @@ def test_a_long_file_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> No
         return peak
 
     peak_of(10)  # what is imported and cached on first use
-    assert peak_of(30_000) < peak_of(1_000) + 2**20
+    assert peak_of(15_000) < peak_of(1_000) + 2**20
 
 
 COCO = {
