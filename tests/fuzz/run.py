@@ -32,6 +32,7 @@ from tests.fuzz.target import Target
 NAMES = [target.name for part in (images, label_studio, listings, prompts) for target in part.TARGETS]
 NAMES += ["ONNX files", "safetensors files", "checkpoints of torch"]  # their module loads torch, so only when asked
 FINDS = Path("out") / "fuzz"
+_WAITS = 20  # times its CPU seconds: how long a reader may take when it waits, or others compute
 
 
 class TooSlow(BaseException):
@@ -113,7 +114,8 @@ def run_target(target: Target, examples: int, seed: int, folder: Path) -> dict[s
     faulthandler.enable()
     limit = used_bytes() + target.megabytes * 10**6
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    signal.signal(signal.SIGALRM, _too_slow)
+    for limit_reached in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(limit_reached, _too_slow)
     runs = 0
 
     @with_seed(seed)
@@ -140,12 +142,14 @@ def run_target(target: Target, examples: int, seed: int, folder: Path) -> dict[s
 
 def read(target: Target, data: bytes) -> None:
     """Read one input; errors that the target allows are as good as an answer."""
-    signal.setitimer(signal.ITIMER_REAL, target.seconds)
+    signal.setitimer(signal.ITIMER_PROF, target.seconds)  # of the CPU, so that a busy machine finds nothing
+    signal.setitimer(signal.ITIMER_REAL, _WAITS * target.seconds)  # for what waits
     try:
         target.read(data)
     except target.allowed:
         pass
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
