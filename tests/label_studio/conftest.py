@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -15,7 +16,7 @@ from db.session import psycopg2_url
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.label_studio.proxy import Proxy, proxy_of
-from tests.label_studio.server import NotInstallable, Server, install, serve
+from tests.label_studio.server import POSTGRES_TEMPLATE, NotInstallable, Server, install, serve
 from tests.needs import miss
 
 
@@ -69,7 +70,16 @@ def label_studio_on_postgres(
         "POSTGRE_USER": url.username or "postgres",
         "POSTGRE_PASSWORD": str(url.password or ""),
     }
+    address = url.set(drivername="postgresql", database=name).render_as_string(hide_password=False)
+    programs = None if os.environ.get("MASKFLEET_TEST_DATABASE_URL") else _postgres_programs()
+    if programs and POSTGRES_TEMPLATE.exists():
+        command = [programs / "psql", "--quiet", "--set=ON_ERROR_STOP=1", "--output=/dev/null"]
+        subprocess.run([*command, f"--file={POSTGRES_TEMPLATE}", address], check=True)
     with serve(tmp_path_factory.mktemp("label-studio-postgres"), database=database) as server:
+        if programs and not POSTGRES_TEMPLATE.exists():
+            making = POSTGRES_TEMPLATE.with_name(f"{name}.sql")
+            subprocess.run([programs / "pg_dump", "--no-owner", f"--file={making}", address], check=True)
+            making.replace(POSTGRES_TEMPLATE)
         yield server
     with admin.connect() as connection:
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))

@@ -29,7 +29,9 @@ PLACE = ROOT / ".uv" / f"label-studio-{VERSION}"
 _SQLITE = "label_studio.sqlite3"
 USER, PASSWORD = "admin@example.com", "only-on-loopback-1"
 TOKEN = "5ca1ab1e" * 5  # of servers that only this machine reaches, for as long as a test runs
-_TEMPLATE = PLACE / "migrated.sqlite3"  # a first boot runs every migration: half a minute, minutes on a busy machine
+# A first boot runs every migration: half a minute, minutes on a busy machine. Later ones begin with what it made.
+_TEMPLATE = PLACE / "migrated.sqlite3"
+POSTGRES_TEMPLATE = PLACE / "migrated.sql"
 
 
 class NotInstallable(RuntimeError):
