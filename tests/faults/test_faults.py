@@ -6,6 +6,7 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 from sqlalchemy import text
@@ -185,7 +186,8 @@ def test_a_frozen_worker_is_replaced_and_its_late_write_refused(deployment: Depl
     assert deployment.executions() == 64
 
 
-def test_sigterm_drains_a_worker_and_gives_its_chunk_back(deployment: Deployment, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to all its processes, as Slurm does"])
+def test_sigterm_drains_a_worker_and_gives_its_chunk_back(deployment: Deployment, tmp_path: Path, to_all: bool) -> None:
     deployment.settings |= {"MASKFLEET_STUB_SECONDS": "0.3", "MASKFLEET_CHUNK_SIZE": "100"}
     source = draw_pictures(tmp_path / "pictures", 60)
     dispatcher = deployment.start("dispatch")
@@ -194,6 +196,9 @@ def test_sigterm_drains_a_worker_and_gives_its_chunk_back(deployment: Deployment
     deployment.wait_for_outcomes(job, 4)
     terminate(dispatcher)
 
+    if to_all:
+        for process in psutil.Process(worker.pid).children(recursive=True):
+            process.terminate()
     assert terminate(worker) == 0
 
     counts = deployment.read(job)[1]

@@ -1,6 +1,6 @@
 """The compose deployment on the Docker engine that is there: built, used, broken, upgraded and restored.
 
-`make try-deployment [OLD=commit] [OUT_DIR=folder]`; about half an hour on two cores with a built image, and 25 GB of
+`make try-deployment [OLD=commit] [OUT_DIR=folder]`; about an hour on two cores with a built image, and 25 GB of
 disk. It needs `docker` with compose, its ports free, and the images' base. It works on a copy of this repository, in a
 compose project of its own, which it removes. BUILD_CA=file gives the build a proxy's certificate authority.
 """
@@ -12,7 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from tests.try_deployment import building, joining, living, reviewing, upgrading
+from tests.try_deployment import building, joining, living, reviewing, serving, storing, upgrading
 from tests.try_deployment.report import Report
 from tests.try_deployment.stack import ROOT, Stack
 
@@ -21,9 +21,12 @@ PARTS = {
     "old": upgrading.begin_with_the_old,
     "up": living.come_up,
     "untouched": living.stay_untouched,
+    "store": storing.photos_in_and_exports_out,
     "kills": living.survive_kills,
     "review": reviewing.publish_and_review,
     "reviewers": reviewing.many_reviewers,
+    "assist": serving.answer_clicks,
+    "board": serving.open_the_board,
     "frozen": living.replace_a_frozen_worker,
     "change": building.change_a_line,
     "join": joining.join_a_worker_over_tls,

@@ -12,7 +12,7 @@ from tests.try_deployment.stack import ROOT, Stack, wait_until
 
 BUCKET = "photos"
 STORE = "http://127.0.0.1:8333"
-_SCENES = ROOT / "orchestrator" / "scenes"
+SCENES = ROOT / "orchestrator" / "scenes"
 
 
 def come_up(stack: Stack, report: Report) -> None:
@@ -86,10 +86,10 @@ def upload(stack: Stack, prefix: str, copies: int) -> int:
     client = boto3.session.Session(region_name="us-east-1", **keys).client("s3", endpoint_url=STORE)
     if BUCKET not in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
         client.create_bucket(Bucket=BUCKET)
-    files = [path for path in sorted(_SCENES.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(SCENES.rglob("*")) if path.is_file()]
     for copy in range(copies):
         for path in files:
-            client.upload_file(str(path), BUCKET, f"{prefix}/{copy}/{path.relative_to(_SCENES)}")
+            client.upload_file(str(path), BUCKET, f"{prefix}/{copy}/{path.relative_to(SCENES)}")
     return copies * len(files)
 
 

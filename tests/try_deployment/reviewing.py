@@ -22,7 +22,7 @@ _LOOK_SECONDS = 4.0  # between a task's opening and its submission
 
 
 def publish_and_review(stack: Stack, report: Report) -> None:
-    upload(stack, "review", copies=4)
+    upload(stack, "review", copies=2)
     job = submit(stack, "review", points=16)
     labeled = int(finish(stack, job).split()[0])
     with report.row("`label-studio setup`") as row:

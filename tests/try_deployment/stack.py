@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.try_deployment.report import expect
+from tests.try_deployment.report import Unexpected, expect
 
 ROOT = Path(__file__).parents[2]
 ONE_SHOT = {"migrate"}
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 class Stack:
-    """tree: the copy. old: the commit to begin with, or None."""
+    """tree: the copy. old: the commit to begin with, or None. tag, profiles, variables: what stands in .env."""
 
     def __init__(self, out: Path, *, old: str | None, no_cache: bool) -> None:
         self.out, self.tree, self.old, self.no_cache = out, out / "tree", old, no_cache
-        self.tag = "trial"
+        self.tag, self.profiles = "trial", ["s3", "label-studio"]
         self._overrides: list[Path] = []
-        self._variables: dict[str, str] = {}
+        self.variables: dict[str, str] = {}
         if not self.tree.exists():
             copy_tree(self.tree)
             run([sys.executable, "infra/make_env.py"], cwd=self.tree)
@@ -46,9 +46,9 @@ class Stack:
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith(("MASKFLEET_", "AWS_"))},
             "COMPOSE_PROJECT_NAME": _PROJECT,
-            "COMPOSE_PROFILES": "s3,label-studio",
+            "COMPOSE_PROFILES": ",".join(self.profiles),
             "IMAGE_TAG": self.tag,
-            **self._variables,
+            **self.variables,
         }
 
     def compose(self, *words: str, check: bool = True, stdin: bytes | None = None) -> str:
@@ -59,7 +59,7 @@ class Stack:
     def add(self, file: str, **variables: str) -> None:
         """Put a compose file of the repository behind the others."""
         self._overrides.append(self.tree / file)
-        self._variables |= variables
+        self.variables |= variables
 
     def remove(self, file: str) -> None:
         self._overrides.remove(self.tree / file)
@@ -137,6 +137,7 @@ def copy_tree(target: Path) -> None:
 def wait_until(condition: Callable[[], T], said: Callable[[], str], seconds: float) -> T:
     give_up_at = time.monotonic() + seconds
     while not (found := condition()):
-        expect(time.monotonic() < give_up_at, f"after {seconds:.0f} s: {said()}")
+        if time.monotonic() > give_up_at:
+            raise Unexpected(f"after {seconds:.0f} s: {said()}")
         time.sleep(1)
     return found

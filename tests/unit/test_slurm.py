@@ -1,4 +1,4 @@
-"""infra/slurm/maskfleet.sbatch, run by bash with stand-ins for Slurm's two programs and for the worker."""
+"""infra/slurm/maskfleet.sbatch, run by bash with stand-ins for `scontrol` and for the worker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ trap() {
 def cluster(tmp_path: Path) -> dict[str, str]:
     """The environment of a job whose programs write into tmp_path."""
     programs = {
-        "srun": '#!/bin/bash\nshift\nexec "$@"\n',
         "scontrol": '#!/bin/bash\necho "$@" > requeued\n',
         ".venv/bin/maskfleet": WORKER,
     }

@@ -73,6 +73,12 @@ def _keep_freed_memory(**_: object) -> None:
     keep_freed_memory()
 
 
+@worker_process_init.connect
+def _leave_sigterm_to_the_worker(**_: object) -> None:
+    """Slurm and systemd send SIGTERM to every process of a worker. The pool's child would die of it, with its batch."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @worker_shutting_down.connect
 def _drain(**_: object) -> None:
     """Tell the pool's child that its worker ends. It then finishes its current batch and releases its chunk."""
