@@ -17,20 +17,15 @@ _ESCAPES = {ord("\\"): "\\\\", ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\
 
 def copy_rows(db: Connection, into: str, rows: Iterable[Sequence[Any]]) -> None:
     """COPY rows into a table. Measured with mask rows, this is 6 times as fast as INSERT."""
-    copy_lines(db, into, ("\t".join(map(copy_field, row)) + "\n" for row in rows))
-
-
-def copy_lines(db: Connection, into: str, lines: Iterable[str]) -> None:
-    """COPY lines in COPY's text format: fields as `copy_field` gives them, with tabs between, and a line break."""
-    text = "".join(lines)
-    if text:
+    lines = "".join(["\t".join(map(_copy_field, row)) + "\n" for row in rows])
+    if lines:
         cursor: Any = db.connection.cursor()
-        cursor.copy_expert(f"COPY {into} FROM STDIN", io.BytesIO(text.encode()), _READ_BYTES)
+        cursor.copy_expert(f"COPY {into} FROM STDIN", io.BytesIO(lines.encode()), _READ_BYTES)
         cursor.close()
 
 
-def copy_field(value: Any) -> str:
-    """One field in COPY's text format. COCO counts may hold a backslash. Keys may hold anything except NUL."""
+def _copy_field(value: Any) -> str:
+    """One field in COPY's text format. Keys may hold anything except NUL."""
     if value is None:
         return "\\N"
     if isinstance(value, str):

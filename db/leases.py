@@ -5,24 +5,25 @@ Every write carries the lease's token. A worker that lost its lease gets LeaseLo
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import orjson
 from sqlalchemy import Connection, text
 
 from db import counters
-from db.copied_outcomes import MASK_COLUMNS, copy_outcomes, remember_bytes
-from db.copying import copy_field, copy_lines
+from db.copied_outcomes import copy_outcomes, remember_bytes
+from db.mask_rows import copy_masks
 from db.results import StoredMask
 from db.states import MaskCount
 
 MAX_TRANSIENT_FAILURES = 6  # with the growing pause below, a store may be away for about ten minutes
+
+
+_IS_HELD = """id = :id AND token = :token AND state = 'running'
+              AND EXISTS (SELECT 1 FROM job WHERE id = chunk.job_id AND state IN ('listing', 'running'))"""
 
 
 class LeaseLost(RuntimeError):
@@ -151,6 +152,25 @@ def pending_assets(db: Connection, *, chunk: ClaimedChunk) -> list[Asset]:
     return [Asset(**row) for row in db.execute(statement, values).mappings()]
 
 
+_OUTCOME_FIELDS = ("asset_id", "error_kind", "error", "width", "height", "segment_ms", "answered_by", "etag")
+# One statement: a worker sends it after every batch, and a third of its time goes to and fro.
+_RECORD = text(
+    f"""WITH held AS (
+            UPDATE chunk SET lease_until = now() + make_interval(secs => :lease),
+                   in_flight = CAST(:in_flight AS bigint[])
+            WHERE {_IS_HELD} RETURNING id),
+        written AS (
+            INSERT INTO outcome (asset_id, error_kind, error, width, height, segment_ms, answered_by, etag, mask_count,
+                                 job_id, worker)
+            SELECT o.*, :job_id, :worker
+            FROM held CROSS JOIN unnest(CAST(:asset_id AS bigint[]), CAST(:error_kind AS text[]),
+                CAST(:error AS text[]), CAST(:width AS int[]), CAST(:height AS int[]), CAST(:segment_ms AS int[]),
+                CAST(:answered_by AS bigint[]), CAST(:etag AS text[]), CAST(:mask_count AS int[])) AS o
+            ON CONFLICT (asset_id) DO NOTHING RETURNING asset_id)
+        SELECT EXISTS (SELECT FROM held), ARRAY(SELECT asset_id FROM written)"""
+)
+
+
 def record(
     db: Connection,
     *,
@@ -164,37 +184,15 @@ def record(
 
     Raises LeaseLost when this worker no longer holds the lease. An outcome that already exists is kept.
     """
-    _hold(
-        db, chunk=chunk, set_="in_flight = CAST(:in_flight AS bigint[])", in_flight=list(in_flight), lease=lease_seconds
-    )
-    if not outcomes:
-        return
-    inserted = set(
-        db.execute(
-            text(
-                """INSERT INTO outcome (asset_id, job_id, error_kind, error, width, height, mask_count, segment_ms,
-                                        answered_by, etag, worker)
-                   SELECT *, :worker FROM unnest(CAST(:asset_id AS bigint[]), CAST(:job_id AS bigint[]),
-                       CAST(:error_kind AS text[]), CAST(:error AS text[]), CAST(:width AS int[]),
-                       CAST(:height AS int[]), CAST(:mask_count AS int[]), CAST(:segment_ms AS int[]),
-                       CAST(:answered_by AS bigint[]), CAST(:etag AS text[]))
-                   ON CONFLICT (asset_id) DO NOTHING RETURNING asset_id"""
-            ),
-            {
-                "worker": worker,
-                "job_id": [chunk.job_id] * len(outcomes),
-                "mask_count": [len(outcome.masks) for outcome in outcomes],
-                **{
-                    name: [getattr(outcome, name) for outcome in outcomes]
-                    for name in (
-                        *("asset_id", "error_kind", "error", "width", "height", "segment_ms", "answered_by", "etag"),
-                    )
-                },
-            },
-        ).scalars()
-    )
+    values = {"in_flight": list(in_flight), "lease": lease_seconds, "worker": worker, "job_id": chunk.job_id}
+    values |= {name: [getattr(outcome, name) for outcome in outcomes] for name in _OUTCOME_FIELDS}
+    values["mask_count"] = [len(outcome.masks) for outcome in outcomes]
+    held, inserted = db.execute(_RECORD, {"id": chunk.id, "token": chunk.token, **values}).one()
+    if not held:
+        raise LeaseLost(_lost(chunk))
+    inserted = set(inserted)
     kept = [outcome for outcome in outcomes if outcome.asset_id in inserted]
-    copy_lines(db, f"mask ({MASK_COLUMNS})", (_mask_line(mask) for outcome in kept for mask in outcome.masks))
+    copy_masks(db, masks=(mask for outcome in kept for mask in outcome.masks))
     remember_bytes(db, keys=[(key, outcome.asset_id) for outcome in kept for key in outcome.bytes_keys])
     if numbers := _mask_numbers(kept):
         counters.add_masks(db, job_id=chunk.job_id, numbers=numbers)
@@ -224,42 +222,19 @@ def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool 
     )
 
 
-def _hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float, **values: Any) -> None:
+def _hold(db: Connection, *, chunk: ClaimedChunk, set_: str, lease: float) -> None:
     """Write to a chunk only while this worker holds it and its job runs. The row stays locked until the commit."""
     changes = f", {set_}" if set_ else ""
     held = db.execute(
-        text(
-            f"""UPDATE chunk SET lease_until = now() + make_interval(secs => :lease){changes}
-                WHERE id = :id AND token = :token AND state = 'running'
-                  AND EXISTS (SELECT 1 FROM job WHERE id = chunk.job_id AND state IN ('listing', 'running'))"""
-        ),
-        {"id": chunk.id, "token": chunk.token, "lease": lease, **values},
+        text(f"UPDATE chunk SET lease_until = now() + make_interval(secs => :lease){changes} WHERE {_IS_HELD}"),
+        {"id": chunk.id, "token": chunk.token, "lease": lease},
     )
     if held.rowcount != 1:
-        raise LeaseLost(f"chunk {chunk.id} of job {chunk.job_id} is no longer held with token {chunk.token}")
+        raise LeaseLost(_lost(chunk))
 
 
-def _mask_line(mask: StoredMask) -> str:
-    """A mask as a line of COPY: written out, because there are so many of them."""
-    x, y, width, height = mask.bbox_xywh
-    # A backslash is the only character of COCO counts and of JSON that COPY reads otherwise.
-    counts = mask.counts.replace("\\", "\\\\")
-    stability = "\\N" if mask.stability_score is None else mask.stability_score
-    label = _label_field(mask.label)
-    prompt = "\\N" if mask.prompt is None else _json(mask.prompt).replace("\\", "\\\\")
-    return (
-        f"{mask.asset_id}\t{mask.n}\t{counts}\t{x}\t{y}\t{width}\t{height}\t{mask.area_px}\t"
-        f"{mask.predicted_iou}\t{stability}\t{label}\t{prompt}\n"
-    )
-
-
-_label_field = lru_cache(maxsize=1000)(copy_field)
-
-
-def _json(prompt: dict[str, Any]) -> str:
-    """orjson takes a tenth of json's time, but writes NaN as null. With json Postgres refuses a NaN."""
-    encoded = orjson.dumps(prompt)
-    return json.dumps(prompt, ensure_ascii=False) if b"null" in encoded else encoded.decode()
+def _lost(chunk: ClaimedChunk) -> str:
+    return f"chunk {chunk.id} of job {chunk.job_id} is no longer held with token {chunk.token}"
 
 
 def _mask_numbers(outcomes: Sequence[NewOutcome]) -> dict[tuple[MaskCount, str], int]:
@@ -267,16 +242,25 @@ def _mask_numbers(outcomes: Sequence[NewOutcome]) -> dict[tuple[MaskCount, str],
     masks = [mask for outcome in outcomes for mask in outcome.masks]
     looked_at = [o for o in outcomes if o.error_kind is None and o.width is not None]
     prompts = [mask.prompt for mask in masks if mask.prompt is not None]
-    names = (p.get("text") if p.get("class") is None else p["class"] for p in prompts)
+    names = [p.get("text") if p.get("class") is None else p["class"] for p in prompts]
     found: dict[MaskCount, Counter[Any]] = {
-        MaskCount.LABEL: Counter(mask.label for mask in masks if mask.label is not None),
-        MaskCount.CLASS: Counter(name for name in names if name is not None),
-        # Rounded down, from 0 to 99, as SQL does with the REAL that is stored.
-        MaskCount.IOU_PERCENT: Counter(
-            "NaN" if stored != stored else int(min(max(stored * 100, 0), 99))
-            for stored in array("f", [mask.predicted_iou for mask in masks])
-        ),
-        MaskCount.MASKS_AN_ASSET: Counter(len(outcome.masks) for outcome in looked_at),
-        MaskCount.SAME_BYTES: Counter("" for outcome in outcomes if outcome.answered_by is not None),
+        MaskCount.LABEL: Counter([mask.label for mask in masks]),
+        MaskCount.CLASS: Counter(names),
+        MaskCount.IOU_PERCENT: _iou_percents([mask.predicted_iou for mask in masks]),
+        MaskCount.MASKS_AN_ASSET: Counter([len(outcome.masks) for outcome in looked_at]),
+        MaskCount.SAME_BYTES: Counter(["" for outcome in outcomes if outcome.answered_by is not None]),
     }
-    return {(kind, str(value)): number for kind, values in found.items() for value, number in values.items()}
+    return {
+        (kind, str(value)): number
+        for kind, values in found.items()
+        for value, number in values.items()
+        if value is not None
+    }
+
+
+def _iou_percents(ious: Sequence[float]) -> Counter[str]:
+    """Rounded down, from 0 to 99, as SQL does with the REAL that is stored."""
+    found: Counter[str] = Counter()
+    for stored, number in Counter(array("f", ious)).items():
+        found["NaN" if stored != stored else str(int(min(max(stored * 100, 0), 99)))] += number
+    return found

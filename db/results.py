@@ -206,8 +206,8 @@ def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[Stor
                       label, prompt FROM mask WHERE asset_id = ANY(:ids) ORDER BY asset_id, n"""
         ),
         {"ids": list(asset_ids)},
-    )
-    masks = (  # unpacked: to name each column takes a tenth of an export
+    ).all()  # at once: to fetch each row takes a fifth of an export
+    masks = (  # unpacked: to name each column takes a tenth
         StoredMask(
             asset_id=asset_id,
             n=n,

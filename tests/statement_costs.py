@@ -194,7 +194,7 @@ JOB = {
     "review_order.start_order",
     "reviewed_masks.annotated_assets",
 }
-NO_STATEMENT = {"copying.copy_lines", "copying.copy_rows"}  # only COPY
+NO_STATEMENT = {"copying.copy_rows", "mask_rows.copy_masks"}  # only COPY
 
 _BIG_PAGES = 200  # a table of more pages than this is not to be read from end to end
 

@@ -36,17 +36,19 @@ def export_coco(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAss
     source = source_of(job)
     with replacing(out) as file, tempfile.TemporaryFile("w+", encoding="utf-8", dir=out.resolve().parent) as images:
         file.write(f'{{"info":{json_text(_info(job))},\n"licenses":[],\n"annotations":[')
-        annotation_id = 0
+        written = 0
         for n, asset in enumerate(results.labeled_assets(db, job_id=job.id) if assets is None else assets):
             # One pass over the database: annotations go into the file at once, the much shorter images aside.
             images.write(f"{',' if n else ''}\n{json_text(_image(asset, source))}")
+            annotations: list[str] = []
             for mask in asset.masks:
-                file.write(",\n" if annotation_id else "\n")
-                annotation_id += 1
                 # While the job still runs, a new label may appear.
                 label = mask.label if mask.label is not None else DEFAULT_LABEL
                 category_id = category_ids.setdefault(label, len(category_ids) + 1)
-                file.write(json_text(_annotation(asset, mask, annotation_id, category_id)))
+                annotation = _annotation(asset, mask, written + len(annotations) + 1, category_id)
+                annotations.append(f"{',' if written or annotations else ''}\n{json_text(annotation)}")
+            file.write("".join(annotations))
+            written += len(annotations)
         categories = [{"id": i, "name": label, "supercategory": ""} for label, i in category_ids.items()]
         file.write(f'\n],\n"categories":{json_text(categories)},\n"images":[')
         images.seek(0)

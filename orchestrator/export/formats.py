@@ -14,6 +14,7 @@ from db.results import LabeledAsset
 from db.session import Connection
 from orchestrator.export.coco import export_coco
 from orchestrator.export.errors import ExportError
+from orchestrator.export.files import collect_seldom
 from orchestrator.export.label_studio import export_label_studio
 from orchestrator.export.parquet import export_failed, export_parquet
 from orchestrator.export.parts import Parts, WritePart, open_parts, write_parts
@@ -74,6 +75,7 @@ class Question:
 
     def write(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
         """Write it. Raises ExportError for what cannot be written, or not there."""
+        collect_seldom()
         in_parts = self.part_assets is not None or self.file_format is ExportFormat.PARQUET
         self._check(db, job, out, in_parts=in_parts)
         if in_parts:

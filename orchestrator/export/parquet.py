@@ -7,7 +7,7 @@ OUT/assets/failed.parquet        a row a failed asset, with error_kind and error
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from db.jobs import Job
 from db.results import FailedAsset, LabeledAsset, StoredMask
 from db.reviewed_masks import ReviewedAsset, ReviewedMask
 from orchestrator.export.files import beside, json_text, mask_score, round_score, source_of
-from workers.storage.asset import Source
 
 _OF_ASSET = [("asset_id", pa.int64()), ("key", pa.string()), ("uri", pa.string())]
 _SIZE = [("width", pa.int32()), ("height", pa.int32())]
@@ -53,7 +52,7 @@ ASSETS = pa.schema(
     ]
 )
 # A row group is written when one of these is reached. So memory does not grow with the job.
-_GROUP_ROWS = 20_000
+GROUP_ROWS = 20_000
 _GROUP_CHARS = 1 << 24
 
 
@@ -65,82 +64,82 @@ def export_parquet(job: Job, part: Path, assets: Iterable[LabeledAsset]) -> None
     """
     source = source_of(job)
     with (
-        _rows(part.parent / "assets" / part.name, ASSETS) as asset_rows,
-        _rows(part.parent / "masks" / part.name, MASKS) as mask_rows,
+        _columns(part.parent / "assets" / part.name, ASSETS) as of_assets,
+        _columns(part.parent / "masks" / part.name, MASKS) as of_masks,
     ):
         for asset in assets:
-            asset_rows.add(_asset_row(asset, job, source))
-            for mask in asset.masks:
-                mask_rows.add(_mask_row(asset, mask, job, source), len(mask.counts))
+            height, width = asset.size_hw
+            of_asset = (asset.asset_id, asset.key, source.uri(asset.key), width, height)
+            is_reviewed = isinstance(asset, ReviewedAsset)
+            of_assets.add_row((*of_asset, len(asset.masks), is_reviewed, None, None, job.id, job.model_version))
+            of_masks.add(
+                [
+                    *([value] * len(asset.masks) for value in of_asset),
+                    *_of_masks(asset.masks),
+                    *([value] * len(asset.masks) for value in (job.id, job.model_version)),
+                ],
+                chars=sum([len(mask.counts) for mask in asset.masks]),
+            )
+
+
+def _of_masks(masks: Sequence[StoredMask]) -> list[list[Any]]:
+    """The columns from n to verdict. By columns, because a call for each mask takes longer than all else here."""
+    return [
+        [mask.n for mask in masks],
+        [mask.counts for mask in masks],
+        [mask.bbox_xywh for mask in masks],
+        [mask.area_px for mask in masks],
+        [mask_score(mask) for mask in masks],
+        [round_score(mask.predicted_iou) for mask in masks],
+        [round_score(mask.stability_score) for mask in masks],
+        [mask.label for mask in masks],
+        [None if mask.prompt is None else json_text(mask.prompt) for mask in masks],
+        [str(mask.verdict) if isinstance(mask, ReviewedMask) else None for mask in masks],
+    ]
 
 
 def export_failed(job: Job, out: Path, failed: Iterable[FailedAsset]) -> None:
     """Write a job's failed assets as OUT/assets/failed.parquet, with the columns of the other assets."""
     source = source_of(job)
-    with _rows(out / "assets" / "failed.parquet", ASSETS) as rows:
+    with _columns(out / "assets" / "failed.parquet", ASSETS) as columns:
         for a in failed:
             of_asset = (a.asset_id, a.key, source.uri(a.key))
-            rows.add((*of_asset, None, None, 0, False, a.error_kind, a.error, job.id, job.model_version))
+            columns.add_row((*of_asset, None, None, 0, False, a.error_kind, a.error, job.id, job.model_version))
 
 
-class _Rows:
-    """Rows of one file, held until they make a row group."""
+class _Columns:
+    """The columns of one file, held until they make a row group."""
 
     def __init__(self, writer: Any, schema: Any) -> None:
         self._writer = writer
         self._schema = schema
-        self._rows: list[tuple[Any, ...]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._columns: list[list[Any]] = [[] for _ in self._schema]
         self._chars = 0
 
-    def add(self, row: tuple[Any, ...], chars: int = 0) -> None:
-        self._rows.append(row)
+    def add(self, columns: Sequence[Sequence[Any]], *, chars: int) -> None:
+        for held, new in zip(self._columns, columns, strict=True):
+            held.extend(new)
         self._chars += chars
-        if len(self._rows) >= _GROUP_ROWS or self._chars >= _GROUP_CHARS:
+        if len(self._columns[0]) >= GROUP_ROWS or self._chars >= _GROUP_CHARS:
             self.flush()
 
+    def add_row(self, row: Sequence[Any]) -> None:
+        self.add([[value] for value in row], chars=0)
+
     def flush(self) -> None:
-        if not self._rows:
+        if not self._columns[0]:
             return
-        columns = [
-            pa.array(values, field.type)
-            for values, field in zip(zip(*self._rows, strict=True), self._schema, strict=True)
-        ]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
-        self._rows, self._chars = [], 0
+        arrays = [pa.array(values, field.type) for values, field in zip(self._columns, self._schema, strict=True)]
+        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._clear()
 
 
 @contextmanager
-def _rows(out: Path, schema: Any) -> Iterator[_Rows]:
+def _columns(out: Path, schema: Any) -> Iterator[_Columns]:
     with beside(out) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        rows = _Rows(writer, schema)
-        yield rows
-        rows.flush()
-
-
-def _asset_row(asset: LabeledAsset, job: Job, source: Source) -> tuple[Any, ...]:
-    height, width = asset.size_hw
-    of_asset = (asset.asset_id, asset.key, source.uri(asset.key), width, height)
-    return (*of_asset, len(asset.masks), isinstance(asset, ReviewedAsset), None, None, job.id, job.model_version)
-
-
-def _mask_row(asset: LabeledAsset, mask: StoredMask, job: Job, source: Source) -> tuple[Any, ...]:
-    height, width = asset.size_hw
-    return (
-        asset.asset_id,
-        asset.key,
-        source.uri(asset.key),
-        width,
-        height,
-        mask.n,
-        mask.counts,
-        mask.bbox_xywh,
-        mask.area_px,
-        mask_score(mask),
-        round_score(mask.predicted_iou),
-        round_score(mask.stability_score),
-        mask.label,
-        None if mask.prompt is None else json_text(mask.prompt),
-        str(mask.verdict) if isinstance(mask, ReviewedMask) else None,
-        job.id,
-        job.model_version,
-    )
+        columns = _Columns(writer, schema)
+        yield columns
+        columns.flush()

@@ -21,6 +21,7 @@ from db.jobs import Job
 from db.results import LabeledAsset
 from db.session import Connection, open_engine
 from db.settings import settings
+from orchestrator.export.files import collect_seldom
 from orchestrator.export.parts import Parts, WritePart, write_part
 from orchestrator.export.selection import Selection
 from workers.storage.objects import open_objects
@@ -83,7 +84,7 @@ def write_parts_at_once(
     server = get_context("forkserver")
     server.set_forkserver_preload(["orchestrator.export.formats"])
     with ProcessPoolExecutor(
-        processes, mp_context=server, initializer=_in_this_environment, initargs=(dict(os.environ),)
+        processes, mp_context=server, initializer=_begin_process, initargs=(dict(os.environ),)
     ) as pool:
         running: deque[Future[dict[str, Any]]] = deque()
         try:
@@ -100,11 +101,12 @@ def write_parts_at_once(
     return notes
 
 
-def _in_this_environment(environment: dict[str, str]) -> None:
+def _begin_process(environment: dict[str, str]) -> None:
     """The server may be older than a change of this process's environment."""
     os.environ.clear()
     os.environ.update(environment)
     settings.cache_clear()
+    collect_seldom()
 
 
 def _name_first(parts: Parts, running: deque[Future[dict[str, Any]]]) -> list[str]:

@@ -53,7 +53,8 @@ class Selection:
             assets = reviewed_assets(db, job_id=job.id, assets=assets, min_score=self.min_score)
         for asset in assets:
             scored = asset if self.reviewed or self.min_score is None else with_score(asset, self.min_score)
-            yield replace(scored, masks=[mask for mask in scored.masks if self._is_wanted(mask)])
+            is_whole = not self.labels and self.min_area_px <= 0
+            yield scored if is_whole else replace(scored, masks=[m for m in scored.masks if self._is_wanted(m)])
 
     def failed(self, db: Connection, job: Job) -> Iterator[FailedAsset]:
         """Stream the failed assets that are asked for. Nobody reviewed a failed asset."""

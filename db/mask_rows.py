@@ -1,0 +1,73 @@
+"""Masks written with COPY in its binary format.
+
+There are so many masks that the form counts: numbers as bytes take half the time of numbers as text, at both ends. The
+server checks each field's length and UTF-8, and it parses the prompt. It refuses a row with more or fewer columns.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from struct import Struct
+from typing import Any
+
+import orjson
+from sqlalchemy import Connection
+
+from db.copied_outcomes import MASK_COLUMNS
+from db.results import StoredMask
+
+_READ_BYTES = 1 << 16
+_SIGNATURE = b"PGCOPY\n\xff\r\n\0" + bytes(8)  # no flags, no extension of the header
+_END = b"\xff\xff"
+# Each field is its length in bytes and its value, in network order. A null has the length -1 and no value.
+_LENGTH = Struct(">i").pack
+_NULL = _LENGTH(-1)
+_COLUMNS = 12
+_FIRST = Struct(">h iq ii i").pack  # the number of columns, asset_id, n, and the length of counts
+_NUMBERS = Struct(">ii ii ii ii ii if").pack  # bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou
+_REAL = Struct(">if").pack
+_JSONB_VERSION = b"\x01"
+
+
+def copy_masks(db: Connection, *, masks: Iterable[StoredMask]) -> None:
+    """COPY masks. Call it in the transaction that writes their outcomes."""
+    rows = b"".join(map(_row, masks))
+    if rows:
+        cursor: Any = db.connection.cursor()
+        into = f"COPY mask ({MASK_COLUMNS}) FROM STDIN (FORMAT binary)"
+        cursor.copy_expert(into, io.BytesIO(_SIGNATURE + rows + _END), _READ_BYTES)
+        cursor.close()
+
+
+def _row(mask: StoredMask) -> bytes:
+    x, y, width, height = mask.bbox_xywh
+    counts = mask.counts.encode()
+    stability = mask.stability_score
+    return b"".join(
+        (
+            _FIRST(_COLUMNS, 8, mask.asset_id, 4, mask.n, len(counts)),
+            counts,
+            _NUMBERS(4, x, 4, y, 4, width, 4, height, 4, mask.area_px, 4, mask.predicted_iou),
+            _NULL if stability is None else _REAL(4, stability),
+            _label(mask.label),
+            _NULL if mask.prompt is None else _field(_JSONB_VERSION + _json(mask.prompt)),
+        )
+    )
+
+
+@lru_cache(maxsize=1000)
+def _label(label: str | None) -> bytes:
+    return _NULL if label is None else _field(label.encode())
+
+
+def _field(value: bytes) -> bytes:
+    return _LENGTH(len(value)) + value
+
+
+def _json(prompt: dict[str, Any]) -> bytes:
+    """orjson takes a tenth of json's time, but writes NaN as null. With json Postgres refuses a NaN."""
+    encoded = orjson.dumps(prompt)
+    return json.dumps(prompt, ensure_ascii=False).encode() if b"null" in encoded else encoded
