@@ -26,6 +26,7 @@ RUN_BY = {
     "workers.running.same_bytes": "integration/test_same_bytes.py",
     "workers.compiler": "unit/test_compiler.py",
     "db.copying": "integration/test_prompted_jobs.py",
+    "db.mask_rows": "integration/test_queries.py",
     "db.ls_tables": "integration/test_migrations.py",
     "db.metrics": "metrics/test_metrics.py",
     "db.migrations.env": "integration/test_migrations.py",
