@@ -176,6 +176,13 @@ MUTATIONS = (
 """,
         tests=("tests/faults/test_commit_first.py",),
     ),
+    Mutation(
+        name="the pool's child leaves SIGTERM to its worker",
+        file="workers/running/tasks.py",
+        before="    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n",
+        after="",
+        tests=("tests/faults/test_faults.py::test_sigterm_drains_a_worker_and_gives_its_chunk_back",),
+    ),
     # jobs
     Mutation(
         name="a job with an open chunk is not done",
