@@ -7,16 +7,17 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 
-from db.session import migration_of, open_engine
+from db.session import check_not_newer, migration_of, open_engine
 
 
 def migrate(url: str) -> tuple[str | None, str]:
     """Bring the tables to this version. Two may run at once: an advisory lock lets one through at a time.
 
-    Returns the migration that was found, None for an empty database, and the one that the tables are at now.
+    Returns the migration that was found, None for an empty database, and the one that the tables are at now. Raises
+    DatabaseNotReady when a newer version made the tables.
     """
     engine = open_engine(url)
-    found = migration_of(engine)
+    found = check_not_newer(engine)
     command.upgrade(migration_config(url), "head")
     now = migration_of(engine)
     engine.dispose()

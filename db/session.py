@@ -112,9 +112,20 @@ def newest_migration() -> str:
     return max(path.name.partition("_")[0] for path in _MIGRATIONS.glob("[0-9]*.py"))
 
 
+def check_not_newer(engine: Engine) -> str | None:
+    """The newest migration of the tables. Raises DatabaseNotReady when a newer version of maskfleet made them."""
+    found, newest = migration_of(engine), newest_migration()
+    if found is not None and found > newest:
+        raise DatabaseNotReady(
+            f"database {engine.url.render_as_string()} is at migration {found}, and this version knows only {newest}: "
+            "start the newer version of maskfleet again, or put back the dump from before the upgrade"
+        )
+    return found
+
+
 def check_migrated(engine: Engine) -> str:
     """The newest migration. Raises DatabaseNotReady unless the tables are those of this version."""
-    found, newest = migration_of(engine), newest_migration()
+    found, newest = check_not_newer(engine), newest_migration()
     if found != newest:
         raise DatabaseNotReady(
             f"database {engine.url.render_as_string()} is at migration {found}, expected {newest}: "

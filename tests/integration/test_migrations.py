@@ -32,6 +32,17 @@ def test_a_database_can_go_down_to_nothing_and_up_again(database_url: str, engin
     check_migrated(engine)
 
 
+def test_tables_of_a_newer_version_are_left_alone_and_the_way_back_is_said(database_url: str, engine: Engine) -> None:
+    with engine.begin() as db:
+        db.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+
+    for refused in (lambda: migrate(database_url), lambda: check_migrated(engine)):
+        with pytest.raises(
+            DatabaseNotReady, match=r"at migration 9999, and this version knows only .* put back the dump"
+        ):
+            refused()
+
+
 def test_what_holds_a_lock_for_long_is_refused_behind_a_pooler_that_drops_the_options(database_url: str) -> None:
     pooled = create_engine(psycopg2_url(database_url))
     project = LsProject("http://ls", 1)

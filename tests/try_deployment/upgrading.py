@@ -72,8 +72,8 @@ def roll_back(stack: Stack, report: Report, job: int, dumps: dict[str, Path]) ->
     use_old(stack)
     with report.row("`up` with the old tag alone") as row:
         row.found = refused_up(stack)
-    with report.row("the way back: the dump into fresh volumes, the old tag") as row:
-        restore(stack, dumps)
+    with report.row("the way back: the dump of before, then `up` with the old tag") as row:
+        put_back(stack, dumps["maskfleet"])
         at_first = done(stack, job)
         row.found = f"migration {migration(stack)}; the job from {at_first} done to {finish(stack, job)}"
 
@@ -130,9 +130,24 @@ def restore(stack: Stack, dumps: dict[str, Path]) -> None:
         run(["docker", "volume", "rm", f"maskfleet-trial_{volume}"])
     stack.up("postgres")
     for name, path in dumps.items():
-        words = ["--no-owner", f"--role={name}", "--exit-on-error", "--username=postgres", f"--dbname={name}"]
-        stack.compose("exec", "-T", "postgres", "pg_restore", *words, stdin=path.read_bytes())
+        pg_restore(stack, name, path)
     stack.up()
+
+
+def put_back(stack: Stack, dumped: Path) -> None:
+    """The dump's tables in the place of newer ones. Label Studio's database stays as it is."""
+    stack.compose("stop", "dispatch", "worker", "flower")
+    empty = ["-c", "DROP SCHEMA public CASCADE", "-c", "CREATE SCHEMA public AUTHORIZATION pg_database_owner"]
+    stack.compose("exec", "-T", "postgres", "psql", "--username=postgres", "--dbname=maskfleet", *empty)
+    pg_restore(stack, "maskfleet", dumped)
+    flush = "REDISCLI_AUTH=$(cat /run/secrets/redis-password) redis-cli FLUSHDB"
+    stack.compose("exec", "-T", "redis", "sh", "-c", flush)
+    stack.up()
+
+
+def pg_restore(stack: Stack, name: str, dumped: Path) -> None:
+    words = ["--no-owner", f"--role={name}", "--exit-on-error", "--username=postgres", f"--dbname={name}"]
+    stack.compose("exec", "-T", "postgres", "pg_restore", *words, stdin=dumped.read_bytes())
 
 
 def copy_with_old_code(new: Path, target: Path, commit: str) -> None:
