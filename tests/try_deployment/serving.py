@@ -70,7 +70,7 @@ def click(stack: Stack, project: int) -> str:
         answer = client.post(f"/api/ml/{backend['id']}/interactive-annotating", json=body).json()
     found = (answer.get("data") or {}).get("result")
     expect(found, answer)
-    return f"{len(found)} region by {answer['data']['model_version']}"
+    return f"{len(found)} region(s) by {answer['data']['model_version']}"
 
 
 def inside(region: dict[str, Any]) -> dict[str, Any]:
