@@ -153,7 +153,7 @@ def pending_assets(db: Connection, *, chunk: ClaimedChunk) -> list[Asset]:
 
 
 _OUTCOME_FIELDS = ("asset_id", "error_kind", "error", "width", "height", "segment_ms", "answered_by", "etag")
-# One statement: a worker sends it after every batch, and a third of its time goes to and fro.
+# One statement for the chunk and its outcomes: it saves a way to the server and back in every batch.
 _RECORD = text(
     f"""WITH held AS (
             UPDATE chunk SET lease_until = now() + make_interval(secs => :lease),

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from db.jobs import Job
-from db.results import FailedAsset, LabeledAsset, StoredMask
+from db.results import FailedAsset, LabeledAsset
 from db.reviewed_masks import ReviewedAsset, ReviewedMask
 from orchestrator.export.files import beside, json_text, mask_score, round_score, source_of
+from workers.storage.asset import Source
 
 _OF_ASSET = [("asset_id", pa.int64()), ("key", pa.string()), ("uri", pa.string())]
 _SIZE = [("width", pa.int32()), ("height", pa.int32())]
@@ -64,27 +65,38 @@ def export_parquet(job: Job, part: Path, assets: Iterable[LabeledAsset]) -> None
     """
     source = source_of(job)
     with (
-        _columns(part.parent / "assets" / part.name, ASSETS) as of_assets,
-        _columns(part.parent / "masks" / part.name, MASKS) as of_masks,
+        _rows(part.parent / "assets" / part.name) as asset_rows,
+        _writing(part.parent / "masks" / part.name, MASKS) as writer,
     ):
-        for asset in assets:
-            height, width = asset.size_hw
-            of_asset = (asset.asset_id, asset.key, source.uri(asset.key), width, height)
-            is_reviewed = isinstance(asset, ReviewedAsset)
-            of_assets.add_row((*of_asset, len(asset.masks), is_reviewed, None, None, job.id, job.model_version))
-            of_masks.add(
-                [
-                    *([value] * len(asset.masks) for value in of_asset),
-                    *_of_masks(asset.masks),
-                    *([value] * len(asset.masks) for value in (job.id, job.model_version)),
-                ],
-                chars=sum([len(mask.counts) for mask in asset.masks]),
-            )
+        for group in _groups(assets):
+            for asset in group:
+                asset_rows.add(_asset_row(asset, job, source))
+            if any(asset.masks for asset in group):
+                writer.write_table(_mask_table(group, job, source))
 
 
-def _of_masks(masks: Sequence[StoredMask]) -> list[list[Any]]:
-    """The columns from n to verdict. By columns, because a call for each mask takes longer than all else here."""
-    return [
+def _groups(assets: Iterable[LabeledAsset]) -> Iterator[list[LabeledAsset]]:
+    """Assets with as many masks as a row group has. So memory does not grow with the job."""
+    group: list[LabeledAsset] = []
+    masks = chars = 0
+    for asset in assets:
+        group.append(asset)
+        masks += len(asset.masks)
+        chars += sum([len(mask.counts) for mask in asset.masks])
+        if masks >= GROUP_ROWS or chars >= _GROUP_CHARS or len(group) >= GROUP_ROWS:
+            yield group
+            group, masks, chars = [], 0, 0
+    if group:
+        yield group
+
+
+def _mask_table(assets: Sequence[LabeledAsset], job: Job, source: Source) -> Any:
+    """The masks of assets, by columns: to make a row of each mask takes longer than all else here."""
+    masks = [mask for asset in assets for mask in asset.masks]
+    of_assets = [(asset.asset_id, asset.key, source.uri(asset.key), *reversed(asset.size_hw)) for asset in assets]
+    repeats = [of_asset for of_asset, asset in zip(of_assets, assets, strict=True) for _ in asset.masks]
+    columns = [
+        *(list(column) for column in zip(*repeats, strict=True)),
         [mask.n for mask in masks],
         [mask.counts for mask in masks],
         [mask.bbox_xywh for mask in masks],
@@ -95,51 +107,59 @@ def _of_masks(masks: Sequence[StoredMask]) -> list[list[Any]]:
         [mask.label for mask in masks],
         [None if mask.prompt is None else json_text(mask.prompt) for mask in masks],
         [str(mask.verdict) if isinstance(mask, ReviewedMask) else None for mask in masks],
+        [job.id] * len(masks),
+        [job.model_version] * len(masks),
     ]
+    return _table(columns, MASKS)
 
 
 def export_failed(job: Job, out: Path, failed: Iterable[FailedAsset]) -> None:
     """Write a job's failed assets as OUT/assets/failed.parquet, with the columns of the other assets."""
     source = source_of(job)
-    with _columns(out / "assets" / "failed.parquet", ASSETS) as columns:
+    with _rows(out / "assets" / "failed.parquet") as rows:
         for a in failed:
             of_asset = (a.asset_id, a.key, source.uri(a.key))
-            columns.add_row((*of_asset, None, None, 0, False, a.error_kind, a.error, job.id, job.model_version))
+            rows.add((*of_asset, None, None, 0, False, a.error_kind, a.error, job.id, job.model_version))
 
 
-class _Columns:
-    """The columns of one file, held until they make a row group."""
+def _asset_row(asset: LabeledAsset, job: Job, source: Source) -> tuple[Any, ...]:
+    height, width = asset.size_hw
+    of_asset = (asset.asset_id, asset.key, source.uri(asset.key), width, height)
+    return (*of_asset, len(asset.masks), isinstance(asset, ReviewedAsset), None, None, job.id, job.model_version)
 
-    def __init__(self, writer: Any, schema: Any) -> None:
+
+class _Rows:
+    """Rows of assets, held until they make a row group."""
+
+    def __init__(self, writer: Any) -> None:
         self._writer = writer
-        self._schema = schema
-        self._clear()
+        self._rows: list[tuple[Any, ...]] = []
 
-    def _clear(self) -> None:
-        self._columns: list[list[Any]] = [[] for _ in self._schema]
-        self._chars = 0
-
-    def add(self, columns: Sequence[Sequence[Any]], *, chars: int) -> None:
-        for held, new in zip(self._columns, columns, strict=True):
-            held.extend(new)
-        self._chars += chars
-        if len(self._columns[0]) >= GROUP_ROWS or self._chars >= _GROUP_CHARS:
+    def add(self, row: tuple[Any, ...]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= GROUP_ROWS:
             self.flush()
 
-    def add_row(self, row: Sequence[Any]) -> None:
-        self.add([[value] for value in row], chars=0)
-
     def flush(self) -> None:
-        if not self._columns[0]:
-            return
-        arrays = [pa.array(values, field.type) for values, field in zip(self._columns, self._schema, strict=True)]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-        self._clear()
+        if self._rows:
+            self._writer.write_table(_table(list(zip(*self._rows, strict=True)), ASSETS))
+            self._rows = []
 
 
 @contextmanager
-def _columns(out: Path, schema: Any) -> Iterator[_Columns]:
+def _rows(out: Path) -> Iterator[_Rows]:
+    with _writing(out, ASSETS) as writer:
+        rows = _Rows(writer)
+        yield rows
+        rows.flush()
+
+
+@contextmanager
+def _writing(out: Path, schema: Any) -> Iterator[Any]:
     with beside(out) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        columns = _Columns(writer, schema)
-        yield columns
-        columns.flush()
+        yield writer
+
+
+def _table(columns: Sequence[Sequence[Any]], schema: Any) -> Any:
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
