@@ -141,7 +141,7 @@ def tuned_rows(
         ):
             if run.step % 100 == 0:
                 print(f"{name}step {run.step}, {run.seconds:.0f} of {left:.0f} s", file=sys.stderr, flush=True)
-        sam.mask_decoder.load_state_dict(run.average)
+        sam.mask_decoder.load_state_dict(run.kept())
         images = images_to_try(gathered[0], taught, seconds=cpu_seconds, clock=time.process_time)
         choice = choose_thresholds(promptable(sam, fold_from_dim=0), images, USUAL)
         spent = time.process_time() - began
@@ -184,7 +184,7 @@ def with_deleted(one, model, embeddings):
 def judge_both(run, one, embeddings, automatic):
     masks = [mask for mask in one.masks() if mask.any()]
     answers, found = [], []
-    for weights, params in zip((run.start, run.average), automatic, strict=True):
+    for weights, params in zip((run.start, run.kept()), automatic, strict=True):
         run.sam.mask_decoder.load_state_dict(weights)
         model, embedding = promptable(run.sam, fold_from_dim=0), embeddings.of(one.number)
         answers.append(judge(model, embedding, masks))

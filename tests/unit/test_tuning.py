@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
+from orchestrator.tuning.install import install
 from orchestrator.tuning.process import train_and_judge
 from orchestrator.tuning.verdict import decide
 from workers.embeddings.address import EmbeddingFormat, EmbeddingOf
@@ -26,6 +27,7 @@ from workers.models.nano import load_sam_nano
 from workers.models.own import OwnModel, write_own
 from workers.models.registry import find_model
 from workers.models.spec import WeightsError
+from workers.models.tuned import write_decoder
 from workers.params import automatic_params
 from workers.storage.objects import open_objects
 from workers.training.scenes import draw_scene
@@ -249,6 +251,17 @@ def test_a_base_with_nan_and_a_base_that_is_gone_are_refused(folder: Path, monke
     write_plan(planned(weights_sha256="0" * 64), folder)
     with pytest.raises(TuneError, match="sam_nano has the weights d10efaca here, the tuning began with 00000000"):
         tune(folder, seconds=1, device="cpu")
+
+
+def test_a_tuned_model_has_the_chosen_defaults_and_the_next_one_keeps_them(sam: Sam, folder: Path) -> None:
+    write_decoder(sam.mask_decoder.state_dict(), folder / DECODER_NAME)
+    chosen = {"points_per_side": 24, "pred_iou_thresh": 0.4, "stability_score_thresh": 0.6}
+    install(planned(), folder / DECODER_NAME, chosen)
+    install(planned(name="next", model="ours"), folder / DECODER_NAME, {})
+
+    assert find_model("ours").defaults == {**NANO.defaults, **chosen}
+    assert find_model("next").defaults == find_model("ours").defaults
+    assert "[defaults]\npoints_per_side = 24\npred_iou_thresh = 0.4\n" in (folder / "next.toml").read_text()
 
 
 def test_a_kept_embedding_of_other_weights_stops_the_tuning(sam: Sam, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def judge_held_out(
         if not some:
             continue
         answers, found = [], []
-        for weights, params in zip((run.start, run.average), automatic, strict=True):
+        for weights, params in zip((run.start, run.kept()), automatic, strict=True):
             say(done, len(chosen))
             run.sam.mask_decoder.load_state_dict(weights)
             model, embedding = promptable(run.sam, fold_from_dim=0), embeddings.of(one.number)

@@ -97,7 +97,7 @@ def tune(folder: Path, *, seconds: float, device: str) -> None:
     if load_run(run, folder):
         log.warning("goes on from step %d", run.step)
     _train(run, [*lessons, *(copy for copy in turned if copy.targets)], embeddings, folder, seconds)
-    write_decoder(run.average, folder / DECODER_NAME)
+    write_decoder(run.kept(), folder / DECODER_NAME)
     choice, usual = _choose(plan, run, teaching, embeddings, seconds)
     automatic = (usual, replace(usual, **choice.defaults))
     judgements, shown = judge_held_out(plan, run, judging, embeddings, automatic, say=_say_at("verdict"))
@@ -179,7 +179,7 @@ def _choose(
     """Choose the new decoder's thresholds. Also returns the parameters of automatic masks that the job had."""
     usual = automatic_params(find_model(plan.model).defaults, plan.automatic)
     run.sam.mask_decoder.eval().requires_grad_(False)
-    run.sam.mask_decoder.load_state_dict(run.average)
+    run.sam.mask_decoder.load_state_dict(run.kept())
     images = images_to_try(teaching, embeddings, seconds=seconds, say=_say_at("thresholds"))
     return choose_thresholds(promptable(run.sam, fold_from_dim=0), images, usual), usual
 
