@@ -42,22 +42,22 @@ MUTATIONS = (
     Mutation(
         name="the token check of a worker's writes",
         file="db/leases.py",
-        before="WHERE id = :id AND token = :token AND state = 'running'\n                  AND EXISTS",
-        after="WHERE id = :id AND state = 'running'\n                  AND EXISTS",
+        before="id = :id AND token = :token AND state = 'running'\n              AND EXISTS",
+        after="id = :id AND state = 'running'\n              AND EXISTS",
         tests=(f"{_QUERIES}::test_a_worker_that_woke_after_its_lease_expired_writes_nothing",),
     ),
     Mutation(
         name="the state check of a worker's writes",
         file="db/leases.py",
-        before="WHERE id = :id AND token = :token AND state = 'running'\n                  AND EXISTS",
-        after="WHERE id = :id AND token = :token\n                  AND EXISTS",
+        before="id = :id AND token = :token AND state = 'running'\n              AND EXISTS",
+        after="id = :id AND token = :token\n              AND EXISTS",
         tests=(f"{_FENCING}::test_a_finished_chunk_takes_no_more_writes_from_the_worker_that_finished_it",),
     ),
     Mutation(
         name="the job's state in a worker's writes",
         file="db/leases.py",
         before="""
-                  AND EXISTS (SELECT 1 FROM job WHERE id = chunk.job_id AND state IN ('listing', 'running'))""",
+              AND EXISTS (SELECT 1 FROM job WHERE id = chunk.job_id AND state IN ('listing', 'running'))""",
         after="",
         tests=(f"{_QUERIES}::test_a_cancelled_job_takes_no_more_outcomes_and_goes_on_when_resumed",),
     ),
@@ -94,10 +94,8 @@ MUTATIONS = (
     Mutation(
         name="an outcome that exists is kept",
         file="db/leases.py",
-        before="""CAST(:etag AS text[]))
-                   ON CONFLICT (asset_id) DO NOTHING""",
-        after="""CAST(:etag AS text[]))
-                   ON CONFLICT (asset_id) DO UPDATE SET mask_count = excluded.mask_count""",
+        before="ON CONFLICT (asset_id) DO NOTHING RETURNING asset_id)",
+        after="ON CONFLICT (asset_id) DO UPDATE SET mask_count = excluded.mask_count RETURNING asset_id)",
         tests=(f"{_QUERIES}::test_recording_the_same_outcome_twice_keeps_the_first",),
     ),
     Mutation(
