@@ -2,9 +2,9 @@
 # Everything is installed in this folder. Delete the folder and nothing is left.
 
 OUT ?= maskfleet-demo
-# Three on two cores, because many tests wait for servers. The files with servers take longest; in their own order they
+# Four on two cores, because many tests wait for servers. The files with servers take longest; in their own order they
 # come first.
-PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
 
 # 3.12 and 3.11 come first, because the wheel with the test suite's Redis supports at most 3.12. Each candidate is run,
 # because a name on PATH may be a version manager's shim without a Python.
