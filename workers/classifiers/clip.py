@@ -21,8 +21,8 @@ from torchvision.transforms.v2.functional import normalize, resize
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from workers.classifiers.asked import BACKGROUND, AskedClassifier, Classified, ClassifierError
-from workers.engine.device import default_device
 from workers.images.pixels import RgbImage
+from workers.machine import pinned_device
 from workers.masks import Mask, decode_counts
 from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers
 
@@ -125,7 +125,7 @@ def _load(asked: AskedClassifier, path: Path | None) -> _Checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **how)
         model = load_whole(AutoModel, where, how)
         mean, std = ([float(value) for value in values] for values in (pictures.image_mean, pictures.image_std))
-        device = default_device()
+        device = pinned_device()
         checkpoint = _Checkpoint(
             model=model.to(device).eval().requires_grad_(False), tokenizer=tokenizer, mean=mean, std=std, device=device
         )
