@@ -16,6 +16,8 @@ __all__ = ["app", "main"]
 
 
 def main() -> None:
+    # pydantic would read the entry points of every installed package at its first model, for plugins. We have none.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         with heard_interrupts(), opened:
             app()
