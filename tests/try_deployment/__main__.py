@@ -1,6 +1,6 @@
 """The compose deployment on the Docker engine that is there: built, used, broken, upgraded and restored.
 
-`make try-deployment [OLD=commit] [OUT_DIR=folder]`; about an hour on two cores with a built image, and 25 GB of
+`make try-deployment [OLD=commit] [OUT_DIR=folder]`; 25 minutes on two free cores, an hour on busy ones, and 25 GB of
 disk. It needs `docker` with compose, its ports free, and the images' base. It works on a copy of this repository, in a
 compose project of its own, which it removes. BUILD_CA=file gives the build a proxy's certificate authority.
 """
