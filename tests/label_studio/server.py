@@ -57,6 +57,10 @@ class Server:
 
 def install() -> Path:
     """The program label-studio, installed when it is not. Raises NotInstallable."""
+    if sys.version_info >= (3, 14):
+        raise NotInstallable(
+            f"Label Studio {VERSION} does not start on Python 3.14: its django-environ is too old for it"
+        )
     program = PLACE / "bin" / "label-studio"
     PLACE.parent.mkdir(exist_ok=True)
     with _alone():
