@@ -33,6 +33,26 @@ def annotated_assets(db: Connection, *, job_id: int) -> int:
     return int(db.execute(statement, {"job_id": job_id, "ids": None}).scalar_one())
 
 
+def annotations_read(db: Connection, *, job_id: int) -> str:
+    """Which annotations of a job count, as one word: another one after `review` read a change."""
+    statement = text(
+        f"""SELECT count(*), coalesce(sum(hashtextextended(concat_ws(' ', chosen.id, n.annotation_id,
+                                                                    extract(epoch FROM n.updated_at)), 0)), 0)
+            FROM ({_CHOSEN}) AS chosen JOIN ls_annotation n ON n.id = chosen.annotation"""
+    )
+    number, digest = db.execute(statement, {"job_id": job_id, "ids": None}).one()
+    return f"{number}-{int(digest) % 2**64:016x}"
+
+
+def labels_left(db: Connection, *, job_id: int) -> list[str]:
+    """The distinct labels of the masks that people left of a job, in alphabetical order."""
+    statement = text(
+        f"""SELECT DISTINCT r.label FROM ({_CHOSEN}) AS chosen
+            JOIN ls_region r ON r.ls_annotation_id = chosen.annotation AND r.verdict <> 'deleted'"""
+    )
+    return sorted(db.execute(statement, {"job_id": job_id, "ids": None}).scalars())
+
+
 def chosen_masks(db: Connection, *, job_id: int, asset_ids: Sequence[int]) -> dict[int, list[ReviewedMask]]:
     """The masks of the annotations of these assets, by asset id. The list is empty where all masks were deleted.
 

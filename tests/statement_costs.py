@@ -193,6 +193,8 @@ JOB = {
     "review_order.order_by_score",
     "review_order.start_order",
     "reviewed_masks.annotated_assets",
+    "reviewed_masks.annotations_read",
+    "reviewed_masks.labels_left",
 }
 NO_STATEMENT = {"copying.copy_rows", "mask_rows.copy_masks"}  # only COPY
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import UTC
 from functools import partial
 
 import orjson
@@ -53,7 +54,7 @@ class JobPage(_JobHandler):
 def _facts(job: Job) -> Iterable[str]:
     facts = {"Job": str(job.id), "Source": job.source, "Model": job.model_version, "Priority": str(job.priority)}
     yield from (fact(name, value) for name, value in facts.items())
-    yield f"<div><dt>Submitted</dt><dd>{job.created_at:%Y-%m-%d %H:%M} UTC</dd></div>"
+    yield f"<div><dt>Submitted</dt><dd>{job.created_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC</dd></div>"
 
 
 class Photo(Handler):

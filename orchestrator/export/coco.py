@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,14 +24,22 @@ from orchestrator.label_studio.names import DEFAULT_LABEL
 from workers.storage.asset import Source
 
 
-def export_coco(db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None) -> None:
+def export_coco(
+    db: Connection,
+    job: Job,
+    out: Path,
+    assets: Iterable[LabeledAsset] | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+) -> None:
     """Write a job's masks as COCO instances: exact, as compressed RLE.
 
     `images` are the labeled assets, also those without a mask. Failed ones are in the summary. Ids are Postgres's asset
     ids, so two exports of a job agree. file_name is the key, coco_url the asset's address. Masks without a label have
     the category "object". assets: written instead of the job's labeled ones; reviewed masks carry their verdict.
+    labels: of the categories, in their order, instead of the job's.
     """
-    labels = results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
+    labels = labels or results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
     category_ids = {label: category_id for category_id, label in enumerate(labels, start=1)}
     source = source_of(job)
     with replacing(out) as file, tempfile.TemporaryFile("w+", encoding="utf-8", dir=out.resolve().parent) as images:

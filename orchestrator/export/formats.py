@@ -11,6 +11,7 @@ from typing import Any
 
 from db.jobs import Counts, Job
 from db.results import LabeledAsset
+from db.reviewed_masks import annotations_read
 from db.session import Connection
 from orchestrator.export.coco import export_coco
 from orchestrator.export.errors import ExportError
@@ -22,6 +23,7 @@ from orchestrator.export.png import export_png
 from orchestrator.export.processes import PartWriter, part_ranges, write_parts_at_once
 from orchestrator.export.selection import Selection
 from orchestrator.export.yolo import export_yolo
+from workers.errors import AssetError
 
 _PART_ASSETS = 100_000  # of Parquet, which always comes in parts
 
@@ -76,6 +78,12 @@ class Question:
     def write(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
         """Write it. Raises ExportError for what cannot be written, or not there."""
         collect_seldom()
+        try:
+            return self._write(db, job, counts, out)
+        except (AssetError, FileExistsError, PermissionError) as error:
+            raise ExportError(str(error)) from error
+
+    def _write(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
         in_parts = self.part_assets is not None or self.file_format is ExportFormat.PARQUET
         self._check(db, job, out, in_parts=in_parts)
         if in_parts:
@@ -112,20 +120,20 @@ class Question:
 
     def _write_parts(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
         part_assets = self.part_assets or _PART_ASSETS
-        with open_parts(out, self._request(job, counts, part_assets)) as parts:
+        with open_parts(out, self._request(db, job, counts, part_assets)) as parts:
             if parts.complete:
                 return Written(notes=[], was_there=True)
             if self.processes > 1:
-                notes = self._write_at_once(db, job, parts, out, part_assets)
+                self._write_at_once(db, job, parts, out, part_assets)
             else:
                 assets = self._told(self.selection.assets(db, job, after=parts.last_key), parts.count("assets"))
                 suffix = self.file_format.suffix
-                notes = write_parts(parts, assets, self._writer(db, job), part_assets=part_assets, suffix=suffix)
+                write_parts(parts, assets, self._writer(db, job), part_assets=part_assets, suffix=suffix)
             self._finish(db, job, parts)
             said = f"{len(parts.finished):,} parts, {parts.count('assets'):,} assets, {parts.count('masks'):,} masks"
-        return Written(notes=[said, *notes])
+            return Written(notes=[said, *parts.notes()])
 
-    def _write_at_once(self, db: Connection, job: Job, parts: Parts, out: str, part_assets: int) -> list[str]:
+    def _write_at_once(self, db: Connection, job: Job, parts: Parts, out: str, part_assets: int) -> None:
         ranges = part_ranges(
             db,
             job,
@@ -141,7 +149,7 @@ class Question:
             make_writer=replace(self, progress=tell_nobody)._writer,  # it goes to other processes
             out=out if "://" in out else str(parts.folder),
         )
-        return write_parts_at_once(parts, ranges, writer, processes=self.processes, progress=self.progress)
+        write_parts_at_once(parts, ranges, writer, processes=self.processes, progress=self.progress)
 
     def _finish(self, db: Connection, job: Job, parts: Parts) -> None:
         if self.file_format is ExportFormat.PARQUET:
@@ -149,8 +157,10 @@ class Question:
         parts.complete = True
         parts.store()
 
-    def _request(self, job: Job, counts: Counts, part_assets: int) -> dict[str, Any]:
-        """What must be the same for an export to go on. The counts tell a job that changed in the meantime."""
+    def _request(self, db: Connection, job: Job, counts: Counts, part_assets: int) -> dict[str, Any]:
+        """What must be the same for an export to go on. The counts tell a job that changed in the meantime, and
+        `annotations` that people did.
+        """
         selection = self.selection
         return {
             "job": job.id,
@@ -162,6 +172,7 @@ class Question:
             "min_area": selection.min_area_px,
             "min_score": selection.min_score,
             "reviewed": selection.reviewed,
+            "annotations": annotations_read(db, job_id=job.id) if selection.reviewed else None,
             "keys_sha256": None if selection.keys is None else selection.keys.sha256,
             "images": self.images,
             "local_files": self.local_files,
@@ -174,10 +185,11 @@ class Question:
 
     def _writer(self, db: Connection, job: Job) -> WritePart:
         """The format's writer of one file or folder."""
-
+        has_numbers = self.file_format in (ExportFormat.COCO, ExportFormat.YOLO)
+        labels = self.selection.class_names(db, job) if has_numbers else None
         writers: dict[ExportFormat, Callable[..., list[str] | None]] = {
-            ExportFormat.COCO: partial(export_coco, db, job),
-            ExportFormat.YOLO: partial(export_yolo, db, job, images=self.images),
+            ExportFormat.COCO: partial(export_coco, db, job, labels=labels),
+            ExportFormat.YOLO: partial(export_yolo, db, job, images=self.images, labels=labels),
             ExportFormat.PNG: partial(export_png, db, job),
             ExportFormat.LABEL_STUDIO: partial(export_label_studio, db, job, local_files=self.local_files),
             ExportFormat.PARQUET: partial(export_parquet, job),

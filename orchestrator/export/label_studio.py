@@ -37,7 +37,9 @@ def export_label_studio(
             masks = [mask_of_row(mask, asset.size_hw) for mask in asset.masks]
             uri = source.uri(asset.key)
             address = uri if local_files is None else image_address(uri, local_files)
-            shown = regions_for(masks, asset_id=asset.asset_id)
+            # `review` finds the stored mask by the region's id. What people left counts anew, so its ids say nothing.
+            prefix = "left" if isinstance(asset, ReviewedAsset) else ""
+            shown = regions_for(masks, asset_id=f"{prefix}{asset.asset_id}", numbers=[mask.n for mask in asset.masks])
             masks_left_out += shown.left_out
             cut += [asset.key] if address_faults(address) else []
             task = prediction_task(

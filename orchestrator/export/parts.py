@@ -60,6 +60,14 @@ class Parts:
         document = {"request": self.request, "complete": self.complete, "parts": self.finished}
         self.place.write(_NAME, f"{json.dumps(document, ensure_ascii=False, indent=1)}\n".encode())
 
+    def notes(self) -> list[str]:
+        """For people: those of the first part that has some, and how many more parts have notes."""
+        noted = [part for part in self.finished if part["notes"]]
+        said = [str(note) for note in noted[0]["notes"]] if noted else []
+        name = noted[0]["name"] if noted else ""
+        said = [note if note.startswith(name) else f"{name}: {note}" for note in said]
+        return said + ([f"{len(noted) - 1:,} more parts have notes: export.json has them"] if len(noted) > 1 else [])
+
     def count(self, name: str) -> int:
         """The sum of "assets" or "masks" of the parts."""
         return sum(int(part[name]) for part in self.finished)
@@ -134,20 +142,17 @@ def _remove(path: Path) -> None:
 
 def write_parts(
     parts: Parts, assets: Iterable[LabeledAsset], write: WritePart, *, part_assets: int, suffix: str
-) -> list[str]:
+) -> None:
     """Write the parts that are not there yet. assets: those after `parts.last_key`, in key order.
 
-    There is one part at least, so that a reader finds a file. Returns the notes of the first part that has some.
+    There is one part at least, so that a reader finds a file.
     """
-    notes: list[str] = []
     rest = iter(assets)
     while (first := list(islice(rest, 1))) or not parts.finished:
         path = parts.folder / f"part-{len(parts.finished):05}{suffix}"
         entry = write_part(path, chain(first, islice(rest, part_assets - 1)), write)
-        notes = notes or entry["notes"]
         parts.finished.append(entry)
         parts.store()
-    return notes
 
 
 def write_part(path: Path, assets: Iterator[LabeledAsset], write: WritePart) -> dict[str, Any]:

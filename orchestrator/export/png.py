@@ -21,7 +21,7 @@ from db import results
 from db.jobs import Job
 from db.results import LabeledAsset, StoredMask
 from db.session import Connection
-from orchestrator.export.files import new_folder
+from orchestrator.export.files import new_folder, round_score
 from orchestrator.export.png_file import VOC_PALETTE, encode_png
 from orchestrator.shapes.runs import Crop, crop_edges, edges_from_counts
 
@@ -86,8 +86,8 @@ def _entry(asset: LabeledAsset) -> dict[str, Any]:
             "value": mask.n + 1,
             "label": mask.label,
             "area": mask.area_px,
-            "predicted_iou": mask.predicted_iou,
-            "stability_score": mask.stability_score,
+            "predicted_iou": round_score(mask.predicted_iou),
+            "stability_score": round_score(mask.stability_score),
         }
         for mask in asset.masks
     ]

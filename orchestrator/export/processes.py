@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import count, takewhile
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ from db.jobs import Job
 from db.results import LabeledAsset
 from db.session import Connection, open_engine
 from db.settings import settings
+from orchestrator.export.errors import ExportError
 from orchestrator.export.files import collect_seldom
 from orchestrator.export.parts import Parts, WritePart, write_part
 from orchestrator.export.selection import Selection
@@ -73,13 +75,12 @@ class PartWriter:
 
 def write_parts_at_once(
     parts: Parts, ranges: Iterator[PartRange], writer: PartWriter, *, processes: int, progress: Callable[[int], None]
-) -> list[str]:
-    """Write the parts that are not there yet. Returns the notes of the first part that has some.
+) -> None:
+    """Write the parts that are not there yet.
 
     progress: called with how many assets are in finished parts.
     """
     progress(parts.count("assets"))
-    notes: list[str] = []
     # A server that has imported all once forks the processes. A fork of this one would share its connection.
     server = get_context("forkserver")
     server.set_forkserver_preload(["orchestrator.export.formats"])
@@ -91,14 +92,13 @@ def write_parts_at_once(
             for part in ranges:
                 running.append(pool.submit(writer.write, part))
                 if len(running) > 2 * processes:
-                    notes = _name_first(parts, running) or notes
+                    _name_first(parts, running)
                     progress(parts.count("assets"))
             while running:
-                notes = _name_first(parts, running) or notes
+                _name_first(parts, running)
                 progress(parts.count("assets"))
         finally:
             pool.shutdown(cancel_futures=True)
-    return notes
 
 
 def _begin_process(environment: dict[str, str]) -> None:
@@ -109,12 +109,14 @@ def _begin_process(environment: dict[str, str]) -> None:
     collect_seldom()
 
 
-def _name_first(parts: Parts, running: deque[Future[dict[str, Any]]]) -> list[str]:
-    entry = running.popleft().result()
+def _name_first(parts: Parts, running: deque[Future[dict[str, Any]]]) -> None:
+    try:
+        entry = running.popleft().result()
+    except BrokenProcessPool as error:
+        said = "a process that writes a part was killed (out of memory?): the same command goes on"
+        raise ExportError(said) from error
     parts.finished.append(entry)
     parts.store()
-    told: list[str] = entry["notes"]
-    return told
 
 
 def part_ranges(

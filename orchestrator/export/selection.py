@@ -9,7 +9,7 @@ from itertools import dropwhile, islice
 from db import results
 from db.jobs import Job
 from db.results import FailedAsset, LabeledAsset, StoredMask
-from db.reviewed_masks import reviewed_assets, with_score
+from db.reviewed_masks import labels_left, reviewed_assets, with_score
 from db.session import Connection
 from orchestrator.export.errors import ExportError
 from orchestrator.export.keys import Keys
@@ -41,6 +41,12 @@ class Selection:
             raise ExportError(
                 f"--label {strange[0]}{meant(strange[0], known)}: job {job.id} has {', '.join(sorted(known)[:20])}"
             )
+
+    def class_names(self, db: Connection, job: Job) -> list[str]:
+        """The labels in the order of their class numbers: the job's, then people's, whatever the conditions choose."""
+        own = results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
+        people = {*labels_left(db, job_id=job.id)} - {*own} if self.reviewed else set()
+        return own + sorted(people, key=lambda label: (label != DEFAULT_LABEL, label))
 
     def assets(self, db: Connection, job: Job, after: str = "") -> Iterator[LabeledAsset]:
         """Stream the assets in key order with the masks that are asked for. after: only later keys."""

@@ -73,17 +73,24 @@ class _Told:
 
 
 def export_yolo(
-    db: Connection, job: Job, out: Path, assets: Iterable[LabeledAsset] | None = None, *, images: bool = False
+    db: Connection,
+    job: Job,
+    out: Path,
+    assets: Iterable[LabeledAsset] | None = None,
+    *,
+    images: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> list[str]:
     """Write both datasets into a new folder. It appears when all is there. assets: instead of the labeled ones.
 
     An asset without masks has an empty file; YOLO takes it as background. images: copy the images too, unchanged if
     trainers can read them. Readers must apply EXIF's orientation, as OpenCV and Pillow's exif_transpose do.
+    labels: of the classes, in their order, instead of the job's.
     Returns notes for people about the dataset. Raises FileExistsError if `out` is not new or empty, and AssetError for
     an image that is gone.
     """
     source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
-    labels = results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
+    labels = labels or results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
     classes = {label: n for n, label in enumerate(labels)}
     used: set[str] = set()
     told = _Told()

@@ -136,8 +136,11 @@ class LabelStudio:
     def serves(self, address: str) -> bool:
         """Whether the server serves what a task's address names, such as /data/local-files/?d=…. The body is not
         read."""
-        with self._http.client.stream("GET", address, headers={"Range": "bytes=0-0"}) as response:
-            return response.is_success
+        try:
+            with self._http.client.stream("GET", address, headers={"Range": "bytes=0-0"}) as response:
+                return response.is_success
+        except httpx.TransportError as error:
+            raise Unavailable(f"{self.url}{address}: no answer ({str(error) or type(error).__name__})") from error
 
     def find_tasks(
         self, project_id: int, asset_ids: Sequence[str], *, model_version: str | None = None
@@ -258,7 +261,7 @@ class _Http:
             raise Unavailable(f"{self._url}{path}: no answer within {seconds:g} s ({type(error).__name__})") from error
         except httpx.TransportError as error:
             remedy = "start it, or fix MASKFLEET_LABEL_STUDIO_URL"
-            raise Unavailable(f"{self._url} does not answer: {error or type(error).__name__}; {remedy}") from error
+            raise Unavailable(f"{self._url} does not answer: {str(error) or type(error).__name__}; {remedy}") from error
         if not response.is_success:
             raise error_of(response, self._url, path)
         return response

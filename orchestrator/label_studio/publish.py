@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
 from db import jobs, published, publishing, results
 from db import progress as outcomes
@@ -50,6 +51,15 @@ class _Seen:
     labeled: int
     up_to: int
     is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """A job among those that are followed. troubles: what was said of each job, so that it is said once."""
+
+    job: Job
+    troubles: dict[int, str]
+    alone: bool
 
 
 def publish_job(
@@ -107,10 +117,12 @@ def follow_project(
     """Publish a job until it is over. Without job_id: every job made after the project, without end.
 
     published_pass: called after each pass that found something to do. Errors of a server or a job are logged and tried
-    again. With job_id they are raised, unless the server is only away.
+    again; those of one job keep no other from being published. With job_id they are raised, unless the server is only
+    away.
     """
     finished: set[tuple[int, datetime | None]] = set()
     seen: dict[int, _Seen] = {}
+    troubles: dict[int, str] = {}
     late = LateRequests()
     while not stop.is_set():
         over = False
@@ -120,19 +132,21 @@ def follow_project(
                 if (job.id, job.finished_at) in finished:
                     continue
                 now = _look(engine, LsProject(client.url, project_id), job, before)
-                if over or now.is_new:
-                    report = publish_job(
-                        engine,
-                        client,
-                        job,
-                        project_id,
-                        options,
-                        progress=progress,
-                        verify=over,
-                        late=late,
-                        after_asset_id=0 if over or before is None else before.up_to,
-                    )
-                    published_pass(job, report)
+                one_pass = partial(
+                    publish_job,
+                    engine,
+                    client,
+                    job,
+                    project_id,
+                    options,
+                    progress=progress,
+                    verify=over,
+                    late=late,
+                    after_asset_id=0 if over or before is None else before.up_to,
+                )
+                followed = _Followed(job, troubles, alone=job_id is not None)
+                if (over or now.is_new) and not _is_published(one_pass, followed, published_pass):
+                    continue
                 seen[job.id] = now
                 if over:
                     finished.add((job.id, job.finished_at))
@@ -144,6 +158,28 @@ def follow_project(
         if over and job_id is not None:
             return
         stop.wait(_FOLLOW_SECONDS)
+
+
+def _is_published(
+    one_pass: Callable[[], Report], followed: _Followed, published_pass: Callable[[Job, Report], None]
+) -> bool:
+    """Make a pass over a job. False if it failed for a reason of that job, so that the jobs after it have their turn.
+
+    LookupError: the job was deleted meanwhile.
+    """
+    job, troubles = followed.job, followed.troubles
+    try:
+        report = one_pass()
+    except (LabelStudioError, LookupError) as error:
+        if followed.alone or isinstance(error, Unavailable | KeyError | IndexError):
+            raise
+        if troubles.get(job.id) != str(error):
+            log.warning("job %d: %s; trying again", job.id, redact(str(error)))
+        troubles[job.id] = str(error)
+        return False
+    troubles.pop(job.id, None)
+    published_pass(job, report)
+    return True
 
 
 def _is_tried_again(error: LabelStudioError | DBAPIError, job_id: int | None) -> bool:

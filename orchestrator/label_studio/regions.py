@@ -59,6 +59,7 @@ def regions_for(
     masks: Sequence[Mask],
     *,
     asset_id: int | str,
+    numbers: Sequence[int] | None = None,
     as_: RegionKind = "auto",
     max_masks: int | None = None,
     max_brush: int | None = None,
@@ -70,8 +71,9 @@ def regions_for(
     auto: polygons of IoU 0.98 or more within max_vertices a mask (fit_polygons). If the best polygon is under 0.95:
     brush, for at most max_brush masks with a stream of at most max_brush_bytes; for others, that polygon. polygon,
     brush, rectangle: only that geometry. A mask without a polygon of at least 0.5 is left out if brush is not allowed.
-    A region's id is m<asset_id>-<n>; n is the mask's place in `masks`. Further parts end in -p1, -p2, …; the first
-    part is their parent. A mask is shown whole or not at all. max_masks counts masks, not parts.
+    A region's id is m<asset_id>-<n>; n is the mask's number in `numbers`, by default its place in `masks`. Further
+    parts end in -p1, -p2, …; the first part is their parent. A mask is shown whole or not at all. max_masks counts
+    masks, not parts.
     """
     if len({mask.size_hw for mask in masks}) > 1:
         raise ValueError(f"asset {asset_id}: its masks have different frames: {sorted({m.size_hw for m in masks})}")
@@ -85,7 +87,7 @@ def regions_for(
         shape = _shape(masks[n], polygons, as_, max_brush_bytes=(max_brush_bytes or math.inf) if brush_allowed else 0)
         if shape is None:
             continue
-        result.extend(_region_dicts(masks[n], shape, f"m{asset_id}-{n}"))
+        result.extend(_region_dicts(masks[n], shape, f"m{asset_id}-{n if numbers is None else numbers[n]}"))
         ious.append(shape.iou)
         brushes += shape.control == BRUSH_CONTROL
     return Regions(result=result, ious=tuple(ious), left_out=len(masks) - len(ious))

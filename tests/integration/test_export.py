@@ -22,6 +22,7 @@ from db.results import LabeledAsset, StoredMask
 from orchestrator.export.coco import export_coco
 from orchestrator.export.label_studio import export_label_studio
 from orchestrator.export.png import export_png
+from orchestrator.export.selection import Selection
 from orchestrator.export.summary import write_summary
 from orchestrator.label_studio.addresses import PublishError
 from orchestrator.label_studio.regions import mask_ordinal
@@ -490,3 +491,30 @@ def test_exporting_20000_assets_takes_no_more_memory_than_a_page(
     before_kb, after_kb = map(int, done.stdout.split())
     assert (tmp_path / "coco.json").stat().st_size > 40_000_000
     assert after_kb - before_kb < 25_000
+
+
+def test_a_region_names_its_stored_mask_where_others_were_left_out(engine: Engine, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["a.jpg"], labels=["cat", "dog"])
+
+    with engine.connect() as db:
+        dogs = Selection(labels=frozenset(["dog"])).assets(db, job)
+        export_label_studio(db, job, tmp_path / "dogs.json", dogs)
+
+    [task] = json.loads((tmp_path / "dogs.json").read_text())
+    assert {region["id"].split("-")[1] for region in task["predictions"][0]["result"]} == {"1", "3"}
+
+
+def test_the_index_of_png_is_json_where_a_score_is_none(engine: Engine, tmp_path: Path) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    [asset] = pending(engine, chunk)
+    mask = stored(asset.id, 0, blobs(1, 1, (40, 60))[0], predicted_iou=float("nan"))
+    record(engine, chunk, [NewOutcome(asset_id=asset.id, width=60, height=40, masks=[mask])])
+
+    with engine.connect() as db:
+        export_png(db, job, tmp_path / "png")
+
+    index = (tmp_path / "png" / "index.json").read_text(encoding="utf-8")
+    assert "NaN" not in index
+    assert json.loads(index)[0]["masks"][0]["predicted_iou"] is None

@@ -15,7 +15,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, text
 
 from db import jobs, results
 from db.jobs import Job
@@ -286,3 +286,64 @@ def test_parts_do_not_go_into_a_place_of_other_files(engine: Engine, export: Exp
         export(job, "s3://bucket/x", ExportFormat.COCO, Selection())
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "photo.jpg"]
+
+
+def test_annotations_that_were_read_later_are_another_export(engine: Engine, export: Export, tmp_path: Path) -> None:
+    job = reviewed_scenes(engine, tmp_path / "scenes")
+    export(job, tmp_path / "out", ExportFormat.PARQUET, Selection(reviewed=True))
+    assert export(job, tmp_path / "out", ExportFormat.PARQUET, Selection(reviewed=True)).was_there
+
+    with engine.begin() as db:
+        db.execute(text("UPDATE ls_annotation SET updated_at = updated_at + interval '1 s' WHERE annotation_id = 1"))
+
+    with pytest.raises(ExportError, match="annotations was"):
+        export(job, tmp_path / "out", ExportFormat.PARQUET, Selection(reviewed=True))
+
+
+def test_a_place_that_is_taken_and_an_image_that_is_gone_are_said_in_a_line(
+    engine: Engine, export: Export, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").touch()
+    job, _ = finished_job(engine, ["a.jpg"], source=str(tmp_path / "photos"))
+
+    with pytest.raises(ExportError, match="new or empty folder"):
+        export(job, tmp_path / "taken", ExportFormat.PNG, Selection())
+    with pytest.raises(ExportError, match="name of a file"):
+        export(job, tmp_path / "taken", ExportFormat.COCO, Selection())
+    question = Question(file_format=ExportFormat.YOLO, selection=Selection(), images=True)
+    with engine.connect() as db, pytest.raises(ExportError, match=r"a\.jpg"):
+        question.write(db, job, jobs.count_job(db, job_id=job.id), str(tmp_path / "yolo"))
+
+
+def test_numbers_of_peoples_labels_do_not_depend_on_the_conditions(
+    engine: Engine, export: Export, tmp_path: Path
+) -> None:
+    job = reviewed_scenes(engine, tmp_path / "scenes")
+    with engine.begin() as db:
+        db.execute(text("UPDATE ls_region SET label = 'van' WHERE verdict = 'kept'"))
+        db.execute(text("UPDATE ls_region SET label = 'bus' WHERE verdict = 'edited'"))
+
+    export(job, tmp_path / "all.json", ExportFormat.COCO, Selection(reviewed=True))
+    export(job, tmp_path / "van.json", ExportFormat.COCO, Selection(reviewed=True, labels=frozenset(["van"])))
+
+    categories = [json.loads((tmp_path / f"{name}.json").read_text())["categories"] for name in ("all", "van")]
+    assert categories[0] == categories[1]
+    assert [category["name"] for category in categories[0]] == [LABEL, "bus", "van"]
+
+
+def test_parts_with_notes_are_all_said(engine: Engine, export: Export, tmp_path: Path) -> None:
+    job, _ = finished_job(engine, ["a.jpg", "b?.jpg", "c?.jpg"])
+
+    notes = export(job, tmp_path / "out", ExportFormat.LABEL_STUDIO, Selection(), part_assets=1).notes
+
+    assert notes[1].startswith("part-00001.json: Label Studio cannot show 1 images")
+    assert notes[2:] == ["1 more parts have notes: export.json has them"]
+
+
+def reviewed_scenes(engine: Engine, folder: Path) -> Job:
+    project = LsProject("http://ls.example", 7)
+    return plant_review(
+        engine, folder, draw_scenes(folder, 2), model="stub", model_version="stub@1", ls_project=project
+    )

@@ -25,7 +25,7 @@ from orchestrator.label_studio.answers import Project
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.config import ConfigError, label_config
 from orchestrator.label_studio.entries import MAX_BYTES
-from orchestrator.label_studio.errors import Refused
+from orchestrator.label_studio.errors import Refused, Unavailable
 from orchestrator.label_studio.publication import Options
 from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
@@ -640,3 +640,28 @@ def call(server: Server, database_url: str, *words: str, code: int = 0, **settin
     )
     assert done.returncode == code, f"{words} gave {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout if code == 0 else done.stderr
+
+
+def test_a_job_that_cannot_be_published_keeps_no_other_from_it(
+    engine: Engine, client: LabelStudio, project: Project
+) -> None:
+    labeled_job(engine, keys=["a.jpg"], source="/a folder without --local-files")
+    other = labeled_job(engine, keys=3)
+    passes: list[int] = []
+    stop = threading.Event()
+    arguments = {"job_id": None, "stop": stop, "published_pass": lambda job, _: passes.append(job.id)}
+    thread = threading.Thread(target=follow_project, args=(engine, client, project.id, AT_ONCE), kwargs=arguments)
+
+    thread.start()
+    try:
+        wait_for(lambda: passes, "a pass over the other job", seconds=30)
+    finally:
+        stop.set()
+        thread.join(60)
+
+    assert passes == [other.id]
+
+
+def test_an_image_that_a_server_away_does_not_serve_is_an_error_that_may_pass() -> None:
+    with LabelStudio("http://127.0.0.1:1", "a token") as away, pytest.raises(Unavailable, match="no answer"):
+        away.serves("/data/local-files/?d=a.jpg")

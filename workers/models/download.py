@@ -73,7 +73,7 @@ def read_small(url: str, *, name: str, max_bytes: int, manner: Manner) -> bytes:
                 if len(content) > max_bytes:
                     raise WeightsError(f"{name}: {url} sent more than {max_bytes:,} bytes")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise WeightsError(f"{name}: {url}: {error or type(error).__name__}") from error
+        raise WeightsError(f"{name}: {url}: {str(error) or type(error).__name__}") from error
     return content
 
 
