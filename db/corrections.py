@@ -41,7 +41,8 @@ class CorrectedAsset:
 def corrected_assets(db: Connection, *, job_id: int, ls_project: LsProject) -> list[CorrectedAsset]:
     """The assets of a job with a chosen annotation in this project, in key order.
 
-    An earlier job over the same source may have published the same version. Then its tasks count too.
+    An earlier job over the same source may have published the same version. Then its tasks count too, where it read
+    the same bytes.
     """
     rows = db.execute(
         text(
@@ -52,6 +53,8 @@ def corrected_assets(db: Connection, *, job_id: int, ls_project: LsProject) -> l
                    JOIN outcome mine ON mine.asset_id = my.id AND mine.width IS NOT NULL
                    JOIN job same ON same.source = wanted.source AND same.model_version = wanted.model_version
                    JOIN asset a ON a.job_id = same.id AND a.key = my.key
+                   JOIN outcome theirs ON theirs.asset_id = a.id
+                       AND coalesce(theirs.etag, a.etag) = coalesce(mine.etag, my.etag)
                    JOIN ls_prediction p ON p.asset_id = a.id AND p.model_version = wanted.model_version
                        AND p.state = 'done'
                    JOIN ls_task t ON t.id = p.ls_task_id AND t.server = :server AND t.project_id = :project_id

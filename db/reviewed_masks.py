@@ -83,9 +83,11 @@ def chosen_masks(db: Connection, *, job_id: int, asset_ids: Sequence[int]) -> di
 
 
 _CHOSEN = """SELECT DISTINCT ON (my.id) my.id, n.id AS annotation, n.asset_id
-             FROM asset my JOIN job wanted ON wanted.id = my.job_id
+             FROM asset my JOIN job wanted ON wanted.id = my.job_id JOIN outcome mine ON mine.asset_id = my.id
              JOIN job same ON same.source = wanted.source AND same.model_version = wanted.model_version
              JOIN asset a ON a.job_id = same.id AND a.key = my.key
+             JOIN outcome theirs ON theirs.asset_id = a.id  -- of the same bytes
+                 AND coalesce(theirs.etag, a.etag) = coalesce(mine.etag, my.etag)
              JOIN ls_prediction p ON p.asset_id = a.id AND p.model_version = wanted.model_version AND p.state = 'done'
              JOIN ls_annotation n ON n.ls_task_id = p.ls_task_id AND n.standing = 'chosen'
              WHERE my.job_id = :job_id AND (CAST(:ids AS bigint[]) IS NULL OR my.id = ANY(CAST(:ids AS bigint[])))

@@ -114,7 +114,8 @@ class Deployment:
         """SIGKILL a command and all its descendants, like a power cut."""
         parts = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for part in parts:
-            part.kill()
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                part.kill()
         process.wait()
 
     def stop_all(self) -> None:

@@ -48,6 +48,15 @@ def job_number(job: str) -> int:
     return found[-1]
 
 
+def job_to_delete(job: str) -> int:
+    """The same for `delete`: of a folder, the job whose deletion was interrupted comes before the newest one."""
+    newest = job_number(job)
+    if not is_folder(job):
+        return newest
+    with deployment_engine().begin() as db:
+        return next(iter(deletion.begun_deletions(db)), newest)
+
+
 JOB_HELP = "The job's number, as `maskfleet jobs` shows it, or the folder that `maskfleet run` wrote."
 JobArgument = Annotated[int, typer.Argument(help=JOB_HELP, metavar="JOB", parser=job_number, show_default=False)]
 OptionalJobArgument = Annotated[int | None, typer.Argument(help=JOB_HELP, metavar="JOB", parser=job_number)]

@@ -10,7 +10,7 @@ import typer
 from db import deletion, jobs
 from db.session import Engine
 from db.settings import settings
-from orchestrator.cli.app import JobArgument, app, deployment_engine, err, fail
+from orchestrator.cli.app import JOB_HELP, app, deployment_engine, err, fail, job_to_delete
 from orchestrator.jobs.delete import JobRunsError, delete_job
 from orchestrator.terminal.console import printable
 from orchestrator.terminal.jobs import one_line, read_job
@@ -19,7 +19,7 @@ from workers.embeddings.store import open_store
 
 @app.command(epilog="Example: `maskfleet delete 12`")
 def delete(
-    job: JobArgument,
+    job: Annotated[int, typer.Argument(help=JOB_HELP, metavar="JOB", parser=job_to_delete, show_default=False)],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a job with its masks, prompts and kept embeddings. Cancel a running job first.

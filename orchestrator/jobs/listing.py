@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from db.jobs import Job
 from db.listing import NewAsset
 from orchestrator.jobs.key_lists import KeyList
-from workers.storage.asset import Page, Source
+from workers.storage.asset import Page, SkipReason, Source
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
@@ -47,6 +47,7 @@ def select(source: Listable, *, asked: Mapping[str, Any], after: str | None, fou
     found: how many assets the job has already; its limit counts them. Keys that are left out are counted by reason.
     """
     include, exclude, limit = asked.get("include") or [], asked.get("exclude") or [], asked.get("limit")
+    seen: set[str] = set()  # with a list of keys and a limit: at most as many as the limit
     for page in source.list(after or ""):
         skipped = {str(reason): n for reason, n in page.skipped.items() if n}
         assets: list[NewAsset] = []
@@ -56,6 +57,11 @@ def select(source: Listable, *, asked: Mapping[str, Any], after: str | None, fou
             if reason:
                 skipped[reason] = skipped.get(reason, 0) + 1
                 continue
+            if limit is not None and asked.get("keys"):
+                if listed.key in seen:
+                    skipped[SkipReason.DUPLICATE_KEY] = skipped.get(SkipReason.DUPLICATE_KEY, 0) + 1
+                    continue
+                seen.add(listed.key)
             assets.append(NewAsset(key=listed.key, size_bytes=listed.size_bytes, etag=listed.etag))
             if limit is not None and found + len(assets) >= limit:
                 yield Selection(assets=assets, skipped=skipped, cursor=listed.key, complete=True)

@@ -89,7 +89,8 @@ def _store(engine: Engine, job: Job, page: Selection) -> Job | None:
     with engine.begin() as db:
         if job.asked.get("keys"):
             assets = listing.new_ones(db, job_id=job.id, assets=assets)
-            skipped = skipped | {SkipReason.DUPLICATE_KEY: len(page.assets) - len(assets)}
+            twice = skipped.get(SkipReason.DUPLICATE_KEY, 0) + len(page.assets) - len(assets)
+            skipped = skipped | {SkipReason.DUPLICATE_KEY: twice}
         return listing.add_assets(
             db,
             job=job,

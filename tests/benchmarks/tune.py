@@ -143,7 +143,7 @@ def tuned_rows(
                 print(f"{name}step {run.step}, {run.seconds:.0f} of {left:.0f} s", file=sys.stderr, flush=True)
         sam.mask_decoder.load_state_dict(run.kept())
         images = images_to_try(gathered[0], taught, seconds=cpu_seconds, clock=time.process_time)
-        choice = choose_thresholds(promptable(sam, fold_from_dim=0), images, USUAL)
+        choice = choose_thresholds(promptable(sam, fold_from_dim=0), images, USUAL, USUAL)
         spent = time.process_time() - began
         automatic = (USUAL, replace(USUAL, **choice.defaults))
         judgements = [judge_both(run, one, judged, automatic) for one in gathered[1]]

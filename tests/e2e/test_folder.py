@@ -15,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from db import deletion
 from db.session import open_engine
 from orchestrator.local.folder import folder_database, state_dir_of
 from tests.deployment import draw_pictures
@@ -122,6 +123,22 @@ def test_a_job_is_deleted_by_its_folder_after_it_was_asked_for(tmp_path: Path) -
     assert "the job was deleted" in call("show", tmp_path / "out", code=2)
     assert (tmp_path / "out" / "coco.json").exists()
     run(tmp_path / "pictures", "--out", tmp_path / "out", "--model", "stub")  # it begins anew
+
+
+def test_a_deletion_in_a_folder_that_was_interrupted_goes_on_and_spares_the_job_before(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 2), tmp_path / "out"
+    run(source, "--out", out, "--model", "stub")
+    run(source, "--out", out, "--model", "stub")
+    with folder_database(out) as url:
+        engine = open_engine(url)
+        with engine.begin() as db:
+            assert deletion.begin_deletion(db, job_id=2)
+        engine.dispose()
+
+    assert "job 2 is deleted" in call("delete", out, "--yes")
+
+    shown = json.loads(call("show", out, "--json"))
+    assert (shown["job"], shown["assets"]["labeled"]) == (1, 2)
 
 
 def test_several_commands_share_one_server_and_the_last_stops_it(out: Path) -> None:

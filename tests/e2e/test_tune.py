@@ -73,7 +73,7 @@ def interrupt(environment: dict[str, str], out: Path, *words: str) -> str:
     """Start the command, send it Ctrl-C when it encodes turned copies, and return what it said then."""
     encoded = out / ".maskfleet" / "embeddings"
     with begin(environment, *words) as process:
-        wait_for(lambda: len(list(encoded.glob("*-4.safetensors"))) == 8, "the first turned copies", 240)
+        wait_for(lambda: list(encoded.glob("*-4.safetensors")), "the first turned copy", 240)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=240)
     assert process.returncode == 130, said
@@ -106,15 +106,15 @@ def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model_though_it_was_sto
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert set(document) == documented_keys("tune")
-    assert document["taught"]["assets"] == 8
-    assert document["taught"]["deleted"] == 8
+    taught = document["taught"]
+    assert taught["deleted"] == taught["assets"] == 10 - document["measured"]["box"]["assets"]
+    assert 2 <= document["measured"]["box"]["assets"] < 8
     assert document["encoded"] == 0  # the interrupted run had done it
     assert "goes on from step" in done.stderr
     assert document["steps"] > 1
     assert {"box", "click", "corrected", "recall", "f1", "masks_an_object"} == set(document["measured"])
     assert sorted(path.name for path in weights.iterdir()) == ["ours.safetensors", "ours.toml"]
     assert tomllib.loads((weights / "ours.toml").read_text()).get("defaults", {}) == document["defaults"]
-    assert document["measured"]["box"]["assets"] == 2
     assert json.loads((out / "tune.json").read_text()) == document
     page = (out / "index.html").read_text()
     assert "ours" in page

@@ -151,16 +151,16 @@ def fill_redis(fleet: Fleet) -> None:
 def fill_the_disk_of_redis(fleet: Fleet) -> None:
     """It cannot save what it holds, and takes nothing more (MISCONF). A folder has the place of its file."""
     broker = fleet.broker()
-    taken = Path(broker.config_get("dir")["dir"]) / "full.rdb"
-    taken.mkdir(exist_ok=True)
-    broker.config_set("dbfilename", taken.name)
+    file = Path(broker.config_get("dir")["dir"]) / broker.config_get("dbfilename")["dbfilename"]
+    file.unlink(missing_ok=True)
+    file.mkdir()
     broker.config_set("save", "3600 1")
     broker.bgsave()
     wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save", 60)
     try:
         time.sleep(4)
     finally:
-        broker.config_set("dbfilename", "dump.rdb")
+        file.rmdir()
         broker.config_set("save", "")
         broker.bgsave()
         wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "ok", "a save", 60)

@@ -178,6 +178,18 @@ def test_a_list_of_keys_goes_on_after_each_page_and_takes_each_key_once(engine: 
     assert now(engine, job).skipped == {"duplicate_key": 301, "not_found": 1}
 
 
+def test_a_limit_counts_each_key_of_a_list_once(engine: Engine, tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jpg").touch()
+    (tmp_path / "keys").write_text("a.jpg\na.jpg\nb.jpg\nc.jpg\n")
+    job = submit(engine, str(tmp_path), keys=str(tmp_path / "keys"), limit=2)
+
+    list_all(engine, job, seconds=0)
+
+    assert listed_keys(engine, job) == ["a.jpg", "b.jpg"]
+    assert now(engine, job).skipped == {"duplicate_key": 1}
+
+
 def test_a_list_of_keys_in_a_bucket_names_objects_of_another_one(engine: Engine) -> None:
     fill("photos-bucket", ["street/a.jpg"])
     backend = get_backend("s3")[DEFAULT_ACCOUNT_ID]["aws"]

@@ -13,15 +13,17 @@ import pytest
 import torch
 from sqlalchemy import Engine, text
 
-from db import corrections, jobs, results
+from db import corrections, jobs, leases, results, reviewed_masks
 from db.embeddings import EmbeddableAsset
 from db.jobs import Job
+from db.leases import NewOutcome
 from db.prompts import store_prompts
 from db.publishing import LsProject
 from db.settings import Settings, settings
+from orchestrator.jobs.request import Request
 from orchestrator.tuning.install import install
 from orchestrator.tuning.lessons import make_plan
-from tests.factories import chunk_ids, make_job
+from tests.factories import chunk_ids, claim, make_job, pending, record
 from tests.integration.test_kept_embeddings import draw, make_nano_job
 from tests.reviewed_job import LABEL, draw_scenes, plant_review
 from workers.clicks.decoding import Decoding
@@ -33,7 +35,7 @@ from workers.models.decoders import load_decoder
 from workers.models.files import model_version, weights_path, weights_sha256
 from workers.models.loading import load_model
 from workers.models.nano import load_sam_nano
-from workers.models.own import identity_of
+from workers.models.own import identity_of, remove_own
 from workers.models.registry import find_model
 from workers.models.spec import ModelError, ModelSpec, WeightsError
 from workers.models.tuned import require_tunable, write_decoder
@@ -146,7 +148,9 @@ def test_a_job_with_a_tuned_model_reads_kept_embeddings_and_encodes_nothing(
     run_chunk(worker, chunk)
     assert models["sam_nano"].encoded == 3
 
-    job = make_tuned_job(engine, source, tuned, **({"prompts": {"format": "jsonl"}, "params": {}} if prompts else {}))
+    stored = Request(source=str(source), model="ours", params={"points_per_side": 2}).asked()
+    stored |= {"prompts": {"format": "jsonl"}, "params": {}} if prompts else {}
+    job = make_tuned_job(engine, source, tuned, **stored)
     if prompts:
         with engine.begin() as db:
             asked = json.dumps([Prompt(box_xyxy=(10, 10, 90, 80)).as_json()])
@@ -162,7 +166,7 @@ def test_a_job_with_a_tuned_model_reads_kept_embeddings_and_encodes_nothing(
 
 
 def make_tuned_job(engine: Engine, source: Path, spec: ModelSpec, **asked: Any) -> Job:
-    made = make_nano_job(engine, source, own_model=identity_of(spec), **asked)
+    made = make_nano_job(engine, source, **{**asked, "own_model": identity_of(spec)})
     version = model_version(spec, {"params": {"points_per_side": 2}})
     with engine.begin() as db:
         db.execute(
@@ -206,6 +210,19 @@ def test_a_click_on_a_kept_embedding_is_answered_by_the_tuned_decoder(
     assert base.mask is not None
     assert ours.mask is not None
     assert base.mask.predicted_iou != ours.mask.predicted_iou
+
+
+def test_a_service_that_runs_answers_with_the_decoder_that_took_the_name(tmp_path: Path, tuned: ModelSpec) -> None:
+    decoding = Decoding(EmbeddingStore(open_objects(str(tmp_path / "kept"))))
+    before = decoding.load("ours")
+    assert decoding.load("ours") is before
+    remove_own("ours")
+    changed = {name: value * 1.2 for name, value in load_sam_nano("cpu").mask_decoder.state_dict().items()}
+    write_decoder(changed, tmp_path / "decoder.safetensors")
+    install(Plan(name="ours", model="sam_nano", weights_sha256=NANO.sha256, job=1, project=7, server="http://ls.example",
+                 source="s3://bucket/photos", seed=1, assets=[]), tmp_path / "decoder.safetensors", {})  # fmt: skip
+
+    assert decoding.load("ours") is not before
 
 
 def plan_of(engine: Engine, job: Job, *, config: str = CONFIG.format(LABEL), ls_project: LsProject = PROJECT) -> Plan:
@@ -252,6 +269,29 @@ def test_what_cannot_teach_is_said_before_anything_is_trained(engine: Engine, tm
         db.execute(text("DELETE FROM ls_annotation WHERE annotation_id = 1"))
     with pytest.raises(TuneError, match="9 annotated assets can be used; a tuning needs at least 10"):
         plan_of(engine, job)
+
+
+def test_annotations_of_a_picture_that_was_replaced_are_not_those_of_the_new_one(
+    engine: Engine, tmp_path: Path
+) -> None:
+    before = planted(engine, tmp_path / "scenes")
+    (tmp_path / "scenes" / "000.png").write_bytes((tmp_path / "scenes" / "001.png").read_bytes())
+    version = model_version(NANO, {})
+    later = make_nano_job(engine, tmp_path / "scenes")
+    with engine.begin() as db:
+        db.execute(text("UPDATE job SET model_version = :v WHERE id = :id"), {"v": version, "id": later.id})
+    [chunk_id] = chunk_ids(engine, later)
+    chunk = claim(engine, chunk_id)
+    assert chunk is not None
+    with engine.begin() as db:
+        assert leases.answer_from_stored(db, chunk=chunk) == 9
+    record(engine, chunk, [NewOutcome(asset_id=a.id, width=5, height=4, segment_ms=1) for a in pending(engine, chunk)])
+
+    with engine.begin() as db:
+        read = {job.id: corrections.corrected_assets(db, job_id=job.id, ls_project=PROJECT) for job in (before, later)}
+        assert len(read[before.id]) == reviewed_masks.annotated_assets(db, job_id=before.id) == 10
+        assert [one.key for one in read[later.id]] == [f"{n:03}.png" for n in range(1, 10)]
+        assert reviewed_masks.annotated_assets(db, job_id=later.id) == 9
 
 
 def asset_of(job: Job) -> EmbeddableAsset:

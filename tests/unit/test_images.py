@@ -5,6 +5,7 @@ import json
 import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -318,6 +319,13 @@ def test_a_file_cut_anywhere_is_truncated(sample, part):
     assert kind_of(whole[: first + int(part * (last - first))]) == ErrorKind.TRUNCATED
 
 
+def test_a_tiff_cut_between_two_tags_is_truncated():
+    whole = SAMPLES["deflated tiff"]
+    (directory,) = struct.unpack_from("<I", whole, 4)
+
+    assert kind_of(whole[: directory + 2 + 12]) == ErrorKind.TRUNCATED
+
+
 @pytest.mark.parametrize("sample", [sample for sample in SAMPLES if "tiff" not in sample])
 @settings(max_examples=60, deadline=None)
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=20))
@@ -474,3 +482,27 @@ def test_a_large_bmp_in_run_lengths_is_refused_unread_and_a_small_one_is_read() 
     with pytest.raises(AssetError, match="in run lengths, minutes of decoding; save it as PNG") as caught:
         decode(packed(11 << 20), name="large.bmp")
     assert caught.value.kind is ErrorKind.DECODE_TIMEOUT
+
+
+def png_of(samples, *, bits, colour_type, transparent):
+    """A PNG of one row, whose transparent colour is given in samples of `bits` bits."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    colours = len(transparent)
+    packed = int("".join(f"{one:0{bits}b}" for one in samples), 2).to_bytes(len(samples) * bits // 8, "big")
+    header = struct.pack(">IIBBBBB", len(samples) // colours, 1, bits, colour_type, 0, 0, 0)
+    key = struct.pack(f">{colours}H", *transparent)
+    parts = ((b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + packed)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_a_transparent_colour_is_in_the_samples_of_its_png():
+    grey4 = png_of([7, 0], bits=4, colour_type=0, transparent=[7])
+    grey2 = png_of([0, 1, 2, 3], bits=2, colour_type=0, transparent=[1])
+    rgb16 = png_of([1000, 2000, 3000, 40000, 5000, 6000], bits=16, colour_type=2, transparent=[1000, 2000, 3000])
+
+    assert decode(grey4, name="a")[0, :, 0].tolist() == [255, 0]
+    assert decode(grey2, name="a")[0, :, 0].tolist() == [0, 255, 170, 255]
+    assert decode(rgb16, name="a")[0].tolist() == [[255, 255, 255], [156, 19, 23]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -153,19 +154,45 @@ def test_turned_copies_are_all_different_and_keep_every_pixel() -> None:
     assert all(sorted(view.flat) == list(range(6)) for view in views)
 
 
-def gathered(content: str) -> Gathered:
-    asset = PlannedAsset(key=content, etag="", size_hw=(4, 4), embedding=None, masks=[])
+def gathered(content: str, *, empty: bool = False) -> Gathered:
+    masks = [] if empty else [PlannedMask(counts="", label="cell")]
+    asset = PlannedAsset(key=content, etag="", size_hw=(4, 4), embedding=None, masks=masks)
     return Gathered(number=0, asset=asset, frame=FRAME, content=content, encoded=False)
 
 
-def test_a_fifth_is_held_out_by_content_so_copies_of_an_image_are_on_one_side() -> None:
-    assets = [gathered(f"{n:02}") for n in range(20)] + [gathered("03")]
-    teaching, judging = hold_out(assets)
+def digests(count: int) -> list[str]:
+    return [hashlib.sha256(str(n).encode()).hexdigest() for n in range(count)]
 
-    assert sorted(one.content for one in judging) == ["00", "01", "02", "03", "03"]
-    assert not {one.content for one in teaching} & {one.content for one in judging}
+
+def contents_of(assets: Sequence[Gathered]) -> set[str]:
+    return {one.content for one in assets}
+
+
+def test_a_fifth_is_held_out_by_content_so_copies_of_an_image_are_on_one_side() -> None:
+    sha256s = digests(100)
+    teaching, judging = hold_out([gathered(one) for one in (*sha256s, *sha256s[:20])])
+
+    assert contents_of(teaching) | contents_of(judging) == set(sha256s)
+    assert not contents_of(teaching) & contents_of(judging)
+    assert 10 <= len(contents_of(judging)) <= 30
     with pytest.raises(FewAssets, match="9 of 11 annotated assets can be used"):
         require_enough(9, 11, [{"key": "a.png", "error": "gone"}])
+
+
+def test_an_image_stays_on_its_side_when_others_come() -> None:
+    sha256s = digests(200)
+    few, many = (hold_out([gathered(one) for one in sha256s[:count]]) for count in (50, 200))
+
+    assert contents_of(few[0]) <= contents_of(many[0])
+    assert contents_of(few[1]) <= contents_of(many[1])
+
+
+def test_two_images_with_masks_judge_whatever_chance_holds_out() -> None:
+    low, high = [f"{n:08x}" for n in range(4)], [f"ffffff{n:02x}" for n in range(10)]
+    teaching, judging = hold_out([gathered(one, empty=True) for one in low] + [gathered(one) for one in high])
+
+    assert sorted(contents_of(judging)) == [*low, *high[:2]]
+    assert sorted(contents_of(teaching)) == high[2:]
 
 
 def steps(run, count: int) -> None:
@@ -333,7 +360,8 @@ def test_the_thresholds_that_are_chosen_find_what_automatic_masks_then_find(
     [embedding] = model.embed([scene.image], fast=False)
     usual = automatic_params(NANO.defaults, {"points_per_side": 4})
 
-    choice = choose_thresholds(model, [(embedding, masks)], usual)
+    own = automatic_params(NANO.defaults, {})
+    choice = choose_thresholds(model, [(embedding, masks)], usual, own)
 
     assert choice.tried[choice.usual].found == 0
     assert choice.defaults["pred_iou_thresh"] < 0.5
@@ -342,8 +370,10 @@ def test_the_thresholds_that_are_chosen_find_what_automatic_masks_then_find(
         assert choice.tried[one] == Counted(found=sum(found.found), masks=found.masks, objects=len(masks))
     assert choice.tried[choice.chosen].found > 0
 
-    same = choose_thresholds(model, [], usual)
-    assert (same.defaults, same.images) == ({}, 0)
+    same = choose_thresholds(model, [], usual, own)
+    assert (same.chosen, same.images) == (same.usual, 0)
+    assert same.defaults == {"points_per_side": 4, "pred_iou_thresh": 0.6, "stability_score_thresh": 0.75}
+    assert choose_thresholds(model, [], own, own).defaults == {}
 
 
 def test_a_planned_mask_is_what_people_left() -> None:

@@ -20,7 +20,7 @@ from workers.engine.prompted import prompt_decoder, prompted_masks
 from workers.errors import redact
 from workers.masks import decode_counts
 from workers.models.decoders import load_decoder
-from workers.models.files import encoder_of
+from workers.models.files import encoder_of, weights_sha256
 from workers.models.registry import find_model
 from workers.params import PromptParams
 from workers.prompts import fit, takes
@@ -29,7 +29,8 @@ from workers.prompts import fit, takes
 _TIMES_ITS_EMBEDDING = 4
 MOST_KEPT_BYTES = 80 * 1024 * 1024  # five images of a vit_*; the child's own memory then stays below 600 MB
 
-_Key: TypeAlias = tuple[str, str, str | None]  # decoder, address, and the run lengths of the mask that is refined
+# of the decoder the name and the weights' sha256, the address, and the run lengths of the mask that is refined
+_Key: TypeAlias = tuple[str, str, str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Decoding:
     def __init__(self, store: EmbeddingStore, *, most_kept_bytes: int = MOST_KEPT_BYTES) -> None:
         self._store = store
         self._most_kept_bytes = most_kept_bytes
-        self._models: dict[str, Promptable] = {}
+        self._models: dict[str, tuple[str, Promptable]] = {}  # by name, with the weights' sha256
         self._images: OrderedDict[_Key, _Kept] = OrderedDict()
 
     @property
@@ -53,10 +54,12 @@ class Decoding:
         return sum(kept.size_bytes for kept in self._images.values())
 
     def load(self, model: str) -> Promptable:
-        """The decoder of this model, on the CPU. Raises ModelError."""
-        if model not in self._models:
-            self._models[model] = load_decoder(find_model(model), "cpu")
-        return self._models[model]
+        """The decoder of this model, on the CPU. Loaded again when the name has other weights. Raises ModelError."""
+        spec = find_model(model)
+        sha256 = weights_sha256(spec)
+        if self._models.get(model, ("", None))[0] != sha256:
+            self._models[model] = sha256, load_decoder(spec, "cpu")
+        return self._models[model][1]
 
     def answer(self, request: ClickRequest) -> ClickAnswer:
         """The answer to a click. Raises nothing: each problem is in the answer."""
@@ -87,7 +90,7 @@ class Decoding:
 
     def _image(self, name: str, model: Promptable, request: ClickRequest) -> _Kept:
         """The kept decoder of the request's image, made if there is none."""
-        key = (name, request.stamp.address, request.mask_counts)
+        key = (name, self._models[name][0], request.stamp.address, request.mask_counts)
         if key in self._images:
             self._images.move_to_end(key)
             return self._images[key]

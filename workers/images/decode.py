@@ -70,6 +70,8 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> RgbImage:
     kind, opener = sniff(data, name)
     _refuse_unopened(data, name, kind, max_pixels)
     image = _open(data, name, kind, opener)
+    if kind == "PNG":
+        _scale_transparent_colour(image, bits=int.from_bytes(data[24:25], "big"))
     _refuse_by_header(image, data, name, max_pixels)
     try:
         image.load()
@@ -125,6 +127,15 @@ def _open(data: bytes, name: str, kind: str, opener: Opener) -> ImageFile:
             raise AssetError(ErrorKind.UNSUPPORTED, message) from error
         message = f"{name}: starts as {kind}, but its header makes no sense {reason}"
         raise AssetError(ErrorKind.NOT_IMAGE, message) from error
+
+
+def _scale_transparent_colour(image: ImageFile, *, bits: int) -> None:
+    """A PNG names its transparent colour in samples of `bits` bits. Pillow keeps that, but has 8-bit samples."""
+    colour = image.info.get("transparency")
+    if isinstance(colour, int) and image.mode == "L" and bits in (2, 4):
+        image.info["transparency"] = colour * 255 // (2**bits - 1)
+    elif isinstance(colour, tuple) and bits == 16:
+        image.info["transparency"] = tuple(sample >> 8 for sample in colour)
 
 
 def _refuse_unopened(data: bytes, name: str, kind: str, max_pixels: int) -> None:

@@ -74,6 +74,8 @@ def read_entries(data: bytes, most: int) -> list[TiffEntry]:
         (entries,) = struct.unpack_from(order + number, data, start)
         start += struct.calcsize(order + number)
         directory = data[start : start + min(entries, most) * entry_bytes]
+        if len(directory) < min(entries, most) * entry_bytes:
+            return []
         found: list[TiffEntry] = []
         for tag, field_type, count, offset in struct.iter_unpack(order + entry, directory):
             value_bytes = count * _VALUE_BYTES.get(field_type, 0)

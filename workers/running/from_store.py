@@ -62,7 +62,7 @@ class FromStore:
 
 def from_store(worker: Worker, chunk: ClaimedChunk) -> FromStore | None:
     """The reader of a chunk whose job has a tuned decoder and no detector. None for another job, or without a store."""
-    if find_model(chunk.model).base is None or chunk.fresh or "detector" in chunk.asked:
+    if find_model(chunk.model).base is None or chunk.fresh or chunk.asked.get("detector"):
         return None
     try:
         store = open_store(worker.settings)

@@ -26,6 +26,8 @@ from workers.storage.source import open_source
 from workers.tuning.lessons import Frame, Lesson, WrongPrompt, target_of, turned
 from workers.tuning.plan import Plan, PlannedAsset, PlannedWrong, TuneError
 
+_FIFTH = 2**32 // 5  # of the numbers that 8 hexadecimal digits can be
+_FEWEST_JUDGING = 2  # images with masks: the gain of one alone has no interval
 _IN_MEMORY_BYTES = 1 << 30  # of embeddings; the others are read from the folder again
 
 log = logging.getLogger(__name__)
@@ -175,11 +177,12 @@ def _in_input(wrong: PlannedWrong, frame: Frame) -> WrongPrompt:
 
 
 def hold_out(gathered: Sequence[Gathered]) -> tuple[list[Gathered], list[Gathered]]:
-    """The assets that teach, and the fifth that judges.
+    """The assets that teach, and those that judge: about a fifth.
 
     The hash of its content puts an asset on a side, so it stays there when others come, and copies of an image are on
-    the same side.
+    the same side. Only where chance holds out fewer than two images with masks, the next hashes judge too.
     """
-    contents = sorted({one.content for one in gathered})
-    judging = set(contents[: max(1, -(-len(contents) // 5))])
+    able = sorted({one.content for one in gathered if one.asset.masks})
+    judging = {one.content for one in gathered if int(one.content[:8], 16) < _FIFTH}
+    judging.update(able[: min(_FEWEST_JUDGING, len(able) // 2)])
     return [one for one in gathered if one.content not in judging], [one for one in gathered if one.content in judging]

@@ -55,8 +55,9 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """usual: the thresholds of the model that is tuned. tried: what all that were tried find in `images` images."""
+    """own: the thresholds of the model that is tuned. usual: the job's. tried: what all find in `images` images."""
 
+    own: Thresholds
     usual: Thresholds
     chosen: Thresholds
     tried: dict[Thresholds, Counted]
@@ -64,8 +65,8 @@ class Choice:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The new model's own AutomaticParams: none when the usual ones are best."""
-        return {} if self.chosen == self.usual else asdict(self.chosen)
+        """The new model's own AutomaticParams: none when those of the model that is tuned are best."""
+        return {} if self.chosen == self.own else asdict(self.chosen)
 
     def as_json(self) -> dict[str, Any]:
         before, after = self.tried[self.usual], self.tried[self.chosen]
@@ -124,7 +125,9 @@ def images_to_try(
             yield embeddings.of(one.number), masks
 
 
-def choose_thresholds(model: Promptable, images: Iterable[Image], params: AutomaticParams) -> Choice:
+def choose_thresholds(
+    model: Promptable, images: Iterable[Image], params: AutomaticParams, own: AutomaticParams
+) -> Choice:
     """The thresholds with the best F1, of those that find no fewer objects than params' own do.
 
     Of equally good ones params' own are taken, else those with the fewest points, which each later job pays for, and
@@ -141,7 +144,7 @@ def choose_thresholds(model: Promptable, images: Iterable[Image], params: Automa
     best = max(tried[one].f1 for one in able)
     good = [one for one in able if tried[one].f1 >= best - EQUALLY_GOOD]
     chosen = usual if usual in good else min(good, key=astuple)
-    return Choice(usual=usual, chosen=chosen, tried=tried, images=looked_at)
+    return Choice(own=Thresholds.of(own), usual=usual, chosen=chosen, tried=tried, images=looked_at)
 
 
 def _try_all(model: Promptable, image: Image, params: AutomaticParams) -> Iterator[tuple[Thresholds, Counted]]:

@@ -91,7 +91,7 @@ def tune(folder: Path, *, seconds: float, device: str) -> None:
     teaching, judging = hold_out(usable)
     lessons = [lesson for lesson in map(lesson_of, teaching) if lesson.targets]
     if not lessons or not any(one.asset.masks for one in judging):
-        raise FewAssets("no masks to learn from or to judge by: all annotations are empty")
+        raise FewAssets("no masks to learn from or to judge by: fewer than two of the annotated images have one")
     turned = copies(plan, base, embeddings, teaching, settings(), seconds=seconds, say=_say_at("copies"))
     run = begin(sam, plan.seed)
     if load_run(run, folder):
@@ -99,7 +99,7 @@ def tune(folder: Path, *, seconds: float, device: str) -> None:
     _train(run, [*lessons, *(copy for copy in turned if copy.targets)], embeddings, folder, seconds)
     write_decoder(run.kept(), folder / DECODER_NAME)
     choice, usual = _choose(plan, run, teaching, embeddings, seconds)
-    automatic = (usual, replace(usual, **choice.defaults))
+    automatic = (usual, replace(usual, **asdict(choice.chosen)))
     judgements, shown = judge_held_out(plan, run, judging, embeddings, automatic, say=_say_at("verdict"))
     document = {
         "defaults": choice.defaults,
@@ -177,11 +177,13 @@ def _choose(
     plan: Plan, run: Run, teaching: Sequence[Gathered], embeddings: Embeddings, seconds: float
 ) -> tuple[Choice, AutomaticParams]:
     """Choose the new decoder's thresholds. Also returns the parameters of automatic masks that the job had."""
-    usual = automatic_params(find_model(plan.model).defaults, plan.automatic)
+    own = find_model(plan.model).defaults
+    usual = automatic_params(own, plan.automatic)
     run.sam.mask_decoder.eval().requires_grad_(False)
     run.sam.mask_decoder.load_state_dict(run.kept())
     images = images_to_try(teaching, embeddings, seconds=seconds, say=_say_at("thresholds"))
-    return choose_thresholds(promptable(run.sam, fold_from_dim=0), images, usual), usual
+    model = promptable(run.sam, fold_from_dim=0)
+    return choose_thresholds(model, images, usual, automatic_params(own, {})), usual
 
 
 def _write(document: Mapping[str, Any], folder: Path) -> None:
