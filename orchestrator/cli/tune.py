@@ -65,8 +65,8 @@ def tune(
 ) -> None:
     """Teach the mask decoder of a job's model what people corrected in Label Studio. Only its decoder changes.
 
-    About a fifth of the annotated images is not used to teach. On it the decoder is judged before and after. NAME becomes a
-    model only when it is better. Exits 1 when it is not. After Ctrl-C the same command goes on.
+    About a fifth of the annotated images is not used to teach. On it the decoder is judged before and after. NAME
+    becomes a model only when it is better. Exits 1 when it is not. After Ctrl-C the same command goes on.
     """
     folder = out or Path(f"tune-{name}")
     engine = deployment_engine(statement_timeout_seconds=0)

@@ -167,8 +167,9 @@ def _line(number: int, values: Sequence[float]) -> str:
 
 def _data_yaml(names: Sequence[str], used: set[str]) -> str:
     """There is no `path`, so the splits are beside the file, and the folder can be moved."""
-    lines = [f"{part}: images/{part if part in used else 'train'}" for part in _SPLITS]
+    stand_in = next((part for part in _SPLITS if part in used), _SPLITS[0])
+    lines = [f"{part}: images/{part if part in used else stand_in}" for part in _SPLITS]
     if len(used) < len(_SPLITS):
-        lines.insert(0, "# With so few images a split is empty: train stands in for it.")
+        lines.insert(0, f"# With so few images a split is empty: {stand_in} stands in for it.")
     classes = yaml.safe_dump({"names": dict(enumerate(names))}, allow_unicode=True, width=math.inf)
     return "\n".join([*lines, classes])

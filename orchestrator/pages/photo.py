@@ -46,13 +46,22 @@ def photos_of(source: str) -> ReadPhoto:
     return read
 
 
-def embedded_photo(read: ReadPhoto, key: str, most_bytes: int, size_hw: tuple[int, int] | None = None) -> str:
-    """The photo inside the page, or what is wrong with it. size_hw: of the masks over it, when it must have that."""
+def embedded_photo(
+    read: ReadPhoto,
+    key: str,
+    most_bytes: int,
+    size_hw: tuple[int, int] | None = None,
+    window: tuple[slice, slice] = (slice(None), slice(None)),
+) -> str:
+    """The photo inside the page, or what is wrong with it. size_hw: of the masks over it, when it must have that.
+
+    window: the rows and columns that are shown.
+    """
     try:
         image = read(key)
         if size_hw is not None and image.shape[:2] != size_hw:
             return '<span class="gone">The image has changed since then.</span>'
-        jpeg = small_jpeg(image, most_bytes)
+        jpeg = small_jpeg(np.ascontiguousarray(image[window]), most_bytes)
     except CANNOT_BE_READ as error:
         log.warning("the page has no photo of %s: %s", key, error)
         why = str(error.kind) if isinstance(error, AssetError) else "the store does not answer"

@@ -106,7 +106,9 @@ def _picture(read: ReadPhoto, shown: Shown) -> str:
     masks = {name: decode_counts(getattr(shown, name), shown.size_hw) for name in ("person", "before", "after")}
     window = _window(masks["person"] | masks["before"] | masks["after"])
     y0, y1, x0, x1 = window
-    photo = embedded_photo(lambda key: np.ascontiguousarray(read(key)[y0:y1, x0:x1]), shown.key, _PICTURE_BYTES)
+    photo = embedded_photo(
+        read, shown.key, _PICTURE_BYTES, size_hw=shown.size_hw, window=(slice(y0, y1), slice(x0, x1))
+    )
     sides = "".join(
         f'<div class="shot" style="--shape:{_shape(window):.3f}">{photo}'
         f"{_outlines(masks['person'], masks[name], window)}"

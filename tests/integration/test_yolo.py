@@ -194,3 +194,14 @@ def test_outlines_that_lost_more_than_two_percent_are_counted(engine: Engine, tm
 def test_a_dataset_that_lost_nothing_says_nothing(engine: Engine, tmp_path: Path) -> None:
     _, _, notes = written(engine, tmp_path, {"a.png": picture("PNG")}, masks)
     assert notes == []
+
+
+def test_a_yolo_split_without_images_is_the_one_that_has_some(engine: Engine, tmp_path: Path) -> None:
+    key = next(key for key in map("{}.jpg".format, range(99)) if split(key) == "val")
+    job = labeled_job(engine, [key], lambda _, asset_id: masks(asset_id))
+
+    with engine.connect() as db:
+        export_yolo(db, job, tmp_path / "yolo")
+
+    found = yaml.safe_load((tmp_path / "yolo" / "segment" / "data.yaml").read_text())
+    assert {found[part] for part in ("train", "val", "test")} == {"images/val"}
