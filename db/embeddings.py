@@ -197,7 +197,8 @@ def reserve(
 
     addresses: by asset of this job. most: how many of the job's assets may have a row; None is no limit. Nothing is
     reserved when the stored embeddings fill the budget, and no address that is stored already. A reserved row is
-    claimed for `seconds`. If the worker dies, the row remains as wanted.
+    claimed for `seconds`. If the worker dies, the row remains as wanted. With 0 seconds the worker has nothing in
+    memory: new addresses become wanted, which is no attempt, and known ones stay as they are.
     """
     db.execute(
         text("SELECT pg_advisory_xact_lock(:lock, :job)"), {"lock": _RESERVING, "job": job_id % 2**31}
@@ -216,10 +217,11 @@ def reserve(
     rows = db.execute(
         text(
             """INSERT INTO embedding (address, asset_id, attempts, claimed_until)
-               SELECT DISTINCT ON (address) address, asset_id, 1, now() + make_interval(secs => :seconds)
+               SELECT DISTINCT ON (address) address, asset_id, CASE WHEN :seconds > 0 THEN 1 ELSE 0 END,
+                      now() + make_interval(secs => :seconds)
                FROM unnest(CAST(:addresses AS text[]), CAST(:assets AS bigint[])) AS made (address, asset_id)
                ON CONFLICT (address) DO UPDATE SET state = 'wanted', used_at = now(), attempts = embedding.attempts + 1,
-                   claimed_until = EXCLUDED.claimed_until WHERE embedding.state <> 'stored'
+                   claimed_until = EXCLUDED.claimed_until WHERE embedding.state <> 'stored' AND :seconds > 0
                RETURNING address"""
         ),
         {"addresses": list(allowed.values()), "assets": list(allowed), "seconds": seconds},

@@ -98,7 +98,10 @@ def failed_starts(db: Connection) -> Iterator[Sample]:
 
 
 def unpublished(db: Connection) -> Iterator[Sample]:
-    """Of jobs that a project has something of: labeled assets minus the predictions that are not waiting."""
+    """Of jobs that a project has something of: labeled assets minus the predictions that are not waiting.
+
+    Assets without a prompt are not published, so they do not count.
+    """
     sent = list(
         _samples(
             db,
@@ -107,9 +110,11 @@ def unpublished(db: Connection) -> Iterator[Sample]:
                 GROUP BY job_id, project_id HAVING sum(predictions) > 0""",
         )
     )
-    labeled = progress.totals(db, job_ids=sorted({int(labels[0]) for labels, _ in sent})) if sent else {}
+    counts = jobs.count_jobs(db, job_ids=sorted({int(labels[0]) for labels, _ in sent})) if sent else {}
     for labels, number in sent:
-        yield labels, max(labeled[int(labels[0])].labeled - number, 0)
+        found = counts.get(int(labels[0]))
+        if found is not None:  # it may be deleted just now
+            yield labels, max(found.labeled - found.without_prompts - number, 0)
 
 
 def predictions(db: Connection) -> Iterator[Sample]:

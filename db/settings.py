@@ -43,6 +43,10 @@ def _require_header_text(value: SecretStr) -> SecretStr:
     return value
 
 
+# Postgres knows no times before 4713 BC, and threads wait for at most three centuries.
+_MOST_DAYS = 36_500
+_MOST_SECONDS = 86_400 * _MOST_DAYS
+
 HttpAddress = Annotated[str, AfterValidator(_require_http_address)]
 HeaderSecret = Annotated[SecretStr, AfterValidator(_require_header_text)]
 
@@ -98,8 +102,10 @@ class Settings(BaseSettings):
     chunk_size: int = Field(64, ge=1, le=10_000, description="Assets one Celery message stands for")
     batch_size: int = Field(4, ge=1, le=256, description="Assets in flight together inside a chunk")
     window_chunks: int = Field(64, ge=1, description="Chunks kept in the queue at most")
-    lease_seconds: float = Field(60, gt=0, description="How long a silent worker keeps its chunk")
-    resend_seconds: float = Field(300, gt=0, description="A queued chunk not claimed for this long is sent again")
+    lease_seconds: float = Field(60, gt=0, le=_MOST_SECONDS, description="How long a silent worker keeps its chunk")
+    resend_seconds: float = Field(
+        300, gt=0, le=_MOST_SECONDS, description="A queued chunk not claimed for this long is sent again"
+    )
     hang_seconds: float = Field(900, gt=0, description="A worker that finishes no asset for this long is given up")
     drain_seconds: float = Field(50, gt=0, description="Time a worker has to finish its batch after SIGTERM")
     decode_seconds: float = Field(60, gt=0, description="Computing time that decoding one image may take")
@@ -108,7 +114,9 @@ class Settings(BaseSettings):
     )
     embeddings_format: Literal["fp16", "int8"] = Field("fp16", description="How kept embeddings are stored")
     embeddings_bytes: int = Field(10_000_000_000, ge=0, description="Bytes of all kept embeddings at most")
-    embeddings_days: float = Field(14, gt=0, description="An embedding not used for this long is deleted")
+    embeddings_days: float = Field(
+        14, gt=0, le=_MOST_DAYS, description="An embedding not used for this long is deleted"
+    )
     max_pixels: int = Field(100_000_000, ge=1, description="Larger images are refused from their header")
     max_object_bytes: int = Field(200 * 1024 * 1024, ge=1, description="Larger objects are refused unread")
 

@@ -167,11 +167,15 @@ class _Child:
             started = time.monotonic()
             self._died.clear()
             self._unread = b""
-            self._process = self._start()
-            self._greet(self._process)
-            while not self._died.wait(0.2) and self._process.poll() is None:
-                pass
-            self._end(self._process)
+            process = self._start()
+            if process is not None:
+                self._process = process
+                if self._closed.is_set():  # `close` killed its predecessor
+                    process.kill()
+                self._greet(process)
+                while not self._died.wait(0.2) and process.poll() is None:
+                    pass
+                self._end(process)
             is_young = time.monotonic() - started < _LONGEST_PAUSE_SECONDS
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS) if is_young else _FIRST_PAUSE_SECONDS
             self._closed.wait(pause)
@@ -186,11 +190,16 @@ class _Child:
                     if pipe is not None:
                         pipe.close()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        """The process. None when the machine has no room for one now: it is tried again after the pause."""
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, *self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        try:
+            return subprocess.Popen(
+                [sys.executable, *self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+        except OSError as error:
+            log.warning("decoder %d cannot be started now: %s", self._number, error)
+            return None
 
     def _greet(self, process: subprocess.Popen[bytes]) -> None:
         """Wait until the child is up, then let it load its models. Its libraries take seconds to load."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from db import jobs, processes
 from db.processes import Process
-from db.session import DatabaseNotReady, DBAPIError, OperationalError, check_migrated, open_engine
+from db.session import DatabaseNotReady, DBAPIError, check_migrated, open_engine
 from db.settings import settings
 from db.states import ProcessKind
 from orchestrator.assist.health import backend_faults, kept_embeddings
@@ -139,15 +139,18 @@ def _postgres() -> Finding:
     if url is None:
         remedy = "`maskfleet run` brings its own; a deployment sets MASKFLEET_DATABASE_URL"
         return Finding(what="postgres", ok=None, found="MASKFLEET_DATABASE_URL is not set", remedy=remedy)
-    engine = open_engine(url)
-    where = engine.url.render_as_string()
+    remedy = "start it, or fix MASKFLEET_DATABASE_URL"
+    try:
+        engine = open_engine(url)
+    except DatabaseNotReady as error:
+        return Finding(what="postgres", ok=False, found=redact(str(error)), remedy="fix MASKFLEET_DATABASE_URL")
     try:
         migration = check_migrated(engine)
-    except OperationalError as error:
-        remedy = "start it, or fix MASKFLEET_DATABASE_URL"
+    except DBAPIError as error:
         return Finding(what="postgres", ok=False, found=redact(str(error.orig).strip()), remedy=remedy)
     except DatabaseNotReady as error:
-        return Finding(what="postgres", ok=False, found=str(error), remedy="maskfleet migrate")
+        return Finding(what="postgres", ok=False, found=redact(str(error)), remedy="maskfleet migrate")
+    where = redact(engine.url.render_as_string())  # a password may stand among its options too
     return Finding(what="postgres", ok=True, found=f"{where}, at migration {migration}, the newest of this version")
 
 
@@ -227,7 +230,7 @@ def _assist() -> Finding:
             with LabelStudio(url, key.get_secret_value()) as client:
                 faults = backend_faults(client, project)
             parts += [] if faults else [f"Label Studio reaches it for project {project}"]
-    except (DBAPIError, LabelStudioError) as error:
+    except (DatabaseNotReady, DBAPIError, LabelStudioError) as error:
         said = error.orig if isinstance(error, DBAPIError) else error
         faults.append(redact(" ".join(str(said).split())))
     remedy = "start `maskfleet assist`, then `maskfleet label-studio setup --project ID --assist URL`" if faults else ""

@@ -83,7 +83,10 @@ class EmbeddedPostgres:
 
     def _stop_leftover(self) -> None:
         """Stop the server that an earlier run left behind when it was killed with SIGKILL."""
-        if (self.data_dir / "postmaster.pid").exists():
+        pid_file = self.data_dir / "postmaster.pid"
+        if pid_file.exists() and _is_anothers(pid_file):
+            pid_file.unlink()  # pg_ctl would signal that program, and the server would not start beside it
+        elif pid_file.exists():
             stop = [self._bin / "pg_ctl", "-D", self.data_dir, "-w", "-m", "immediate", "stop"]
             self._call([str(word) for word in stop])  # it fails when no server runs any more, which does not matter
 
@@ -116,6 +119,18 @@ class EmbeddedPostgres:
             # Ctrl-C goes to the whole foreground group. The server must run longer than the worker that uses it.
             start_new_session=True,
         )
+
+
+def _is_anothers(pid_file: Path) -> bool:
+    """Whether the number in the file is that of another program now, as after a restart of the machine or container.
+
+    A server's working directory is its data. False where this cannot be seen.
+    """
+    try:
+        pid = int(pid_file.read_text().split()[0])
+        return not Path(f"/proc/{pid}/cwd").samefile(pid_file.parent)
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def _place_for_root(data_dir: Path) -> Path:

@@ -220,8 +220,10 @@ def _loose_rules(source: str) -> Iterator[tuple[Rule, Form, Form]]:
     spelling, layout = key_forms.spelling, key_forms.without_layout
     stem, plain = key_forms.without_suffix, key_forms.without_image_suffix
 
+    folder = spelling(f"{source}/_").removesuffix("/_")  # as a file's name, its suffix would be in small letters
+
     def below(key: str) -> str | None:
-        return key_forms.below_source(spelling(key), spelling(source))
+        return key_forms.below_source(spelling(key), folder)
 
     def bare(key: str) -> str:
         return layout(spelling(key))

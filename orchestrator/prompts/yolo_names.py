@@ -75,7 +75,17 @@ def _read_above(folder: str, s3_endpoint: str | None) -> DataSet:
         names, key_points = names or own.names, key_points or own.key_points
         if names:
             break
-    return DataSet(names=names, key_points=key_points)
+    return DataSet(names=names, key_points=key_points or _key_points_above(folder, s3_endpoint))
+
+
+def _key_points_above(folder: str, s3_endpoint: str | None) -> KeyPoints | None:
+    """kpt_shape of the nearest folder with a data.yaml. A nearer classes.txt, which gave the names, cannot say it."""
+    for place in _places(folder.rstrip("/")):
+        source = open_source(place, s3_endpoint=s3_endpoint)
+        documents = {f"{place}/{name}": _read_yaml(source, place, name) for name in YAML_FILES}
+        if any(documents.values()):
+            return next(filter(None, (_yaml_key_points(told, where) for where, told in documents.items())), None)
+    return None
 
 
 def _read_place(source: Source, place: str, prefix: str) -> DataSet:

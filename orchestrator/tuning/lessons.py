@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from db import corrections, embeddings
 from db.corrections import CorrectedAsset, CorrectedMask
@@ -15,8 +16,9 @@ from orchestrator.label_studio.config import find_controls
 from workers.embeddings.address import EmbeddingFormat, embedding_of
 from workers.models.files import require_same_weights, weights_sha256
 from workers.models.registry import find_model
+from workers.prompts import Prompt, PromptError, fit, parse_prompt
 from workers.tuning.outcome import require_enough
-from workers.tuning.plan import Box, Plan, PlannedAsset, PlannedMask, PlannedWrong, Point, TuneError
+from workers.tuning.plan import Plan, PlannedAsset, PlannedMask, PlannedWrong, TuneError
 
 _LEFT = (Verdict.KEPT, Verdict.EDITED, Verdict.ADDED)
 
@@ -52,7 +54,7 @@ def make_plan(
         fast=params.get("precision") == "fast",
         seed=seed,
         automatic=params if is_automatic else {},
-        assets=[_planned(asset, addresses.get(asset.asset_id)) for asset in assets],
+        assets=[planned_asset(asset, addresses.get(asset.asset_id)) for asset in assets],
     )
 
 
@@ -104,7 +106,8 @@ def _kept_addresses(db: Connection, assets: Sequence[CorrectedAsset], settings: 
     return {asset_id: address for asset_id, address in addresses.items() if address in stored}
 
 
-def _planned(asset: CorrectedAsset, embedding: str | None) -> PlannedAsset:
+def planned_asset(asset: CorrectedAsset, embedding: str | None) -> PlannedAsset:
+    """What an annotated asset teaches: the masks that people left, and the prompts of those that they deleted."""
     left = [mask for mask in asset.masks if mask.verdict in _LEFT and mask.counts is not None]
     return PlannedAsset(
         key=asset.key,
@@ -112,28 +115,29 @@ def _planned(asset: CorrectedAsset, embedding: str | None) -> PlannedAsset:
         size_hw=asset.size_hw,
         embedding=embedding,
         masks=[PlannedMask(counts=mask.counts or "", label=mask.label) for mask in left],
-        wrong=[wrong for mask in asset.masks if mask.verdict is Verdict.DELETED and (wrong := _wrong(mask))],
+        wrong=[
+            wrong for mask in asset.masks if mask.verdict is Verdict.DELETED and (wrong := _wrong(mask, asset.size_hw))
+        ],
     )
 
 
-def _wrong(mask: CorrectedMask) -> PlannedWrong | None:
+def _wrong(mask: CorrectedMask, size_hw: tuple[int, int]) -> PlannedWrong | None:
     """The prompt of a deleted mask: its box or its one point; else the box around it. None when nothing is known."""
-    prompt = mask.prompt or {}
-    if box := prompt.get("box_xyxy"):
-        return PlannedWrong(box_xyxy=_box(box))
-    points = prompt.get("points") or []
-    if len(points) == 1:
-        return PlannedWrong(point_xy=_point(points[0]))
+    asked = _in_pixels(mask.prompt or {}, size_hw)
+    if asked is not None and asked.box_xyxy is not None:
+        return PlannedWrong(box_xyxy=asked.box_xyxy)
+    if asked is not None and len(asked.points) == 1:
+        return PlannedWrong(point_xy=asked.points[0][:2])
     if mask.bbox_xywh is None or not mask.bbox_xywh[2]:
         return None
     x, y, width, height = mask.bbox_xywh
     return PlannedWrong(box_xyxy=(x, y, x + width, y + height))
 
 
-def _box(values: Sequence[float]) -> Box:
-    x0, y0, x1, y1 = values
-    return float(x0), float(y0), float(x1), float(y1)
-
-
-def _point(values: Sequence[float]) -> Point:
-    return float(values[0]), float(values[1])
+def _in_pixels(prompt: Mapping[str, Any], size_hw: tuple[int, int]) -> Prompt | None:
+    """Where a mask was asked for. A prompt file's prompts are stored as they were given: fractions, or another size."""
+    given = {name: prompt[name] for name in ("box_xyxy", "points", "size_wh") if name in prompt}
+    try:
+        return fit(parse_prompt(given), size_hw[::-1])
+    except PromptError:
+        return None

@@ -6,7 +6,7 @@ import pytest
 from alembic import command
 from sqlalchemy import Connection, Engine, text
 
-from db import counters, jobs, leases, progress, prompts, published, publishing, results
+from db import counters, jobs, leases, metrics, progress, prompts, published, publishing, results
 from db.jobs import Job
 from db.leases import NewOutcome
 from db.migrating import migrate, migration_config
@@ -125,6 +125,20 @@ def same_predictions(engine: Engine, job: Job) -> list[object]:
         stored, counted = (db.execute(text(s), {"job": job.id}).all() for s in (AS_STORED, AS_COUNTED))
     assert counted == stored
     return [tuple(row) for row in counted]
+
+
+def test_what_waits_for_its_publication_has_a_prompt(engine: Engine) -> None:
+    """An asset without one is labeled, but no task is made of it."""
+    job, project = make_job(engine, keys=4), LsProject("http://ls", 1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    first, second, *others = (asset.id for asset in pending(engine, chunk))
+    record(engine, chunk, [labeled(first), labeled(second), *(NewOutcome(asset_id=other) for other in others)])
+    intent = Intent(asset_uid="a", uri="a", asset_id=first, mask_count=1, left_out=0, iou_sum=1, iou_min=1, error=None)
+
+    with engine.begin() as db:
+        ids = publishing.write_intents(db, ls_project=project, job_id=job.id, model_version="v", intents=[intent])
+        publishing.mark_done(db, ls_project=project, model_version="v", task_ids={ids["a"]: 1})
+        assert list(metrics.unpublished(db)) == [((str(job.id), "1"), 1)]
 
 
 def test_predictions_are_counted_whoever_writes_or_deletes_them_and_those_from_before(

@@ -403,6 +403,27 @@ def test_answered_assets_of_a_job_are_wanted(
     assert embed_wanted(worker, store_of(worker)) == 2
 
 
+def test_an_answered_asset_that_several_runs_want_was_not_tried_yet(
+    engine: Engine, make_worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    source = draw(tmp_path / "source", 2)
+    worker = make_worker()
+    run_chunk(worker, chunk_ids(engine, make_nano_job(engine, source))[0])
+    for _ in range(4):
+        run_chunk(worker, chunk_ids(engine, make_nano_job(engine, source, keep_embeddings="all"))[0])
+
+    with engine.begin() as db:
+        assert embeddings.fail_abandoned(db) == 0
+        assert embeddings.claim(db, seconds=60) is not None
+    run_chunk(worker, chunk_ids(engine, make_nano_job(engine, source, keep_embeddings="all"))[0])
+
+    with engine.begin() as db:  # what one worker makes, another one does not claim
+        other = embeddings.claim(db, seconds=60)
+        assert other is not None
+        assert embeddings.claim(db, seconds=60) is None
+    assert states(engine) == [WANTED, WANTED]
+
+
 def test_a_store_that_refuses_writes_fails_no_asset(
     engine: Engine, make_worker: Callable[..., Worker], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,6 +136,26 @@ def test_the_architecture_that_would_fit_is_named(tmp_path: Path, state: dict[st
 
     with pytest.raises(WeightsError, match=r"not mobile_sam: .* missing .*; it fits --architecture sam_nano"):
         bring(tmp_path / "nano.pth", architecture="mobile_sam")
+
+
+def test_a_full_disk_is_a_named_error(tmp_path: Path, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """The limit on the size of a file stands in for the end of the disk's space: a write fails half-way."""
+    save_file(state, tmp_path / "mine.safetensors")
+    program = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))
+from pathlib import Path
+from workers.models.adding import add
+from workers.models.spec import WeightsError
+try:
+    add("mine", Path({str(tmp_path / "mine.safetensors")!r}), "sam_nano", origin="", licence="")
+except WeightsError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert f"mine: cannot write {folder / 'mine.safetensors'}" in done.stdout
+    assert "File too large" in done.stdout
 
 
 def test_a_name_that_is_taken_keeps_its_weights(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,6 +90,39 @@ def test_a_child_that_is_killed_costs_one_click_and_comes_back(store: EmbeddingS
         again = started.ask(request(3), route=0)
     assert again is not None
     assert again.mask == first.mask
+
+
+def test_a_child_that_cannot_be_started_now_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, tries = subprocess.Popen, []
+
+    def start_or_fail(*given: Any, **named: Any) -> Any:
+        tries.append(given)
+        if len(tries) == 1:
+            raise BlockingIOError(errno.EAGAIN, "no room for a process")
+        return start(*given, **named)
+
+    monkeypatch.setattr("orchestrator.assist.children.subprocess.Popen", start_or_fail)
+    with children(SILENT, 1) as started:
+        assert started.ready() == 1
+    assert len(tries) == 2
+
+
+def test_a_service_that_ends_while_a_child_is_started_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, begun, go_on = subprocess.Popen, threading.Event(), threading.Event()
+
+    def start_slowly(*given: Any, **named: Any) -> Any:
+        begun.set()
+        go_on.wait(30)
+        return start(*given, **named)
+
+    monkeypatch.setattr("orchestrator.assist.children.subprocess.Popen", start_slowly)
+    started = Children(("-c", "import time; time.sleep(60)"), 1, seconds=60, models=list)
+    begun.wait(30)
+    threading.Timer(0.2, go_on.set).start()
+
+    began = time.monotonic()
+    started.close()
+    assert time.monotonic() - began < 30
 
 
 def test_all_children_end_with_the_service(store: EmbeddingStore) -> None:

@@ -85,6 +85,11 @@ def test_a_loose_rule_gives_no_asset_that_a_tighter_one_gave_to_another_key() ->
     assert (report.ambiguous, report.ambiguous_first) == (1, ("train/1.jpg",))
 
 
+def test_a_sources_folder_with_a_dot_is_known_by_its_own_spelling() -> None:
+    found, _ = matches(["St.Louis/1.jpg", "St.Louis/a/1.jpg"], ["1.jpg", "a/1.jpg"], source="/data/St.Louis")
+    assert found == {"St.Louis/1.jpg > 1.jpg", "St.Louis/a/1.jpg > a/1.jpg"}
+
+
 def test_an_exact_key_is_not_given_to_its_likes() -> None:
     found, _ = matches(["a.jpg", "b.png", "images/b.png"], ["a.jpg", "sub/a.jpg", "b.png", "x/b.png"])
     assert found == {"a.jpg > a.jpg", "b.png > b.png"}

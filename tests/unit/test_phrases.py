@@ -108,7 +108,7 @@ class Boxes:
 
 def test_boxes_of_phrases_keep_the_phrase_its_label_and_the_score() -> None:
     rows = [
-        {"index": 0, "text": "a b", "label": "pair"},
+        {"index": 0, "text": "a b", "label": "pair", "size_wh": [10, 10]},
         {"index": 1, "box_xyxy": [1, 1, 9, 9], "text": "where a box says"},
         {"index": 4, "text": "one two three four"},
     ]
@@ -126,6 +126,7 @@ def test_boxes_of_phrases_keep_the_phrase_its_label_and_the_score() -> None:
     ]
     assert all(prompt.kinds == {"box"} for prompt, _ in usable)
     assert usable[0][1]["text"] == "a b"
+    assert "size_wh" not in usable[0][1]  # the found box is in pixels of the image
     [lost] = wrong
     assert lost.startswith("a box of 'one two three four': box_xyxy")
 

@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
+from db.corrections import CorrectedAsset, CorrectedMask
+from db.states import Verdict
 from orchestrator.tuning.install import install
+from orchestrator.tuning.lessons import planned_asset
 from orchestrator.tuning.process import train_and_judge
 from orchestrator.tuning.verdict import decide
 from workers.embeddings.address import EmbeddingFormat, EmbeddingOf
@@ -242,6 +245,36 @@ def test_the_process_hands_its_own_reason_to_the_command(tmp_path: Path) -> None
     with pytest.raises(TuneError, match="no plan"):
         train_and_judge(tmp_path, seconds=1, device="cpu", listen=lambda said: None)
     assert not (tmp_path / DECODER_NAME).exists()
+
+
+def test_a_disk_that_takes_nothing_is_a_reason_too(tmp_path: Path) -> None:
+    write_plan(planned(), tmp_path)
+    (tmp_path / "embeddings").write_text("where a folder should be")
+    with pytest.raises(TuneError, match=r"cannot be written or read \(.*File exists"):
+        train_and_judge(tmp_path, seconds=1, device="cpu", listen=lambda said: None)
+
+
+def test_a_deleted_masks_prompt_is_planned_in_pixels() -> None:
+    """YOLO's prompts are stored in fractions, COCO's in pixels of the size that its file gives."""
+    prompts = [
+        {"index": 0, "size_wh": [1, 1], "box_xyxy": [0.4, 0.25, 0.6, 0.75], "label": "cell"},
+        {"index": 1, "size_wh": [300, 200], "box_xyxy": [120, 50, 180, 150]},
+        {"index": 2, "size_wh": [1, 1], "points": [[0.5, 0.5, 1]]},
+        {"points": [[300.0, 200.0, 1]]},
+        {"class": "cell", "score": 0.3},
+    ]
+    shown = CorrectedMask(
+        verdict=Verdict.DELETED, label="cell", counts=None, bbox_xywh=(250, 110, 90, 180), prompt=None
+    )
+    masks = [replace(shown, prompt=prompt) for prompt in prompts]
+    asset = CorrectedAsset(asset_id=1, key="a.jpg", etag="", size_hw=(400, 600), masks=masks)
+
+    wrong = planned_asset(asset, None).wrong
+
+    assert [one.box_xyxy or one.point_xy for one in wrong] == [
+        pytest.approx((240, 100, 360, 300)), pytest.approx((240, 100, 360, 300)),
+        (300, 200), (300, 200), (250, 110, 340, 290),
+    ]  # fmt: skip
 
 
 def planned(**changes: object) -> Plan:

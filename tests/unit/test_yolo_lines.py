@@ -211,6 +211,18 @@ def test_each_label_file_is_read_by_the_nearest_files_of_its_data_set(tmp_path: 
     assert all(box == pytest.approx(BOX_XYXY) for _, box in rows.values())
 
 
+def test_key_points_are_known_from_above_a_folder_that_has_class_names(tmp_path: Path) -> None:
+    write(tmp_path / "data.yaml", "kpt_shape: [2, 3]", "names: [other]")
+    write(tmp_path / "labels" / "classes.txt", "person")
+    write(tmp_path / "labels" / "a.txt", f"0 {BOX} 0.1 0.1 0.7 0.9 0.9 0.8")  # without kpt_shape, a polygon
+    [(_, [asked])] = stored(read(tmp_path / "labels"))
+    assert (asked["label"], asked["box_xyxy"]) == ("person", pytest.approx(BOX_XYXY))
+
+    write(tmp_path / "labels" / "data.yaml", "names: [person]")  # a data set of its own, without key points
+    [(_, [asked])] = stored(read(tmp_path / "labels"))
+    assert asked["box_xyxy"] != pytest.approx(BOX_XYXY)
+
+
 def test_a_class_without_a_name_is_refused_by_its_line(tmp_path: Path) -> None:
     write(tmp_path / "classes.txt", "a", "", "c")
     write(tmp_path / "a.txt", f"0 {BOX}", f"1 {BOX}", f"2 {BOX}")

@@ -151,7 +151,8 @@ def boxes_of_phrases(
             except PromptError as error:
                 wrong.append(f"a box of {prompt.text!r}: {error}")
                 continue
-            usable.append((boxed, {**row, "box_xyxy": boxed.box_xyxy, "score": boxed.score}))
+            in_pixels = {name: value for name, value in row.items() if name != "size_wh"}
+            usable.append((boxed, {**in_pixels, "box_xyxy": boxed.box_xyxy, "score": boxed.score}))
     return usable, wrong
 
 

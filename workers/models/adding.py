@@ -65,8 +65,9 @@ def add(name: str, file: Path, architecture: str, *, origin: str, licence: str) 
             written.replace(path)
             drop(part)
             write_own(model)
-    except OSError as error:
-        raise WeightsError(f"{name}: cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the latter from save_file, also for a full disk
+        said = (error.strerror if isinstance(error, OSError) else None) or error
+        raise WeightsError(f"{name}: cannot write {path}: {said}") from error
     return model
 
 

@@ -218,7 +218,8 @@ def _start(worker: _WorkerProcess) -> None:
         SUPERVISOR_VARIABLE: str(os.getpid()),
         **({"OMP_NUM_THREADS": str(worker.device.threads)} if worker.device.threads else {}),
     }
-    for of_its_predecessor in (model_file(worker.run_dir), error_file(worker.run_dir)):
+    # The stop file too: the predecessor made it when it stopped by itself, and this one would drain for ever.
+    for of_its_predecessor in (model_file(worker.run_dir), error_file(worker.run_dir), stop_file(worker.run_dir)):
         of_its_predecessor.unlink(missing_ok=True)
     # The worker gets its own session. So Ctrl-C reaches only this process, which then drains its workers in order.
     # Logs go to stderr. What Celery itself prints on stdout ("Warm shutdown") would be no log line.

@@ -21,6 +21,7 @@ from typing import Any
 
 import cv2
 import torch
+from safetensors import SafetensorError
 from segment_anything.modeling import Sam
 
 from db.settings import settings
@@ -74,6 +75,9 @@ def main() -> int:
         return 2
     except torch.cuda.OutOfMemoryError:
         _say(error="out of GPU memory: free some, or use --device cpu")
+        return 2
+    except (OSError, SafetensorError) as error:  # the latter from save_file, also for a full disk
+        _say(error=f"{asked.folder}: cannot be written or read ({redact(str(error))})")
         return 2
     return 0
 
