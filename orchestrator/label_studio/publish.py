@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 
 from db import jobs, published, publishing, results
 from db import progress as outcomes
@@ -51,15 +51,6 @@ class _Seen:
     labeled: int
     up_to: int
     is_new: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Followed:
-    """A job among those that are followed. troubles: what was said of each job, so that it is said once."""
-
-    job: Job
-    troubles: dict[int, str]
-    alone: bool
 
 
 def publish_job(
@@ -132,24 +123,23 @@ def follow_project(
                 if (job.id, job.finished_at) in finished:
                     continue
                 now = _look(engine, LsProject(client.url, project_id), job, before)
-                one_pass = partial(
-                    publish_job,
-                    engine,
-                    client,
-                    job,
-                    project_id,
-                    options,
-                    progress=progress,
-                    verify=over,
-                    late=late,
-                    after_asset_id=0 if over or before is None else before.up_to,
-                )
-                followed = _Followed(job, troubles, alone=job_id is not None)
-                if (over or now.is_new) and not _is_published(one_pass, followed, published_pass):
-                    continue
-                seen[job.id] = now
-                if over:
-                    finished.add((job.id, job.finished_at))
+                with _apart(job, troubles) if job_id is None else nullcontext():
+                    if over or now.is_new:
+                        report = publish_job(
+                            engine,
+                            client,
+                            job,
+                            project_id,
+                            options,
+                            progress=progress,
+                            verify=over,
+                            late=late,
+                            after_asset_id=0 if over or before is None else before.up_to,
+                        )
+                        published_pass(job, report)
+                    seen[job.id] = now
+                    if over:
+                        finished.add((job.id, job.finished_at))
         except (LabelStudioError, DBAPIError) as error:
             if not _is_tried_again(error, job_id):
                 raise
@@ -160,26 +150,22 @@ def follow_project(
         stop.wait(_FOLLOW_SECONDS)
 
 
-def _is_published(
-    one_pass: Callable[[], Report], followed: _Followed, published_pass: Callable[[Job, Report], None]
-) -> bool:
-    """Make a pass over a job. False if it failed for a reason of that job, so that the jobs after it have their turn.
+@contextmanager
+def _apart(job: Job, troubles: dict[int, str]) -> Iterator[None]:
+    """What is wrong with a job is logged, and the jobs after it have their turn. LookupError: it was deleted meanwhile.
 
-    LookupError: the job was deleted meanwhile.
+    troubles: what was said of each job, so that it is said once.
     """
-    job, troubles = followed.job, followed.troubles
     try:
-        report = one_pass()
+        yield
     except (LabelStudioError, LookupError) as error:
-        if followed.alone or isinstance(error, Unavailable | KeyError | IndexError):
+        if isinstance(error, Unavailable | KeyError | IndexError):
             raise
         if troubles.get(job.id) != str(error):
             log.warning("job %d: %s; trying again", job.id, redact(str(error)))
         troubles[job.id] = str(error)
-        return False
-    troubles.pop(job.id, None)
-    published_pass(job, report)
-    return True
+    else:
+        troubles.pop(job.id, None)
 
 
 def _is_tried_again(error: LabelStudioError | DBAPIError, job_id: int | None) -> bool:
