@@ -64,16 +64,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 
 def stop_on_signals(hurry: threading.Event | None = None) -> threading.Event:
-    """Set at SIGTERM and Ctrl-C. hurry: set at a Ctrl-C after that. A second SIGTERM changes nothing: some systems send
-    several."""
+    """Set at SIGTERM and Ctrl-C. hurry: set at a Ctrl-C after that, and at SIGUSR2, by which `run` ends its worker. A
+    second SIGTERM changes nothing: some systems send several."""
     stop = threading.Event()
 
     def hear(number: int, _: object) -> None:
-        if hurry is not None and stop.is_set() and number == signal.SIGINT:
+        if hurry is not None and (number == signal.SIGUSR2 or (stop.is_set() and number == signal.SIGINT)):
             hurry.set()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR2] if hurry is not None else [])):
         signal.signal(number, hear)
     return stop
 

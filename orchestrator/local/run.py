@@ -91,7 +91,9 @@ def run(
         stack.callback(engine.dispose)
         job = _begin(engine, request)
         log_file = state_dir / "worker.log"
-        with _worker(devices, log_file, interrupts, console) as worker, _dispatcher(engine) as dispatcher:
+        # When the job is over, the worker holds nothing, except embeddings that answered assets want.
+        at_once = request.keep_embeddings is None
+        with _worker(devices, log_file, interrupts, console, at_once) as worker, _dispatcher(engine) as dispatcher:
 
             def check() -> None:
                 worker.check()
@@ -164,8 +166,9 @@ class _Worker:
 
 
 @contextmanager
-def _worker(devices: str, log_file: Path, interrupts: Interrupts, console: Console) -> Iterator[_Worker]:
-    """A worker. At the end it finishes the images in its hands, unless a second interrupt comes."""
+def _worker(devices: str, log_file: Path, interrupts: Interrupts, console: Console, at_once: bool) -> Iterator[_Worker]:
+    """A worker. When the block is left by an exception, it finishes the images in its hands, unless a second interrupt
+    comes. Else it ends at once, if it may."""
     command = [
         sys.executable,
         "-P",
@@ -179,13 +182,15 @@ def _worker(devices: str, log_file: Path, interrupts: Interrupts, console: Conso
     ]
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-    interrupts.hurry = lambda: process.send_signal(signal.SIGINT)
+    interrupts.hurry = lambda: process.send_signal(signal.SIGUSR2)
+    sign = signal.SIGTERM
     try:
         yield _Worker(process, log_file)
+        sign = signal.SIGUSR2 if at_once else signal.SIGTERM
     finally:
         if interrupts.heard:
             console.print("stopping: the images at work are finished first; Ctrl-C again gives them up")
-        process.terminate()
+        process.send_signal(sign)
         try:
             process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:

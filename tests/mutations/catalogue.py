@@ -16,6 +16,9 @@ _FENCING = "tests/integration/test_fencing.py"
 _CHUNKS = "tests/integration/test_chunk_runs.py"
 _PUBLISH = "tests/label_studio/test_publish.py"
 _ORDER = "tests/label_studio/test_order.py"
+_TUNED = "tests/integration/test_tuned_models.py"
+_KEPT = "tests/integration/test_kept_embeddings.py"
+_FOLDER = "tests/e2e/test_folder.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,5 +312,73 @@ MUTATIONS = (
         before="_changed_since(seen - _OVERLAP)",
         after="_changed_since(seen)",
         tests=(f"{_ORDER}::test_a_change_that_was_committed_late_with_an_earlier_time_is_read",),
+    ),
+    Mutation(
+        name="a following publisher goes on with the other jobs",
+        file="orchestrator/label_studio/publish.py",
+        before="with _apart(job, troubles) if job_id is None else nullcontext():",
+        after="with nullcontext():",
+        tests=(f"{_PUBLISH}::test_a_job_that_cannot_be_published_keeps_no_other_from_it",),
+    ),
+    # what people left
+    Mutation(
+        name="annotations count for the bytes that people saw",
+        file="db/reviewed_masks.py",
+        before="\n                 AND coalesce(theirs.etag, a.etag) = coalesce(mine.etag, my.etag)",
+        after="",
+        tests=(f"{_TUNED}::test_annotations_of_a_picture_that_was_replaced_are_not_those_of_the_new_one",),
+    ),
+    Mutation(
+        name="the hash of an image alone says whether it judges a tuning",
+        file="workers/tuning/gathering.py",
+        before="judging = {one.content for one in gathered if int(one.content[:8], 16) < _FIFTH}",
+        after="judging = {*sorted({one.content for one in gathered})[: len(gathered) // 5]}",
+        tests=("tests/unit/test_tuning.py::test_an_image_stays_on_its_side_when_others_come",),
+    ),
+    # one machine: what a command finds of the one before it
+    Mutation(
+        name="a deletion that was interrupted comes before the newest job",
+        file="orchestrator/cli/app.py",
+        before="return next(iter(deletion.begun_deletions(db)), newest)",
+        after="return newest",
+        tests=(f"{_FOLDER}::test_a_deletion_in_a_folder_that_was_interrupted_goes_on_and_spares_the_job_before",),
+    ),
+    Mutation(
+        name="a program that has the number of a server which is gone lives on",
+        file="orchestrator/local/postgres.py",
+        before="if pid_file.exists() and _is_anothers(pid_file):",
+        after="if False:",
+        tests=("tests/integration/test_left_postgres.py::test_a_program_that_has_the_servers_old_number_lives_on",),
+    ),
+    Mutation(
+        name="the stop file goes before a worker starts again",
+        file="workers/running/devices.py",
+        before=", error_file(worker.run_dir), stop_file(worker.run_dir)):",
+        after=", error_file(worker.run_dir)):",
+        tests=(
+            "tests/unit/test_restarts.py::test_a_worker_that_stopped_by_itself_does_not_drain_when_it_is_started_again",
+        ),
+    ),
+    Mutation(
+        name="a worker that is killed leaves no semaphores",
+        file="workers/running/devices.py",
+        before="            os.kill(child, signal.SIGKILL)\n",
+        after="            os.killpg(process.pid, signal.SIGKILL)\n",
+        tests=(f"{_FOLDER}::test_a_second_ctrl_c_hurries_and_still_leaves_nothing_behind",),
+    ),
+    # embeddings
+    Mutation(
+        name="wanting an embedding is no attempt to make it",
+        file="db/embeddings.py",
+        before="CASE WHEN :seconds > 0 THEN 1 ELSE 0 END",
+        after="CASE WHEN :seconds > 0 THEN 1 ELSE 1 END",
+        tests=(f"{_KEPT}::test_an_answered_asset_that_several_runs_want_was_not_tried_yet",),
+    ),
+    Mutation(
+        name="a claim of a wanted embedding runs out",
+        file="db/embeddings.py",
+        before="WHERE state = 'wanted' AND attempts >= :most AND claimed_until < now()",
+        after="WHERE state = 'wanted' AND attempts >= :most AND claimed_until < now() - interval '1 day'",
+        tests=(f"{_KEPT}::test_a_claim_runs_out_and_after_three_deaths_the_embedding_fails",),
     ),
 )

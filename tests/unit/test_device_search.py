@@ -41,7 +41,15 @@ from workers.params import AutomaticParams
 
 ALL_AT_ONCE = 10_000
 EVERYTHING = AutomaticParams(points_per_side=4, pred_iou_thresh=-9.0, stability_score_thresh=0.0, box_nms_thresh=0.9)
-
+A_PIXEL_ON_A_THRESHOLD = AutomaticParams(
+    points_per_side=4,
+    points_per_batch=4,
+    pred_iou_thresh=0.9,
+    stability_score_thresh=0.95,
+    stability_score_offset=-0.5,
+    box_nms_thresh=1.0,
+    crop_nms_thresh=1.0,
+)
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # slow: models are built
 
@@ -62,6 +70,7 @@ def by_cpu(sam: Any, image: np.ndarray, params: AutomaticParams, **other: Any) -
 @given(size=sizes, params=parameters, seed=..., tied=...)
 @example(size=(128, 96), params=AutomaticParams(points_per_side=6), seed=0, tied=False)
 @example(size=(90, 130), params=AutomaticParams(points_per_side=5, crop_n_layers=1), seed=3, tied=True)
+@example(size=(300, 200), params=A_PIXEL_ON_A_THRESHOLD, seed=5, tied=False)
 @settings(CPU_BOUND, max_examples=20)
 def test_the_device_search_finds_the_same_masks_in_the_same_order(
     size: tuple[int, int], params: AutomaticParams, seed: int, tied: bool
@@ -70,7 +79,16 @@ def test_the_device_search_finds_the_same_masks_in_the_same_order(
 
     found = by_device(sam, image, params)
 
-    assert found == by_cpu(sam, image, replace(params, points_per_batch=ALL_AT_ONCE))
+    expected = by_cpu(sam, image, replace(params, points_per_batch=ALL_AT_ONCE))
+    assert [untold(mask) for mask in found] == [untold(mask) for mask in expected]
+    # torch's bilinear kernel rounds one way or another, by the shape of what it gets: a pixel may be on either side.
+    assert [mask.stability_score for mask in found] == [
+        mask.stability_score and pytest.approx(mask.stability_score, rel=2 / mask.area_px) for mask in expected
+    ]
+
+
+def untold(mask: Mask) -> Mask:
+    return replace(mask, stability_score=None)
 
 
 def test_rounds_and_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

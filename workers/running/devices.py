@@ -29,7 +29,7 @@ from workers.running.device_lock import hold_device
 from workers.running.heart import Heart, own_beat
 from workers.running.metrics import FOLDER_VARIABLE, serve_worker_metrics
 from workers.running.pulse import Watch
-from workers.running.run_dir import RUN_DIR_VARIABLE, error_file, model_file, stop_file
+from workers.running.run_dir import RUN_DIR_VARIABLE, child_file, error_file, model_file, stop_file
 from workers.running.tasks import SUPERVISOR_VARIABLE
 
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -38,6 +38,8 @@ _MOST_QUICK_DEATHS = 10  # then the device is given up: a restart does not fix w
 _MOST_QUICK_DEATHS_WHILE_WAITED_FOR = 3
 _DRAIN_POLL_SECONDS = 0.05
 _POLL_SECONDS = 0.5
+# billiard's tracker removes what a killed worker leaves. What it says of that would be no JSON line in a log of those.
+_NO_WORD_OF_SEMAPHORES = "ignore:semaphore_tracker:UserWarning"
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +218,7 @@ def _start(worker: _WorkerProcess) -> None:
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         RUN_DIR_VARIABLE: str(worker.run_dir),
         SUPERVISOR_VARIABLE: str(os.getpid()),
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), _NO_WORD_OF_SEMAPHORES])),
         **({"OMP_NUM_THREADS": str(worker.device.threads)} if worker.device.threads else {}),
     }
     # The stop file too: the predecessor made it when it stopped by itself, and this one would drain for ever.
@@ -230,18 +233,29 @@ def _start(worker: _WorkerProcess) -> None:
 
 
 def _drain(workers: Sequence[_WorkerProcess], tended: Tended) -> None:
-    running = [worker.process for worker in workers if worker.process is not None]
     for worker in workers:
         stop_file(worker.run_dir).touch()
-    for process in running:
-        process.terminate()
+        if worker.process is not None:
+            worker.process.terminate()
     give_up_at = time.monotonic() + tended.drain_seconds
-    for process in running:
+    for worker in workers:
+        if (process := worker.process) is None:
+            continue
         while process.poll() is None and time.monotonic() < give_up_at and not tended.hurry.wait(_DRAIN_POLL_SECONDS):
             pass
-        if process.poll() is None:
-            seconds = "at once" if tended.hurry.is_set() else f"within {tended.drain_seconds:g} s"
-            log.warning("process %d did not stop %s and is killed", process.pid, seconds)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # also ends pool children that a dead main process left behind
-        process.wait()
+        if process.poll() is None and not tended.hurry.is_set():
+            log.warning("process %d did not stop within %g s and is killed", process.pid, tended.drain_seconds)
+        _kill(worker, process)
+
+
+def _kill(worker: _WorkerProcess, process: subprocess.Popen[bytes]) -> None:
+    """Kill what still runs of it: its main process, and the pool's child, which a dead main process may have left.
+
+    Not the whole group: billiard's tracker, the third process, removes their semaphores from /dev/shm and ends.
+    """
+    process.kill()
+    with suppress(OSError, ValueError):
+        child = int(child_file(worker.run_dir).read_text())
+        if os.getpgid(child) == process.pid:  # else the number is another program's by now
+            os.kill(child, signal.SIGKILL)
+    process.wait()

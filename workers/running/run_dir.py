@@ -46,6 +46,11 @@ def error_file(folder: Path) -> Path:
     return folder / "error"
 
 
+def child_file(folder: Path) -> Path:
+    """The process id of the pool's child that started last."""
+    return folder / "child"
+
+
 def pulse_file(folder: Path) -> Path:
     """Touched by Celery's main process as long as its event loop turns."""
     return folder / "pulse"

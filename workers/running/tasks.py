@@ -41,7 +41,7 @@ from workers.running.chunk import run_chunk
 from workers.running.embedding import embed_wanted, send_wanted
 from workers.running.outcomes import ProcessUnfit
 from workers.running.pulse import PulseStep
-from workers.running.run_dir import faults_file, keep_error, model_file, run_dir, stop_file
+from workers.running.run_dir import child_file, faults_file, keep_error, model_file, run_dir, stop_file
 from workers.running.worker import Worker
 
 SUPERVISOR_VARIABLE = "MASKFLEET_WORKER_SUPERVISOR"  # its process id
@@ -71,6 +71,12 @@ def _end_with_the_supervisor(**_: object) -> None:
 @worker_process_init.connect
 def _keep_freed_memory(**_: object) -> None:
     keep_freed_memory()
+
+
+@worker_process_init.connect
+def _say_which_process(**_: object) -> None:
+    with suppress(OSError):  # the folder's owner may have ended and removed it
+        child_file(run_dir()).write_text(str(os.getpid()))
 
 
 @worker_process_init.connect
