@@ -101,6 +101,18 @@ def test_a_square_reaches_a_tenth_beyond_the_mask_and_over_the_images_edge() -> 
     assert (square[-1] == GREY).all()
 
 
+def test_a_mask_as_long_as_a_line_scan_is_seen_in_a_square_of_bounded_size() -> None:
+    image = np.random.default_rng(2).integers(0, 255, (4, 8000, 3), dtype=np.uint8)
+    mask = mask_from_pixels(np.ones((4, 8000), bool), predicted_iou=0.9)
+
+    square, inside = square_around(image, mask, GREY)
+
+    assert square.shape == (3200, 3200, 3)  # a third of 9,600 pixels a side
+    # The square begins at (-800, -4,798), so every third of its pixels is the image's row 2, from column 1 on.
+    assert (square[inside] == image[2, 1::3]).all()
+    assert (square[~inside] == GREY).all()
+
+
 def test_the_same_request_has_the_same_version_and_other_words_files_or_thresholds_another(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ from workers.engine import decoder, device_runs, device_search
 from workers.engine.automatic import CropSearch, ModelOutputError, automatic_masks, masks_by
 from workers.engine.boxed_runs import take_runs
 from workers.engine.decoder import BYTES_A_LOGIT, prompt_logits, prompts_that_fit
+from workers.engine.device import DeviceFault, device_fault
 from workers.engine.device_runs import DeviceMasks, read_runs
 from workers.engine.device_search import DeviceSearch
 from workers.engine.prompted import _masks_on_cpu, _masks_on_device
@@ -287,6 +288,23 @@ def test_a_point_that_does_not_fit_alone_is_the_devices_error() -> None:
         by_device(sam, make_image(100, 80), AutomaticParams(points_per_side=4))
 
     assert sam.mask_decoder.given == [16, 8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        ("CUDA out of memory. Tried to allocate 1.00 GiB", DeviceFault.OUT_OF_MEMORY),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", DeviceFault.OUT_OF_MEMORY),
+        ("CUDA failure 2: out of memory ; GPU=0", DeviceFault.OUT_OF_MEMORY),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", DeviceFault.OUT_OF_MEMORY),
+        ("CUDA error: an illegal memory access was encountered", DeviceFault.LOST),
+        ("shapes do not fit", None),
+    ],
+)
+def test_a_full_device_is_known_by_the_words_of_torch_the_driver_and_onnxruntime(
+    said: str, fault: DeviceFault | None
+) -> None:
+    assert device_fault(RuntimeError(said)) is fault
 
 
 def test_another_error_of_the_decoder_is_not_tried_again() -> None:

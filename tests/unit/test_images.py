@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from tests.needs import TESTDATA
 from workers.errors import AssetError, ErrorKind
@@ -405,6 +405,19 @@ def test_the_first_frame_is_taken():
         assert decode(saved(black, file_format, save_all=True, append_images=[white]), name="x").max() == 0
 
 
+def test_what_a_gifs_first_frame_leaves_free_of_its_canvas_is_white():
+    picture = Image.new("P", (3, 2), 1)
+    picture.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+    data = bytearray(saved(picture, "GIF", optimize=False))
+    data[6:10] = struct.pack("<HH", 6, 4)  # the canvas; the frame stays 3 x 2
+    frame = data.index(struct.pack("<cHHHH", b",", 0, 0, 3, 2))
+    data[frame + 1 : frame + 5] = struct.pack("<HH", 2, 1)  # its corner
+    expected = np.full((4, 6, 3), 255)
+    expected[1:3, 2:5] = (0, 0, 255)
+
+    assert np.array_equal(decode(bytes(data), name="x"), expected)
+
+
 def test_pixels_are_the_same_from_many_threads():
     data = saved(gradient(500, 300), "JPEG")
     alone = decode(data, name="x")
@@ -449,6 +462,16 @@ def test_orientation_in_xmp_is_ignored_as_browsers_do():
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 
     assert decode(saved(gradient(6, 4), "JPEG", xmp=xmp), name="x").shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize(("field_type", "xmp"), [(1, b'<r tiff:Orientation="6"/>'), (2, "as text"), (3, (1, 2))])
+def test_a_tiff_is_turned_by_its_tag_alone_whatever_its_xmp_is(field_type, xmp):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[700] = field_type
+    tags[700] = xmp
+    picture = gradient(6, 4)
+
+    assert np.array_equal(decode(saved(picture, "TIFF", tiffinfo=tags), name="x"), np.asarray(picture))
 
 
 # --- thumbnails

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -84,6 +85,21 @@ def test_an_owlv2_phrases_scores_are_the_models_own(checkpoints: dict[str, Path]
     # OWLv2 sees the image in the upper left corner of a square.
     cx, cy, w, h = (90 * outputs.pred_boxes[0, 3]).tolist()
     assert found[3].box_xyxy == pytest.approx((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), abs=0.01)
+
+
+def test_a_large_picture_is_made_smaller_before_owlv2_and_its_boxes_are_in_its_own_pixels(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = detectors.load(read_detector(str(checkpoints["owlv2"]), threshold=0), "cpu")
+    smaller = cv2.resize(picture(), (45, 25), interpolation=cv2.INTER_AREA)
+    [of_smaller] = detector.find(smaller, ["bus"], threshold=0)
+    monkeypatch.setattr("workers.detectors.open_vocabulary._MOST_OWL_SIDE_PX", 45, raising=False)
+
+    [found] = detector.find(picture(), ["bus"], threshold=0)
+
+    assert [one.score for one in found] == [one.score for one in of_smaller]
+    expected = [[2 * side for side in one.box_xyxy] for one in of_smaller]
+    assert [list(one.box_xyxy) for one in found] == [pytest.approx(box, abs=0.01) for box in expected]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

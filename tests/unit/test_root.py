@@ -27,6 +27,7 @@ def test_a_commands_sentence_in_the_root_is_that_of_its_file(name: str) -> None:
         ("jbos", ("pydantic",)),  # by typer itself
         ("jobs --help", ("sqlalchemy", "pydantic")),
         ("show --help", ("sqlalchemy", "pydantic")),
+        ("submit --help", ("sqlalchemy", "pydantic")),
     ],
 )
 def test_only_what_the_command_needs_is_imported(arguments: str, allowed: tuple[str, ...]) -> None:

@@ -9,14 +9,16 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from workers.classifiers.asked import AskedClassifier, Classified, ClassifierError
-from workers.images.pixels import RgbImage
-from workers.masks import Mask
 from workers.models.files import weights_dir
 from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.models.loading import require_libraries
+
+if TYPE_CHECKING:  # NumPy and Pillow, for commands that never see a pixel
+    from workers.images.pixels import RgbImage
+    from workers.masks import Mask
 
 MAX_WORDS = 200
 MAX_WORD_CHARS = 100

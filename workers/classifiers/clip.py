@@ -28,6 +28,7 @@ from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, 
 
 _MASKS_AT_ONCE = 16  # two crops each
 _MARGIN = 1.2  # of the crop's side to the longer side of the mask's box
+_MOST_SIDE_PX = 4096  # of a crop; a mask may be as long as the image, and the square of 100,000 pixels has 40 GB
 _TEMPLATE = "a photo of a {}"  # as in the authors' zero-shot classification
 
 _loaded: dict[tuple[str, str], _Checkpoint] = {}
@@ -88,19 +89,30 @@ class ClipClassifier:
 
 
 def square_around(image: RgbImage, mask: Mask, fill: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """A square of the image around a mask, and the mask in it. What lies outside the image has the colour `fill`."""
+    """A square of the image around a mask, and the mask in it. What lies outside the image has the colour `fill`.
+
+    Of a square with a side of more than _MOST_SIDE_PX pixels, every second, third, … row and column is taken.
+    """
     x, y, width, height = mask.bbox_xywh
     side = max(int(np.ceil(max(width, height) * _MARGIN)), 1)
     left, top = int(x + width / 2 - side / 2), int(y + height / 2 - side / 2)
-    square = np.broadcast_to(fill, (side, side, 3)).copy()
-    inside = np.zeros((side, side), np.bool_)
-    rows, columns = (
-        slice(max(start, 0), min(start + side, size)) for start, size in zip((top, left), image.shape, strict=False)
+    step = -(-side // _MOST_SIDE_PX)
+    taken = -(-side // step)
+    square = np.broadcast_to(fill, (taken, taken, 3)).copy()
+    inside = np.zeros((taken, taken), np.bool_)
+    (rows, down), (columns, across) = (
+        _overlap(start, side, step, size) for start, size in zip((top, left), image.shape, strict=False)
     )
-    there = slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left)
-    square[there] = image[rows, columns]
-    inside[there] = decode_counts(mask.counts, mask.size_hw)[rows, columns]
+    square[down, across] = image[rows, columns]
+    inside[down, across] = decode_counts(mask.counts, mask.size_hw)[rows, columns]
     return square, inside
+
+
+def _overlap(start: int, side: int, step: int, size: int) -> tuple[slice, slice]:
+    """Along one axis, where a square from `start` on lies over an image of `size`: (in the image, in the square)."""
+    outside = max(0, -(start // step))  # places of the square before the image's first pixel
+    in_image = slice(start + outside * step, min(start + side, size), step)
+    return in_image, slice(outside, outside + len(range(in_image.start, in_image.stop, step)))
 
 
 def load(asked: AskedClassifier, path: Path | None) -> ClipClassifier:

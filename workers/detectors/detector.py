@@ -9,12 +9,14 @@ import importlib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from workers.detectors.files import require_library, require_same_files
 from workers.detectors.kinds import DetectorError, DetectorKind
-from workers.images.pixels import RgbImage
 from workers.prompts import BoxXyxy, Prompt, PromptError, fit
+
+if TYPE_CHECKING:  # NumPy and Pillow, for commands that never see a pixel
+    from workers.images.pixels import RgbImage
 
 _LOADERS = {
     DetectorKind.TRANSFORMERS: "workers.detectors.transformers_detector",

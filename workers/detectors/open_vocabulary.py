@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
@@ -16,6 +18,7 @@ from workers.images.pixels import RgbImage
 from workers.models.transformers_checkpoints import LOADING_ERRORS, load_whole, require_numbers
 from workers.prompts import PromptError
 
+_MOST_OWL_SIDE_PX = 4096  # 4 s and 1.4 GB on two cores; twice the side takes more than ten times as long (2026-11)
 _PHRASES_AT_ONCE = 4  # Grounding DINO processes the image again for each phrase, so this is its batch size
 
 
@@ -73,7 +76,9 @@ class Owl:
         """The boxes scored above the threshold for each phrase. Raises PromptError for a phrase that is too long."""
         most = self._model.config.text_config.max_position_embeddings
         _require_short(self._processor.tokenizer, phrases, most)
-        pixels = self._processor.image_processor(images=[image], return_tensors="pt", input_data_format="channels_last")
+        pixels = self._processor.image_processor(
+            images=[_small_enough(image)], return_tensors="pt", input_data_format="channels_last"
+        )
         tokens = self._processor.tokenizer(list(phrases), padding="max_length", max_length=most, return_tensors="pt")
         with torch.inference_mode():
             outputs = self._model(**pixels.to(self._device), **tokens.to(self._device))
@@ -107,6 +112,20 @@ def load(asked: AskedDetector, path: Path | None, device: str) -> PhraseDetector
     except LOADING_ERRORS as error:
         raise DetectorError(f"detector {where}: transformers cannot load it: {error}") from error
     return family(model.to(device).eval().requires_grad_(False), processor, device)
+
+
+def _small_enough(image: RgbImage) -> RgbImage:
+    """The image, its longer side at most _MOST_OWL_SIDE_PX pixels.
+
+    OWLv2's processor pads an image to a square of its longer side, in float32, and blurs that before it shrinks it to
+    960 pixels. Its boxes are fractions of the square, so they do not depend on the size.
+    """
+    height, width = image.shape[:2]
+    scale = _MOST_OWL_SIDE_PX / max(height, width)
+    if scale >= 1:
+        return image
+    size_wh = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _detections(phrase: str, boxes: Any) -> list[Detection]:

@@ -14,7 +14,9 @@ class DeviceFault(StrEnum):
 
 def device_fault(error: BaseException) -> DeviceFault | None:
     """Classify an error that a model raised. Frees the cached device memory when it was full."""
-    full = ("can't allocate memory", "_ALLOC_FAILED", "CUDA out of memory", "Failed to allocate memory")
+    # torch's allocator says "CUDA out of memory", the driver "CUDA error: out of memory" (when it loads a kernel, for
+    # instance), onnxruntime "CUDA failure 2: out of memory". The context stays usable after each.
+    full = ("can't allocate memory", "_ALLOC_FAILED", "out of memory", "Failed to allocate memory")
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in str(error) for mark in full):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

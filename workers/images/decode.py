@@ -73,9 +73,13 @@ def decode(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> RgbImage:
     if kind == "PNG":
         _scale_transparent_colour(image, bits=int.from_bytes(data[24:25], "big"))
     _refuse_by_header(image, data, name, max_pixels)
+    # Pillow turns a TIFF on loading. Without an Orientation tag it would take the turn from XMP, which programs leave
+    # there after they have turned the pixels. It also fails on XMP that is not bytes.
+    image.info.pop("xmp", None)
+    frame = image.tile[0].extents if kind == "GIF" and image.tile else None  # empty after loading
     try:
         image.load()
-        return upright_rgb(image)
+        return _over_white_canvas(upright_rgb(image), frame)
     except MemoryError as error:
         raise AssetError(ErrorKind.TOO_LARGE, f"{name}: {kind} of {_size(image)}: not enough memory") from error
     except _PILLOW_RAISES as error:
@@ -136,6 +140,14 @@ def _scale_transparent_colour(image: ImageFile, *, bits: int) -> None:
         image.info["transparency"] = colour * 255 // (2**bits - 1)
     elif isinstance(colour, tuple) and bits == 16:
         image.info["transparency"] = tuple(sample >> 8 for sample in colour)
+
+
+def _over_white_canvas(pixels: RgbImage, frame: tuple[int, int, int, int] | None) -> RgbImage:
+    """White outside a GIF's first frame (x0, y0, x1, y1), where browsers see through. Pillow has the first colour."""
+    if frame is not None:
+        x0, y0, x1, y1 = frame
+        pixels[:y0], pixels[y1:], pixels[:, :x0], pixels[:, x1:] = 255, 255, 255, 255
+    return pixels
 
 
 def _refuse_unopened(data: bytes, name: str, kind: str, max_pixels: int) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from workers.images.pixels import RgbImage
-from workers.masks import Mask
 from workers.params import AutomaticParams, PromptParams
 from workers.prompts import Prompt, PromptKind
+
+if TYPE_CHECKING:  # NumPy and Pillow, for commands that never see a pixel
+    from workers.images.pixels import RgbImage
+    from workers.masks import Mask
 
 # The encoder's result for one image, which the decoder needs. Only the model family that made it reads it.
 Embedding: TypeAlias = Any
