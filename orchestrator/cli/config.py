@@ -30,6 +30,6 @@ def config() -> None:
 
 
 def _source(variable: str) -> str:
-    if os.environ.get(variable):
+    if any(value and name.upper() == variable for name, value in os.environ.items()):  # in any case, as pydantic reads
         return "environment"
     return os.environ.get(f"{variable}_FILE") or "default"

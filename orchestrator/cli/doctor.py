@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.cli.app import USAGE, JsonOption, app, print_json
 from orchestrator.local.doctor import examine
@@ -27,9 +28,9 @@ def doctor(
         table = Table(box=None, pad_edge=False, show_header=False)
         for finding in findings:
             mark = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]not set[/dim]"}[finding.ok]
-            table.add_row(mark, f"[bold]{finding.what}[/bold]", finding.found)
+            table.add_row(mark, f"[bold]{finding.what}[/bold]", Text(finding.found))
             if finding.remedy:
-                table.add_row("", "", f"[dim]{finding.remedy}[/dim]")
+                table.add_row("", "", Text(finding.remedy, style="dim"))
         stdout_console().print(table)
     if any(finding.ok is False for finding in findings):
         raise typer.Exit(USAGE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsError
@@ -15,7 +17,7 @@ from orchestrator.local.folder import NoFolderError
 from orchestrator.local.postgres import PostgresFailed
 from orchestrator.local.run import RunError
 from orchestrator.pages.choice import ChoiceError
-from workers.errors import SourceError, TransientError, redact
+from workers.errors import SourceError, TransientError, printable, redact
 from workers.models.spec import ModelError
 from workers.params import ParamError
 from workers.prompts import PromptError
@@ -47,7 +49,15 @@ def as_message(error: Exception) -> str | None:
         return redact("; ".join(map(_setting, error.errors())))
     if isinstance(error, OperationalError):
         return redact(f"Postgres did not answer: {error.orig}; `maskfleet doctor` says more")
-    return None
+    return _of_a_file(error) if isinstance(error, OSError) else None
+
+
+def _of_a_file(error: OSError) -> str | None:
+    """A path that cannot be used, or a full disk. None for what the network says: only its caller knows of whom."""
+    if error.filename is not None:
+        return redact(printable(f"{error.filename}: {error.strerror}"))
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return redact(printable(str(error))) if is_full or error.errno is None else None
 
 
 # What each of the validator's findings means; {ge} and the like are the bound that did not hold.

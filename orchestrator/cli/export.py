@@ -22,6 +22,8 @@ from orchestrator.terminal.console import printable
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.progress import bars_on
 
+_MOST_IN_A_PART = 1_000_000_000
+
 
 @app.command(epilog="Example: `maskfleet export 12 --format coco --out coco.json`")
 def export(
@@ -56,6 +58,7 @@ def export(
         typer.Option(
             "--shard-assets",
             min=1,
+            max=_MOST_IN_A_PART,
             help="In parts of this many assets; the same command goes on after a stop. parquet always does: 100000.",
         ),
     ] = None,

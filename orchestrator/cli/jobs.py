@@ -25,6 +25,8 @@ from orchestrator.terminal.jobs import (
 )
 from workers.errors import ErrorKind
 
+_MOST_JOBS = 100_000
+
 
 @app.command(epilog="Example: `maskfleet watch 12`")
 def watch(
@@ -60,7 +62,7 @@ def watch(
 
 @app.command("jobs", epilog="Example: `maskfleet jobs --limit 5`")
 def list_jobs(
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many of the newest.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=_MOST_JOBS, help="How many of the newest.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """List the newest jobs."""

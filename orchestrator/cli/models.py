@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from orchestrator.cli.app import USAGE, JsonOption, err, fail, models_app, print_json
@@ -56,7 +57,7 @@ def models_list(as_json: JsonOption = False) -> None:
         if missing := missing_libraries(spec.libraries):
             weights += f", needs {' and '.join(missing)}"
         size = f"{spec.parameter_count / 1e6:.1f} M"
-        table.add_row(spec.name, spec.family, size, ", ".join(spec.prompts), spec.licence, weights)
+        table.add_row(spec.name, spec.family, size, ", ".join(spec.prompts), escape(spec.licence), weights)
     stdout_console().print(table)
     err.print("maskfleet models pull NAME    brings absent weights", style="dim")
 
@@ -79,7 +80,7 @@ def models_pull(name: ModelArgument) -> None:
 def byte_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of bytes on stderr while the block runs. Yields what is told how many of how many are done."""
     with bars_on(err) as bars:
-        bar = bars.bar(name, unit=BYTES)
+        bar = bars.bar(escape(name), unit=BYTES)
         yield lambda done, total: bar.show(done, total)
 
 
@@ -105,8 +106,9 @@ def models_push(
     """Put a model's weights, and the TOML of one's own, into the mirror that workers and `models pull` take it from."""
     from workers.models.pulling import push
 
+    spec = find_model(name)
     with err.status(f"copying {name}"):
-        stored = push(find_model(name), to)
+        stored = push(spec, to)
     for address in stored:
         print(address)
 

@@ -48,7 +48,12 @@ DetectorOption = Annotated[
 
 ThresholdOption = Annotated[
     float | None,
-    typer.Option("--detector-threshold", min=0, max=1, help="Take the detector's boxes with a score above this; 0.5."),
+    typer.Option(
+        "--detector-threshold",
+        min=0,
+        max=1,
+        help="Take the detector's boxes with a score above this; 0.5, with phrases 0.3.",
+    ),
 ]
 
 ClassesOption = Annotated[

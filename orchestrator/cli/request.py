@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import typer
+from rich.markup import escape
 
 from db.settings import settings
 from orchestrator.cli.app import err, fail, print_json
@@ -26,7 +27,7 @@ from workers.detectors.detector import AskedDetector
 from workers.detectors.kinds import DetectorKind
 from workers.embeddings.address import keeps_embeddings
 from workers.embeddings.store import open_store
-from workers.errors import redact
+from workers.errors import is_utf8, redact
 from workers.models.loading import require_decoder, require_libraries
 from workers.models.registry import with_base
 from workers.models.spec import ModelSpec
@@ -57,6 +58,10 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
             f"{source}: did you mean s3://{source.removeprefix('s3:').lstrip('/')}? A folder of that name is ./{source}"
         )
     where = source if "://" in source else str(Path(source).expanduser().absolute())
+    if not is_utf8(where):
+        fail(f"{printable(where)}: expected a path in UTF-8; rename its folders")
+    if options.label is not None and not options.label.strip():
+        fail("--label: it is empty; expected words")
     is_automatic = options.prompt_file is None and not (detector or text)
     params = _params(options, is_automatic=is_automatic)
     require_decoder(spec, params.get("decoder", "torch"))
@@ -137,7 +142,7 @@ def _asked_detector(options: JobOptions) -> AskedDetector | None:
         if threshold is not None or classes or label_map:
             fail("--detector-threshold, --classes and --label-map go with --detector")
         return None
-    with err.status(f"reading {printable(options.detector)}"):
+    with err.status(f"reading {escape(printable(options.detector))}"):
         return read_detector(options.detector, threshold=threshold, classes=classes, label_map=label_map)
 
 
@@ -152,7 +157,7 @@ def _asked_classifier(options: JobOptions) -> AskedClassifier | None:
         fail("--label names every mask, and --classify chooses names: give one of them")
     if options.prompt_file is not None or options.detector or options.text:
         fail("--classify names the masks of everything: --prompts, --detector and --text bring their own labels")
-    with err.status(f"reading {printable(options.classifier)}"):
+    with err.status(f"reading {escape(printable(options.classifier))}"):
         return read_classifier(options.classifier, options.classify, threshold=options.classify_threshold)
 
 
@@ -200,7 +205,7 @@ def _params(options: JobOptions, *, is_automatic: bool) -> dict[str, Any]:
 
 def _read_prompts(address: str, source: str, spec: ModelSpec, detector: AskedDetector | None) -> PromptFile:
     """Read a prompt file and print what in it cannot be used."""
-    with err.status(f"reading {printable(redact(address))}"):
+    with err.status(f"reading {escape(printable(redact(address)))}"):
         endpoint = settings().s3_endpoint
         besides: tuple[PromptKind, ...] = ("text",) if detector else ()
         found = read_prompts(address, source=source, spec=spec, s3_endpoint=endpoint, besides=besides)

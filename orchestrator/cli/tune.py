@@ -81,7 +81,7 @@ def tune(
         write_plan(plan, folder / _STATE)
     else:
         _require_same(plan, folder, job=job, name=name, seed=seed, project=project)
-        err.print(f"going on with the tuning in {folder}", style="dim")
+        err.print(f"going on with the tuning in {folder}", style="dim", markup=False)
     _train(plan, folder, minutes=minutes, device=device)
     judged = read_judged(folder / _STATE / JUDGED_NAME)
     verdict = decide(judged.assets)
@@ -114,6 +114,7 @@ def _train(plan: Plan, folder: Path, *, minutes: float, device: str) -> None:
         err.print(
             f"stopped; what was done is stored in {folder}. The same command goes on; remove the folder to begin again",
             style="yellow",
+            markup=False,
         )
         raise typer.Exit(INTERRUPTED) from None
 

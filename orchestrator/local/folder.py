@@ -15,7 +15,7 @@ from typing import IO
 
 from db.session import migration_of, newest_migration, open_engine
 from db.settings import settings
-from orchestrator.local.postgres import EmbeddedPostgres
+from orchestrator.local.postgres import EmbeddedPostgres, remove_sockets
 
 
 class NoFolderError(RuntimeError):
@@ -53,6 +53,8 @@ def served_database(state_dir: Path) -> Iterator[str]:
             server = EmbeddedPostgres(state_dir / "postgres")
             if _try_lock(users, fcntl.LOCK_EX):  # nobody uses it: a server that still runs was left behind
                 server.__enter__()
+                if (state_dir / "address").exists():
+                    remove_sockets((state_dir / "address").read_text())
                 _write_address(state_dir, server.url)
             url = (state_dir / "address").read_text()
             fcntl.flock(users, fcntl.LOCK_SH)

@@ -13,6 +13,7 @@ import os
 import pwd
 import secrets
 import shutil
+import socket
 import stat
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from urllib.parse import quote, unquote
 
 _START_SECONDS = 60
 _MARK = "postgres.mark"
+_SOCKETS_ROOT, _SOCKETS_PREFIX = Path("/tmp"), "maskfleet-pg-"  # noqa: S108  a folder of its own, made by mkdtemp
 _ROOTS_PLACE = Path("/var/tmp/maskfleet-root")  # noqa: S108  its owner and mode are checked before use
 
 
@@ -47,7 +49,7 @@ class EmbeddedPostgres:
 
     def __enter__(self) -> EmbeddedPostgres:
         # A socket's path may have at most 107 bytes, so it cannot be beside the data.
-        self._socket_dir = Path(tempfile.mkdtemp(prefix="maskfleet-pg-", dir="/tmp"))
+        self._socket_dir = Path(tempfile.mkdtemp(prefix=_SOCKETS_PREFIX, dir=_SOCKETS_ROOT))
         self._give(self._socket_dir)
         if not (self.data_dir / "PG_VERSION").exists():
             self._init()
@@ -69,7 +71,7 @@ class EmbeddedPostgres:
     def stop(self, url: str) -> None:
         """Stop the server over these data, which another process may have started. url: as that process had it."""
         self._run("pg_ctl", "-D", self.data_dir, "-w", "-m", "fast", "stop")
-        shutil.rmtree(unquote(url.partition("?host=")[2]), ignore_errors=True)
+        remove_sockets(url)
 
     def _init(self) -> None:
         # Made beside its place and then renamed: the remains of an interrupted initdb would look like a cluster.
@@ -119,6 +121,19 @@ class EmbeddedPostgres:
             # Ctrl-C goes to the whole foreground group. The server must run longer than the worker that uses it.
             start_new_session=True,
         )
+
+
+def remove_sockets(url: str) -> None:
+    """Remove the private folder of a server that has ended. url: as its process had it, or as a folder's file says.
+
+    A file may be a copy, or anybody's. So nothing else is removed, and not where a server answers.
+    """
+    folder = Path(unquote(url.partition("?host=")[2]))
+    if folder.parent != _SOCKETS_ROOT or not folder.name.startswith(_SOCKETS_PREFIX):
+        return
+    with suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as door:
+        if door.connect_ex(str(folder / ".s.PGSQL.5432")) != 0:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_anothers(pid_file: Path) -> bool:

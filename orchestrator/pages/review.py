@@ -26,7 +26,7 @@ def write_review(engine: Engine, review: Review, out: Path) -> None:
     """Write the page. Photos are read from the job's source again. Where one is gone, only its outlines are shown."""
     with engine.connect() as db:
         parts = {
-            "name": [safe_text(review.job.name)],
+            "name": [safe_text(review.job.name or f"job {review.job.id}")],
             "facts": _facts(review),
             "tiles": _tiles(review),
             "share": [_share(review.masks)],

@@ -35,7 +35,8 @@ def print_report(console: Console, job: Job, report: Report) -> None:
         "refused": len(report.refused),
     }
     what = ", ".join(f"{n:,} {name}" for name, n in counts.items() if n) or "nothing to publish"
-    console.print(f"job {job.id}: {what}; the project shows {report.shown_version or 'no version'}")
+    shown = printable(report.shown_version or "no version")
+    console.print(f"job {job.id}: {what}; the project shows {shown}", markup=False)
     for uri, error in report.refused[:_REFUSED_SHOWN]:
         console.print(f"refused {printable(uri)}: {printable(error)}", style="red", markup=False)
     if len(report.refused) > _REFUSED_SHOWN:

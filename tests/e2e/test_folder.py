@@ -79,6 +79,14 @@ def test_a_gallery_of_a_folder_shows_its_pictures_and_what_failed(out: Path, tmp
     assert "has object" in typo
 
 
+def test_a_gallery_where_a_file_lies_is_refused_in_a_line(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "look").touch()
+
+    said = call("gallery", out, "--out", tmp_path / "look", code=2)
+
+    assert said.strip() == f"maskfleet: {tmp_path / 'look'}: File exists"
+
+
 def test_a_complete_export_is_not_written_again(out: Path, tmp_path: Path) -> None:
     words = ("export", out, "--format", "parquet", "--out", tmp_path / "parquet")
 
@@ -152,7 +160,7 @@ def test_several_commands_share_one_server_and_the_last_stops_it(out: Path) -> N
     assert not server_runs(out)
 
 
-def test_a_command_that_was_killed_leaves_the_folder_usable(out: Path) -> None:
+def test_a_command_that_was_killed_leaves_the_folder_usable_and_the_next_removes_its_sockets(out: Path) -> None:
     script = (
         "import pathlib, sys, time\n"
         "from orchestrator.local.folder import folder_database\n"
@@ -164,10 +172,13 @@ def test_a_command_that_was_killed_leaves_the_folder_usable(out: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"ready\n"
+        sockets = Path((state_dir_of(out) / "address").read_text().partition("?host=")[2])
         os.kill(holder.pid, signal.SIGKILL)
+    assert sockets.is_dir()
 
     assert json.loads(call("show", out, "--json"))["assets"]["labeled"] == 2
     assert not server_runs(out)
+    assert not sockets.exists()
 
 
 @pytest.mark.faults

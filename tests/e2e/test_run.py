@@ -151,6 +151,15 @@ def test_two_runs_at_once_do_not_disturb_each_other_and_one_folder_takes_one(tmp
         assert json.loads((out / "summary.json").read_text())["assets"]["labeled"] == 6
 
 
+def test_a_run_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    run(draw_pictures(tmp_path / "pictures", 1), "--out", tmp_path / "out", "--model", "stub", TMPDIR=str(temporary))
+
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_fast_job_is_encoded_fast_too(tmp_path: Path) -> None:
     source = draw_pictures(tmp_path / "pictures", 2)
 
@@ -179,6 +188,7 @@ def test_a_dry_run_says_what_would_be_taken_and_leaves_nothing(tmp_path: Path) -
         ([".", "--param", "points=3"], "known: points_per_side"),
         ([".", "--param", "points_per_side"], "name=value"),
         (["ftp://somewhere"], "s3://bucket/prefix"),
+        ([".", "--label", " "], "--label: it is empty"),
     ],
 )
 def test_wrong_usage_is_said_in_a_line_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -20,6 +20,8 @@ from db.session import DBAPIError, open_engine
 from orchestrator.board.board import Board
 from orchestrator.board.password import BoardError, Password
 from orchestrator.board.readings import Readings
+from orchestrator.label_studio.review_numbers import read_review
+from orchestrator.pages.review import write_review
 from tests.deployment import draw_pictures, terminate
 from tests.e2e.test_run import MASKFLEET, environment, run
 from tests.label_studio.browser import Browser, NoBrowser, open_browser
@@ -278,3 +280,13 @@ def test_a_taken_port_is_said(tmp_path: Path, running: Running) -> None:
 
     assert done.returncode == 2
     assert "choose another --port" in done.stderr
+
+
+def test_the_page_of_a_review_of_a_job_without_a_name_has_its_number(engine: Engine, tmp_path: Path) -> None:
+    scenes = draw_scenes(tmp_path / "scenes", 1)
+    project = LsProject("http://label-studio:8080", 8)
+    job = plant_review(engine, tmp_path / "scenes", scenes, model="stub", model_version="stub@1+3", ls_project=project)
+
+    write_review(engine, read_review(engine, replace(job, name=""), project), tmp_path / "review.html")
+
+    assert f"<h1>job {job.id}</h1>" in (tmp_path / "review.html").read_text()

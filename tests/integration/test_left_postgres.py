@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.local.postgres import EmbeddedPostgres
+from db.session import open_engine
+from orchestrator.local.postgres import EmbeddedPostgres, remove_sockets
 
 pytestmark = pytest.mark.integration
 
@@ -46,3 +47,18 @@ def lives(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize("named", ["work", "work/maskfleet-pg-of-somebody", ""])
+def test_an_address_file_names_no_folder_that_is_removed_but_a_servers_own(named: str, tmp_path: Path) -> None:
+    (tmp_path / "work" / "maskfleet-pg-of-somebody").mkdir(parents=True)
+
+    remove_sockets(f"postgresql://postgres@/postgres?host={tmp_path / named}")
+
+    assert (tmp_path / "work" / "maskfleet-pg-of-somebody").is_dir()
+
+
+def test_the_sockets_of_a_server_that_answers_are_left(tmp_path: Path) -> None:
+    with EmbeddedPostgres(tmp_path / "postgres", durable=False) as server:
+        remove_sockets(server.url)
+        open_engine(server.url).connect().close()

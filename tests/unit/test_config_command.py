@@ -18,6 +18,7 @@ def test_each_setting_is_shown_with_its_source_and_secrets_are_hidden(tmp_path: 
         "MASKFLEET_BROKER_URL_FILE": str(tmp_path / "word"),
         "MASKFLEET_WEIGHTS_MIRROR": "https://user:hidden-word@host/weights",
         "MASKFLEET_MODEL": "sam_vit_b",
+        "maskfleet_batch_size": "2",
     }
 
     command = [sys.executable, "-P", "-m", "orchestrator.cli", "config"]
@@ -28,5 +29,6 @@ def test_each_setting_is_shown_with_its_source_and_secrets_are_hidden(tmp_path: 
     assert rows["MASKFLEET_DATABASE_URL"][1:3] == ["(hidden)", "environment"]
     assert rows["MASKFLEET_BROKER_URL"][1:3] == ["(hidden)", str(tmp_path / "word")]
     assert rows["MASKFLEET_MODEL"][1:3] == ["sam_vit_b", "environment"]
+    assert rows["MASKFLEET_BATCH_SIZE"][1:3] == ["2", "environment"]
     assert rows["MASKFLEET_CHUNK_SIZE"][1:3] == ["64", "default"]
     assert "hidden-word" not in said

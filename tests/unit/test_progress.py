@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from db.jobs import Job
+from orchestrator.label_studio.report import Report
 from orchestrator.terminal import progress
 from orchestrator.terminal.progress import BYTES, SECONDS, Pace, bars_on, duration, speed
+from orchestrator.terminal.publish import print_report
 
 
 def test_the_rate_is_that_of_the_whole_work_however_slow_it_is() -> None:
@@ -115,3 +119,12 @@ def test_there_is_one_door_to_progress() -> None:
     root = Path(__file__).parents[2] / "orchestrator"
     users = [path.name for path in root.rglob("*.py") if "rich.progress" in path.read_text()]
     assert users == ["progress.py"]
+
+
+def test_the_version_that_people_let_a_project_show_is_printed_as_it_is() -> None:
+    console = piped()
+    job = Job(**dict.fromkeys((field.name for field in fields(Job)), None) | {"id": 1})  # type: ignore[arg-type]
+
+    print_report(console, job, Report(shown_version="ours [/old]"))
+
+    assert text_of(console) == "job 1: nothing to publish; the project shows ours [/old]\n"

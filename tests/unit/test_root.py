@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.errors import as_message
 from orchestrator.cli.root import COMMANDS, imported_command
 
 HEAVY = ("sqlalchemy", "pydantic", "alembic", "cv2", "numpy", "boto3", "httpx", "celery", "structlog")
@@ -61,3 +64,54 @@ def test_a_misspelt_command_is_guessed() -> None:
 
     assert ended.returncode == 2
     assert "Did you mean 'jobs'" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor", "/nowhere/[/x]"],
+        ["models", "push", "[/x]"],
+        ["run", "orchestrator/scenes", "--out", "o", "--dry-run", "--detector", "[/x]"],
+        ["run", "orchestrator/scenes", "--out", "o", "--dry-run", "--prompts", "[/x]"],
+        ["run", "orchestrator/scenes", "--out", "o", "--dry-run", "--classify", "a", "--classifier", "[/x]"],
+    ],
+)
+def test_square_brackets_in_a_name_are_shown_as_they_are(words: list[str]) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "orchestrator.cli", *words], capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 2
+    assert "[/x]" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("option", ["--name", "--label", "--include", "--out"])
+def test_a_word_that_is_not_utf8_is_refused_before_anything_begins(option: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "run", ".", option, "o\udcff"]
+
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 2
+    assert "expected UTF-8" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [(["jobs"], "--limit"), (["export", "1", "--format", "parquet", "--out", "o"], "--shard-assets")],
+)
+def test_a_number_that_no_table_can_hold_is_refused_with_its_option(words: list[str], option: str) -> None:
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", *words, option, "99999999999999999999"]
+
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 2
+    assert option in ended.stderr
+
+
+def test_a_file_that_cannot_be_used_is_said_in_a_line_and_an_error_of_ours_keeps_its_trace() -> None:
+    assert as_message(FileExistsError(errno.EEXIST, "File exists", "out/index.html")) == "out/index.html: File exists"
+    assert as_message(FileExistsError("out: expected the name of a file")) == "out: expected the name of a file"
+    assert as_message(OSError(errno.ENOSPC, "No space left on device")) == "[Errno 28] No space left on device"
+    assert as_message(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")) is None
+    assert as_message(KeyError("ours")) is None

@@ -217,6 +217,7 @@ def _start(worker: _WorkerProcess) -> None:
         PINNED_VARIABLE: worker.device.cuda_id,
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         RUN_DIR_VARIABLE: str(worker.run_dir),
+        "TMPDIR": str(worker.run_dir),  # what a killed process leaves goes with the folder
         SUPERVISOR_VARIABLE: str(os.getpid()),
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), _NO_WORD_OF_SEMAPHORES])),
         **({"OMP_NUM_THREADS": str(worker.device.threads)} if worker.device.threads else {}),
