@@ -10,6 +10,7 @@ from sqlalchemy import Connection, text
 
 from db import progress
 from db.progress import Totals
+from db.queue import unsend_job
 
 MAX_FAILED_FRACTION = 0.5
 MIN_JUDGED_ASSETS = 1000  # a fraction of fewer says little
@@ -58,7 +59,7 @@ def _pause(db: Connection, *, job_id: int, reason: str, seen: Totals) -> bool:
     )
     if db.execute(statement, values).rowcount != 1:
         return False
-    db.execute(text("UPDATE chunk SET state = 'new' WHERE job_id = :id AND state = 'sent'"), values)
+    unsend_job(db, job_id=job_id)
     return True
 
 
@@ -71,4 +72,6 @@ def _commonest(db: Connection, *, job_id: int) -> str:
     )
     kinds: Sequence[Any] = db.execute(statement, {"id": job_id, "most": _NAMED_KINDS}).all()
     examples: Mapping[str, str] = {e.error_kind: e.error for e in progress.last_errors(db, job_id=job_id)}
-    return "; ".join(f"{row.assets:,} {row.error_kind}, such as {examples[row.error_kind][:200]}" for row in kinds)
+    # A retry may have deleted the outcomes since they were counted.
+    shown = {row.error_kind: examples.get(row.error_kind, "those that are retried now")[:200] for row in kinds}
+    return "; ".join(f"{row.assets:,} {row.error_kind}, such as {shown[row.error_kind]}" for row in kinds)

@@ -6,7 +6,8 @@ masks are copied, so deleting either job takes nothing from the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Connection, text
 
@@ -17,14 +18,16 @@ MASK_COLUMNS = """asset_id, n, counts, bbox_x, bbox_y, bbox_w, bbox_h, area_px, 
                   prompt"""
 
 
-def copy_outcomes(pairs: str, *, counted: MaskCount | None = None) -> str:
-    """A statement for the assets of job :job_id. It returns the ids of those that got an outcome.
+def copy_outcomes(
+    db: Connection, pairs: str, values: Mapping[str, Any], *, counted: MaskCount | None = None
+) -> set[int]:
+    """Give assets of the job `job_id`, which is one of `values`, outcomes of others. Returns which got one.
 
     pairs: a statement that gives id, etag (of the bytes that were read, if they were not those that were listed) and
     from_id, a labeled asset. counted: what the new outcomes count as, besides.
     """
     also = "" if counted is None else f"UNION ALL SELECT '{counted}', '' FROM answered"
-    return f"""WITH pair AS ({pairs}),
+    statement = f"""WITH pair AS ({pairs}),
            answered AS (
                INSERT INTO outcome (asset_id, job_id, error, width, height, mask_count, worker, answered_by, etag)
                SELECT pair.id, :job_id, o.error, o.width, o.height, o.mask_count, o.worker, o.asset_id, pair.etag
@@ -40,8 +43,7 @@ def copy_outcomes(pairs: str, *, counted: MaskCount | None = None) -> str:
                FROM answered CROSS JOIN LATERAL (SELECT * FROM mask WHERE asset_id = answered_by OFFSET 0) AS earlier
                RETURNING predicted_iou, label, prompt),
            counted AS (
-               INSERT INTO mask_counter AS c (job_id, kind, value, slot, number)
-               SELECT :job_id, kind, value, {counters.SLOT}, count(*)
+               SELECT kind, value, count(*) AS number
                FROM (SELECT kind, value FROM copied CROSS JOIN LATERAL (VALUES
                          ('{MaskCount.LABEL}', label),
                          ('{MaskCount.CLASS}', coalesce(prompt->>'class', prompt->>'text')),
@@ -50,9 +52,16 @@ def copy_outcomes(pairs: str, *, counted: MaskCount | None = None) -> str:
                      UNION ALL
                      SELECT '{MaskCount.MASKS_AN_ASSET}', mask_count::text FROM answered WHERE width IS NOT NULL
                      {also}) AS n
-               WHERE value IS NOT NULL GROUP BY kind, value ORDER BY kind, value
-               {counters.ADDED})
-           SELECT asset_id FROM answered"""
+               WHERE value IS NOT NULL GROUP BY kind, value)
+           SELECT asset_id, NULL AS kind, NULL AS value, 0 AS number FROM answered
+           UNION ALL SELECT NULL, kind, value, number FROM counted"""
+    rows = db.execute(text(statement), dict(values)).all()
+    # Not in the same statement: outcomes are counted by a trigger at its end, and `leases.record` counts them before
+    # masks. Two that count in different orders would wait for each other.
+    numbers = {(MaskCount(row.kind), row.value): row.number for row in rows if row.asset_id is None}
+    if numbers:
+        counters.add_masks(db, job_id=values["job_id"], numbers=numbers)
+    return {row.asset_id for row in rows if row.asset_id is not None}
 
 
 def remember_bytes(db: Connection, *, keys: Sequence[tuple[str, int]]) -> None:

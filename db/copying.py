@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 COPY_ROWS = 5000
 _READ_BYTES = 1 << 16
@@ -19,8 +20,18 @@ def copy_rows(db: Connection, into: str, rows: Iterable[Sequence[Any]]) -> None:
     """COPY rows into a table. Measured with mask rows, this is 6 times as fast as INSERT."""
     lines = "".join(["\t".join(map(_copy_field, row)) + "\n" for row in rows])
     if lines:
-        cursor: Any = db.connection.cursor()
-        cursor.copy_expert(f"COPY {into} FROM STDIN", io.BytesIO(lines.encode()), _READ_BYTES)
+        copy_in(db, f"COPY {into} FROM STDIN", lines.encode())
+
+
+def copy_in(db: Connection, statement: str, content: bytes) -> None:
+    """Run a COPY. Raises DBAPIError like every other statement: SQLAlchemy does not see the errors of a bare cursor."""
+    cursor: Any = db.connection.cursor()
+    driver_error = db.dialect.loaded_dbapi.Error
+    try:
+        cursor.copy_expert(statement, io.BytesIO(content), _READ_BYTES)
+    except driver_error as error:
+        raise DBAPIError.instance(statement, None, error, driver_error, dialect=db.dialect) from error
+    finally:
         cursor.close()
 
 

@@ -9,20 +9,19 @@ from sqlalchemy import Connection, text
 from db.states import MaskCount
 
 # As in the trigger: transactions that run at the same time have ids that follow each other, and so different slots.
-SLOT = "(pg_current_xact_id()::text::bigint % 32)::int"
-ADDED = "ON CONFLICT (job_id, kind, digest, slot) DO UPDATE SET number = c.number + excluded.number"
+_SLOT = "(pg_current_xact_id()::text::bigint % 32)::int"
 
 
 def add_masks(db: Connection, *, job_id: int, numbers: Mapping[tuple[MaskCount, str], int]) -> None:
-    """Count masks. Call it in the transaction that writes them."""
+    """Count masks. Call it in the transaction that writes them, after their outcomes."""
     in_order = sorted(numbers.items())
     db.execute(
         text(
             f"""INSERT INTO mask_counter AS c (job_id, kind, value, slot, number)
-                SELECT :job_id, kind, value, {SLOT}, number
+                SELECT :job_id, kind, value, {_SLOT}, number
                 FROM unnest(CAST(:kinds AS text[]), CAST(:values AS text[]), CAST(:numbers AS bigint[]))
                      AS n (kind, value, number)
-                {ADDED}"""
+                ON CONFLICT (job_id, kind, digest, slot) DO UPDATE SET number = c.number + excluded.number"""
         ),
         {
             "job_id": job_id,

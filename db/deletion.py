@@ -39,8 +39,15 @@ def begun_deletions(db: Connection) -> list[int]:
     return list(db.execute(text("SELECT id FROM job WHERE deleted_at IS NOT NULL ORDER BY id")).scalars())
 
 
+class SharedPartition(RuntimeError):
+    """Another job has assets in a partition that is to be emptied. Nothing of it was deleted."""
+
+
+_OTHERS = text("SELECT EXISTS (SELECT 1 FROM asset WHERE id >= :first AND id < :bound AND job_id <> :job_id)")
+
+
 def whole_partitions(db: Connection, *, job_id: int) -> list[Partition]:
-    """The partitions of masks that belong to this job alone, now and for ever."""
+    """The partitions of masks that belong to this job alone, as far as listings have committed."""
     first, last, given = db.execute(
         text(
             """SELECT min(first_asset_id), max(last_asset_id), (SELECT last_value FROM asset_id_seq)
@@ -50,25 +57,27 @@ def whole_partitions(db: Connection, *, job_id: int) -> list[Partition]:
     ).one()
     if first is None:
         return []
-    others = text("""SELECT EXISTS (SELECT 1 FROM asset WHERE id >= :first AND id < :bound AND job_id <> :job_id)""")
     touched = [p for p in partitions(db) if p.first <= last and p.bound > first and p.bound <= given]
     return [
         p
         for p in touched
-        if not db.execute(others, {"first": p.first, "bound": p.bound, "job_id": job_id}).scalar_one()
+        if not db.execute(_OTHERS, {"first": p.first, "bound": p.bound, "job_id": job_id}).scalar_one()
     ]
 
 
 def empty_partition(db: Connection, *, job_id: int, partition: Partition) -> None:
     """Delete a job's outcomes in a partition that is the job's alone, and all masks there at once.
 
-    Raises DBAPIError when the partition is in use for longer than two seconds.
+    Raises DBAPIError when the partition is in use for longer than two seconds, and SharedPartition.
     """
+    values = {"first": partition.first, "bound": partition.bound, "job_id": job_id}
     db.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'"))
-    db.execute(
-        text("DELETE FROM outcome WHERE asset_id >= :first AND asset_id < :bound AND job_id = :job_id"),
-        {"first": partition.first, "bound": partition.bound, "job_id": job_id},
-    )
+    db.execute(text("DELETE FROM outcome WHERE asset_id >= :first AND asset_id < :bound AND job_id = :job_id"), values)
+    db.execute(text(f"LOCK TABLE {partition.table} IN ACCESS EXCLUSIVE MODE"))
+    # Ids are given before their assets are committed: a listing may have had some here that `whole_partitions` could
+    # not see. From now on nobody can write their masks.
+    if db.execute(_OTHERS, values).scalar_one():
+        raise SharedPartition(f"{partition.table} has assets of another job")
     db.execute(text(f"TRUNCATE {partition.table}"))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, text
 
-from db.queue import USUAL_PRIORITY
+from db.queue import USUAL_PRIORITY, unsend_job
 from db.states import JobState
 
 LIST_PATIENCE_SECONDS = 3600.0
@@ -192,7 +192,7 @@ def cancel_job(db: Connection, *, job_id: int) -> bool:
     """
     statement = "UPDATE job SET state = 'cancelled' WHERE id = :job_id AND state IN ('listing', 'running')"
     stopped = db.execute(text(statement), {"job_id": job_id}).rowcount == 1
-    _unsend(db, job_id=job_id)
+    unsend_job(db, job_id=job_id)
     return stopped
 
 
@@ -205,13 +205,8 @@ def resume_job(db: Connection, *, job_id: int) -> bool:
     )
     resumed = db.execute(statement, {"job_id": job_id}).rowcount == 1
     if resumed:
-        _unsend(db, job_id=job_id)
+        unsend_job(db, job_id=job_id)
     return resumed
-
-
-def _unsend(db: Connection, *, job_id: int) -> None:
-    """Let a job's sent chunks be sent again. Their messages may have been used up while the job did not run."""
-    db.execute(text("UPDATE chunk SET state = 'new' WHERE job_id = :job_id AND state = 'sent'"), {"job_id": job_id})
 
 
 # A job's failed outcomes (of one kind, or all), each with its chunk: o, c.
@@ -301,14 +296,19 @@ def record_list_failure(db: Connection, *, job: Job, error: str, lasting: bool) 
     )
 
 
+_OVER = """state = 'running' AND (asked->>'prompts' IS NULL OR matched IS NOT NULL)
+           AND NOT EXISTS (SELECT 1 FROM chunk WHERE job_id = job.id AND state <> 'done')"""
+
+
 def finish_jobs(db: Connection) -> list[int]:
     """Mark the fully listed jobs that have no open chunk as done. Returns their ids."""
-    statement = text(
-        """UPDATE job SET state = 'done', finished_at = now(), error = NULL WHERE state = 'running'
-           AND (asked->>'prompts' IS NULL OR matched IS NOT NULL)
-           AND NOT EXISTS (SELECT 1 FROM chunk WHERE job_id = job.id AND state <> 'done') RETURNING id"""
-    )
-    return list(db.execute(statement).scalars())
+    # Locked first, and then looked at again: one statement would not see the chunks that a retry opened after it began.
+    over = list(db.execute(text(f"SELECT id FROM job WHERE {_OVER} ORDER BY id FOR NO KEY UPDATE")).scalars())
+    if not over:
+        return []
+    finish = f"""UPDATE job SET state = 'done', finished_at = now(), error = NULL
+                 WHERE id = ANY(:ids) AND {_OVER} RETURNING id"""
+    return list(db.execute(text(finish), {"ids": over}).scalars())
 
 
 def is_idle(db: Connection) -> bool:

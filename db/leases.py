@@ -107,19 +107,17 @@ def claim_chunk(
     return ClaimedChunk(**row) if row else None
 
 
-_ANSWER = copy_outcomes(
-    """SELECT DISTINCT ON (a.id) a.id, CAST(NULL AS text) AS etag, o.asset_id AS from_id
-       FROM job j
-       CROSS JOIN (SELECT * FROM asset WHERE job_id = :job_id AND id BETWEEN :first AND :last OFFSET 0) a
-       JOIN asset b ON b.job_id = j.id AND a.key = b.key
-       JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL AND a.etag = coalesce(o.etag, b.etag)
-         AND (o.etag IS NOT NULL OR a.size_bytes = b.size_bytes)
-       WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id AND j.deleted_at IS NULL
-         -- The same prompt file may mean an asset in one listing and not in another.
-         AND ARRAY(SELECT key FROM prompt_match WHERE asset_id = a.id ORDER BY key)
-           = ARRAY(SELECT key FROM prompt_match WHERE asset_id = b.id ORDER BY key)
-       ORDER BY a.id, b.id DESC"""
-)
+_EARLIER = """SELECT DISTINCT ON (a.id) a.id, CAST(NULL AS text) AS etag, o.asset_id AS from_id
+             FROM job j
+             CROSS JOIN (SELECT * FROM asset WHERE job_id = :job_id AND id BETWEEN :first AND :last OFFSET 0) a
+             JOIN asset b ON b.job_id = j.id AND a.key = b.key
+             JOIN outcome o ON o.asset_id = b.id AND o.error_kind IS NULL AND a.etag = coalesce(o.etag, b.etag)
+               AND (o.etag IS NOT NULL OR a.size_bytes = b.size_bytes)
+             WHERE j.source = :source AND j.model_version = :model_version AND j.id < :job_id AND j.deleted_at IS NULL
+               -- The same prompt file may mean an asset in one listing and not in another.
+               AND ARRAY(SELECT key FROM prompt_match WHERE asset_id = a.id ORDER BY key)
+                 = ARRAY(SELECT key FROM prompt_match WHERE asset_id = b.id ORDER BY key)
+             ORDER BY a.id, b.id DESC"""
 
 
 def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
@@ -136,7 +134,7 @@ def answer_from_stored(db: Connection, *, chunk: ClaimedChunk) -> int:
         "first": chunk.first_asset_id,
         "last": chunk.last_asset_id,
     }
-    return len(db.execute(text(_ANSWER), values).all())
+    return len(copy_outcomes(db, _EARLIER, values))
 
 
 def pending_assets(db: Connection, *, chunk: ClaimedChunk) -> list[Asset]:

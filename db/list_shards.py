@@ -70,7 +70,7 @@ def add_shard_page(
 
 def split_shard(db: Connection, *, job: Job, shard: ListShard, at: str) -> tuple[ListShard, ListShard] | None:
     """Make two ranges of one: up to the key `at`, and behind it. None when the range has changed meanwhile."""
-    if _lock(db, job_id=job.id) is None or shorten_shard(db, job=job, shard=shard, upto=at) is None:
+    if shorten_shard(db, job=job, shard=shard, upto=at) is None:
         return None
     n = db.execute(
         text(
@@ -84,6 +84,8 @@ def split_shard(db: Connection, *, job: Job, shard: ListShard, at: str) -> tuple
 
 def shorten_shard(db: Connection, *, job: Job, shard: ListShard, upto: str) -> ListShard | None:
     """Let a range end sooner, because nothing is behind that key. None when the range has changed meanwhile."""
+    if _lock(db, job_id=job.id) is None:
+        return None
     changed = db.execute(
         text(
             """UPDATE list_shard SET upto = :at WHERE job_id = :job_id AND n = :n AND NOT is_done

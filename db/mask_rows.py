@@ -7,7 +7,6 @@ number of columns.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable
 from functools import lru_cache
@@ -18,9 +17,9 @@ import orjson
 from sqlalchemy import Connection
 
 from db.copied_outcomes import MASK_COLUMNS
+from db.copying import copy_in
 from db.results import StoredMask
 
-_READ_BYTES = 1 << 16
 _SIGNATURE = b"PGCOPY\n\xff\r\n\0" + bytes(8)  # no flags, no extension of the header
 _END = b"\xff\xff"
 # Each field is its length in bytes and its value, in network order. A null has the length -1 and no value.
@@ -37,10 +36,7 @@ def copy_masks(db: Connection, *, masks: Iterable[StoredMask]) -> None:
     """COPY masks. Call it in the transaction that writes their outcomes."""
     rows = b"".join(map(_row, masks))
     if rows:
-        cursor: Any = db.connection.cursor()
-        into = f"COPY mask ({MASK_COLUMNS}) FROM STDIN (FORMAT binary)"
-        cursor.copy_expert(into, io.BytesIO(_SIGNATURE + rows + _END), _READ_BYTES)
-        cursor.close()
+        copy_in(db, f"COPY mask ({MASK_COLUMNS}) FROM STDIN (FORMAT binary)", _SIGNATURE + rows + _END)
 
 
 def _row(mask: StoredMask) -> bytes:

@@ -198,3 +198,16 @@ def take_window(db: Connection, *, window: int) -> Window:
 def unsend(db: Connection, *, chunk_ids: Sequence[int]) -> None:
     """Take back chunks when their messages could not be published."""
     db.execute(text("UPDATE chunk SET state = 'new' WHERE id = ANY(:ids) AND state = 'sent'"), {"ids": list(chunk_ids)})
+
+
+def unsend_job(db: Connection, *, job_id: int) -> None:
+    """Let a job's sent chunks be sent again. Their messages may be used up while the job does not run.
+
+    The caller has locked the job. A retry locks chunks before their job, so two that wait could wait for each other:
+    a chunk that another one holds is left to it, which claims it or makes it new.
+    """
+    statement = text(
+        """UPDATE chunk SET state = 'new' WHERE id IN (
+               SELECT id FROM chunk WHERE job_id = :job_id AND state = 'sent' FOR UPDATE SKIP LOCKED)"""
+    )
+    db.execute(statement, {"job_id": job_id})

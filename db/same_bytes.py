@@ -57,7 +57,6 @@ _PAIRS = """SELECT DISTINCT ON (asked.id) asked.id, asked.etag, found.asset_id A
                 WHERE s.key = asked.key AND s.asset_id <> asked.id AND (NOT :fresh OR o.job_id = :job_id)
                 ORDER BY s.asset_id LIMIT 1) found
             ORDER BY asked.id"""
-_ANSWER = copy_outcomes(_PAIRS, counted=MaskCount.SAME_BYTES)
 
 
 def answer_same_bytes(
@@ -76,7 +75,7 @@ def answer_same_bytes(
         "keys": [key for _, key, _ in asked],
         "etags": [etag for _, _, etag in asked],
     }
-    answered = set(db.execute(text(_ANSWER), values).scalars())
+    answered = copy_outcomes(db, _PAIRS, values, counted=MaskCount.SAME_BYTES)
     remember_bytes(db, keys=[(key, asset_id) for asset_id in answered for key in read[asset_id].keys])
     return answered
 

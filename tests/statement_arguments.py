@@ -63,7 +63,10 @@ def _of_chunks(db: Connection, filled: Filled, middle: int) -> Given:
         "window": 64,
         "last_asset_id": middle,
         "kind": MaskCount.LABEL,
-        "partition": Partition(table="mask_part_0", first=0, bound=2**20),
+        # As far as it is the large job's alone.
+        "partition": Partition(
+            table="mask_part_0", first=filled.first_asset_id, bound=filled.first_asset_id + filled.assets
+        ),
         "most": 4,
         "beats": [Beat(kind=ProcessKind.WORKER, name="w", host="h", pid=1, version="1")],
     }
@@ -206,6 +209,14 @@ def chunk_of_known_keys(db: Connection, given: Given) -> ClaimedChunk:
     return claim(db, chunk_id)
 
 
+def _copied(db: Connection, given: Given) -> Given:
+    chunk = chunk_of_known_keys(db, given)
+    behind = chunk.first_asset_id - given["asset_ids"][0]
+    pairs = f"""SELECT id, CAST(NULL AS text) AS etag, id - {behind} AS from_id FROM asset
+                WHERE job_id = :job_id AND id BETWEEN {chunk.first_asset_id} AND {chunk.last_asset_id}"""
+    return {"pairs": pairs, "values": {"job_id": chunk.job_id}, "counted": None}
+
+
 def _keys(db: Connection, given: Given) -> list[str]:
     statement = text("SELECT key FROM asset WHERE id = ANY(:ids)")
     return list(db.execute(statement, {"ids": given["asset_ids"]}).scalars())
@@ -233,6 +244,7 @@ OTHERS: dict[str, Callable[[Connection, Given], Given]] = {
     "leases.answer_from_stored": lambda db, given: {"chunk": chunk_of_known_keys(db, given)},
     # As in a pass of `publish --follow`: what is before was published.
     "publishing.unpublished": lambda db, given: {"after_asset_id": given["chunk"].first_asset_id - 100 * CHUNK},
+    "copied_outcomes.copy_outcomes": lambda db, given: _copied(db, given),
     "copied_outcomes.remember_bytes": lambda db, given: {"keys": [(f"{n:032}", n) for n in given["asset_ids"]]},
     "same_bytes.answer_same_bytes": lambda db, given: _with_known_bytes(db, given),
     "results.key_after": lambda db, given: {"assets": 64},

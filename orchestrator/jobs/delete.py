@@ -76,6 +76,8 @@ def _empty_partitions(engine: Engine, job_id: int) -> None:
                 deletion.empty_partition(db, job_id=job_id, partition=partition)
         except DBAPIError as error:
             log.info("partition %s is in use: %s", partition.table, redact(str(error.orig).strip()))
+        except deletion.SharedPartition as error:
+            log.info("%s", error)
 
 
 def _delete_bytes(store: EmbeddingStore, addresses: Sequence[str]) -> int:

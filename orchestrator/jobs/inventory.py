@@ -14,7 +14,7 @@ from itertools import islice
 from typing import IO, Any
 from urllib.parse import unquote_plus
 
-from orchestrator.jobs.named_keys import NamedKey, checked_key
+from orchestrator.jobs.named_keys import NamedKey, checked_etag, checked_key
 from workers.errors import SourceError
 from workers.storage.asset import SkipReason
 
@@ -52,6 +52,8 @@ def parse_inventory(content: bytes, *, name: str, bucket: str | None) -> Invento
         raise SourceError(f"{name}: its files are {str(file_format)[:20]}, expected CSV or Parquet")
     if file_format == "CSV" and not {"Bucket", "Key"} <= set(columns):
         raise SourceError(f"{name}: fileSchema is {', '.join(columns)[:200]}, expected Bucket and Key among them")
+    if any("\0" in key for key, _ in files):
+        raise SourceError(f"{name}: names a file with a NUL, which no store has")
     if source_bucket != bucket:
         raise SourceError(f"{name}: lists the bucket {str(source_bucket)[:100]}, the job's is {bucket or 'a folder'}")
     return Inventory(name=name, file_format=file_format, columns=columns, files=files)
@@ -118,5 +120,5 @@ def _named(position: int, row: dict[str, Any], *, bucket: str | None, prefix: st
         position=position,
         key=key,
         size_bytes=int(size) if size.isdecimal() and len(size) < 19 else None,
-        etag=row.get("ETag", "").strip('"') or None,
+        etag=checked_etag(row.get("ETag")),
     )

@@ -8,7 +8,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.jobs.named_keys import NamedKey, checked_key
+from orchestrator.jobs.named_keys import NamedKey, checked_etag, checked_key
 from workers.errors import SourceError
 from workers.storage.asset import SkipReason
 
@@ -57,6 +57,8 @@ def read_key_table(
 def _columns(table: Any, name: str) -> dict[str, str]:
     """Our name of each column that is used, with the file's."""
     found = {ours: there for ours, names in _NAMES.items() for there in names if there in table.schema_arrow.names}
+    if twice := [there for there in found.values() if table.schema_arrow.names.count(there) > 1]:
+        raise SourceError(f"{name}: has the column {twice[0]} twice")
     if "key" not in found:
         there = ", ".join(table.schema_arrow.names[:20]) or "none"
         raise SourceError(f"{name}: has no column `key`, only {there[:300]}")
@@ -91,10 +93,10 @@ def _named(position: int, row: dict[str, Any], *, bucket: str | None, prefix: st
         key = checked_key(row["key"], prefix) if row["bucket"] == bucket else SkipReason.OUTSIDE_SOURCE
     else:
         key = checked_key(row["key"], uri if isinstance(row["key"], str) and row["key"].startswith(uri) else "")
-    size, etag = row.get("size"), row.get("etag")
+    size = row.get("size")
     return NamedKey(
         position=position,
         key=key,
         size_bytes=size if isinstance(size, int) and 0 <= size < 2**62 else None,
-        etag=etag.strip('"') if isinstance(etag, str) and "\0" not in etag and len(etag) < 200 else None,
+        etag=checked_etag(row.get("etag")),
     )

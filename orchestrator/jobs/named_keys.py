@@ -30,3 +30,8 @@ def checked_key(key: object, prefix: str) -> str | SkipReason:
     if not key.startswith(prefix):
         return SkipReason.OUTSIDE_SOURCE
     return key.removeprefix(prefix) or SkipReason.NOT_A_KEY
+
+
+def checked_etag(etag: object) -> str | None:
+    """An etag without its quotes. None for what is none, or what Postgres cannot store."""
+    return etag.strip('"') or None if isinstance(etag, str) and is_storable(etag) and len(etag) < 200 else None

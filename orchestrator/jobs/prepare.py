@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from db import jobs, listing, prompts
@@ -16,6 +17,7 @@ from db.jobs import Job
 from db.session import Engine
 from db.settings import settings
 from db.states import JobState
+from db.texts import storable
 from orchestrator.jobs.listing import Selection, Walks, listed_part
 from orchestrator.jobs.shards import list_in_parallel
 from orchestrator.prompts.key_matching import MatchingError, match
@@ -61,10 +63,14 @@ def match_prompts(engine: Engine, job: Job) -> None:
     keys = _pages(engine, job, prompts.prompt_keys)
     assets = _pages(engine, job, prompts.asset_keys)
     try:
-        with match(keys, assets, source=job.source) as matching, engine.begin() as db:
+        with match(keys, assets, source=job.source) as matching:
             # A prompt whose key equals the asset's key needs no row.
             pairs = ((pair.asset, pair.key) for pair in matching.pairs(exact=False))
-            prompts.store_matches(db, job_id=job.id, pairs=pairs, matched=matching.report().as_json())
+            # The first one comes when all are sorted, which takes minutes for ten million. Postgres ends a transaction
+            # that waits for so long, and the job would be matched anew without end.
+            first, report = list(islice(pairs, 1)), matching.report().as_json()
+            with engine.begin() as db:
+                prompts.store_matches(db, job_id=job.id, pairs=chain(first, pairs), matched=report)
     except MatchingError as error:
         log.error("job %d: %s", job.id, error, extra={"job": job.id})
         with engine.begin() as db:
@@ -105,4 +111,4 @@ def _store(engine: Engine, job: Job, page: Selection) -> Job | None:
 def _note_failure(engine: Engine, job: Job, error: str, *, lasting: bool) -> None:
     log.error("job %d: %s could not be listed: %s", job.id, job.source, redact(error), extra={"job": job.id})
     with engine.begin() as db:
-        jobs.record_list_failure(db, job=job, error=redact(error), lasting=lasting)
+        jobs.record_list_failure(db, job=job, error=storable(redact(error)), lasting=lasting)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from db.texts import is_storable
+from db.texts import is_storable_key
 from orchestrator.prompts import coco as coco_prompts
 from orchestrator.prompts import yolo as yolo_prompts
 from orchestrator.prompts.entries import BadEntry, Entry, PassedOver, PromptFileError, Reader, shown
@@ -132,7 +132,7 @@ class _Intake:
         if isinstance(entry, BadEntry):
             self._report(entry.where, entry.why)
             return
-        if not entry.key or not is_storable(entry.key):
+        if not entry.key or not is_storable_key(entry.key):
             self._report(entry.where, f"key {shown(entry.key)}, expected the asset's name")
             return
         checked = [self._check(entry, index, asked) for index, asked in enumerate(entry.prompts)]

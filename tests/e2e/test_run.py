@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
@@ -151,13 +153,33 @@ def test_two_runs_at_once_do_not_disturb_each_other_and_one_folder_takes_one(tmp
         assert json.loads((out / "summary.json").read_text())["assets"]["labeled"] == 6
 
 
-def test_a_run_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
-    temporary = tmp_path / "temporary"
+def test_a_run_leaves_no_file_in_the_temporary_folder_and_no_semaphore(tmp_path: Path) -> None:
+    temporary, log = tmp_path / "temporary", tmp_path / "out" / ".maskfleet" / "worker.log"
     temporary.mkdir()
+    source = draw_pictures(tmp_path / "pictures", 1)
+    settings = {"TMPDIR": str(temporary), "MASKFLEET_STUB_SECONDS": "2"}
+    command = [*RUN, str(source), "--out", str(tmp_path / "out"), "--model", "stub"]
 
-    run(draw_pictures(tmp_path / "pictures", 1), "--out", tmp_path / "out", "--model", "stub", TMPDIR=str(temporary))
+    with subprocess.Popen(command, env=environment(**settings), stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: log.exists() and "received" in log.read_text(), "a chunk at work")
+        children = psutil.Process(process.pid).children(recursive=True)
+        semaphores = {inode for child in children for inode in semaphores_of(child.pid)}
+        assert semaphores & semaphores_that_are_left()
 
+    assert process.returncode == 0
     assert list(temporary.iterdir()) == []
+    # billiard's tracker removes them after its last process has ended, and nobody waits for it.
+    wait_for(lambda: not semaphores & semaphores_that_are_left(), "the end of the semaphores", seconds=30)
+
+
+def semaphores_of(pid: int) -> list[int]:
+    """The inodes of the semaphores that the process has open."""
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return [int(inode) for inode in re.findall(r"(\d+) +/dev/shm/sem\.", maps)]
+
+
+def semaphores_that_are_left() -> set[int]:
+    return {path.stat().st_ino for path in Path("/dev/shm").glob("sem.mp-*")}
 
 
 def test_a_fast_job_is_encoded_fast_too(tmp_path: Path) -> None:

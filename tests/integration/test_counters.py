@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from alembic import command
 from sqlalchemy import Connection, Engine, text
@@ -14,6 +16,7 @@ from db.publishing import Intent, LsProject
 from db.results import StoredMask
 from db.states import MaskCount
 from tests.factories import chunk_ids, claim, count, delete, labeled, make_job, pending, record
+from tests.waiting import wait_for_lock
 
 pytestmark = pytest.mark.integration
 
@@ -71,6 +74,33 @@ def test_what_is_counted_is_what_the_masks_say_also_of_answers_and_of_masks_of_a
         db.execute(text("DELETE FROM mask_counter WHERE job_id = :id AND slot % 2 = 0"), {"id": job.id})
         db.execute(text("DELETE FROM mask_counter WHERE job_id = :id"), {"id": answered.id})
     assert found_of(engine, job) == found_of(engine, answered) == expected
+
+
+def test_masks_are_counted_after_outcomes_by_all_so_that_no_two_wait_for_each_other(engine: Engine) -> None:
+    earlier = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, earlier)[0])
+    record(engine, chunk, [labeled(chunk.first_asset_id)])
+    job = make_job(engine, keys=2, chunk_size=1)
+    answered, looked_at = (claim(engine, chunk_id) for chunk_id in chunk_ids(engine, job))
+    slot = "SELECT pg_current_xact_id()::text::bigint % 32"
+
+    def answer() -> int:
+        with engine.connect() as db:
+            while db.execute(text(slot)).scalar_one() != taken:
+                db.rollback()
+            found = leases.answer_from_stored(db, chunk=answered)
+            db.commit()
+            return found
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.begin() as db:
+            taken = db.execute(text(slot)).scalar_one()
+            outcome = {"asset_id": looked_at.first_asset_id, "job_id": job.id}
+            db.execute(text("INSERT INTO outcome (asset_id, job_id, width) VALUES (:asset_id, :job_id, 4)"), outcome)
+            answering = pool.submit(answer)
+            wait_for_lock(engine)
+            counters.add_masks(db, job_id=job.id, numbers={(MaskCount.MASKS_AN_ASSET, "1"): 1})
+        assert answering.result() == 1
 
 
 def test_a_filled_database_is_brought_to_counters_and_partitions_and_back_without_a_loss(

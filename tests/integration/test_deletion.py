@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, text
 
-from db import deletion, embeddings, jobs, leases, prompts, results
+from db import deletion, embeddings, jobs, leases, listing, prompts, results
 from db.jobs import Job
+from db.listing import NewAsset
 from db.partitions import PARTITION_ASSETS, partitions
 from orchestrator.jobs.delete import JobRunsError, delete_job
 from tests.factories import chunk_ids, claim, count, delete, finish, labeled, make_job, pending, record
@@ -116,6 +117,33 @@ def test_partitions_that_are_the_jobs_alone_are_emptied_at_once(engine: Engine) 
     found = rows(engine)
     assert (found["asset"], found["mask"]) == (2, 6)
     assert count(engine, shared).masks == 6
+
+
+def test_a_partition_in_which_a_listing_has_assets_that_are_not_committed_is_not_emptied(engine: Engine) -> None:
+    jump = "SELECT setval('asset_id_seq', :id)"
+    with engine.begin() as db:
+        first = partitions(db)[0].bound
+        db.execute(text(jump), {"id": first})
+    job = labeled_job(engine)
+    with engine.begin() as db:
+        db.execute(text(jump), {"id": first + PARTITION_ASSETS - 4})
+        later = jobs.insert_job(
+            db, name="", source="s3://later", model="stub", model_version="stub@5+5", asked={}, fresh=True
+        )
+    with engine.begin() as lister:
+        page = [NewAsset(key=str(n), size_bytes=1, etag="") for n in range(6)]
+        listing.add_assets(lister, job=later, assets=page, cursor="5", skipped={}, complete=True, chunk_size=6)
+        with engine.begin() as db:
+            deletion.begin_deletion(db, job_id=job.id)
+            [whole] = deletion.whole_partitions(db, job_id=job.id)
+    chunk = claim(engine, chunk_ids(engine, later)[0])
+    record(engine, chunk, [labeled(asset.id) for asset in pending(engine, chunk)])
+
+    with pytest.raises(deletion.SharedPartition), engine.begin() as db:
+        deletion.empty_partition(db, job_id=job.id, partition=whole)
+    delete_job(engine, job.id, store=None)
+
+    assert rows(engine)["mask"] == count(engine, later).masks == 6
 
 
 def test_partitions_are_made_before_assets_need_them(engine: Engine) -> None:

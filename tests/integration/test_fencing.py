@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from sqlalchemy import Engine, text
 
 from db import jobs, leases, listing, queue
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
+from db.session import DBAPIError, is_passing
+from db.states import JobState
 from tests.factories import chunk_ids, claim, count, expire_lease, finish, labeled, make_job, pending, reap, record
+from tests.waiting import wait_for_lock
 
 pytestmark = pytest.mark.integration
 
@@ -131,3 +136,71 @@ def test_what_is_retried_while_its_chunk_runs_is_not_left_behind(engine: Engine)
     with pytest.raises(LeaseLost):  # it would finish the chunk without the retried asset
         finish(engine, chunk)
     assert [asset.id for asset in pending(engine, claim(engine, chunk_id))] == [gone, waiting]
+
+
+def test_a_job_whose_retry_commits_while_it_is_finished_stays_at_work(engine: Engine) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    record(engine, chunk, [NewOutcome(asset_id=chunk.first_asset_id, error_kind="not_found")])
+    with engine.begin() as db:
+        leases.finish_chunk(db, chunk=chunk)
+
+    def finish_jobs() -> list[int]:
+        with engine.begin() as db:
+            return jobs.finish_jobs(db)
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.begin() as db:
+            assert jobs.retry_failed(db, job_id=job.id, error_kind=None) == 1
+            finishing = pool.submit(finish_jobs)  # it sees the job before the retry, and waits for its row
+            wait_for_lock(engine)
+        assert finishing.result() == []
+
+    with engine.begin() as db:
+        assert jobs.get_job(db, job_id=job.id).state is JobState.RUNNING
+        assert queue.take_window(db, window=1).all == [chunk.id]
+
+
+def test_a_cancel_and_a_retry_at_once_do_not_wait_for_each_other(engine: Engine) -> None:
+    job = make_job(engine, keys=2)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    record(engine, chunk, [NewOutcome(asset_id=chunk.first_asset_id, error_kind="not_found")])
+    with engine.begin() as db:
+        leases.release_chunk(db, chunk=chunk)
+        assert queue.take_window(db, window=1).all == [chunk.id]
+
+    def retry() -> int:
+        with engine.begin() as db:
+            return jobs.retry_failed(db, job_id=job.id, error_kind=None)
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.begin() as db:
+            db.execute(text("UPDATE job SET name = name WHERE id = :id"), {"id": job.id})  # as the cancel begins
+            retrying = pool.submit(retry)  # it locks the chunk, and waits for the job
+            wait_for_lock(engine)
+            assert jobs.cancel_job(db, job_id=job.id)
+        assert retrying.result() == 1
+
+
+def test_a_disk_that_fills_up_in_a_copy_is_an_error_of_the_database_that_passes(engine: Engine) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    with engine.begin() as db:
+        db.execute(
+            text(
+                """CREATE FUNCTION fill_up() RETURNS trigger LANGUAGE plpgsql AS
+                   $$ BEGIN RAISE 'no space left on device' USING ERRCODE = 'disk_full'; END $$"""
+            )
+        )
+        for table in ("mask", "asset"):
+            db.execute(
+                text(f"CREATE TRIGGER disk_is_full BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION fill_up()")
+            )
+
+    with pytest.raises(DBAPIError, match="no space left") as of_masks:
+        record(engine, chunk, [labeled(chunk.first_asset_id)])
+    with pytest.raises(DBAPIError, match="no space left") as of_assets:
+        make_job(engine)
+
+    assert is_passing(of_masks.value)
+    assert is_passing(of_assets.value)

@@ -13,7 +13,7 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.server import ThreadedMotoServer
 from sqlalchemy import Engine, text
 
-from db import jobs
+from db import jobs, list_shards
 from db.jobs import Job
 from db.settings import settings
 from db.states import JobState
@@ -21,6 +21,7 @@ from orchestrator.jobs.dispatch import tick
 from orchestrator.jobs.listing import Walks
 from orchestrator.jobs.prepare import list_for_a_while
 from tests.factories import chunk_ids, count
+from tests.waiting import wait_for_lock
 from workers.storage.asset import PAGE_SIZE
 from workers.storage.bucket import Bucket
 
@@ -148,6 +149,26 @@ def test_a_listing_in_ranges_that_is_interrupted_after_each_page_or_doubled_stay
 
     assert now(engine, job).state is JobState.RUNNING
     assert_exact(engine, job, [key.removeprefix("photos/") for key in KEYS["numbers"]])
+
+
+def test_a_dispatcher_that_cuts_a_range_and_one_that_stores_its_page_do_not_wait_for_each_other(engine: Engine) -> None:
+    job = submit(engine, "s3://cut/photos", list_shards=2)
+    with engine.begin() as db:
+        [shard] = list_shards.open_shards(db, job_id=job.id)
+
+    def cut() -> object:
+        with engine.begin() as db:
+            shorter = list_shards.shorten_shard(db, job=job, shard=shard, upto="m")
+            return list_shards.split_shard(db, job=job, shard=shorter or shard, at="f")
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.begin() as db:
+            db.execute(text("SELECT id FROM job WHERE id = :id FOR UPDATE"), {"id": job.id})  # as a page begins
+            cutting = pool.submit(cut)
+            wait_for_lock(engine)
+            page = {"assets": [], "skipped": {}, "is_done": False, "chunk_size": 64}
+            assert list_shards.add_shard_page(db, job=job, shard=shard, cursor="b", **page) is not None
+        assert cutting.result() is None  # the range has changed: it is cut at another place
 
 
 def test_a_small_prefix_needs_one_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Connection, Engine, text
 
 from db import brake, jobs, leases, listing, progress, prompts, queue, results
 from db.jobs import Job
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
+from db.session import open_engine
 from db.states import JobState
 from orchestrator.jobs.prepare import match_prompts
+from orchestrator.prompts.key_matching import Matching, Pair
 from tests.factories import (
     chunk_ids,
     claim,
@@ -397,6 +401,29 @@ def test_a_lost_message_is_noticed_though_the_queue_is_never_empty(engine: Engin
         assert queue.take_window(db, window=4).new == [lost]
 
 
+def test_pairs_that_take_long_to_sort_hold_no_transaction_that_postgres_ends(
+    engine: Engine, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(engine, keys=["a.jpg", "b.jpg"], asked={"prompts": {"format": "json-lines"}})
+    with engine.begin() as db:
+        prompts.store_prompts(db, job_id=job.id, rows=[("a", '[{"n": 1}]'), ("b", '[{"n": 2}]')])
+    usual = Matching.pairs
+
+    def slow(matching: Matching, *, exact: bool = True) -> Iterator[Pair]:
+        time.sleep(1)
+        yield from usual(matching, exact=exact)
+
+    monkeypatch.setattr(Matching, "pairs", slow)
+    hasty = open_engine(database_url, statement_timeout_seconds=0.5)
+
+    match_prompts(hasty, job)
+    hasty.dispose()
+
+    with engine.begin() as db:
+        assert jobs.jobs_to_match(db) == []
+        assert db.execute(text("SELECT count(*) FROM prompt_match")).scalar_one() == 2
+
+
 def test_a_job_whose_prompts_mean_other_assets_is_not_answered_from_stored(engine: Engine) -> None:
     asked = {"prompts": {"format": "json-lines"}}
     made = []
@@ -511,6 +538,26 @@ def test_a_job_of_which_too_many_assets_fail_is_paused_with_the_reasons_and_goes
         assert brake.pause_failing_jobs(db) == []
     assert [work(failed) for failed in (500, 0)] == [[], []]  # half of what came after the pause
     assert len(work(failed=500)) == 1
+
+
+def test_a_brake_that_meets_a_retry_needs_no_example(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(engine, keys=1000, chunk_size=500)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    record(engine, chunk, [NewOutcome(asset_id=asset.id, error_kind="forbidden") for asset in pending(engine, chunk)])
+    monkeypatch.setattr(brake, "MIN_JUDGED_ASSETS", 500)
+    last_errors = progress.last_errors
+
+    def retried(db: Connection, *, job_id: int) -> list[progress.LastError]:
+        with engine.begin() as other:
+            assert jobs.retry_failed(other, job_id=job_id, error_kind=None) == 500
+        return last_errors(db, job_id=job_id)
+
+    monkeypatch.setattr(progress, "last_errors", retried)
+
+    with engine.begin() as db:
+        [paused] = brake.pause_failing_jobs(db)
+
+    assert "500 forbidden" in paused.reason
 
 
 def test_a_job_may_ask_for_its_own_brake(engine: Engine) -> None:

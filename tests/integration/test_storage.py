@@ -193,7 +193,8 @@ def wire():
             status, headers, body = script.pop(0) if len(script) > 1 else script[0]
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
+                if value is not None:
+                    self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
             self.close_connection = True
@@ -232,7 +233,7 @@ def test_a_passing_failure_of_the_store_is_tried_again(wire, status, code):
 
 
 @pytest.mark.usefixtures("no_pauses")
-@pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (503, "SlowDown")])
+@pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")])
 def test_a_lasting_failure_of_the_store_condemns_no_asset(wire, status, code):
     endpoint, script, requests = wire
     script.append(answer(status, code))
@@ -341,6 +342,18 @@ def test_a_key_that_postgres_cannot_store_is_counted_and_never_the_cursor(wire):
     assert "continuation-token=next%2Bpage" in requests[1]
 
 
+def test_an_object_that_is_named_like_the_prefix_is_counted_and_no_asset(wire):
+    endpoint, script, _ = wire
+    entries = "".join(f"<Contents><Key>photos/{key}</Key><Size>5</Size></Contents>" for key in ("", "a.jpg"))
+    listing = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+    script.append(answer(200, body=listing.encode()))
+
+    [page] = open_source("s3://bucket/photos", s3_endpoint=endpoint).list()
+
+    assert [entry.key for entry in page.objects] == ["a.jpg"]
+    assert page.skipped == {SkipReason.FOLDER_MARKER: 1}
+
+
 # --- sources that cannot be used
 
 
@@ -413,3 +426,14 @@ def test_prompts_are_read_from_an_object_or_below_a_prefix(s3_server, make_bucke
     assert rows(f"s3://{bucket}/ds/labels") == [("train/a", "cat")]
     with pytest.raises(PromptFileError, match="no label file below it"):
         rows(f"s3://{bucket}/absent")
+
+
+def test_a_body_whose_length_is_not_said_is_read_up_to_the_limit(wire):
+    endpoint, script, _ = wire
+    script.append((200, {"Content-Length": None}, b"12345"))
+    source = open_source("s3://bucket", s3_endpoint=endpoint)
+
+    assert source.read("a.jpg", 5) == b"12345"
+    with pytest.raises(AssetError, match="5 bytes") as raised:
+        source.read("a.jpg", 4)
+    assert raised.value.kind is ErrorKind.TOO_LARGE

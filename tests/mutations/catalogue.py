@@ -189,9 +189,26 @@ MUTATIONS = (
         name="a job with an open chunk is not done",
         file="db/jobs.py",
         before="""
-           AND NOT EXISTS (SELECT 1 FROM chunk WHERE job_id = job.id AND state <> 'done') RETURNING id""",
-        after=" RETURNING id",
+           AND NOT EXISTS (SELECT 1 FROM chunk WHERE job_id = job.id AND state <> 'done')""",
+        after="",
         tests=(f"{_QUERIES}::test_a_job_is_done_when_it_is_listed_and_no_chunk_is_open",),
+    ),
+    Mutation(
+        name="a job is looked at again under its lock before it is done",
+        file="db/jobs.py",
+        before="WHERE id = ANY(:ids) AND {_OVER} RETURNING id",
+        after="WHERE id = ANY(:ids) RETURNING id",
+        tests=(f"{_FENCING}::test_a_job_whose_retry_commits_while_it_is_finished_stays_at_work",),
+    ),
+    Mutation(
+        name="a partition is looked at again under its lock before it is emptied",
+        file="db/deletion.py",
+        before="    if db.execute(_OTHERS, values).scalar_one():",
+        after="    if False:",
+        tests=(
+            "tests/integration/test_deletion.py"
+            "::test_a_partition_in_which_a_listing_has_assets_that_are_not_committed_is_not_emptied",
+        ),
     ),
     Mutation(
         name="the cursor's comparison before a page is stored",
@@ -364,14 +381,14 @@ MUTATIONS = (
         file="workers/running/devices.py",
         before="            os.kill(child, signal.SIGKILL)\n",
         after="            os.killpg(process.pid, signal.SIGKILL)\n",
-        tests=(f"{_FOLDER}::test_a_second_ctrl_c_hurries_and_still_leaves_nothing_behind",),
+        tests=("tests/e2e/test_run.py::test_a_run_leaves_no_file_in_the_temporary_folder_and_no_semaphore",),
     ),
     # embeddings
     Mutation(
         name="wanting an embedding is no attempt to make it",
         file="db/embeddings.py",
-        before="CASE WHEN :seconds > 0 THEN 1 ELSE 0 END",
-        after="CASE WHEN :seconds > 0 THEN 1 ELSE 1 END",
+        before="WHERE embedding.state <> 'stored' AND :seconds > 0",
+        after="WHERE embedding.state <> 'stored'",
         tests=(f"{_KEPT}::test_an_answered_asset_that_several_runs_want_was_not_tried_yet",),
     ),
     Mutation(

@@ -192,6 +192,10 @@ def test_keys_of_a_folder_are_looked_at_and_none_leads_out_of_it(tmp_path: Path)
             b'{"sourceBucket": "b", "fileFormat": "CSV", "fileSchema": "Bucket, Key", "files": []}',
             "lists the bucket b, the job's is bucket",
         ),
+        (
+            b'{"sourceBucket": "bucket", "fileFormat": "Parquet", "files": [{"key": "\\u0000", "MD5checksum": ""}]}',
+            "names a file with a NUL",
+        ),
     ],
 )
 def test_what_is_no_list_is_refused_by_name(tmp_path: Path, content: bytes, said: str) -> None:
@@ -241,6 +245,20 @@ def test_any_bytes_give_keys_or_a_named_error(tmp_path_factory: pytest.TempPathF
         path.write_bytes(head + content)
         with suppress(SourceError):
             assert all("\0" not in one.key and "\n" not in one.key for one in read(path)[0])
+
+
+def test_a_table_with_a_column_twice_is_refused_by_name(tmp_path: Path) -> None:
+    twice = pa.table([["a.jpg"], ["b.jpg"]], names=["key", "key"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+
+    with pytest.raises(SourceError, match=r"twice\.parquet: has the column key twice"):
+        read(tmp_path / "twice.parquet")
+
+
+def test_an_etag_that_postgres_cannot_store_is_left_out(tmp_path: Path) -> None:
+    path = write_inventory(tmp_path, [row("photos/a.jpg").replace("e1", "e\0")])
+
+    assert [(one.key, one.etag) for one in read(path)[0]] == [("a.jpg", "")]
 
 
 def test_what_is_no_file_here_is_refused_with_the_machine_that_reads_it(tmp_path: Path) -> None:

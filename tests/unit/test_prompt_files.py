@@ -44,6 +44,7 @@ def test_bad_lines_are_reported_with_file_and_line_and_stop_nothing_else(tmp_pat
         {"key": "c\x00.jpg", "prompts": [BOX]},
         '{"key": "d.jpg", "prompts": [{"box_xyxy": [NaN, 1, 2, 3]}]}',
         {"key": f"{SOURCE}/e.jpg", "prompts": [BOX], "width": 5},
+        {"key": "f" * 2601, "prompts": [BOX]},  # no index of Postgres takes it
     )
     found = read(path)
     assert [line.partition(": ")[0] for line in found.bad] == [
@@ -53,8 +54,9 @@ def test_bad_lines_are_reported_with_file_and_line_and_stop_nothing_else(tmp_pat
         "p.jsonl:5",
         "p.jsonl:6",
         "p.jsonl:7",
+        "p.jsonl:9",
     ]
-    assert (found.prompts, found.bad_count, found.file_format) == (2, 6, "json-lines")
+    assert (found.prompts, found.bad_count, found.file_format) == (2, 7, "json-lines")
     rows = stored(found)
     assert [key for key, _ in rows] == ["a.jpg", "b.jpg", "d.jpg", "e.jpg"]
     assert rows[0][1][0] == BOX

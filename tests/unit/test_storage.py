@@ -138,6 +138,13 @@ def test_links_that_leave_the_folder_are_counted_apart_from_dead_ones(tmp_path):
     assert skipped_by(open_source(str(photos))) == {SkipReason.LINK_OUT: 3, SkipReason.NOT_A_FILE: 1}
 
 
+def test_a_path_that_is_too_long_for_an_index_is_counted_and_does_not_stop_the_page(tmp_path):
+    source = fill(tmp_path, "a.jpg", "/".join(["f" * 200] * 14), "z.jpg")
+
+    assert keys_of(source) == ["a.jpg", "z.jpg"]
+    assert skipped_by(source) == {SkipReason.UNSTORABLE_NAME: 1}
+
+
 def test_names_that_are_not_utf8_are_counted_and_do_not_stop_the_page(tmp_path):
     source = fill(tmp_path, "a.jpg", b"b\xff.jpg", b"dir\xfe/c.jpg", "z.jpg")
 

@@ -18,7 +18,7 @@ class SkipReason(StrEnum):
     FOLDER_MARKER = "folder_marker"  # zero-byte "…/" objects that S3 consoles make
     NOT_A_FILE = "not_a_file"  # FIFO, socket, device, dangling link, or a link to a folder
     LINK_OUT = "link_out_of_source"  # a link to a file or folder outside of the source's folder
-    UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, or has a NUL, which Postgres cannot store
+    UNSTORABLE_NAME = "unstorable_name"  # not UTF-8, has a NUL, or is too long: Postgres cannot store it
     UNREADABLE_FOLDER = "unreadable_folder"  # a subfolder we may not look into (lost+found)
     NOT_A_KEY = "not_a_key"  # of a list of keys: a line that can be no key of the source
     NOT_FOUND = "not_found"  # of a list of keys: a folder has no such file; a bucket is not asked

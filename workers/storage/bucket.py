@@ -13,7 +13,7 @@ import botocore.exceptions
 import urllib3.exceptions
 
 from db.settings import settings
-from db.texts import is_storable
+from db.texts import is_storable_key
 from workers.errors import SourceError, TransientError, redact
 from workers.storage.asset import PAGE_SIZE, Content, Counted, Listed, Page, SkipReason, check_size
 from workers.storage.client import s3_client, store_of_settings
@@ -120,11 +120,11 @@ class Bucket:
         skipped: Counter[SkipReason] = Counter()
         for entry in contents:
             key = entry["Key"].removeprefix(self._prefix)
-            if not is_storable(key):
+            if not is_storable_key(key):
                 skipped[SkipReason.UNSTORABLE_NAME] += 1
                 continue  # it cannot be the cursor either, because the cursor is stored too
             cursor = key
-            if entry["Size"] == 0 and (not key or key.endswith("/")):
+            if not key or (entry["Size"] == 0 and key.endswith("/")):  # the prefix itself is no name of an asset
                 skipped[SkipReason.FOLDER_MARKER] += 1
             else:
                 objects.append(Listed(key=key, size_bytes=entry["Size"], etag=_bare_etag(entry.get("ETag"))))
@@ -137,10 +137,11 @@ class Bucket:
         except VENDOR_ERRORS as error:
             raise asset_error(key, self._bucket, error) from error
         with answer["Body"] as body:
-            expected = answer["ContentLength"]
-            check_size(key, expected, max_bytes)
-            content: bytes = body.read()
-        if len(content) != expected:
+            expected = answer.get("ContentLength")  # a proxy that sends the body in chunks does not say it
+            check_size(key, expected or 0, max_bytes)
+            content: bytes = body.read() if expected is not None else body.read(max_bytes + 1)
+        check_size(key, len(content), max_bytes)
+        if expected is not None and len(content) != expected:
             raise urllib3.exceptions.IncompleteRead(len(content), expected - len(content))
         return Content(content=content, etag=_bare_etag(answer.get("ETag")) or None)
 

@@ -14,6 +14,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 
+from db.texts import is_storable_key
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
 from workers.storage.asset import PAGE_SIZE, Content, Listed, Page, SkipReason, check_size
 
@@ -188,6 +189,8 @@ def _stat_file(below: bytes, real_root: bytes, key: bytes) -> Listed | SkipReaso
             status = os.stat(path)
             if not _is_inside(path, real_root):
                 return SkipReason.LINK_OUT
+        if not is_storable_key(name):
+            return SkipReason.UNSTORABLE_NAME
     except UnicodeDecodeError:
         return SkipReason.UNSTORABLE_NAME
     except FileNotFoundError:

@@ -61,9 +61,10 @@ _REMEDIES = {
     "404": _BUCKET_NAME,
 }
 
+_TOO_MANY = 429  # whatever word a store has for it
 # Not about the asset: the store is busy, or this worker's session has ended or its clock is wrong. Others may be fine.
 _PASSING_CODES = frozenset(
-    {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException", "429"}
+    {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"}
     | {"RequestTimeout", "InternalError", "ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed"}
 )
 
@@ -79,7 +80,7 @@ def asset_error(key: str, bucket: str, error: Exception) -> Exception:
             storage_class = error.response["Error"].get("StorageClass", "Glacier or the like")
             message = f"{key}: archived in s3://{bucket} ({storage_class}), cannot be read until it is restored there"
             return AssetError(ErrorKind.NOT_FOUND, message)
-        if status >= 500 or code in _PASSING_CODES:
+        if status >= 500 or status == _TOO_MANY or code in _PASSING_CODES:
             return TransientError(f"{key}: {reason}")
         message = f"{key}: s3://{bucket} refuses it ({status}): {reason}; {_remedy(error)}"
         return AssetError(ErrorKind.FORBIDDEN, message)
@@ -95,7 +96,7 @@ def source_error(uri: str, error: Exception, *, anonymous: bool) -> Exception:
         return TransientError(f"{uri}: {reason}")
     if isinstance(error, botocore.exceptions.ClientError):
         status, code = _status_and_code(error)
-        if status >= 500 or code in _PASSING_CODES:
+        if status >= 500 or status == _TOO_MANY or code in _PASSING_CODES:
             return TransientError(f"{uri}: {reason}")
         if anonymous and status in (401, 403) and _remedy(error) == _RIGHTS:
             return SourceError(f"{uri}: {reason}; {_NOT_PUBLIC}")
