@@ -19,6 +19,7 @@ _ORDER = "tests/label_studio/test_order.py"
 _TUNED = "tests/integration/test_tuned_models.py"
 _KEPT = "tests/integration/test_kept_embeddings.py"
 _FOLDER = "tests/e2e/test_folder.py"
+_DELETION = "tests/integration/test_deletion.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,10 +206,7 @@ MUTATIONS = (
         file="db/deletion.py",
         before="    if db.execute(_OTHERS, values).scalar_one():",
         after="    if False:",
-        tests=(
-            "tests/integration/test_deletion.py"
-            "::test_a_partition_in_which_a_listing_has_assets_that_are_not_committed_is_not_emptied",
-        ),
+        tests=(f"{_DELETION}::test_a_partition_in_which_a_listing_has_assets_that_are_not_committed_is_not_emptied",),
     ),
     Mutation(
         name="the cursor's comparison before a page is stored",
