@@ -79,7 +79,10 @@ def aws_credentials(known: dict[str, str]) -> str:
 
 
 def main() -> int:
-    """Returns 0 when something was written, 2 when everything was there."""
+    """Returns 0 when something was written, 2 when everything was there or an argument was given."""
+    if sys.argv[1:]:
+        say(f"{__doc__}\nTakes no arguments.")
+        return 2
     env, folder = ROOT / ".env", ROOT / "secrets"
     known = read_env(env)
     written = [f"{folder.name}/{name}" for name in write_secrets(folder, known)]

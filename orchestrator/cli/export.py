@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -73,6 +74,8 @@ def export(
     With --reviewed: only annotated assets; with --min-score, the others too. Run `maskfleet review` first.
     """
     _check(file_format, images=images, local_files=local_files)
+    if min_score is not None and not isfinite(min_score):
+        fail(f"--min-score {min_score}: expected a score, such as 0.8")
     engine = deployment_engine(statement_timeout_seconds=0)
     found, counts = read_job(engine, job)
     if counts.pending:

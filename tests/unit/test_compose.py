@@ -332,6 +332,17 @@ def test_docker_compose_accepts_it(overlay, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_make_env_with_a_word_behind_it_says_what_it_does_and_writes_nothing(tmp_path):
+    (tmp_path / "infra").mkdir()
+    command = [sys.executable, shutil.copy(ROOT / "infra" / "make_env.py", tmp_path / "infra"), "--help"]
+
+    asked = subprocess.run(command, capture_output=True, text=True)
+
+    assert asked.returncode == 2
+    assert "Writes what a new deployment needs" in asked.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["infra"]
+
+
 def test_make_env_writes_every_secret_once_where_the_owner_alone_can_enter(tmp_path):
     folder = _make_env(tmp_path)
     secrets = {path.name: path.read_text() for path in (folder / "secrets").iterdir()}

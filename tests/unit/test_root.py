@@ -98,7 +98,10 @@ def test_a_word_that_is_not_utf8_is_refused_before_anything_begins(option: str, 
 
 @pytest.mark.parametrize(
     ("words", "option"),
-    [(["jobs"], "--limit"), (["export", "1", "--format", "parquet", "--out", "o"], "--shard-assets")],
+    [
+        (["jobs"], "--limit"),
+        (["export", "1", "--format", "parquet", "--out", "o"], "--shard-assets"),
+    ],
 )
 def test_a_number_that_no_table_can_hold_is_refused_with_its_option(words: list[str], option: str) -> None:
     command = [sys.executable, "-P", "-m", "orchestrator.cli", *words, option, "99999999999999999999"]
@@ -107,6 +110,16 @@ def test_a_number_that_no_table_can_hold_is_refused_with_its_option(words: list[
 
     assert ended.returncode == 2
     assert option in ended.stderr
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    words = ["export", "1", "--format", "parquet", "--out", "o", "--min-score", "nan"]
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "orchestrator.cli", *words], capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 2
+    assert "--min-score nan: expected a score" in ended.stderr
 
 
 def test_a_file_that_cannot_be_used_is_said_in_a_line_and_an_error_of_ours_keeps_its_trace() -> None:

@@ -36,6 +36,11 @@ def require_decoder(spec: ModelSpec, decoder: str) -> None:
         raise ParamError(f"decoder={decoder}: {spec.name} takes {' or '.join(spec.decoders)} only")
 
 
+def count_loaded() -> int:
+    """How many models this process holds: those of the jobs that it worked for."""
+    return len(_loaded)
+
+
 def load_model(spec: ModelSpec, device: str) -> Model:
     """The model on this device ("cpu", "cuda", "cuda:1"), loaded at the first call and kept. Thread-safe.
 

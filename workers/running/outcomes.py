@@ -12,6 +12,7 @@ from db.texts import storable
 from workers.errors import AssetError, ErrorKind, redact
 from workers.images.pixels import RgbImage
 from workers.masks import Mask
+from workers.models.loading import count_loaded
 from workers.stored_masks import stored_mask
 
 _SHOWN_REASONS = 5
@@ -49,8 +50,13 @@ def judge(error: Exception) -> tuple[ErrorKind, str]:
 
 
 def failed_outcome(asset: Asset, error: Exception, *, job_id: int) -> NewOutcome:
-    """The outcome of an asset that raised this error. Internal errors are logged. Raises ProcessUnfit like `judge`."""
+    """The outcome of an asset that raised this error. Internal errors are logged.
+
+    Raises ProcessUnfit like `judge`, and for an asset that may fit into a new process, where no other job's model is.
+    """
     kind, text = judge(error)
+    if kind is ErrorKind.GPU_OOM and count_loaded() > 1:
+        raise ProcessUnfit(f"asset {asset.id} does not fit beside the models of other jobs: {text}") from error
     if kind is ErrorKind.INTERNAL:
         about = {"asset": asset.id, "job": job_id}
         log.error("asset %d of job %d: %s", asset.id, job_id, redact(text), exc_info=error, extra=about)
