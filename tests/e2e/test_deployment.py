@@ -32,7 +32,7 @@ def bucket(deployment: Deployment) -> Iterator[str]:
         "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    httpx.post(f"http://{host}:{port}/moto-api/reset").raise_for_status()  # the server still has old buckets
+    httpx.post(f"http://{host}:{port}/moto-api/reset", timeout=60).raise_for_status()  # it still has old buckets
     store(deployment).create_bucket(Bucket="photos")
     yield "photos"
     server.stop()

@@ -169,7 +169,7 @@ def test_a_sample_is_enlarged_and_closed_by_keyboard(running: Running, browser: 
 
 
 def test_without_the_password_nothing_is_told(running: Running) -> None:
-    with httpx.Client(base_url=running.url) as stranger:
+    with httpx.Client(base_url=running.url, timeout=60) as stranger:
         pages = {path: stranger.get(path) for path in ("/", "/jobs/1", "/nothing")}
         wrong = stranger.post("/login", data={"password": "not this one", "next": "/"})
         forged = httpx.get(
@@ -188,7 +188,7 @@ def test_without_the_password_nothing_is_told(running: Running) -> None:
 
 
 def test_who_is_logged_in_gets_pages_under_a_strict_policy_and_is_sent_nowhere_else(running: Running) -> None:
-    with httpx.Client(base_url=running.url) as person:
+    with httpx.Client(base_url=running.url, timeout=60) as person:
         sent = person.post("/login", data={"password": running.password, "next": "//elsewhere.example/"})
         page = person.get("/jobs/1")
         photo = person.get(re.findall(r'src="(/jobs/1/photos/\d+)"', page.text)[0])

@@ -130,7 +130,7 @@ def serve(folder: Path, *, database: Mapping[str, str] | None = None, **settings
 
 def personal_access_token(server: Server) -> str:
     """Make a personal access token as a person does: log in, then ask for one."""
-    with httpx.Client(base_url=server.url, follow_redirects=True) as browser:
+    with httpx.Client(base_url=server.url, follow_redirects=True, timeout=60) as browser:
         browser.get("/user/login/")
         form = {"email": USER, "password": PASSWORD, "csrfmiddlewaretoken": browser.cookies["csrftoken"]}
         browser.post("/user/login/", data=form).raise_for_status()
