@@ -50,7 +50,7 @@ def kind_of(file: IO[bytes]) -> Kind:
                 return "instances"
             elif prefix == "" and (event in ("end_map", "string", "number") or value in _OURS):
                 return ""
-    except ijson.JSONError:
+    except (ijson.JSONError, UnicodeDecodeError):
         return "detections" if is_array else ""
     finally:
         file.seek(0)

@@ -28,7 +28,7 @@ from workers.models.part_file import drop, exclusive_part
 from workers.models.registry import architecture_of, require_free_name
 from workers.models.sam2 import image_tensors, known_architectures
 from workers.models.spec import ModelError, WeightsError
-from workers.models.state_dicts import differences, fitting_model, read_tensors, shapes_of, some, state_on_meta
+from workers.models.state_dicts import DAMAGED, differences, fitting_model, read_tensors, shapes_of, some, state_on_meta
 
 _WRAPPERS = ("model", "model_state", "model_state_dict", "state_dict")
 _PREFIXES = ("module.", "sam.")
@@ -80,7 +80,7 @@ def _image_state(file: Path) -> dict[str, Tensor]:
             f"{file}: holds pickled objects other than tensors, which are not loaded because they could run code; save "
             "its state dict alone: torch.save(model.state_dict(), FILE)"
         ) from error
-    except (SafetensorError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
+    except DAMAGED as error:
         raise WeightsError(f"{file}: cannot be read as a checkpoint, cut off or damaged ({error})") from error
     state = _unwrapped(found)
     if not isinstance(state, dict) or not state:

@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from segment_anything.build_sam import build_sam_vit_b, build_sam_vit_h, build_sam_vit_l
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -29,6 +28,7 @@ from workers.models.nano import build_sam_nano
 from workers.models.sam_hq import build_sam_hq_vit_b, build_sam_hq_vit_h, build_sam_hq_vit_l
 from workers.models.spec import Model, ModelSpec, WeightsError
 from workers.models.state_dicts import (
+    DAMAGED,
     Architecture,
     Shapes,
     build_on_meta,
@@ -156,7 +156,7 @@ def _read_weights(spec: ModelSpec, verified: Verified, unpack: Callable[[Any], A
     except pickle.UnpicklingError as error:
         found = "holds pickled objects other than tensors, which are not loaded because they could run code"
         raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
-    except (SafetensorError, RuntimeError, ValueError, LookupError, EOFError, OSError) as error:
+    except DAMAGED as error:
         found = f"cannot be read ({error})" if verified.ok else verified.found
         raise WeightsError(f"{path}: {found}; {remedy(spec)}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 Shapes = dict[str, tuple[int, ...]]
+# What `read_tensors` raises for damaged files, beside pickle.UnpicklingError: torch calls what the file names, with
+# what the file has.
+DAMAGED = (
+    *(SafetensorError, RuntimeError, ValueError, LookupError, EOFError, OSError),
+    *(TypeError, AttributeError, AssertionError, ArithmeticError, struct.error),
+)
 
 
 def read_tensors(path: Path, *, may_be_old: bool = False) -> object:
     """What a safetensors file or a file of torch.save holds, memory-mapped.
 
     may_be_old: also read what torch wrote before 1.6, a bare pickle, which cannot be mapped.
-    Raises pickle.UnpicklingError for objects other than tensors, and many kinds of errors for damaged files.
+    Raises pickle.UnpicklingError for objects other than tensors, and DAMAGED.
     """
     if path.suffix == ".safetensors":
         return load_file(path)

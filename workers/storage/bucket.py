@@ -55,6 +55,8 @@ class Bucket:
         while True:
             answer = self._request(ATTEMPTS, "list_objects_v2", Prefix=self._prefix, MaxKeys=PAGE_SIZE, **where)
             contents = answer.get("Contents", [])
+            if any("Key" not in entry or "Size" not in entry for entry in contents):
+                raise SourceError(f"{self.uri('')}: the store lists an object without a key or a size")
             wanted = contents if upto is None else [one for one in contents if one["Key"] <= self._prefix + upto]
             page = self._page(wanted, cursor)
             if page.objects or page.skipped:
