@@ -111,7 +111,7 @@ KEYS = {
     "folders": [f"photos/{n % 5}/{n // 5:05}.jpg" for n in range(1500)],
     "one crowded folder": [
         *(f"photos/a{n}.jpg" for n in range(30)),
-        *(f"photos/zz/é/{n:05}" for n in range(1300)),
+        *(f"photos/zz/é/{n:05}" for n in range(5000)),  # so many, because to find them takes time too
         "photos/图/1",
     ],
 }
@@ -132,7 +132,7 @@ def test_a_bucket_is_listed_in_ranges_that_are_split_where_its_keys_are(
 
     assert_exact(engine, job, [key.removeprefix("photos/") for key in KEYS[spread]])
     assert shards(engine, job) >= 2  # how often depends on how fast the pages come
-    assert len(chunk_ids(engine, job)) <= 60
+    assert len(chunk_ids(engine, job)) <= len(KEYS[spread]) / 25
 
 
 @pytest.mark.slow
