@@ -100,15 +100,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def is_utf8(text: str) -> bool:
-    """Whether the text is in UTF-8. Python keeps other bytes of a path or argument as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def meant(name: str, known: Iterable[str]) -> str:
     """For the message about an unknown name: a question, if one of the known names is nearly the same."""
     found = get_close_matches(name, list(known), n=1)

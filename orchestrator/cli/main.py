@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
+from db.texts import is_storable
 from orchestrator.cli.root import app, opened
 from orchestrator.local.interrupts import INTERRUPTED, heard_interrupts
+from workers.errors import printable
 
 __all__ = ["app", "main"]
 
@@ -18,6 +21,9 @@ __all__ = ["app", "main"]
 def main() -> None:
     # pydantic would read the entry points of every installed package at its first model, for plugins. We have none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    for word in sys.argv:
+        if not is_storable(word):
+            _leave(f"{printable(word)}: expected UTF-8; rename it")
     try:
         with heard_interrupts(), opened:
             app()
@@ -27,11 +33,16 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         # Imported only here: the errors of all parts stand in as many files.
-        from orchestrator.cli.app import USAGE, err
         from orchestrator.cli.errors import as_message
 
         message = as_message(error)
         if message is None:
             raise
-        err.print(f"maskfleet: {message}", style="red", markup=False)
-        sys.exit(USAGE)
+        _leave(message)
+
+
+def _leave(message: str) -> NoReturn:
+    from orchestrator.cli.app import USAGE, err  # here, because it loads SQLAlchemy
+
+    err.print(f"maskfleet: {message}", style="red", markup=False)
+    sys.exit(USAGE)

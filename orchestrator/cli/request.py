@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from db.settings import settings
+from db.texts import is_storable
 from orchestrator.cli.app import err, fail, print_json
 from orchestrator.cli.options import JobOptions
 from orchestrator.jobs.findings import matching_rows, nothing_found
@@ -27,7 +28,7 @@ from workers.detectors.detector import AskedDetector
 from workers.detectors.kinds import DetectorKind
 from workers.embeddings.address import keeps_embeddings
 from workers.embeddings.store import open_store
-from workers.errors import is_utf8, redact
+from workers.errors import redact
 from workers.models.loading import require_decoder, require_libraries
 from workers.models.registry import with_base
 from workers.models.spec import ModelSpec
@@ -58,7 +59,7 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
             f"{source}: did you mean s3://{source.removeprefix('s3:').lstrip('/')}? A folder of that name is ./{source}"
         )
     where = source if "://" in source else str(Path(source).expanduser().absolute())
-    if not is_utf8(where):
+    if not is_storable(where):
         fail(f"{printable(where)}: expected a path in UTF-8; rename its folders")
     if options.label is not None and not options.label.strip():
         fail("--label: it is empty; expected words")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import sys
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
-
-from workers.errors import is_utf8, printable
 
 # Each command with its file and its sentence, in the order in which people need them: make a job, look at it, export
 # its masks, review, operate. `--help` and completion read only this, because the files import much.
@@ -118,8 +115,3 @@ def _root(
     ] = False,
 ) -> None:
     """Masks on every image of a folder or bucket before people start work."""
-    for word in sys.argv:
-        if not is_utf8(word):  # neither Postgres nor a JSON document can hold it
-            from orchestrator.cli.app import fail
-
-            fail(f"{printable(word)}: expected UTF-8; rename it")
