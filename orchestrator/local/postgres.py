@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote
 _START_SECONDS = 60
 _MARK = "postgres.mark"
 _SOCKETS_ROOT, _SOCKETS_PREFIX = Path("/tmp"), "maskfleet-pg-"  # noqa: S108  a folder of its own, made by mkdtemp
+_GONE_PREFIX = "gone-"
 _ROOTS_PLACE = Path("/var/tmp/maskfleet-root")  # noqa: S108  its owner and mode are checked before use
 
 
@@ -156,9 +157,11 @@ def _place_for_root(data_dir: Path) -> Path:
     """
     place, owner = _roots_place(), data_dir.absolute().parent
     for note in place.glob("*/belongs-to"):
-        with suppress(FileNotFoundError):  # another run is removing it; the next run removes what is left
+        with suppress(FileNotFoundError):  # another run was first
             if not _is_owned(note) and not _is_served(note.parent):
-                shutil.rmtree(note.parent)
+                note.parent.rename(place / f"{_GONE_PREFIX}{note.parent.name}-{secrets.token_hex(4)}")
+    for gone in place.glob(f"{_GONE_PREFIX}*"):
+        shutil.rmtree(gone, ignore_errors=True)  # other runs may be at it too: what one does not find, another removed
     folder = place / hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
     if not (folder / _MARK).exists() or not (owner / _MARK).exists():
         folder.mkdir(mode=0o755, exist_ok=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import sys
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,31 @@ def test_data_of_a_deleted_folder_are_removed_by_the_next_run_but_not_under_a_se
         assert served.data_dir.exists()
     EmbeddedPostgres(tmp_path / "c" / "postgres")
     assert not served.data_dir.exists()
+
+
+def test_data_of_a_deleted_folder_are_gone_at_once_for_each_of_four_runs_that_start_together(tmp_path: Path) -> None:
+    deleted = EmbeddedPostgres(tmp_path / "a" / "postgres").data_dir
+    deleted.mkdir()
+    for number in range(1500):
+        (deleted / str(number)).touch()
+    shutil.rmtree(tmp_path / "a")
+
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(4)
+    others = [
+        context.Process(target=start_and_look, args=(together, tmp_path / str(number), deleted)) for number in range(4)
+    ]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+
+    assert [other.exitcode for other in others] == [0, 0, 0, 0]
+    assert not list(deleted.parent.parent.glob(f"gone-{deleted.parent.name}*"))
+
+
+def start_and_look(together: Barrier, owner: Path, deleted: Path) -> None:
+    """In a process of its own: what another run does at its start, and whether it then sees the deleted data."""
+    together.wait()
+    EmbeddedPostgres(owner / "postgres")
+    sys.exit(deleted.exists())
