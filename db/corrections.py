@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
+from db.mask_prompt import unpack_prompt
 from db.publishing import LsProject
 from db.states import Verdict
 
@@ -95,7 +96,7 @@ def _asset(rows: list[Any]) -> CorrectedAsset:
             label=row.label,
             counts=row.counts,
             bbox_xywh=None if row.bbox_x is None else (row.bbox_x, row.bbox_y, row.bbox_w, row.bbox_h),
-            prompt=row.prompt,
+            prompt=unpack_prompt(row.prompt),
         )
         for row in rows
         if row.verdict is not None

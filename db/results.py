@@ -12,6 +12,7 @@ from typing import Any, Self
 from sqlalchemy import Connection, text
 
 from db import counters
+from db.mask_prompt import unpack_prompt
 from db.states import MaskCount
 
 
@@ -41,7 +42,7 @@ class StoredMask:
             predicted_iou=row.predicted_iou,
             stability_score=row.stability_score,
             label=row.label,
-            prompt=row.prompt,
+            prompt=unpack_prompt(row.prompt),
             **also,
         )
 
@@ -217,7 +218,7 @@ def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[Stor
             predicted_iou=predicted_iou,
             stability_score=stability_score,
             label=label,
-            prompt=prompt,
+            prompt=unpack_prompt(prompt),
         )
         for asset_id, n, counts, x, y, width, height, area_px, predicted_iou, stability_score, label, prompt in rows
     )

@@ -255,7 +255,7 @@ class MaskRow(Base):
     predicted_iou: Mapped[float] = mapped_column(REAL)
     stability_score: Mapped[float | None] = mapped_column(REAL)
     label: Mapped[str | None]
-    prompt: Mapped[dict[str, Any] | None]
+    prompt: Mapped[dict[str, Any] | None]  # db/mask_prompt.py writes and reads it: a lone point is a shorter string
 
 
 class SameBytes(Base):
