@@ -20,12 +20,22 @@ echo "$@" > started
 trap 'sleep 0.2; echo drained > ended; exit 0' TERM
 while true; do sleep 0.05; done
 """
-# The script sets its traps only when the worker is gone and the shell has taken note of it: then /proc has it no more.
+# The script waits only when the worker is gone and the shell has taken note of it: then /proc has it no more.
 SLOW_SHELL = """
-trap() {
-  builtin trap "$@"
-  while [ -e "/proc/${worker:-none}" ]; do sleep 0.01; done
+wait() {
+  while [ -e "/proc/$worker" ]; do sleep 0.01; done
+  builtin wait "$@"
 }
+"""
+# The signal comes before the shell knows the worker's number.
+EARLY_SIGNAL = """
+early() {
+  if [ "$BASH_COMMAND" = 'worker=$!' ]; then
+    while [ ! -s started ]; do sleep 0.01; done
+    kill -USR1 $$
+  fi
+}
+trap early DEBUG
 """
 
 
@@ -65,6 +75,16 @@ def test_before_the_limit_the_worker_drains_and_the_job_is_queued_again_and_a_ca
     assert (tmp_path / "requeued").exists() is requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+
+
+def test_a_signal_that_comes_before_the_worker_is_known_drains_it_too(cluster: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "early.sh").write_text(EARLY_SIGNAL)
+    cluster["BASH_ENV"] = str(tmp_path / "early.sh")
+
+    assert subprocess.run(["bash", SCRIPT], env=cluster, cwd=tmp_path, timeout=60).returncode == 0
+
+    assert (tmp_path / "ended").read_text() == "drained\n"
+    assert (tmp_path / "requeued").exists()
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["shell in time", "worker gone first"])
