@@ -24,12 +24,23 @@ def copy_rows(db: Connection, into: str, rows: Iterable[Sequence[Any]]) -> None:
 
 
 def copy_in(db: Connection, statement: str, content: bytes) -> None:
-    """Run a COPY. Raises DBAPIError like every other statement: SQLAlchemy does not see the errors of a bare cursor."""
+    """Run a COPY FROM STDIN. Raises DBAPIError like every other statement."""
+    _copy(db, statement, io.BytesIO(content))
+
+
+def copy_out(db: Connection, statement: str) -> bytes:
+    """Run a COPY TO STDOUT. Raises DBAPIError like every other statement."""
+    found = io.BytesIO()
+    _copy(db, statement, found)
+    return found.getvalue()
+
+
+def _copy(db: Connection, statement: str, file: io.BytesIO) -> None:
     cursor: Any = db.connection.cursor()
     driver_error = db.dialect.loaded_dbapi.Error
     try:
-        cursor.copy_expert(statement, io.BytesIO(content), _READ_BYTES)
-    except driver_error as error:
+        cursor.copy_expert(statement, file, _READ_BYTES)
+    except driver_error as error:  # SQLAlchemy does not see the errors of a bare cursor
         raise DBAPIError.instance(statement, None, error, driver_error, dialect=db.dialect) from error
     finally:
         cursor.close()

@@ -13,6 +13,9 @@ from typing import Any
 
 import orjson
 
+# In SQL: the prompt as JSON text.
+PROMPT_TEXT = """CASE WHEN jsonb_typeof(prompt) = 'string'
+                      THEN '{"points":[[' || (prompt #>> '{}') || ',1]]}' ELSE prompt::text END"""
 _LONE_POINT = re.compile(rb'\{"points":\[\[([-+.0-9e]+,[-+.0-9e]+),1\]\]\}')
 
 

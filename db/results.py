@@ -12,7 +12,8 @@ from typing import Any, Self
 from sqlalchemy import Connection, text
 
 from db import counters
-from db.mask_prompt import unpack_prompt
+from db.copying import copy_out
+from db.mask_prompt import PROMPT_TEXT, unpack_prompt
 from db.states import MaskCount
 
 
@@ -59,6 +60,13 @@ class LabeledAsset:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BareAsset(LabeledAsset):
+    """A labeled asset whose masks are read apart, with `masks_csv`. mask_count: how many are stored."""
+
+    mask_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FailedAsset:
     asset_id: int
     key: str
@@ -79,16 +87,27 @@ def labeled_assets(db: Connection, *, job_id: int, after: str = "", page: int = 
     In a job with prompts, assets without a prompt are left out: their image was not read. The statement pages by key,
     so it holds no cursor and no long snapshot. An outcome that is recorded meanwhile may appear.
     """
+    for rows in _labeled_rows(db, job_id=job_id, after=after, page=page):
+        yield from _with_masks(db, job_id, rows)
+
+
+def bare_assets(db: Connection, *, job_id: int, after: str = "", page: int = 2000) -> Iterator[BareAsset]:
+    """The assets of `labeled_assets` without their masks."""
+    for rows in _labeled_rows(db, job_id=job_id, after=after, page=page):
+        yield from map(_bare, rows)
+
+
+def _labeled_rows(db: Connection, *, job_id: int, after: str, page: int) -> Iterator[Sequence[Any]]:
     while True:
         rows = db.execute(
             text(
-                """SELECT a.id, a.key, o.width, o.height FROM asset a JOIN outcome o ON o.asset_id = a.id
+                """SELECT a.id, a.key, o.width, o.height, o.mask_count FROM asset a JOIN outcome o ON o.asset_id = a.id
                    WHERE a.job_id = :job_id AND a.key > :after AND o.error_kind IS NULL AND o.width IS NOT NULL
                    ORDER BY a.key LIMIT :page"""
             ),
             {"job_id": job_id, "after": after, "page": page},
         ).all()
-        yield from _with_masks(db, job_id, rows)
+        yield rows
         if len(rows) < page:
             return
         after = rows[-1].key
@@ -107,12 +126,26 @@ def key_after(db: Connection, *, job_id: int, after: str, assets: int) -> str | 
 
 def labeled_of_keys(db: Connection, *, job_id: int, keys: Sequence[str]) -> list[LabeledAsset]:
     """Those of a job's assets with these keys that are labeled, in key order with their masks."""
+    return _with_masks(db, job_id, _rows_of_keys(db, job_id, keys))
+
+
+def bare_of_keys(db: Connection, *, job_id: int, keys: Sequence[str]) -> list[BareAsset]:
+    """The assets of `labeled_of_keys` without their masks."""
+    return [_bare(row) for row in _rows_of_keys(db, job_id, keys)]
+
+
+def _rows_of_keys(db: Connection, job_id: int, keys: Sequence[str]) -> Sequence[Any]:
     statement = text(
-        """SELECT a.id, a.key, o.width, o.height FROM asset a JOIN outcome o ON o.asset_id = a.id
+        """SELECT a.id, a.key, o.width, o.height, o.mask_count FROM asset a JOIN outcome o ON o.asset_id = a.id
            WHERE a.job_id = :job_id AND a.key = ANY(:keys) AND o.error_kind IS NULL AND o.width IS NOT NULL
            ORDER BY a.key"""
     )
-    return _with_masks(db, job_id, db.execute(statement, {"job_id": job_id, "keys": list(keys)}).all())
+    return db.execute(statement, {"job_id": job_id, "keys": list(keys)}).all()
+
+
+def _bare(row: Any) -> BareAsset:
+    asset_id, key, width, height, mask_count = row
+    return BareAsset(asset_id=asset_id, key=key, size_hw=(height, width), mask_count=mask_count)
 
 
 def _with_masks(db: Connection, job_id: int, rows: Sequence[Any]) -> list[LabeledAsset]:
@@ -223,3 +256,22 @@ def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[Stor
         for asset_id, n, counts, x, y, width, height, area_px, predicted_iou, stability_score, label, prompt in rows
     )
     return {asset_id: list(group) for asset_id, group in groupby(masks, key=attrgetter("asset_id"))}
+
+
+MASK_CSV_COLUMNS = (
+    *("asset_id", "n", "counts", "bbox_x", "bbox_y", "bbox_w", "bbox_h", "area_px"),
+    *("predicted_iou", "stability_score", "label", "prompt"),
+)
+
+
+def masks_csv(db: Connection, *, job_id: int, asset_ids: Sequence[int]) -> bytes:
+    """The masks of these assets of a job as CSV without a header, in order of asset_id and n.
+
+    A null is nothing, empty text is "". prompt is JSON. Raises LookupError when the job is deleted.
+    """
+    columns = ", ".join(PROMPT_TEXT if name == "prompt" else name for name in MASK_CSV_COLUMNS)
+    ids = ",".join(map(str, asset_ids))
+    wanted = f"SELECT {columns} FROM mask WHERE asset_id = ANY('{{{ids}}}'::bigint[]) ORDER BY asset_id, n"
+    found = copy_out(db, f"COPY ({wanted}) TO STDOUT (FORMAT csv)")
+    require_job(db, job_id=job_id)
+    return found

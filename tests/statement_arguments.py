@@ -249,6 +249,7 @@ OTHERS: dict[str, Callable[[Connection, Given], Given]] = {
     "same_bytes.answer_same_bytes": lambda db, given: _with_known_bytes(db, given),
     "results.key_after": lambda db, given: {"assets": 64},
     "results.labeled_of_keys": lambda db, given: {"keys": _keys(db, given)},
+    "results.bare_of_keys": lambda db, given: {"keys": _keys(db, given)},
     "results.failed_of_keys": lambda db, given: {"keys": _keys(db, given)},
     "reviewed_masks.reviewed_assets": lambda db, given: {
         "assets": results.labeled_of_keys(db, job_id=given["job_id"], keys=_keys(db, given))

@@ -91,6 +91,7 @@ CALL: dict[str, int] = {
     "queue.count_active": 20,
     "queue.set_priority": 20,
     "results.require_job": 20,
+    "results.masks_csv": 20,  # its COPY has a test of its own
     "results.labels_of": 30,
     "prompts.classes_of": 30,
     "results.masks_per_asset": 30,
@@ -145,6 +146,8 @@ PAGE: dict[str, int] = {
     "results.key_after": 20,
     "results.labeled_assets": 500,
     "results.labeled_of_keys": 600,
+    "results.bare_assets": 500,
+    "results.bare_of_keys": 600,
     "results.stream_failed": 600,
     "review_order.add_ranks": 400,
     "review_order.pairs": 700,
@@ -198,7 +201,7 @@ JOB = {
     "reviewed_masks.annotations_read",
     "reviewed_masks.labels_left",
 }
-NO_STATEMENT = {"copying.copy_in", "copying.copy_rows", "mask_rows.copy_masks"}  # only COPY
+NO_STATEMENT = {"copying.copy_in", "copying.copy_out", "copying.copy_rows", "mask_rows.copy_masks"}  # only COPY
 
 _BIG_PAGES = 200  # a table of more pages than this is not to be read from end to end
 

@@ -14,14 +14,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from db import results
 from db.jobs import Job
-from db.results import LabeledAsset, StoredMask
-from db.reviewed_masks import ReviewedAsset, ReviewedMask
+from db.results import LabeledAsset
+from db.reviewed_masks import ReviewedAsset
 from db.session import Connection
-from orchestrator.export.files import json_text, mask_score, replacing, round_score, source_of
+from orchestrator.export.files import json_text, replacing, source_of
+from orchestrator.export.mask_tables import mask_tables
+from orchestrator.export.selection import Selection
 from orchestrator.label_studio.names import DEFAULT_LABEL
 from workers.storage.asset import Source
+
+_GROUP_ROWS = 4000  # masks that are text at once
 
 
 def export_coco(
@@ -31,32 +38,28 @@ def export_coco(
     assets: Iterable[LabeledAsset] | None = None,
     *,
     labels: Sequence[str] | None = None,
+    selection: Selection | None = None,
 ) -> None:
     """Write a job's masks as COCO instances: exact, as compressed RLE.
 
     `images` are the labeled assets, also those without a mask. Failed ones are in the summary. Ids are Postgres's asset
     ids, so two exports of a job agree. file_name is the key, coco_url the asset's address. Masks without a label have
     the category "object". assets: written instead of the job's labeled ones; reviewed masks carry their verdict.
-    labels: of the categories, in their order, instead of the job's.
+    labels: of the categories, in their order, instead of the job's. selection: which masks of bare assets.
     """
     labels = labels or results.labels_of(db, job_id=job.id) or [DEFAULT_LABEL]
     category_ids = {label: category_id for category_id, label in enumerate(labels, start=1)}
     source = source_of(job)
     with replacing(out) as file, tempfile.TemporaryFile("w+", encoding="utf-8", dir=out.resolve().parent) as images:
         file.write(f'{{"info":{json_text(_info(job))},\n"licenses":[],\n"annotations":[')
-        written = 0
-        for n, asset in enumerate(results.labeled_assets(db, job_id=job.id) if assets is None else assets):
+        written = images_written = 0
+        assets = results.bare_assets(db, job_id=job.id) if assets is None else assets
+        for group in mask_tables(db, job, assets, selection or Selection(), rows=_GROUP_ROWS):
             # One pass over the database: annotations go into the file at once, the much shorter images aside.
-            images.write(f"{',' if n else ''}\n{json_text(_image(asset, source))}")
-            annotations: list[str] = []
-            for mask in asset.masks:
-                # While the job still runs, a new label may appear.
-                label = mask.label if mask.label is not None else DEFAULT_LABEL
-                category_id = category_ids.setdefault(label, len(category_ids) + 1)
-                annotation = _annotation(asset, mask, written + len(annotations) + 1, category_id)
-                annotations.append(f"{',' if written or annotations else ''}\n{json_text(annotation)}")
-            file.write("".join(annotations))
-            written += len(annotations)
+            images.write(_lines([json_text(_image(asset, source)) for asset in group.assets], images_written))
+            images_written += len(group.assets)
+            file.write(_lines(_annotations(group.masks, category_ids, written + 1), written))
+            written += group.masks.num_rows
         categories = [{"id": i, "name": label, "supercategory": ""} for label, i in category_ids.items()]
         file.write(f'\n],\n"categories":{json_text(categories)},\n"images":[')
         images.seek(0)
@@ -88,21 +91,39 @@ def _image(asset: LabeledAsset, source: Source) -> dict[str, Any]:
     return {**image, "reviewed": True} if isinstance(asset, ReviewedAsset) else image
 
 
-def _annotation(asset: LabeledAsset, mask: StoredMask, annotation_id: int, category_id: int) -> dict[str, Any]:
-    annotation: dict[str, Any] = {
-        "id": annotation_id,
-        "image_id": asset.asset_id,
-        "category_id": category_id,
-        "segmentation": {"size": list(asset.size_hw), "counts": mask.counts},
-        "area": mask.area_px,
-        "bbox": list(mask.bbox_xywh),
+def _lines(objects: Sequence[str], written: int) -> str:
+    """Objects of a JSON list in which so many are written."""
+    return f"{',' if written and objects else ''}\n" + ",\n".join(objects) if objects else ""
+
+
+def _annotations(masks: Any, category_ids: dict[str, int], first_id: int) -> list[str]:
+    """The annotations of a table of masks, as JSON. New labels, as while the job still runs, get new categories."""
+    labels = pc.fill_null(masks["label"], DEFAULT_LABEL).combine_chunks().dictionary_encode()
+    of_label = [category_ids.setdefault(label, len(category_ids) + 1) for label in labels.dictionary.to_pylist()]
+    box_xywh = [pc.list_element(masks["box_xywh"], i) for i in range(4)]
+    members: list[tuple[str, Any]] = [
+        ('{"id":', pa.array(range(first_id, first_id + masks.num_rows), pa.int64())),
+        (',"image_id":', masks["asset_id"]),
+        (',"category_id":', pa.array(of_label, pa.int64()).take(labels.indices)),
+        (',"segmentation":{"size":[', masks["height"]),
+        (",", masks["width"]),
+        ('],"counts":"', pc.replace_substring(masks["counts"], "\\", "\\\\")),  # the one special character in them
+        ('"},"area":', masks["area_px"]),
+        *zip((',"bbox":[', ",", ",", ","), box_xywh, strict=True),
         # 1 would make it a crowd, which evaluation ignores and training code drops. It does not mean "this is RLE":
         # readers see that from the dict (pycocotools, and supervision 0.31 with both values).
-        "iscrowd": 0,
-        "score": mask_score(mask),
-        "predicted_iou": round_score(mask.predicted_iou),
-        "stability_score": round_score(mask.stability_score),
-    }
-    if isinstance(mask, ReviewedMask):
-        annotation["verdict"] = str(mask.verdict)  # predicted_iou is still the model's value
-    return annotation if mask.prompt is None else {**annotation, "prompt": mask.prompt}
+        ('],"iscrowd":0,"score":', masks["score"]),
+        (',"predicted_iou":', masks["predicted_iou"]),
+        (',"stability_score":', masks["stability_score"]),
+    ]
+    texts = [part for name, values in members for part in (name, pc.fill_null(pc.cast(values, pa.string()), "null"))]
+    # predicted_iou is still the model's value where a person left the mask
+    verdict = _or_nothing(',"verdict":"', masks["verdict"], '"')
+    prompt = _or_nothing(',"prompt":', masks["prompt"])
+    lines: list[str] = pc.binary_join_element_wise(*texts, verdict, prompt, "}", "").to_pylist()
+    return lines
+
+
+def _or_nothing(before: str, values: Any, after: str = "") -> Any:
+    """Text around each value, and nothing where there is none."""
+    return pc.fill_null(pc.binary_join_element_wise(before, values, after, ""), "")

@@ -78,8 +78,10 @@ class Question:
     def write(self, db: Connection, job: Job, counts: Counts, out: str) -> Written:
         """Write it. Raises ExportError for what cannot be written, or not there."""
         collect_seldom()
+        by_columns = self.file_format in (ExportFormat.COCO, ExportFormat.PARQUET)
+        question = replace(self, selection=replace(self.selection, masks_apart=by_columns))
         try:
-            return self._write(db, job, counts, out)
+            return question._write(db, job, counts, out)
         except (AssetError, FileExistsError, PermissionError) as error:
             raise ExportError(str(error)) from error
 
@@ -188,10 +190,10 @@ class Question:
         has_numbers = self.file_format in (ExportFormat.COCO, ExportFormat.YOLO)
         labels = self.selection.class_names(db, job) if has_numbers else None
         writers: dict[ExportFormat, Callable[..., list[str] | None]] = {
-            ExportFormat.COCO: partial(export_coco, db, job, labels=labels),
+            ExportFormat.COCO: partial(export_coco, db, job, labels=labels, selection=self.selection),
             ExportFormat.YOLO: partial(export_yolo, db, job, images=self.images, labels=labels),
             ExportFormat.PNG: partial(export_png, db, job),
             ExportFormat.LABEL_STUDIO: partial(export_label_studio, db, job, local_files=self.local_files),
-            ExportFormat.PARQUET: partial(export_parquet, job),
+            ExportFormat.PARQUET: partial(export_parquet, db, job, self.selection),
         }
         return writers[self.file_format]

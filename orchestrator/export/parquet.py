@@ -17,100 +17,42 @@ import pyarrow.parquet as pq
 
 from db.jobs import Job
 from db.results import FailedAsset, LabeledAsset
-from db.reviewed_masks import ReviewedAsset, ReviewedMask
-from orchestrator.export.files import beside, json_text, mask_score, round_score, source_of
+from db.reviewed_masks import ReviewedAsset
+from db.session import Connection
+from orchestrator.export.files import beside, source_of
+from orchestrator.export.mask_tables import GROUP_ROWS, MASKS, OF_ASSET, OF_JOB, SIZE, mask_tables
+from orchestrator.export.selection import Selection
 from workers.storage.asset import Source
 
-_OF_ASSET = [("asset_id", pa.int64()), ("key", pa.string()), ("uri", pa.string())]
-_SIZE = [("width", pa.int32()), ("height", pa.int32())]
-_OF_JOB = [("job_id", pa.int64()), ("model_version", pa.string())]
-MASKS = pa.schema(
-    [
-        *_OF_ASSET,
-        *_SIZE,
-        ("n", pa.int32()),
-        ("counts", pa.string()),
-        ("box_xywh", pa.list_(pa.int32(), 4)),
-        ("area_px", pa.int64()),
-        ("score", pa.float64()),
-        ("predicted_iou", pa.float64()),
-        ("stability_score", pa.float64()),
-        ("label", pa.string()),
-        ("prompt", pa.string()),
-        ("verdict", pa.string()),
-        *_OF_JOB,
-    ]
-)
 ASSETS = pa.schema(
     [
-        *_OF_ASSET,
-        *_SIZE,
+        *OF_ASSET,
+        *SIZE,
         ("mask_count", pa.int32()),
         ("reviewed", pa.bool_()),
         ("error_kind", pa.string()),
         ("error", pa.string()),
-        *_OF_JOB,
+        *OF_JOB,
     ]
 )
-# A row group is written when one of these is reached. So memory does not grow with the job.
-GROUP_ROWS = 20_000
-_GROUP_CHARS = 1 << 24
 
 
-def export_parquet(job: Job, part: Path, assets: Iterable[LabeledAsset]) -> None:
+def export_parquet(db: Connection, job: Job, selection: Selection, part: Path, assets: Iterable[LabeledAsset]) -> None:
     """Write assets and their masks as one part OUT/NAME.parquet: OUT/masks/NAME.parquet and OUT/assets/NAME.parquet.
 
     Each file appears when it is complete. counts is COCO's compressed RLE, exactly as stored; with width and height it
-    is what pycocotools decodes. NaN scores are null.
+    is what pycocotools decodes.
     """
     source = source_of(job)
     with (
         _rows(part.parent / "assets" / part.name) as asset_rows,
         _writing(part.parent / "masks" / part.name, MASKS) as writer,
     ):
-        for group in _groups(assets):
-            for asset in group:
-                asset_rows.add(_asset_row(asset, job, source))
-            if any(asset.masks for asset in group):
-                writer.write_table(_mask_table(group, job, source))
-
-
-def _groups(assets: Iterable[LabeledAsset]) -> Iterator[list[LabeledAsset]]:
-    """Assets with as many masks as a row group has. So memory does not grow with the job."""
-    group: list[LabeledAsset] = []
-    masks = chars = 0
-    for asset in assets:
-        group.append(asset)
-        masks += len(asset.masks)
-        chars += sum([len(mask.counts) for mask in asset.masks])
-        if masks >= GROUP_ROWS or chars >= _GROUP_CHARS or len(group) >= GROUP_ROWS:
-            yield group
-            group, masks, chars = [], 0, 0
-    if group:
-        yield group
-
-
-def _mask_table(assets: Sequence[LabeledAsset], job: Job, source: Source) -> Any:
-    """The masks of assets, by columns: to make a row of each mask takes longer than all else here."""
-    masks = [mask for asset in assets for mask in asset.masks]
-    of_assets = [(asset.asset_id, asset.key, source.uri(asset.key), *reversed(asset.size_hw)) for asset in assets]
-    repeats = [of_asset for of_asset, asset in zip(of_assets, assets, strict=True) for _ in asset.masks]
-    columns = [
-        *(list(column) for column in zip(*repeats, strict=True)),
-        [mask.n for mask in masks],
-        [mask.counts for mask in masks],
-        [mask.bbox_xywh for mask in masks],
-        [mask.area_px for mask in masks],
-        [mask_score(mask) for mask in masks],
-        [round_score(mask.predicted_iou) for mask in masks],
-        [round_score(mask.stability_score) for mask in masks],
-        [mask.label for mask in masks],
-        [None if mask.prompt is None else json_text(mask.prompt) for mask in masks],
-        [str(mask.verdict) if isinstance(mask, ReviewedMask) else None for mask in masks],
-        [job.id] * len(masks),
-        [job.model_version] * len(masks),
-    ]
-    return _table(columns, MASKS)
+        for group in mask_tables(db, job, assets, selection):
+            for asset, mask_count in zip(group.assets, group.mask_counts, strict=True):
+                asset_rows.add(_asset_row(asset, mask_count, job, source))
+            if group.masks.num_rows:
+                writer.write_table(group.masks)
 
 
 def export_failed(job: Job, out: Path, failed: Iterable[FailedAsset]) -> None:
@@ -122,10 +64,10 @@ def export_failed(job: Job, out: Path, failed: Iterable[FailedAsset]) -> None:
             rows.add((*of_asset, None, None, 0, False, a.error_kind, a.error, job.id, job.model_version))
 
 
-def _asset_row(asset: LabeledAsset, job: Job, source: Source) -> tuple[Any, ...]:
+def _asset_row(asset: LabeledAsset, mask_count: int, job: Job, source: Source) -> tuple[Any, ...]:
     height, width = asset.size_hw
     of_asset = (asset.asset_id, asset.key, source.uri(asset.key), width, height)
-    return (*of_asset, len(asset.masks), isinstance(asset, ReviewedAsset), None, None, job.id, job.model_version)
+    return (*of_asset, mask_count, isinstance(asset, ReviewedAsset), None, None, job.id, job.model_version)
 
 
 class _Rows:
@@ -142,7 +84,7 @@ class _Rows:
 
     def flush(self) -> None:
         if self._rows:
-            self._writer.write_table(_table(list(zip(*self._rows, strict=True)), ASSETS))
+            self._writer.write_table(_table(list(zip(*self._rows, strict=True))))
             self._rows = []
 
 
@@ -160,6 +102,6 @@ def _writing(out: Path, schema: Any) -> Iterator[Any]:
         yield writer
 
 
-def _table(columns: Sequence[Sequence[Any]], schema: Any) -> Any:
-    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema)
+def _table(columns: Sequence[Sequence[Any]]) -> Any:
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, ASSETS, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=ASSETS)

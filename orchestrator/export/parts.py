@@ -159,7 +159,7 @@ def write_part(path: Path, assets: Iterator[LabeledAsset], write: WritePart) -> 
     """Write one part. Returns its entry of export.json."""
     if path.is_dir():
         _remove(path)  # its writer was killed before it could name it
-    counted = _Counted(assets)
+    counted = Counted(assets)
     notes = write(path, counted) or []
     return {
         "name": path.name,
@@ -170,8 +170,8 @@ def write_part(path: Path, assets: Iterator[LabeledAsset], write: WritePart) -> 
     }
 
 
-class _Counted:
-    """Assets on their way into a part."""
+class Counted:
+    """Assets on their way into a part. masks: those that came with them; who reads them apart adds them."""
 
     def __init__(self, assets: Iterator[LabeledAsset]) -> None:
         self._rest = assets

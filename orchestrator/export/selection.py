@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import dropwhile, islice
 
 from db import results
@@ -24,6 +25,7 @@ class Selection:
 
     labels: those of the export, where a mask without a label is "object". min_area_px: whole pixels. min_score: of
     predictions; masks that people left are not asked for theirs. page: the masks of this many assets are in memory.
+    masks_apart: assets come bare where nobody reviewed, for a writer that reads their masks by columns.
     """
 
     labels: frozenset[str] = frozenset()
@@ -32,6 +34,7 @@ class Selection:
     reviewed: bool = False
     keys: Keys | None = None
     page: int = 100
+    masks_apart: bool = False
 
     def check(self, db: Connection, job: Job) -> None:
         """Raises ExportError for a label that no mask of the job has. People may have given others (`reviewed`)."""
@@ -50,16 +53,20 @@ class Selection:
 
     def assets(self, db: Connection, job: Job, after: str = "") -> Iterator[LabeledAsset]:
         """Stream the assets in key order with the masks that are asked for. after: only later keys."""
-        assets = (
-            results.labeled_assets(db, job_id=job.id, after=after, page=self.page)
-            if self.keys is None
-            else _assets_of_keys(db, job, self.keys, after=after, page=self.page)
-        )
+        bare = self.masks_apart and not self.reviewed
+        assets: Iterator[LabeledAsset]
+        if self.keys is not None:
+            find = partial(results.bare_of_keys if bare else results.labeled_of_keys, db, job_id=job.id)
+            assets = _assets_of_keys(find, self.keys, after=after, page=self.page)
+        elif bare:
+            assets = results.bare_assets(db, job_id=job.id, after=after)
+        else:
+            assets = results.labeled_assets(db, job_id=job.id, after=after, page=self.page)
         if self.reviewed:
             assets = reviewed_assets(db, job_id=job.id, assets=assets, min_score=self.min_score)
         for asset in assets:
-            scored = asset if self.reviewed or self.min_score is None else with_score(asset, self.min_score)
-            is_whole = not self.labels and self.min_area_px <= 0
+            scored = asset if bare or self.reviewed or self.min_score is None else with_score(asset, self.min_score)
+            is_whole = bare or (not self.labels and self.min_area_px <= 0)
             yield scored if is_whole else replace(scored, masks=[m for m in scored.masks if self._is_wanted(m)])
 
     def failed(self, db: Connection, job: Job) -> Iterator[FailedAsset]:
@@ -78,10 +85,12 @@ class Selection:
         return mask.area_px >= self.min_area_px and (not self.labels or label in self.labels)
 
 
-def _assets_of_keys(db: Connection, job: Job, keys: Keys, *, after: str, page: int) -> Iterator[LabeledAsset]:
+def _assets_of_keys(
+    find: Callable[..., Sequence[LabeledAsset]], keys: Keys, *, after: str, page: int
+) -> Iterator[LabeledAsset]:
     rest = dropwhile(lambda key: key <= after, keys)
     while batch := list(islice(rest, page)):
-        found = results.labeled_of_keys(db, job_id=job.id, keys=batch)
+        found = find(keys=batch)
         present = {asset.key for asset in found}
         keys.tell_missing([key for key in batch if key not in present])
         yield from found

@@ -256,7 +256,7 @@ def _write_outputs(
         coco, tasks, page = (
             bars.bar(f"writing {name}", total) for name in ("coco.json", "label-studio.json", "index.html")
         )
-        export_coco(db, job, out / "coco.json", coco.over(results.labeled_assets(db, job_id=job.id)))
+        export_coco(db, job, out / "coco.json", coco.over(results.bare_assets(db, job_id=job.id)))
         assets = tasks.over(results.labeled_assets(db, job_id=job.id, page=_PAGE))
         notes = export_label_studio(db, job, out / "label-studio.json", assets, local_files=local_files)
         summary = write_summary(db, job, out / "summary.json", seconds, notes)

@@ -28,7 +28,8 @@ from db.jobs import Job
 from db.migrating import migrate
 from db.session import open_engine
 from orchestrator.export.formats import ExportFormat, Question
-from orchestrator.export.parquet import GROUP_ROWS, MASKS, export_parquet
+from orchestrator.export.mask_tables import GROUP_ROWS, MASKS
+from orchestrator.export.parquet import export_parquet
 from orchestrator.export.selection import Selection
 from orchestrator.local.postgres import EmbeddedPostgres
 from tests.factories import make_job
@@ -77,8 +78,8 @@ def export(
 def ready_rows(engine: Engine, job: Job, out: Path, masks: int) -> float:
     """Masks a second of writing rows that are there, in row groups of the export's size."""
     with engine.connect() as db:
-        assets = results.labeled_assets(db, job_id=job.id, page=200)
-        export_parquet(job, out, islice(assets, GROUP_ROWS // MASKS_AN_ASSET))
+        assets = islice(results.bare_assets(db, job_id=job.id), GROUP_ROWS // MASKS_AN_ASSET)
+        export_parquet(db, job, Selection(), out, assets)
     ready = pq.read_table(out.parent / "masks" / out.name, schema=MASKS)
     rows = list(zip(*(column.to_pylist() for column in ready.columns), strict=True))
     began = time.perf_counter()

@@ -18,6 +18,7 @@ from types import GeneratorType
 import pytest
 from sqlalchemy import Engine, create_engine, text
 
+from db import results
 from db.session import open_engine
 from tests.filled import Filled, fill
 from tests.statement_arguments import arguments
@@ -72,6 +73,20 @@ def test_a_function_touches_no_more_pages_than_its_class_says(large: tuple[Engin
 def test_a_page_begins_at_its_place_where_the_planner_merges_tables(large: tuple[Engine, Filled], name: str) -> None:
     # With the usual costs the sample that ANALYZE took decides between a merge and a look for each row.
     _require_class(*large, name, random_page_cost=10)
+
+
+def test_masks_that_are_copied_out_are_found_by_their_key(large: tuple[Engine, Filled]) -> None:
+    engine, filled = large
+    read = text(
+        "SELECT sum(seq_tup_read), sum(idx_tup_fetch) FROM pg_stat_xact_user_tables WHERE relname LIKE 'mask_part%'"
+    )
+    with engine.connect() as db:
+        given = arguments(db, filled, "results.masks_csv")
+        scanned, fetched = db.execute(read).one()
+        found = results.masks_csv(db, job_id=given["job_id"], asset_ids=given["asset_ids"])
+
+        assert found.count(b"\n") > 0
+        assert db.execute(read).one() == (scanned, fetched + found.count(b"\n"))
 
 
 def _require_class(engine: Engine, filled: Filled, name: str, random_page_cost: int = 4) -> None:
