@@ -111,7 +111,9 @@ def _number(written: object) -> int:
 def _literal(text: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=_without_repeats)
-    except (json.JSONDecodeError, RecursionError):
+    except ClassNamesError:
+        raise
+    except (ValueError, RecursionError):  # ValueError: also a number of ten thousand digits
         pass  # most exporters write Python's quotes, which JSON does not allow
     try:
         tree = ast.parse(text.strip(), mode="eval").body

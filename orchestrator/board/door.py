@@ -117,7 +117,7 @@ class Login(Handler):
 
     async def post(self) -> None:
         async with self.served.guessing:
-            is_right = self.served.password.fits(self.get_body_argument("password", ""))
+            is_right = self.served.password.fits(self.get_body_argument("password", "", strip=False))
             if not is_right:
                 await asyncio.sleep(_WRONG_PASSWORD_SECONDS)
         if not is_right:

@@ -64,7 +64,11 @@ class Photo(Handler):
     async def get(self, job_id: str, asset_id: str) -> None:
         loop = asyncio.get_running_loop()
         get = partial(self.served.photos.get, int(job_id), int(asset_id))
-        picture = await loop.run_in_executor(self.served.decoding, get)
+        try:
+            picture = await loop.run_in_executor(self.served.decoding, get)
+        except DBAPIError:
+            self.send_error(503)
+            return
         if picture is None:
             self.send_error(404)
             return

@@ -42,7 +42,15 @@ _FAILURES = (
 
 
 def as_message(error: Exception) -> str | None:
-    """The line for an error that an operator can fix, without secrets. None for any other: it is our fault."""
+    """What is said of an error that an operator can fix, without secrets. None for any other: it is our fault.
+
+    It may name keys of objects and texts of servers, which are foreign. No terminal obeys them.
+    """
+    said = _said(error)
+    return None if said is None else "\n".join(printable(line.expandtabs(4)) for line in said.split("\n"))
+
+
+def _said(error: Exception) -> str | None:
     if isinstance(error, _FAILURES) or type(error) is LookupError:
         return redact(str(error))
     if isinstance(error, ValidationError):

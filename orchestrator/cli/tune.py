@@ -179,4 +179,4 @@ def _print(plan: Plan, judged: Judged, verdict: Verdict, folder: Path, *, is_kep
 
 
 def _cells(found: Measured) -> tuple[str, str, str, str]:
-    return f"{found.before:.3f}", f"{found.after:.3f}", f"{found.gain:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}"
+    return f"{found.before:.3f}", f"{found.after:.3f}", f"{found.gain:+.3f}", found.interval

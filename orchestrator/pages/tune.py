@@ -81,10 +81,10 @@ def _table(title: str, measured: dict[str, Measured]) -> Iterator[str]:
     yield f'<section><h2><bdi>{safe_text(title)}</bdi></h2><div class="sheet counts"><table><thead><tr>{heads}</tr>'
     yield "</thead><tbody>\n"
     for name, found in measured.items():
-        css_class = "good" if found.low > 0 else "bad" if found.high < 0 else ""
+        css_class = "good" if found.gains else "bad" if found.loses else ""
         yield (
             f"<tr><td>{NAMES[name]}</td><td>{found.before:.3f}</td><td>{found.after:.3f}</td>"
-            f'<td class="{css_class}">{found.gain:+.3f}</td><td>{found.low:+.3f} to {found.high:+.3f}</td>'
+            f'<td class="{css_class}">{found.gain:+.3f}</td><td>{found.interval}</td>'
             f"<td>{found.objects:,}</td></tr>\n"
         )
     yield "</tbody></table></div></section>\n"

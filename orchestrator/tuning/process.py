@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -31,9 +32,7 @@ def train_and_judge(folder: Path, *, seconds: float, device: str, listen: Callab
     error = None
     # Threads that wait sleep. Else they spin, and on a machine that others use too a step takes ten times as long.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with _start(command, environment) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -51,6 +50,16 @@ def train_and_judge(folder: Path, *, seconds: float, device: str, listen: Callab
         raise TuneStopped
     if code:
         raise TuneError(error or f"the process that trains ended with {code}; its last lines are above")
+
+
+def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """The process inherits that Ctrl-C is ignored, until it hears signals itself. Else it would end with a trace while
+    it imports torch. The end of its stdin stops it all the same."""
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, heard or signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

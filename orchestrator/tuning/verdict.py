@@ -29,7 +29,10 @@ _JUDGED = ("box", "click", "corrected", "recall", "f1")  # a loss of one of thes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One figure before and after. low, high: the interval of the gain, by a bootstrap over assets."""
+    """One figure before and after. low, high: the interval of the gain, by a bootstrap over assets.
+
+    One asset has no interval: all its resamples are the same. Then low and high say nothing, and are the gain.
+    """
 
     before: float
     after: float
@@ -38,6 +41,18 @@ class Measured:
     high: float
     objects: int
     assets: int
+
+    @property
+    def gains(self) -> bool:
+        return self.low > 0 and self.assets > 1
+
+    @property
+    def loses(self) -> bool:
+        return self.high < 0 and self.assets > 1
+
+    @property
+    def interval(self) -> str:
+        return f"{self.low:+.3f} to {self.high:+.3f}" if self.assets > 1 else "one image"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,11 +104,11 @@ def decide(judgements: Sequence[Judgement]) -> Verdict:
     reasons = [
         f"{NAMES[name]} fell from {found.before:.3f} to {found.after:.3f} (by {-found.high:.3f} to {-found.low:.3f})"
         for name, found in measured.items()
-        if name in _JUDGED and found.high < 0
+        if name in _JUDGED and found.loses
     ]
     gains = [measured[name] for name in ("box", "click") if name in measured]
-    if not any(found.low > 0 for found in gains):
-        said = " and ".join(f"{found.gain:+.3f} ({found.low:+.3f} to {found.high:+.3f})" for found in gains)
+    if not any(found.gains for found in gains):
+        said = " and ".join(f"{found.gain:+.3f} ({found.interval})" for found in gains)
         reasons.insert(0, f"neither boxes nor clicks gain beyond chance: {said or 'no object was judged'}")
     return Verdict(measured=measured, by_label=by_label, reasons=reasons)
 

@@ -19,7 +19,9 @@ from db.publishing import LsProject
 from db.session import DBAPIError, open_engine
 from orchestrator.board.board import Board
 from orchestrator.board.password import BoardError, Password
+from orchestrator.board.photos import Photos
 from orchestrator.board.readings import Readings
+from orchestrator.board.service import serve
 from orchestrator.label_studio.review_numbers import read_review
 from orchestrator.pages.review import write_review
 from tests.deployment import draw_pictures, terminate
@@ -33,6 +35,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 NAME = "<img src=x onerror=alert(1)> street"
 PICTURES = 70
+AWAY = open_engine("postgresql://nobody@127.0.0.1:1/none")  # connects to nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,46 @@ def test_a_board_without_postgres_says_so_and_keeps_answering(engine: Engine) ->
     assert "Postgres did not answer" in regions["jobs"]
     with engine.begin() as db:
         db.execute(text("ALTER TABLE away RENAME TO job"))
+
+
+@contextmanager
+def served(engine: Engine, password: str) -> Iterator[httpx.Client]:
+    """A board in this process."""
+    stop, ports = threading.Event(), list[int]()
+    started = threading.Event()
+
+    def heard(port: int) -> None:
+        ports.append(port)
+        started.set()
+
+    serving = threading.Thread(
+        target=serve,
+        args=(Board(engine), Photos(engine), Password(password), stop),
+        kwargs={"host": "127.0.0.1", "port": 0, "started": heard},
+    )
+    serving.start()
+    try:
+        assert started.wait(60)
+        with httpx.Client(base_url=f"http://127.0.0.1:{ports[0]}", trust_env=False, timeout=60) as person:
+            yield person
+    finally:
+        stop.set()
+        serving.join()
+
+
+def test_a_password_with_spaces_at_its_ends_is_taken_as_it_is() -> None:
+    with served(AWAY, " twelve and more ") as person:
+        assert person.post("/login", data={"password": "twelve and more"}).status_code == 403
+        assert person.post("/login", data={"password": " twelve and more "}).status_code == 303
+
+
+def test_a_photo_without_postgres_is_asked_for_again_and_no_fault_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    with served(AWAY, "twelve and more") as person:
+        person.post("/login", data={"password": "twelve and more"})
+        answers = {path: person.get(path).status_code for path in ("/jobs/1", "/jobs/1/photos/1", "/jobs/1/events")}
+
+    assert answers == dict.fromkeys(answers, 503)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_ten_viewers_read_once() -> None:

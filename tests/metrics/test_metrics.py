@@ -117,6 +117,13 @@ def test_every_query_of_the_dashboard_and_of_the_alerts_asks_for_metrics_that_ex
     assert sorted(n for n in types if not any(n in s for s in shown)) == [], "exported, and on no panel"
 
 
+def test_a_jobs_numbers_keep_its_number_and_count_once_beside_a_second_dispatcher() -> None:
+    config = yaml.safe_load((ROOT / "infra" / "prometheus" / "prometheus.yml").read_text())
+    assert next(one for one in config["scrape_configs"] if "dispatch" in one["job_name"])["honor_labels"] is True
+    for text in QUERIES:
+        assert not re.search(r"sum by \([^)]*\) \(maskfleet_(assets|failed_assets|masks|predictions)\b", text), text
+
+
 def test_the_runbook_says_what_to_do_about_every_alert() -> None:
     runbook = (ROOT / "docs" / "operations.md").read_text()
     assert [rule["alert"] for rule in RULES if f"`{rule['alert']}`" not in runbook] == []
@@ -144,6 +151,7 @@ def test_a_real_prometheus_answers_every_query_and_fires_when_the_workers_are_go
     with prometheus(tmp_path / "prometheus", scraped) as ask:
         wait_for(lambda: ask("sum(up) == 2")["result"], "both targets to be scraped")
         wait_for(lambda: ask("rate(maskfleet_worker_assets_total[1m])")["result"], "two scrapes of the worker")
+        assert {one["metric"]["job"] for one in ask("maskfleet_assets")["result"]} == {"1"}
         for query in QUERIES:
             ask(query)  # an error of Prometheus raises
         answered = {query for query in QUERIES if ask(query)["result"]}

@@ -108,6 +108,7 @@ def test_a_file_that_is_no_checkpoint_of_the_architecture_is_a_named_error_and_s
         "whole": (state | {weight: state[weight].int()}, f"1 of another kind of number ({weight})"),
         "nan": (state | {weight: state[weight] * float("nan")}, f"1 tensors hold NaN or infinity ({weight})"),
         "large": (state | {weight: state[weight].double() + 1e300}, f"1 tensors hold NaN or infinity ({weight})"),
+        "meta": (state | {weight: state[weight].to("meta")}, f"holds other things than plain tensors: {weight}"),
         "complex": (state | {weight: state[weight].cfloat()}, f"holds other things than plain tensors: {weight}"),
     }
     for name, (content, said) in files.items():
@@ -128,6 +129,17 @@ def test_a_file_that_is_no_checkpoint_of_the_architecture_is_a_named_error_and_s
 
     assert not folder.exists()
     assert "code ran" not in capfd.readouterr().out
+
+
+def test_no_terminal_obeys_the_names_in_a_foreign_file(tmp_path: Path) -> None:
+    save_file({"\x1b]0;owned\x07x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    words = ["workers.models.adding", "mine", str(tmp_path / "foreign.safetensors"), "sam_nano", "", ""]
+
+    done = subprocess.run([sys.executable, "-P", "-m", *words], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert r"1 unexpected (\x1b]0;owned\x07x)" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,20 @@ def test_every_pod_has_a_network_policy_and_nobody_calls_in_unless_it_is_said(do
 def test_wrong_values_are_refused_with_a_reason(values: dict[str, Any], said: str) -> None:
     with pytest.raises(helm.HelmError, match=said.replace(".", r"\.")):
         rendered(values)
+
+
+def test_prometheus_leaves_our_label_job_as_it_is() -> None:
+    [monitor] = [document for document in RENDERED["everything"] if document["kind"] == "PodMonitor"]
+    assert monitor["spec"]["podMetricsEndpoints"] == [{"port": "metrics", "honorLabels": True}]
+
+
+def test_what_the_page_gives_to_helm_survives_the_shell_and_is_taken_as_text() -> None:
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    # `--set` would read 64 as a number, which the chart refuses. Bash takes braces and backslashes for itself.
+    ways = re.findall(r"(\S+) settings\.MASKFLEET_", page)
+    assert {way.strip("`") for way in ways} == {"--set-string"}
+    for value in (r"worker.resources.limits.nvidia\.com/gpu=null", "networkPolicy.webPorts={443,9000,8080}"):
+        assert page.count(value) == page.count(f"--set '{value}'") == 1
 
 
 def environment(pod: dict[str, Any]) -> dict[str, dict[str, Any]]:

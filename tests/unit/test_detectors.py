@@ -101,6 +101,7 @@ def test_coco_has_eighty_classes() -> None:
         (lambda path: write_colour_detector(path, metadata="{0: 'a', 0: 'b'}"), "comes twice"),
         (lambda path: write_colour_detector(path, metadata="{0: 'a', 2000000000: 'b'}"), "expected numbers below"),
         (lambda path: write_colour_detector(path, metadata="{}"), "expected a list of names"),
+        (lambda path: write_colour_detector(path, metadata=f"[{'1' * 5000}]"), "expected a list of names"),
         (lambda path: write_colour_detector(path, classes="\n\n"), "is empty, expected class names"),
         (lambda path: path.write_bytes(b"\x80\x04pickle"), "not an ONNX file"),
         (lambda path: path.write_bytes(b"\x3a\xff\xff\xff\xff\x0f"), "not an ONNX file, or cut short"),

@@ -141,6 +141,17 @@ def test_a_decoder_brings_its_base(node: Callable[..., Path], tmp_path: Path) ->
         pull_named("head", Bringing())
 
 
+def test_a_mirror_whose_bases_stand_on_each_other_is_refused(node: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "mirror").mkdir()
+    for name, base in (("head", "neck"), ("neck", "head")):
+        own = MINE.model_copy(update={"name": name, "base": base, "base_sha256": MINE.sha256})
+        (tmp_path / "mirror" / f"{name}.toml").write_bytes(toml_of(own))
+    node("second", tmp_path / "mirror")
+
+    with pytest.raises(WeightsError, match="head: its base neck is built on head, expected a whole sam_vit_b"):
+        bring_for_job("head", anything, WORKER)
+
+
 def test_a_public_model_is_taken_from_the_mirror_first_and_by_a_worker_only_from_there(
     node: Callable[..., Path], site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.cli.errors import as_message
 from orchestrator.cli.root import COMMANDS, imported_command
+from workers.errors import SourceError
 
 HEAVY = ("sqlalchemy", "pydantic", "alembic", "cv2", "numpy", "boto3", "httpx", "celery", "structlog")
 
@@ -128,3 +129,9 @@ def test_a_file_that_cannot_be_used_is_said_in_a_line_and_an_error_of_ours_keeps
     assert as_message(OSError(errno.ENOSPC, "No space left on device")) == "[Errno 28] No space left on device"
     assert as_message(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")) is None
     assert as_message(KeyError("ours")) is None
+
+
+def test_no_terminal_obeys_what_a_foreign_key_says_in_a_message() -> None:
+    error = SourceError("a\x1b]0;owned\x07.png: gone\n\tlook again")
+
+    assert as_message(error) == r"a\x1b]0;owned\x07.png: gone" + "\n    look again"

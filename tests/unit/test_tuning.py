@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,6 +27,7 @@ from orchestrator.tuning.install import install
 from orchestrator.tuning.lessons import planned_asset
 from orchestrator.tuning.process import train_and_judge
 from orchestrator.tuning.verdict import decide
+from tests.deployment import draw_pictures
 from workers.embeddings.address import EmbeddingFormat, EmbeddingOf
 from workers.embeddings.codec import encode
 from workers.embeddings.store import EmbeddingStore
@@ -39,6 +46,7 @@ from workers.tuning import batch, thresholds
 from workers.tuning.checkpoint import FILE_NAME, load_run, save_run
 from workers.tuning.decoding import Asked, decode
 from workers.tuning.gathering import Embeddings, Gathered, hold_out
+from workers.tuning.held_out import judge_held_out
 from workers.tuning.judging import searched
 from workers.tuning.lessons import NEAR_SIDE, Frame, Lesson, Target, WrongPrompt, target_of, turned
 from workers.tuning.loss import best_of_three, focal_and_dice, look_near, near_ious, near_loss
@@ -378,6 +386,78 @@ def test_a_decoder_is_better_when_clicks_gain_and_nothing_is_lost() -> None:
     flooded = decide([replace(one, masks=(3, 9)) for one in gained])
     assert flooded.measured["recall"].gain == 0
     assert flooded.reasons == ["automatic masks, F1 at IoU 0.75 fell from 0.800 to 0.364 (by 0.436 to 0.436)"]
+
+
+def test_one_image_shows_no_gain_and_no_loss_whatever_its_figures_are() -> None:
+    verdict = decide([judgement(0.5, 0.6)])
+    assert not verdict.is_better
+    assert verdict.reasons == ["neither boxes nor clicks gain beyond chance: +0.000 (one image) and +0.100 (one image)"]
+    rare = replace(judgement(0.9, 0.1), labels=["rare"] * 2, found_labels=["rare"] * 2)
+    assert not decide([judgement(0.5, 0.6), rare]).by_label["rare"]["click"].loses
+
+
+def test_copies_of_an_image_judge_once(sam: Sam, tmp_path: Path) -> None:
+    scene = draw_scene(8_000_000_000_001, (48, 64))
+    ok, png = cv2.imencode(".png", scene.image)
+    masks = [PlannedMask(counts=encode_counts(np.asarray(scene.masks[0], np.bool_)), label="x")]
+    assets = [PlannedAsset(key=key, etag="", size_hw=(48, 64), embedding=None, masks=masks) for key in "ab"]
+    plan = planned(assets=assets)
+    embeddings = Embeddings(plan, promptable(sam), tmp_path, None)
+    assert ok
+    for number in range(2):
+        embeddings.bring(number, png.tobytes(), max_pixels=10_000)
+    judging = [
+        Gathered(number=n, asset=asset, frame=FRAME, content="same", encoded=True) for n, asset in enumerate(assets)
+    ]
+    run = begin(sam, seed=1)
+    sam.mask_decoder.eval().requires_grad_(False)
+    usual = automatic_params(NANO.defaults, {"points_per_side": 2})
+
+    judgements, _ = judge_held_out(plan, run, judging, embeddings, (usual, usual), say=lambda done, of: None)
+
+    assert len(judgements) == 1
+
+
+def test_a_tuning_that_could_judge_by_one_image_alone_is_refused(tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / "pictures", 12)
+    mask = [PlannedMask(counts=encode_counts(disc(16, 12, 6, (24, 32))), label="x")]
+    assets = [
+        PlannedAsset(key=f"{n:04}.png", etag="", size_hw=(24, 32), embedding=None, masks=mask if n < 3 else [])
+        for n in range(12)
+    ]
+    write_plan(planned(source=str(source), assets=assets), tmp_path / "tune")
+
+    with pytest.raises(TuneError, match="at least four different images"):
+        train_and_judge(tmp_path / "tune", seconds=1, device="cpu", listen=lambda said: None)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
+def test_a_device_of_another_kind_is_named(device: str, tmp_path: Path) -> None:
+    write_plan(planned(), tmp_path)
+    with pytest.raises(TuneError, match=f"--device {device}: expected auto, cpu, cuda"):
+        train_and_judge(tmp_path, seconds=1, device=device, listen=lambda said: None)
+
+
+def test_ctrl_c_while_torch_is_imported_leaves_no_trace(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from orchestrator.tuning.process import TuneStopped, train_and_judge
+print("begins", flush=True)
+try:
+    train_and_judge(Path({str(tmp_path)!r}), seconds=1, device="cpu", listen=print)
+except TuneStopped:
+    print("stopped")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == "begins\n"
+        time.sleep(0.5)
+        os.killpg(command.pid, signal.SIGINT)
+        said, errors = command.communicate(timeout=120)
+
+    assert (said, errors) == ("stopped\n", "")
 
 
 def test_the_thresholds_that_are_chosen_find_what_automatic_masks_then_find(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workers.errors import printable
 from workers.models.files import weights_dir
 from workers.models.loading import require_libraries
 from workers.models.own import OwnModel, weights_file, write_own
@@ -105,7 +106,8 @@ def _unwrapped(found: object) -> object:
 def _is_plain(name: object, value: object) -> bool:
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return False
-    return value.layout is torch.strided and not value.is_quantized and not value.is_complex()
+    has_values = value.layout is torch.strided and not value.is_meta
+    return has_values and not value.is_quantized and not value.is_complex()
 
 
 def _described(found: object) -> str:
@@ -158,4 +160,4 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except ModelError as failure:
-        sys.exit(f"maskfleet: {failure}")
+        sys.exit(f"maskfleet: {printable(str(failure))}")  # the names of tensors are those of a foreign file

@@ -163,11 +163,21 @@ def _ask_mirror(name: str, mirror: Mirror | None) -> OwnModel:
 def _pull_own(own: OwnModel, bringing: Bringing) -> list[Path]:
     """The weights first, then the TOML, so that a model with a name here always has its weights."""
     spec = spec_of(own)
-    bases = [] if own.base is None else pull_named(own.base, bringing)
+    bases = [] if own.base is None else _pull_base(own, own.base, bringing)
     path = pull(spec, bringing)
     write_own(own)
     with_base(spec)
     return [*bases, path]
+
+
+def _pull_base(own: OwnModel, base: str, bringing: Bringing) -> list[Path]:
+    """The base alone. A mirror could name a base of the base, and so on in a circle."""
+    if base in MODELS or is_own(base):
+        return pull_named(base, bringing)
+    found = _ask_mirror(base, mirror_of_settings(bringing.manner))
+    if found.base is not None:
+        raise WeightsError(f"{own.name}: its base {base} is built on {found.base}, expected a whole {own.architecture}")
+    return _pull_own(found, bringing)
 
 
 def _fill(spec: ModelSpec, mirror: Mirror | None, part: BufferedRandom, bringing: Bringing) -> None:

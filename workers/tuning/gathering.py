@@ -27,7 +27,7 @@ from workers.tuning.lessons import Frame, Lesson, WrongPrompt, target_of, turned
 from workers.tuning.plan import Plan, PlannedAsset, PlannedWrong, TuneError
 
 _FIFTH = 2**32 // 5  # of the numbers that 8 hexadecimal digits can be
-_FEWEST_JUDGING = 2  # images with masks: the gain of one alone has no interval
+FEWEST_JUDGING = 2  # images with masks: the gain of one alone has no interval
 _IN_MEMORY_BYTES = 1 << 30  # of embeddings; the others are read from the folder again
 
 log = logging.getLogger(__name__)
@@ -184,5 +184,5 @@ def hold_out(gathered: Sequence[Gathered]) -> tuple[list[Gathered], list[Gathere
     """
     able = sorted({one.content for one in gathered if one.asset.masks})
     judging = {one.content for one in gathered if int(one.content[:8], 16) < _FIFTH}
-    judging.update(able[: min(_FEWEST_JUDGING, len(able) // 2)])
+    judging.update(able[: min(FEWEST_JUDGING, len(able) // 2)])
     return [one for one in gathered if one.content not in judging], [one for one in gathered if one.content in judging]

@@ -26,13 +26,15 @@ def judge_held_out(
     *,
     say: Callable[[int, int], None],
 ) -> tuple[list[Judgement], list[Shown]]:
-    """Judge those of these assets that have masks. automatic: parameters before and after.
+    """Judge those of these assets that have masks, one of each image. automatic: parameters before and after.
 
     say: called with how many of how many are done, before each look.
     """
     judgements: list[Judgement] = []
     shown: list[Shown] = []
-    chosen = [one for one in sorted(judging, key=lambda one: one.content) if one.asset.masks][:_MOST_PROMPTED]
+    # Copies of an image fail together. Resampled as if they were several images, they would promise too much.
+    images = {one.content: one for one in judging if one.asset.masks}
+    chosen = sorted(images.values(), key=lambda one: one.content)[:_MOST_PROMPTED]
     for done, one in enumerate(chosen):
         masks = one.masks()
         whole = [n for n, mask in enumerate(masks) if mask.any()]

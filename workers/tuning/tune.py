@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -37,8 +38,9 @@ from workers.models.spec import ModelError
 from workers.models.tuned import require_tunable, write_decoder
 from workers.params import AutomaticParams, automatic_params
 from workers.tuning.checkpoint import load_run, save_run
-from workers.tuning.gathering import Embeddings, Gathered, gather, hold_out, lesson_of
+from workers.tuning.gathering import FEWEST_JUDGING, Embeddings, Gathered, gather, hold_out, lesson_of
 from workers.tuning.held_out import judge_held_out
+from workers.tuning.lessons import Lesson
 from workers.tuning.outcome import JUDGED_NAME, FewAssets, require_enough
 from workers.tuning.plan import Plan, TuneError, read_plan
 from workers.tuning.thresholds import Choice, choose_thresholds, images_to_try
@@ -94,8 +96,7 @@ def tune(folder: Path, *, seconds: float, device: str) -> None:
     usable, left_out = _gather(plan, base, embeddings)
     teaching, judging = hold_out(usable)
     lessons = [lesson for lesson in map(lesson_of, teaching) if lesson.targets]
-    if not lessons or not any(one.asset.masks for one in judging):
-        raise FewAssets("no masks to learn from or to judge by: fewer than two of the annotated images have one")
+    _require_both_sides(lessons, judging)
     turned = copies(plan, base, embeddings, teaching, settings(), seconds=seconds, say=_say_at("copies"))
     run = begin(sam, plan.seed)
     if load_run(run, folder):
@@ -124,8 +125,7 @@ def _load(plan: Plan, device: str) -> Sam:
     """The model that is tuned, with finite weights. Raises ModelError."""
     spec = find_model(plan.model)
     require_tunable(spec)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise TuneError(f"--device {device}: there is no CUDA device here; use --device cpu")
+    _require_device(device)
     if (found := weights_sha256(spec)) != plan.weights_sha256:
         raise TuneError(
             f"{spec.name} has the weights {found[:8]} here, the tuning began with {plan.weights_sha256[:8]}"
@@ -137,6 +137,26 @@ def _load(plan: Plan, device: str) -> Sam:
             f"{spec.name}: NaN or infinity in {len(broken)} tensors, such as {broken[0]}; nothing is trained"
         )
     return sam
+
+
+def _require_device(device: str) -> None:
+    """Raise TuneError for a device that is not here."""
+    if re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device) is None:
+        raise TuneError(f"--device {device}: expected auto, cpu, cuda, or cuda: with a number")
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise TuneError(f"--device {device}: there is no CUDA device here; use --device cpu")
+    if int(device.partition(":")[2] or 0) >= (count := torch.cuda.device_count()):
+        raise TuneError(f"--device {device}: expected a number below {count}, as many CUDA devices are here")
+
+
+def _require_both_sides(lessons: Sequence[Lesson], judging: Sequence[Gathered]) -> None:
+    """Raise FewAssets without masks to learn from, or with too few images to judge by. Copies of one are one image."""
+    if not lessons or len({one.content for one in judging if one.asset.masks}) < FEWEST_JUDGING:
+        raise FewAssets(
+            "too few masks to learn from and to judge by: at least four different images of the annotated ones need one"
+        )
 
 
 def _gather(plan: Plan, model: Any, embeddings: Embeddings) -> tuple[list[Gathered], list[dict[str, str]]]:
