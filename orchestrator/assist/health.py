@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
 from typing import Any
 
 from db.embeddings import Totals, totals
@@ -48,6 +49,6 @@ def _said(backend: dict[str, Any]) -> str:
 def _line(found: Totals) -> str:
     parts = [f"{found.stored:,} embeddings, {found.size_bytes / 1e6:,.0f} MB"]
     if found.oldest is not None:
-        parts.append(f"the oldest used {found.oldest:%Y-%m-%d %H:%M} UTC")
+        parts.append(f"the oldest used {found.oldest.astimezone(UTC):%Y-%m-%d %H:%M} UTC")
     parts += [f"{count:,} {what}" for count, what in ((found.wanted, "wanted"), (found.failed, "failed")) if count]
     return ", ".join(parts)

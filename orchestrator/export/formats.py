@@ -156,8 +156,7 @@ class Question:
     def _finish(self, db: Connection, job: Job, parts: Parts) -> None:
         if self.file_format is ExportFormat.PARQUET:
             export_failed(job, parts.folder, self.selection.failed(db, job))
-        parts.complete = True
-        parts.store()
+        parts.finish()
 
     def _request(self, db: Connection, job: Job, counts: Counts, part_assets: int) -> dict[str, Any]:
         """What must be the same for an export to go on. The counts tell a job that changed in the meantime, and

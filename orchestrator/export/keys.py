@@ -30,7 +30,7 @@ class Keys:
         self._first_missing = ""
         with path.open("rb") as file:
             lines = self._lines(file)
-            while run := sorted(islice(lines, _RUN_LINES)):
+            while run := sorted(islice(lines, _RUN_LINES), key=_without_end):
                 stored = TemporaryFile()  # noqa: SIM115 (`close` closes it)
                 stored.writelines(run)
                 self._runs.append(stored)
@@ -48,8 +48,8 @@ class Keys:
         """Read from the beginning. One reader at a time."""
         for run in self._runs:
             run.seek(0)
-        for line, _ in groupby(heapq.merge(*self._runs)):
-            yield line[:-1].decode()
+        for line, _ in groupby(heapq.merge(*self._runs, key=_without_end)):
+            yield _without_end(line).decode()
 
     def tell_missing(self, keys: list[str]) -> None:
         """Keep for the notes that these are no labeled assets of the job."""
@@ -85,6 +85,11 @@ class Keys:
                 self._unreadable = self._unreadable or [number]
             elif key:
                 yield key + b"\n"
+
+
+def _without_end(line: bytes) -> bytes:
+    """The key alone. With its line feed, `a` would come after `a` and a tab."""
+    return line[:-1]
 
 
 def _is_key(line: bytes) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from workers.storage.place import Objects
 
 _NAME = "export.json"
 _MOST_BYTES = 1 << 26  # of export.json
+_PART = re.compile(r"part-[0-9]{5,}(\.[a-z]+)?")
 
 WritePart = Callable[[Path, Iterable[LabeledAsset]], list[str] | None]
 
@@ -37,6 +39,7 @@ class Parts:
     """What export.json holds. request: the question; another one does not go on in this place.
 
     folder: where parts are written. For a bucket it is a folder of this machine that `store` empties into the bucket.
+    goes_on: a stopped export was here before.
     """
 
     place: Objects
@@ -45,6 +48,7 @@ class Parts:
     uploads: bool = False
     finished: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = False
+    goes_on: bool = False
 
     @property
     def last_key(self) -> str:
@@ -59,6 +63,22 @@ class Parts:
                 path.unlink()
         document = {"request": self.request, "complete": self.complete, "parts": self.finished}
         self.place.write(_NAME, f"{json.dumps(document, ensure_ascii=False, indent=1)}\n".encode())
+
+    def finish(self) -> None:
+        """Say that all is there. Parts that nobody named go: with other --processes an export may have more of them."""
+        names = {part["name"] for part in self.finished}
+        if self.goes_on and self.uploads:
+            for name in [stored.name for stored in self.place.stored()]:
+                part = name.removeprefix("masks/").removeprefix("assets/").partition("/")[0]
+                if _PART.fullmatch(part) and part not in names:
+                    self.place.delete(name)
+        elif self.goes_on:
+            found = [path for below in ("", "masks/", "assets/") for path in self.folder.glob(f"{below}part-*")]
+            for path in found:
+                if _PART.fullmatch(path.name) and path.name not in names:
+                    _remove(path)
+        self.complete = True
+        self.store()
 
     def notes(self) -> list[str]:
         """For people: those of the first part that has some, and how many more parts have notes."""
@@ -122,6 +142,7 @@ def _begun(parts: Parts, out: str) -> Parts:
         document = json.loads(content)
         request = dict(document["request"])
         parts.finished, parts.complete = list(document["parts"]), bool(document["complete"])
+        parts.goes_on = not parts.complete
         parts.last_key, parts.count("assets"), parts.count("masks")
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{out}/{_NAME}: is not of an export in parts: name another place") from error

@@ -84,7 +84,8 @@ def export_yolo(
     """Write both datasets into a new folder. It appears when all is there. assets: instead of the labeled ones.
 
     An asset without masks has an empty file; YOLO takes it as background. images: copy the images too, unchanged if
-    trainers can read them. Readers must apply EXIF's orientation, as OpenCV and Pillow's exif_transpose do.
+    trainers can read them. Readers must apply EXIF's orientation, as OpenCV and Pillow's exif_transpose do; where
+    OpenCV does not, the copy is an upright PNG.
     labels: of the classes, in their order, instead of the job's.
     Returns notes for people about the dataset. Raises FileExistsError if `out` is not new or empty, and AssetError for
     an image that is gone.

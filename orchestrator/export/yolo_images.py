@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -17,12 +17,15 @@ from db.settings import settings
 from workers.errors import AssetError
 from workers.images.decode import decode
 from workers.images.formats import sniff
+from workers.images.headers import exif_orientation, webp_orientation
 from workers.storage.asset import Source
 
 # The suffixes that every version of ultralytics knows (data/utils.py, IMG_FORMATS). Newer ones know more.
 _KNOWN_SUFFIXES = frozenset((".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"))
 _USUAL_SUFFIX = re.compile(r"\.[a-z0-9]{1,10}")
 _SUFFIX_OF_FORMAT = {"JPEG": ".jpg", "PNG": ".png", "WebP": ".webp", "TIFF": ".tif", "BMP": ".bmp"}
+# OpenCV, with which trainers read, does not turn a WebP, and its imread gives nothing for a TIFF on its side (4.12).
+_TURNS: dict[str, Callable[[bytes], int]] = {"WebP": webp_orientation, "TIFF": exif_orientation}
 
 
 def has_known_suffix(key: str) -> bool:
@@ -38,13 +41,14 @@ def file_name(asset_id: int, key: str) -> str:
 def read_image(source: Source, key: str) -> tuple[bytes, str]:
     """An image's bytes and their suffix.
 
-    A picture that trainers read is not changed. Another, such as a GIF, becomes an upright PNG. Bytes that are no
-    picture (any more) are not changed either. Raises AssetError for an image that cannot be fetched.
+    A picture that trainers read is not changed. Another, such as a GIF, becomes an upright PNG; so does a WebP or
+    TIFF that its EXIF turns. Bytes that are no picture (any more) are not changed either. Raises AssetError for an
+    image that cannot be fetched.
     """
     data = source.read(key, settings().max_object_bytes)
     try:
         kind, _ = sniff(data, key)
-        if kind in _SUFFIX_OF_FORMAT:
+        if kind in _SUFFIX_OF_FORMAT and not (kind in _TURNS and _TURNS[kind](data) > 1):
             return data, _suffix(key) if has_known_suffix(key) else _SUFFIX_OF_FORMAT[kind]
         pixels = decode(data, name=key, max_pixels=settings().max_pixels)
     except AssetError:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from db.texts import is_storable_key
+from db.texts import is_storable_key, storable
 from orchestrator.prompts import coco as coco_prompts
 from orchestrator.prompts import yolo as yolo_prompts
 from orchestrator.prompts.entries import BadEntry, Entry, PassedOver, PromptFileError, Reader, shown
@@ -97,7 +97,7 @@ def read_prompts(
             raise PromptFileError(f"{redact(address)}: no usable prompt among {intake.keys} entries{why}")
         on_error.pop_all()
     return PromptFile(
-        name=redact(address),
+        name=storable(redact(address)),
         file_format=reader.file_format,
         # This word has no meaning today. Without it, JSON lines would give other versions than those stored.
         sha256=hashlib.sha256(f"key\n{intake.digest.hexdigest()}".encode()).hexdigest(),
@@ -153,7 +153,7 @@ class _Intake:
         except PromptError as error:
             where = f"{entry.where}, prompt {index}" if len(entry.prompts) > 1 else entry.where
             self._report(where, str(error))
-            return f"{where}: {error}"
+            return storable(f"{where}: {error}")
         unfit = takes(prompt, self._taken)
         if unfit:
             raise PromptFileError(f"{entry.where}: {unfit}, which is what {self._spec.name} takes")
@@ -162,7 +162,7 @@ class _Intake:
     def _report(self, where: str, why: str) -> None:
         self.bad_count += 1
         if len(self.bad) < _KEPT_REPORTS:
-            self.bad.append(f"{where}: {why}")
+            self.bad.append(storable(f"{where}: {why}"))
 
 
 @contextmanager

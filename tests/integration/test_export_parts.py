@@ -152,6 +152,23 @@ def test_keys_choose_assets_and_the_rest_of_the_file_is_told(engine: Engine, exp
     assert "line 7" in notes[-1]
 
 
+def test_keys_with_tabs_are_read_in_the_order_of_whole_keys_and_none_comes_twice(
+    engine: Engine, export: Export, tmp_path: Path
+) -> None:
+    names = ["a", "a\t2", "a\x01", "b"]
+    job, _ = finished_job(engine, names)
+    (tmp_path / "keys").write_text("\n".join(reversed(names)))
+    out, request = tmp_path / "out", {"part_assets": 1}
+
+    with closing(Keys(tmp_path / "keys")) as keys:
+        assert list(keys) == sorted(names)
+        with pytest.raises(Stopped):
+            export(job, out, ExportFormat.PARQUET, StopsAfterThree(keys=keys), **request)
+        export(job, out, ExportFormat.PARQUET, Selection(keys=keys), **request)
+
+    assert pq.read_table(out / "assets").column("key").to_pylist() == sorted(names)
+
+
 class Stopped(Exception):
     pass
 
@@ -262,6 +279,30 @@ def test_parts_that_are_written_at_once_are_those_of_one_process_and_go_on_alike
     assert first.stat().st_mtime_ns == written_at
     with pytest.raises(ExportError, match="has parts"):
         export(job, tmp_path / "x.json", ExportFormat.COCO, Selection(), processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["a folder", "a bucket"])
+def test_an_export_that_goes_on_with_one_process_leaves_no_part_of_the_others(
+    engine: Engine, export: Export, tmp_path: Path, bucket: str, place: str
+) -> None:
+    failed = [f"{n}b.jpg" for n in range(4)]
+    job, _ = finished_job(engine, [f"{n}.jpg" for n in range(4)], failed=failed, source="/photos")
+    out = str(tmp_path / "out") if place == "a folder" else f"{bucket}/goes on"
+    export(job, out, ExportFormat.PARQUET, Selection(), part_assets=2, processes=2)
+    # As after a kill: one part is named, the others are written and not named.
+    document = json.loads(open_objects(out).read("export.json", 10**6))
+    del document["parts"][1:]
+    open_objects(out).write("export.json", json.dumps(document | {"complete": False}).encode())
+    open_objects(out).write("masks/part of a talk.txt", b"a person's own")
+
+    export(job, out, ExportFormat.PARQUET, Selection(), part_assets=2)
+
+    names = sorted(stored.name for stored in open_objects(out).stored())
+    assert names == [
+        "assets/failed.parquet", *(f"assets/part-0000{n}.parquet" for n in range(3)), "export.json",
+        "masks/part of a talk.txt", *(f"masks/part-0000{n}.parquet" for n in range(3)),
+    ]  # fmt: skip
 
 
 def rows_of(out: Path, file_format: ExportFormat) -> list[object]:

@@ -22,6 +22,7 @@ from db.jobs import Job
 from db.listing import NewAsset
 from db.settings import Settings, settings
 from db.states import EmbeddingState
+from orchestrator.assist.health import kept_embeddings
 from tests.factories import chunk_ids, count, delete, make_job
 from workers.embeddings.address import EmbeddingError, EmbeddingFault, EmbeddingFormat, embedding_of
 from workers.embeddings.codec import decode
@@ -572,6 +573,34 @@ def test_files_without_a_row_go_after_an_hour_and_rows_without_a_file_at_once(
     assert sweep(engine, store, Settings()) == Swept(without_row=2)
 
     assert kept_names(store) == list(rows(engine)) == [names[1]]
+
+
+def test_files_that_are_no_embeddings_are_left_alone_however_old(
+    engine: Engine, store: EmbeddingStore, tmp_path: Path
+) -> None:
+    names = fill(engine, store, 1)
+    others = ["photos/1.jpg", "1.jpg", f"{names[0]}.bak", ".trash.tmp"]
+    for other in others:
+        (tmp_path / "swept" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "swept" / other).write_bytes(b"a person's own")
+        os.utime(tmp_path / "swept" / other, (1, 1))
+
+    assert sweep(engine, store, Settings()) == Swept()
+
+    assert kept_names(store) == sorted([*names, *others])
+
+
+def test_doctors_line_has_the_time_of_utc_wherever_postgres_stands(
+    engine: Engine, store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(engine, store, 1)
+    with engine.begin() as db:
+        db.execute(text("UPDATE embedding SET used_at = '2026-11-25 23:30:00+00'"))
+    engine.dispose()
+    monkeypatch.setenv("PGTZ", "Asia/Tokyo")
+
+    assert kept_embeddings(engine) == "1 embeddings, 0 MB, the oldest used 2026-11-25 23:30 UTC"
+    engine.dispose()
 
 
 def test_one_process_sweeps_at_a_time(engine: Engine, store: EmbeddingStore) -> None:

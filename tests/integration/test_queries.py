@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import os
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, Engine, text
@@ -16,6 +19,7 @@ from db.listing import NewAsset
 from db.session import open_engine
 from db.states import JobState
 from orchestrator.jobs.prepare import match_prompts
+from orchestrator.prompts.files import read_prompts
 from orchestrator.prompts.key_matching import Matching, Pair
 from tests.factories import (
     chunk_ids,
@@ -29,6 +33,7 @@ from tests.factories import (
     reap,
     record,
 )
+from workers.models.registry import find_model
 
 pytestmark = pytest.mark.integration
 
@@ -309,6 +314,30 @@ def test_a_running_chunk_cannot_be_without_a_lease(engine: Engine) -> None:
     make_job(engine, keys=1)
     with pytest.raises(IntegrityError, match="chunk_running_has_lease"), engine.begin() as db:
         db.execute(text("UPDATE chunk SET state = 'running'"))
+
+
+def test_reports_about_bad_prompts_are_stored_whatever_the_file_and_its_ids_are_called(
+    engine: Engine, tmp_path: Path
+) -> None:
+    category = {"id": "x\0", "name": "a"}
+    annotations = [{"image_id": 1, "bbox": [1, 2, 3, 4], **also} for also in ({}, {"category_id": "x\0"})]
+    document = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [category, {**category, "name": "b"}]}
+    path = os.path.join(os.fsencode(tmp_path), b"not UTF-8 \xff.json")  # noqa: PTH118  pathlib knows only str
+    Path(os.fsdecode(path)).write_text(json.dumps({**document, "annotations": annotations}))
+    found = read_prompts(os.fsdecode(path), source="/photos", spec=find_model("sam_nano"), s3_endpoint=None)
+
+    job = make_job(engine, keys=["a.jpg"], asked={"prompts": found.as_json()})
+    with engine.begin() as db:
+        prompts.store_prompts(db, job_id=job.id, rows=found.rows())
+    found.stored.close()
+
+    match_prompts(engine, job)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    with engine.begin() as db:
+        [usable, bad] = prompts.prompts_of(db, asset_id=pending(engine, chunk)[0].id)
+    assert usable == {"box_xyxy": [1, 2, 4, 6]}
+    assert r"not UTF-8 \udcff.json, annotation 2: category_id x\x00 has two names" in bad["error"]
 
 
 def test_prompts_of_one_key_are_joined_in_their_order_and_wait_to_be_matched(engine: Engine) -> None:

@@ -172,6 +172,29 @@ def test_images_get_names_and_formats_that_trainers_read(engine: Engine, tmp_pat
     assert any(note.startswith("1 images have names without a suffix") for note in notes), notes
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_picture_that_its_exif_turns_is_upright_where_opencv_reads_it(
+    engine: Engine, tmp_path: Path, kind: str
+) -> None:
+    height, width = SIZE_HW
+    lying = Image.new("RGB", (height, width), "white")
+    lying.paste((200, 40, 90), (0, 0, height, 4))  # its upper border is on the right when it is upright
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    lying.save(file, kind, exif=exif)
+    flat = io.BytesIO()
+    Image.new("RGB", (width, height)).save(flat, kind, exif=Image.Exif())
+
+    dataset, names, _ = written(engine, tmp_path, {"a": file.getvalue(), "b": flat.getvalue()}, lambda _: [])
+
+    read = cv2.imread(str(dataset / "segment" / names["a"]))
+    assert read.shape == (*SIZE_HW, 3)
+    assert read[:, : width // 2].min() > 200
+    assert read[height // 2, -2, 1] < 100
+    assert (dataset / "segment" / names["b"]).read_bytes() == flat.getvalue()
+
+
 def test_without_images_names_that_trainers_pass_over_are_said(engine: Engine, tmp_path: Path) -> None:
     files = {"a": picture("JPEG"), "b.gif": picture("GIF"), "c.jpg": picture("JPEG")}
     _, _, notes = written(engine, tmp_path, files, lambda _: [], images=False)

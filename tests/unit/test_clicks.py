@@ -221,6 +221,23 @@ def test_absent_truncated_and_foreign_embeddings_are_missing(
     assert "of weights 00000000, here are d10efaca" in missing()
 
 
+def test_an_embedding_that_cannot_be_read_now_is_not_made_again(
+    store: EmbeddingStore, nano: Model, tmp_path: Path
+) -> None:
+    kept = keep(store, nano, scene(0))
+    path = tmp_path / "kept" / kept.address
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")  # a store that refuses: links do not lead out of it
+
+    answer = Decoding(store).answer(click(kept, point(100, 100)))
+
+    assert (answer.mask, answer.missing) == (None, None)
+    assert str(answer.error).startswith("away: ")
+    path.unlink()
+    (tmp_path / "elsewhere").rename(path)
+    assert Decoding(store).answer(click(kept, point(100, 100))).mask is not None
+
+
 def test_a_click_that_cannot_be_answered_says_why_and_costs_no_other_click(store: EmbeddingStore, nano: Model) -> None:
     kept, decoding = keep(store, nano, scene(0)), Decoding(store)
 

@@ -66,7 +66,10 @@ class Decoding:
         try:
             return ClickAnswer(n=request.n, mask=self._mask(request))
         except EmbeddingError as error:
-            return ClickAnswer(n=request.n, missing=f"{error.fault}: {redact(str(error))}")
+            said = f"{error.fault}: {redact(str(error))}"
+            if error.fault is EmbeddingFault.AWAY:  # its bytes may be right, and could not be written again now
+                return ClickAnswer(n=request.n, error=said)
+            return ClickAnswer(n=request.n, missing=said)
         except Exception as error:  # noqa: BLE001  a click costs no other click its answer
             return ClickAnswer(n=request.n, error=redact(f"{type(error).__name__}: {error}"))
 

@@ -17,6 +17,7 @@ from workers.models.registry import find_model
 from workers.models.spec import ModelSpec, WeightsError
 
 _ADDRESS = re.compile(r"[0-9a-f]{8}(-fast)?/(fp16|int8)/[0-9a-f]{32}")
+_HALF_WRITTEN = re.compile(r"[0-9a-f]{8}(-fast)?/(fp16|int8)/\.[^/]+\.tmp")
 
 
 class EmbeddingFormat(StrEnum):
@@ -87,6 +88,11 @@ class EmbeddingOf:
 def is_address(text: str) -> bool:
     """Whether the text has the form of an address. It can then be a path inside a store, and leads nowhere else."""
     return _ADDRESS.fullmatch(text) is not None
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a store is an embedding, or what a killed writer left of one. Others are somebody else's."""
+    return is_address(name) or _HALF_WRITTEN.fullmatch(name) is not None
 
 
 def keeps_embeddings(spec: ModelSpec) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from db import embedding_sweep
 from db.session import Connection, Engine
 from db.settings import Settings
-from workers.embeddings.address import EmbeddingError
+from workers.embeddings.address import EmbeddingError, is_ours
 from workers.embeddings.store import EmbeddingStore
 from workers.errors import redact
 
@@ -67,7 +67,7 @@ def _compare(db: Connection, store: EmbeddingStore) -> tuple[int, int]:
     old: list[str] = []
     for found in store.stored():
         names.add(found.name)
-        if found.changed_at < before:
+        if found.changed_at < before and is_ours(found.name):  # images may lie in the same bucket
             old.append(found.name)
     lost = [row for row in rows if row.address not in names]
     with db.begin():

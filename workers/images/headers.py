@@ -44,6 +44,19 @@ def exif_orientation(exif: object) -> int:
     return 1
 
 
+def webp_orientation(data: bytes) -> int:
+    """The orientation 1..8 in the EXIF chunk of a WebP. 1 if there is none."""
+    position = 12
+    for _ in range(MAX_PIECES):
+        if position + 8 > len(data):
+            break
+        size_bytes = int.from_bytes(data[position + 4 : position + 8], "little")
+        if data[position : position + 4] == b"EXIF":
+            return exif_orientation(data[position + 8 : position + 8 + size_bytes])
+        position += 8 + size_bytes + size_bytes % 2
+    return 1
+
+
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 _SCANS_IN_ANY_CASE = 50
 
