@@ -7,10 +7,11 @@ the same version. Then the task and the masks are that job's, and the counts are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from db.publishing import LsProject
 from db.states import AnnotationStatus, Verdict
@@ -20,8 +21,9 @@ from db.states import AnnotationStatus, Verdict
 class KnownTask:
     """A task of ours as the outbox knows it.
 
-    asset_ids: by model version, the asset that owns the masks of that prediction. size_hw: None where the asset was not
-    looked at. is_whole: no prediction of the task is in flight or in doubt.
+    asset_ids: by model version, the asset that owns the masks of that prediction. size_hw: of the picture, None where
+    the asset was not looked at, or where its predictions are of pictures of several sizes. sizes_hw: then that of each
+    asset. is_whole: no prediction of the task is in flight or in doubt.
     """
 
     ls_task_id: int
@@ -29,6 +31,11 @@ class KnownTask:
     size_hw: tuple[int, int] | None
     asset_ids: Mapping[str, int]
     is_whole: bool = True
+    sizes_hw: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    def size_of(self, asset_id: int | None) -> tuple[int, int] | None:
+        """The size of the picture under this asset's masks. asset_id: None for an annotation from no prediction."""
+        return self.size_hw if asset_id is None else self.sizes_hw.get(asset_id, self.size_hw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +94,9 @@ def known_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequence[s
     """The tasks of these assets in a project, by asset_uid. Each has all its predictions that the server holds."""
     rows = db.execute(
         text(
-            """SELECT t.id, t.task_id, t.asset_uid, max(o.width) AS width, max(o.height) AS height,
-                      jsonb_object_agg(p.model_version, p.asset_id) AS asset_ids,
+            """SELECT t.id, t.task_id, t.asset_uid, jsonb_object_agg(p.model_version, p.asset_id) AS asset_ids,
+                      jsonb_object_agg(p.asset_id, jsonb_build_array(o.height, o.width))
+                          FILTER (WHERE o.width IS NOT NULL) AS sizes_hw,
                       NOT EXISTS (SELECT 1 FROM ls_prediction s WHERE s.ls_task_id = t.id AND s.state = 'sending')
                           AS is_whole
                FROM ls_task t JOIN ls_prediction p ON p.ls_task_id = t.id AND p.state = 'done'
@@ -98,16 +106,21 @@ def known_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequence[s
         ),
         {**ls_project.values(), "uids": list(asset_uids)},
     )
-    return {
-        row.asset_uid: KnownTask(
-            ls_task_id=row.id,
-            task_id=row.task_id,
-            size_hw=None if row.width is None else (row.height, row.width),
-            asset_ids=row.asset_ids,
-            is_whole=row.is_whole,
-        )
-        for row in rows
-    }
+    return {row.asset_uid: _known_task(row) for row in rows}
+
+
+def _known_task(row: Row[Any]) -> KnownTask:
+    # A picture that was replaced under its key may have another size in a later job.
+    sizes_hw = {int(asset_id): (height, width) for asset_id, (height, width) in (row.sizes_hw or {}).items()}
+    sizes = set(sizes_hw.values())
+    return KnownTask(
+        ls_task_id=row.id,
+        task_id=row.task_id,
+        size_hw=sizes.pop() if len(sizes) == 1 else None,
+        asset_ids=row.asset_ids,
+        is_whole=row.is_whole,
+        sizes_hw=sizes_hw,
+    )
 
 
 def remember_unjudged(db: Connection, *, ls_project: LsProject, asset_uids: Mapping[int, str]) -> None:

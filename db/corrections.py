@@ -60,7 +60,10 @@ def corrected_assets(db: Connection, *, job_id: int, ls_project: LsProject) -> l
                        AND p.state = 'done'
                    JOIN ls_task t ON t.id = p.ls_task_id AND t.server = :server AND t.project_id = :project_id
                    JOIN ls_annotation n ON n.ls_task_id = t.id AND n.standing = 'chosen'
-                   WHERE my.job_id = :job_id
+                   -- It may have begun from another version: of other bytes, or its masks may be deleted since.
+                   LEFT JOIN asset began ON began.id = n.asset_id LEFT JOIN outcome seen ON seen.asset_id = n.asset_id
+                   WHERE (n.asset_id IS NULL OR coalesce(seen.etag, began.etag) = coalesce(mine.etag, my.etag))
+                     AND my.job_id = :job_id
                    ORDER BY my.id, n.ground_truth DESC, n.updated_at DESC, n.id)
                SELECT c.id AS asset_id, c.key, c.etag, c.width, c.height, r.verdict, r.label,
                       coalesce(r.counts, m.counts) AS counts, m.bbox_x, m.bbox_y, m.bbox_w, m.bbox_h, m.prompt

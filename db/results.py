@@ -232,6 +232,19 @@ def labels_of(db: Connection, *, job_id: int) -> list[str]:
     return sorted(db.execute(statement, {"job_id": job_id}).scalars())
 
 
+def has_masks_without_label(db: Connection, *, job_id: int) -> bool:
+    """Whether some of a job's masks have no label."""
+    labels = counters.read_masks(db, job_id=job_id, kind=MaskCount.LABEL)
+    ious = counters.read_masks(db, job_id=job_id, kind=MaskCount.IOU_PERCENT)
+    if labels is not None and ious is not None:
+        return sum(ious.values()) > sum(labels.values())
+    statement = text(
+        """SELECT EXISTS (SELECT 1 FROM mask JOIN outcome USING (asset_id)
+                          WHERE job_id = :job_id AND label IS NULL)"""
+    )
+    return bool(db.execute(statement, {"job_id": job_id}).scalar_one())
+
+
 def masks_of(db: Connection, *, asset_ids: Sequence[int]) -> dict[int, list[StoredMask]]:
     """The masks of these assets in the model's order. Assets without masks are left out."""
     rows = db.execute(

@@ -90,7 +90,10 @@ _CHOSEN = """SELECT DISTINCT ON (my.id) my.id, n.id AS annotation, n.asset_id
                  AND coalesce(theirs.etag, a.etag) = coalesce(mine.etag, my.etag)
              JOIN ls_prediction p ON p.asset_id = a.id AND p.model_version = wanted.model_version AND p.state = 'done'
              JOIN ls_annotation n ON n.ls_task_id = p.ls_task_id AND n.standing = 'chosen'
-             WHERE my.job_id = :job_id AND (CAST(:ids AS bigint[]) IS NULL OR my.id = ANY(CAST(:ids AS bigint[])))
+             -- It may have begun from another version: of other bytes, or its masks may be deleted since.
+             LEFT JOIN asset began ON began.id = n.asset_id LEFT JOIN outcome seen ON seen.asset_id = n.asset_id
+             WHERE (n.asset_id IS NULL OR coalesce(seen.etag, began.etag) = coalesce(mine.etag, my.etag))
+               AND my.job_id = :job_id AND (CAST(:ids AS bigint[]) IS NULL OR my.id = ANY(CAST(:ids AS bigint[])))
              ORDER BY my.id, n.ground_truth DESC, n.updated_at DESC, n.id"""
 
 

@@ -93,6 +93,7 @@ CALL: dict[str, int] = {
     "results.require_job": 20,
     "results.masks_csv": 20,  # its COPY has a test of its own
     "results.labels_of": 30,
+    "results.has_masks_without_label": 60,
     "prompts.classes_of": 30,
     "results.masks_per_asset": 30,
     "results.predicted_iou_percents": 30,

@@ -29,6 +29,7 @@ from orchestrator.cli.options import LocalFilesOption
 from orchestrator.label_studio.addresses import server_key
 from orchestrator.label_studio.backend import Service
 from orchestrator.label_studio.client import LabelStudio
+from orchestrator.label_studio.names import DEFAULT_LABEL
 from orchestrator.label_studio.publication import Options
 from orchestrator.label_studio.publish import follow_project, publish_job
 from orchestrator.label_studio.report import Report
@@ -159,7 +160,10 @@ def label_studio_setup(
         engine = deployment_engine()
         source = read_job(engine, job)[0].source
         with engine.begin() as db:
-            labels += [name for name in results.labels_of(db, job_id=job) if name not in labels]
+            own = results.labels_of(db, job_id=job)
+            # Such masks are published as "object". Without that label the project would refuse their assets.
+            own += [DEFAULT_LABEL] if results.has_masks_without_label(db, job_id=job) else []
+            labels += [name for name in own if name not in labels]
     if project is None and not title:
         fail("which project? --project NUMBER, or --title of the one to make")
     wanted = Wanted(

@@ -44,8 +44,6 @@ def review(
 
     `maskfleet export --reviewed` writes what was read last. With --follow and --json there is one document a line.
     """
-    from orchestrator.label_studio.wake import wake_on_webhook
-
     number = project_number(project)
     engine = deployment_engine(statement_timeout_seconds=0)
     found, _ = read_job(engine, job)
@@ -57,10 +55,7 @@ def review(
         if listen is not None:
             if not follow:
                 fail("--listen only wakes --follow: give both")
-            place = stack.enter_context(
-                wake_on_webhook(*_listen_address(listen), secret=_webhook_secret(), event=called)
-            )
-            err.print(f"webhooks may call http://{place[0]}:{place[1]}/", style="dim", highlight=False)
+            _listen(stack, listen, called)
         try:
             while True:
                 called.clear()
@@ -106,6 +101,18 @@ def _review_once(
     if html is not None:
         write_review(engine, read, html)
         err.print(f"wrote {html}", markup=False, highlight=False)
+
+
+def _listen(stack: ExitStack, listen: str, called: threading.Event) -> None:
+    """Let webhooks set the event while the stack is open."""
+    from orchestrator.label_studio.wake import wake_on_webhook
+
+    wake = wake_on_webhook(*_listen_address(listen), secret=_webhook_secret(), event=called)
+    try:
+        host, port = stack.enter_context(wake)
+    except OSError as error:
+        fail(f"--listen {listen}: {error}")
+    err.print(f"webhooks may call http://{host}:{port}/", style="dim", highlight=False)
 
 
 def _listen_address(listen: str) -> tuple[str, int]:

@@ -63,5 +63,6 @@ def asset_uid(uri: str) -> str:
 def server_key(url: str) -> str:
     """The address of a server as we store it: scheme and host in small letters, no slash at the end, no secrets."""
     parts = urlsplit(url.strip())
-    host = (parts.hostname or "") + (f":{parts.port}" if parts.port else "")
+    name = parts.hostname or ""
+    host = (f"[{name}]" if ":" in name else name) + (f":{parts.port}" if parts.port else "")
     return f"{parts.scheme.lower()}://{host}{parts.path.rstrip('/')}"

@@ -267,7 +267,7 @@ class _Http:
         return response
 
     def pages(self, path: str, params: Mapping[str, Any], key: str = "results") -> Iterator[dict[str, Any]]:
-        page, size = 1, int(params.get("page_size", _PAGE_SIZE))
+        page, size, count = 1, int(params.get("page_size", _PAGE_SIZE)), 0
         while True:
             try:
                 found = self.read("GET", path, params={**params, "page": page, "page_size": size})
@@ -276,7 +276,10 @@ class _Http:
                     raise
                 return  # the last page was full
             yield from found[key]
-            if len(found[key]) < size:
+            count += len(found[key])
+            # A server may give smaller pages than asked for (TASK_API_PAGE_SIZE_MAX). Its total tells them from the
+            # last page.
+            if not found[key] or (len(found[key]) < size and count >= found.get("total", found.get("count", 0))):
                 return
             page += 1
 

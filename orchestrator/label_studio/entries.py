@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -190,13 +191,21 @@ def _submit(processes: int, build: partial[list[Entry]], group: Sequence[Labeled
         # Spawned, not forked: a fork would copy this process's threads and open connections only in part.
         context = multiprocessing.get_context("spawn")
         _pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process)
-    return _pool.submit(build, group)
+    with _killed_as_error():
+        return _pool.submit(build, group)
 
 
 def _result(future: Future[list[Entry]]) -> list[Entry]:
+    with _killed_as_error():
+        return future.result()
+
+
+@contextmanager
+def _killed_as_error() -> Iterator[None]:
+    """A pool with a dead process says so at its results, and also at what is submitted later."""
     global _pool
     try:
-        return future.result()
+        yield
     except BrokenProcessPool as error:
         _pool = None
         raise LabelStudioError(

@@ -45,6 +45,7 @@ class Outgoing:
 
     def send_all(self) -> None:
         """Send every labeled asset that the project does not have. One request is ready while another is on its way."""
+        self._publication.report.already = 0  # each time, all that was there is met again
         with ThreadPoolExecutor(1, thread_name_prefix="sender") as thread:
             in_flight: deque[tuple[dict[str, int], Future[list[Acknowledged]]]] = deque()
             before: Future[list[Acknowledged]] | None = None
@@ -133,7 +134,8 @@ class Outgoing:
     def _candidates(self) -> Iterator[list[tuple[Candidate, str, int | None]]]:
         """Pages of labeled assets to send, each with its uri and with its task, if the project has one already."""
         ls_project = self._publication.ls_project
-        if not self._is_ordered:
+        is_first = not self._is_ordered
+        if is_first:
             make_order(self._publication)
             self._is_ordered = True
         for page in candidate_pages(self._publication, _PAGE):
@@ -150,7 +152,8 @@ class Outgoing:
                     self._publication.report.already += row.state is LsState.DONE
                     continue
                 wanted.append((candidate, uri, row.task_id if row is not None else None))
-            self._publication.progress(len(page) - len(wanted))
+            if is_first:
+                self._publication.progress(len(page) - len(wanted))
             yield wanted
 
 

@@ -27,6 +27,7 @@ from workers.masks import Mask
 # Below the first, a polygon misleads the person who corrects it, so auto takes brush. Below the second, it is wrong.
 _MIN_POLYGON_IOU = 0.95
 _MIN_SHOWN_IOU = 0.5
+_MOST_DIGITS = 9  # of a mask's number: the database has 32 bits for it
 # Masks fitted at once. Enough to share numpy's calls; few enough to stop soon after max_masks, and to stay under about
 # 200 MiB for any masks.
 _TOGETHER = 50
@@ -126,7 +127,8 @@ def mask_ordinal(region_id: str, asset_id: int | str) -> int | None:
     """The place of the mask that a region id of regions_for names. None for ids that others made."""
     head, _, rest = region_id.partition(f"m{asset_id}-")
     ordinal = rest.partition("-p")[0]
-    return int(ordinal) if not head and ordinal.isascii() and ordinal.isdigit() else None
+    is_number = ordinal.isascii() and ordinal.isdigit() and len(ordinal) <= _MOST_DIGITS
+    return int(ordinal) if not head and is_number else None
 
 
 def _ranked_polygons(

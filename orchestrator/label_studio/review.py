@@ -47,7 +47,6 @@ from workers.stored_masks import mask_of_row
 _PAGE = 20  # whole tasks; one with 150 brush masks is 2 MB
 # A change may be committed after another change with a later time.
 _OVERLAP = timedelta(minutes=1)
-_MAX_N = 2**31 - 1
 _KINDS: Mapping[str, RegionKind] = {"brushlabels": "brush", "rectanglelabels": "rectangle"}
 
 
@@ -57,12 +56,14 @@ def pull(
     """Read what changed in a project since the last time. Returns how many tasks were read.
 
     One page is read at a time, so memory does not grow with the project. Tasks come in the order of their ids, and no
-    task stops passing the filter while people work on it. So no task is skipped between two pages. Reading again does
-    no harm. If an annotated task's prediction is not known yet (still `sending`, or imported by hand), the task is
-    stored, and read again when the prediction is known.
+    task stops passing the filter while people work on it. So no task is skipped between two pages, unless one was
+    deleted meanwhile: then the next time begins where this one did. Reading again does no harm. If an annotated task's
+    prediction is not known yet (still `sending`, or imported by hand), the task is stored, and read again when the
+    prediction is known.
     """
     ls_project = LsProject(client.url, project_id)
-    prompts = prompt_controls(client.get_project(project_id).label_config)
+    project = client.get_project(project_id)
+    prompts = prompt_controls(project.label_config)
     last = next(
         iter(client.list_tasks(project_id, include=("id", "updated_at"), ordering=("-tasks:updated_at",), page_size=1)),
         None,
@@ -84,6 +85,8 @@ def pull(
     count += _store(engine, ls_project, page, prompts)
     count += _read_again(engine, client, ls_project, prompts)
     progress(count)
+    if client.get_project(project_id).task_count < project.task_count:
+        return count
     with engine.begin() as db:
         set_watermark(db, ls_project=ls_project, watermark=newest)
     return count
@@ -121,7 +124,7 @@ def judge_task(
             after = without_prompts(annotation.get("result") or [], prompts)
             if asset_id is not None:
                 before += _picked(before, after, asset_id, known, stored_masks)
-            judged = compare(before, after, asset_id=asset_id, size_hw=known.size_hw)
+            judged = compare(before, after, asset_id=asset_id, size_hw=known.size_of(asset_id))
         rows.append(
             AnnotationRow(
                 annotation_id=annotation["id"],
@@ -158,16 +161,15 @@ def _picked(
     for region in after:
         own, kind = (str(region.get(name)) for name in ("id", "type")) if isinstance(region, Mapping) else ("", "")
         n = mask_ordinal(own, asset_id)
-        if n is not None and n <= _MAX_N and own not in shown and own == f"m{asset_id}-{n}":
+        if n is not None and own not in shown and own == f"m{asset_id}-{n}":
             kinds[n] = _KINDS.get(kind, "polygon")
-    if not kinds or known.size_hw is None:
+    size_hw = known.size_of(asset_id)
+    if not kinds or size_hw is None:
         return []
     return [
         region
         for mask in stored_masks(asset_id, sorted(kinds))
-        for region in regions_of_mask(
-            mask_of_row(mask, known.size_hw), region_id=f"m{asset_id}-{mask.n}", as_=kinds[mask.n]
-        )
+        for region in regions_of_mask(mask_of_row(mask, size_hw), region_id=f"m{asset_id}-{mask.n}", as_=kinds[mask.n])
     ]
 
 

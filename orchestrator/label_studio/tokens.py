@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from orchestrator.label_studio.addresses import server_key
+from orchestrator.label_studio.errors import Refused
 from orchestrator.label_studio.refusals import error_of
 
 
@@ -51,9 +52,14 @@ class PersonalAccessToken(httpx.Auth):
     def _take(self, response: httpx.Response) -> None:
         if not response.is_success:
             raise error_of(response, server_key(self._url), "/api/token/refresh/")
-        self._access = response.json()["access"]
-        claims = _claims(self._access)
-        lifetime = float(claims.get("exp", 0)) - float(claims.get("iat", 0))
+        try:
+            self._access = response.json()["access"]
+            claims = _claims(self._access)
+            lifetime = float(claims.get("exp", 0)) - float(claims.get("iat", 0))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            remedy = "does MASKFLEET_LABEL_STUDIO_URL name Label Studio itself?"
+            where = f"{server_key(self._url)}/api/token/refresh/"
+            raise Refused(f"{where}: the answer has no access token; {remedy}") from error
         # The token's lifetime is used, not its end: the clocks of the two machines may differ.
         self._renew_at = time.monotonic() + 0.8 * (lifetime if lifetime > 0 else 300.0)
 

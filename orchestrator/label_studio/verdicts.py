@@ -15,7 +15,7 @@ import numpy as np
 
 from db.annotations import RegionRow
 from db.states import AnnotationStatus, Verdict
-from db.texts import is_storable
+from db.texts import is_storable, storable
 from orchestrator.label_studio.drawn import RegionError, mask_from_region
 from orchestrator.label_studio.names import ANSWER_PREFIX, DEFAULT_LABEL
 from orchestrator.label_studio.regions import mask_ordinal
@@ -105,8 +105,8 @@ def without_prompts(result: Sequence[Any], prompt_controls: Collection[str]) -> 
     def name(region: Any) -> str:
         return str(region.get("from_name")) if isinstance(region, Mapping) else ""
 
-    prompts = {r.get("id") for r in result if name(r) in prompt_controls and r.get("type") != "labels"}
-    return [r for r in result if not isinstance(r, Mapping) or r.get("id") not in prompts]
+    prompts = {str(r.get("id")) for r in result if name(r) in prompt_controls and r.get("type") != "labels"}
+    return [r for r in result if not isinstance(r, Mapping) or str(r.get("id")) not in prompts]
 
 
 def compare(
@@ -245,7 +245,7 @@ def _labels(regions: Sequence[Region]) -> dict[str, tuple[str, ...]]:
         value, kind = region.get("value"), str(region.get("type"))
         if isinstance(value, Mapping) and kind.endswith("labels"):
             names = value.get(kind)
-            found = [str(name) for name in names] if isinstance(names, list) else []
+            found = [storable(str(name)) for name in names] if isinstance(names, list) else []
             own = str(region.get("id"))
             labels[own] = tuple(dict.fromkeys([*labels.get(own, ()), *found]))
     return labels
@@ -308,7 +308,7 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
             return False
         try:
             one, other = np.array(a[name], np.float64), np.array(b[name], np.float64)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return False
         if one.shape != other.shape or not (np.abs(one - other) <= _SAME_PERCENT).all():
             return False

@@ -22,6 +22,12 @@ def wake_on_webhook(host: str, port: int, *, secret: str, event: threading.Event
     Answers 204, or 403 without the secret. Bodies are read and dropped, so that the sender gets the answer.
     """
 
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            """No traceback for a request that breaks off or is none: it wakes nobody."""
+
     class Receiver(BaseHTTPRequestHandler):
         timeout = _READ_SECONDS
 
@@ -39,8 +45,7 @@ def wake_on_webhook(host: str, port: int, *, secret: str, event: threading.Event
         def log_message(self, format: str, *args: object) -> None:
             """No log line for each request: every Submit of a person sends one."""
 
-    server = ThreadingHTTPServer((host, port), Receiver)
-    server.daemon_threads = True
+    server = Server((host, port), Receiver)
     thread = threading.Thread(target=server.serve_forever, name="webhooks", daemon=True)
     thread.start()
     try:

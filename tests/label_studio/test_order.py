@@ -156,6 +156,24 @@ def test_a_reader_that_is_stopped_between_two_pages_reads_the_rest_the_next_time
     assert read_review(engine, job, LsProject(client.url, project.id)).assets.untouched == len(KEYS)
 
 
+def test_a_task_that_moved_to_a_page_already_read_because_another_was_deleted_is_read_the_next_time(
+    engine: Engine, client: LabelStudio, label_studio: Server
+) -> None:
+    project, job = an_annotated_project(engine, client, label_studio)
+    first = project.tasks()[KEYS[0]]["id"]
+
+    def delete(count: int) -> None:
+        if count == 20:
+            client.delete_task(first)
+
+    pull(engine, client, project.id, progress=delete)
+    with engine.begin() as db:  # long after, when no overlap helps
+        db.execute(text("UPDATE ls_pull SET watermark = watermark + interval '5 minutes'"))
+    pull(engine, client, project.id)
+
+    assert read_review(engine, job, LsProject(client.url, project.id)).assets.waiting == 0
+
+
 def test_a_change_that_was_committed_late_with_an_earlier_time_is_read(
     engine: Engine, client: LabelStudio, label_studio: Server
 ) -> None:

@@ -209,6 +209,31 @@ def test_a_rerun_with_the_same_version_adds_nothing(engine: Engine, client: Labe
     assert (report.created, report.attached, report.already) == (0, 0, 5)
 
 
+def test_what_was_there_before_is_counted_once_by_a_pass_that_sends_twice(
+    engine: Engine, client: LabelStudio, project: Project
+) -> None:
+    publish_job(engine, client, labeled_job(engine, keys=5), project.id, Options())
+    job = labeled_job(engine, keys=10)
+    publish_job(engine, client, job, project.id, Options())
+    with engine.begin() as db:  # as a publisher leaves it that died at its request
+        gone = db.execute(
+            text(
+                """UPDATE ls_prediction SET state = 'sending', sent_at = now()
+                   WHERE ls_task_id = (SELECT min(ls_task_id) FROM ls_prediction WHERE job_id = :id)
+                   RETURNING (SELECT task_id FROM ls_task WHERE id = ls_task_id)"""
+            ),
+            {"id": job.id},
+        )
+        client.delete_task(gone.scalar_one())
+    moved: list[int] = []
+
+    options = Options(settle_seconds=3, late_seconds=0)
+    report = publish_job(engine, client, job, project.id, options, progress=moved.append)
+
+    assert (report.created, report.already, sum(moved)) == (1, 5, 6)
+    assert_once(client, project, job, versions=[VERSION], assets=10)
+
+
 def test_a_number_that_the_server_gave_to_another_task_is_not_written_to(
     engine: Engine, client: LabelStudio, project: Project
 ) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def test_a_killed_process_is_an_error_that_says_so_and_the_next_pass_goes_on() -
     next(entries)
     for child in multiprocessing.active_children():
         child.kill()
+
+    with pytest.raises(LabelStudioError, match="was killed"):
+        list(entries)
+    assert len(list(entries_of(PLAN, groups(3)))) == 3
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one core: everything is made in this process")
+def test_a_process_that_was_killed_while_the_server_was_busy_is_the_same_error() -> None:
+    entries = entries_of(PLAN, groups(1000))
+    next(entries)
+    for child in multiprocessing.active_children():
+        child.kill()
+    time.sleep(1)  # the pool has noticed before anything more is submitted
 
     with pytest.raises(LabelStudioError, match="was killed"):
         list(entries)

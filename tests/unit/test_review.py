@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import http.client
+import socket
+import struct
 import threading
 from typing import Any
 
@@ -13,10 +15,10 @@ import pytest
 from db.annotations import KnownTask
 from db.states import AnnotationStatus, Verdict
 from orchestrator.label_studio.drawn import mask_from_region
-from orchestrator.label_studio.regions import regions_for
+from orchestrator.label_studio.regions import mask_ordinal, regions_for
 from orchestrator.label_studio.review import judge_task
 from orchestrator.label_studio.review_numbers import accepted_above
-from orchestrator.label_studio.verdicts import Comparison, base_prediction, choose, compare
+from orchestrator.label_studio.verdicts import Comparison, base_prediction, choose, compare, without_prompts
 from orchestrator.label_studio.wake import SECRET_HEADER, wake_on_webhook
 from tests.pixels import decode_counts
 from workers.masks import BoolMask, mask_from_pixels
@@ -289,6 +291,28 @@ def test_what_is_no_region_at_all_is_counted_and_stops_nothing() -> None:
     assert (seen(found), found.unreadable) == ([("kept", "Car", None)], 2)
 
 
+def test_what_postgres_cannot_hold_stops_nothing() -> None:
+    """Label Studio stores whatever its API is sent: NUL and half a character in labels, ids that are lists."""
+    prompt = {"id": [1], "from_name": "click", "type": "keypoint", "value": {}}
+    far = {**drawn(10, 10, 10, id="m7-1"), "value": {**drawn(10, 10, 10)["value"], "x": 10**400}}
+    odd = [{"id": [2]}, drawn(1, 1, 1, id="m7-" + "9" * 5000), prompt]
+    before = [*shown(disc(30, 30, 20)), drawn(10, 10, 10, id="m7-1")]
+
+    found = judge(before, without_prompts([*relabelled(before[:1], "c\0a\ud800r"), far, *odd], ["click"]))
+
+    assert [(row.verdict, row.mask_n) for row in found.regions] == [
+        (Verdict.EDITED, 0),
+        (Verdict.EDITED, 1),
+        (Verdict.ADDED, None),
+    ]
+    assert [row.label for row in found.regions] == ["c\\x00a\\ud800r", "tree", "tree"]
+    assert mask_ordinal("m7-" + "9" * 5000, 7) is mask_ordinal("m7-9999999999", 7) is None
+
+
+def relabelled(regions: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
+    return [{**r, "value": {**r["value"], r["type"]: [label]}} for r in regions]
+
+
 # ------------------------------------------------------------------------------------------ several annotations
 
 
@@ -389,6 +413,21 @@ def test_a_webhook_wakes_only_with_the_secret() -> None:
         assert not event.is_set()
         assert post(host, port, {SECRET_HEADER: "open sesame"}) == 204
         assert event.is_set()
+
+
+def test_a_webhook_that_is_none_or_breaks_off_wakes_nobody_and_prints_nothing(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    event = threading.Event()
+    head = f"POST / HTTP/1.1\r\n{SECRET_HEADER}: open sesame\r\nContent-Length: "
+    with wake_on_webhook("127.0.0.1", 0, secret="open sesame", event=event) as (host, port):
+        for length in ("abc", "9"):
+            with socket.create_connection((host, port), timeout=10) as broken:
+                broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a close is a reset
+                broken.sendall(f"{head}{length}\r\n\r\nx".encode())
+        assert post(host, port, {SECRET_HEADER: "close sesame"}) == 403
+    assert not event.is_set()
+    assert capfd.readouterr().err == ""
 
 
 def post(host: str, port: int, headers: dict[str, str]) -> int:
