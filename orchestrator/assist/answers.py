@@ -99,6 +99,8 @@ class Assistant:
             controls = find_controls(asked.label_config)
             region_id = _new_id() if found.stored_n is None else f"m{task.asset_id}-{found.stored_n}"
             result = _regions(controls, replace(found.mask, label=_label(controls, asked, found)), region_id, self._as)
+            if found.stored_n is None:  # a stored mask may be in the task without having been accepted
+                self._boxes.answered(asked, region_id)
         click = Click(
             ls_task_id=task.ls_task_id,
             kind=meant.kind,

@@ -166,6 +166,16 @@ def test_points_after_a_box_reach_the_decoder_with_it(engine: Engine, asset: Pub
     assert len(decoder.asked[1][0].points) == 1
 
 
+def test_a_click_after_the_answer_to_a_box_was_accepted_is_asked_alone(engine: Engine, asset: PublishedAsset):
+    decoder = Recorder()
+    service = assistant(engine, decoder)
+    (answer,) = regions_of(service.answer(asset.body(asset.box(60, 80, 140, 160))))
+    accepted = [{"result": [{"id": answer["id"]}]}]
+    service.answer(asset.body(asset.point(70, 90), drafts=accepted))
+
+    assert [prompt.box_xyxy is None for prompt, _ in decoder.asked] == [False, True]
+
+
 def test_clicks_beside_a_pick_refine_the_picked_mask_under_its_own_id(engine: Engine, asset: PublishedAsset):
     decoder = Recorder()
     prompts = [asset.point(100, 120, own="a", control="pick"), asset.point(150, 120, own="b")]

@@ -157,3 +157,23 @@ def test_a_box_that_a_newer_draft_no_longer_has_is_forgotten():
     assert boxes.join(asked(body(*point("a", 12, 12), drafts=draft_with))).box is not None
     assert boxes.join(asked(body(*point("a", 12, 12), drafts=draft_without))).box is None
     assert boxes.join(asked(body(*point("a", 12, 12)))).box is None
+
+
+def test_a_click_far_outside_the_box_is_of_another_object():
+    boxes = Boxes()
+    boxes.join(asked(body(box("r", 10, 10, 20, 20))))
+
+    assert boxes.join(asked(body(*point("a", 34, 12)))).box is not None  # the box was drawn a bit too small
+    assert boxes.join(asked(body(*point("a", 90, 90, inside=False)))).box is not None
+    assert boxes.join(asked(body(*point("a", 36, 12)))).box is None
+    assert boxes.join(asked(body(*point("a", 12, 12)))).box is None
+
+
+def test_a_box_whose_answer_was_accepted_is_forgotten():
+    boxes = Boxes()
+    boxes.answered(boxes.join(asked(body(box("r", 10, 10, 20, 20)))), "assist-1")
+    boxes.answered(boxes.join(asked(body(*point("a", 12, 12, inside=False)))), "assist-2")
+
+    assert boxes.join(asked(body(*point("a", 12, 12), drafts=[{"result": [{"id": "assist-1"}]}]))).box is not None
+    assert boxes.join(asked(body(*point("b", 12, 12), drafts=[{"result": [{"id": "assist-2"}]}]))).box is None
+    assert boxes.join(asked(body(*point("b", 12, 12)))).box is None
