@@ -20,6 +20,7 @@ PromptKind = Literal["box", "points", "text", "exemplar"]
 
 _BOXES = ("box_xyxy", "exemplar_box_xyxy", "negative_box_xyxy")
 _SHOWN_CHARS = 80
+_SAME_RATIO = 0.01  # of the sides of a thumbnail and of its picture: both are whole pixels
 _MOST_POINTS = 1000  # in one prompt; SAM was trained with about ten
 
 
@@ -122,7 +123,7 @@ def fit(prompt: Prompt, size_wh: tuple[int, int]) -> Prompt:
 def _scale(prompt: Prompt, size_wh: tuple[int, int]) -> Prompt:
     if prompt.size_wh is None or prompt.size_wh == size_wh:
         return replace(prompt, size_wh=None)
-    if prompt.size_wh == size_wh[::-1]:
+    if _lies_on_its_side(prompt.size_wh, size_wh):
         raise PromptError(
             f"coordinates of a picture of {_shown(prompt.size_wh)} pixels, which is {_shown(size_wh)} when it stands "
             "upright: expected coordinates in the upright image, its EXIF rotation applied"
@@ -131,6 +132,14 @@ def _scale(prompt: Prompt, size_wh: tuple[int, int]) -> Prompt:
     boxes: dict[str, Any] = {name: (x0 * sx, y0 * sy, x1 * sx, y1 * sy) for name, (x0, y0, x1, y1) in _boxes_of(prompt)}
     points = tuple((x * sx, y * sy, inside) for x, y, inside in prompt.points)
     return replace(prompt, size_wh=None, points=points, **boxes)
+
+
+def _lies_on_its_side(frame_wh: tuple[float, float], size_wh: tuple[int, int]) -> bool:
+    """Whether a frame, such as a thumbnail's, has the sides of the upright image in the other order."""
+    (frame_width, frame_height), (width, height) = frame_wh, size_wh
+    is_turned = math.isclose(frame_width * width, frame_height * height, rel_tol=_SAME_RATIO)
+    is_upright = math.isclose(frame_width * height, frame_height * width, rel_tol=3 * _SAME_RATIO)
+    return frame_wh == size_wh[::-1] or (is_turned and not is_upright)
 
 
 def _boxes_of(prompt: Prompt) -> list[tuple[str, BoxXyxy]]:

@@ -85,6 +85,25 @@ def test_coordinates_of_another_size_are_scaled_and_those_of_a_turned_picture_re
         fit(Prompt(box_xyxy=(2, 2, 4, 4), size_wh=(48, 64)), (64, 48))
 
 
+@pytest.mark.parametrize("frame_wh", [(48, 64), (24, 32), (480, 640), (47.9, 64)])
+def test_coordinates_of_a_picture_that_lies_on_its_side_are_refused_also_of_a_thumbnail(
+    frame_wh: tuple[float, float],
+) -> None:
+    with pytest.raises(PromptError, match="EXIF rotation applied"):
+        fit(Prompt(box_xyxy=(2, 2, 4, 4), size_wh=frame_wh), (64, 48))
+
+
+@pytest.mark.parametrize(
+    ("frame_wh", "size_wh"),
+    [((1, 1), (64, 48)), ((64, 64), (64, 48)), ((32, 24), (64, 48)), ((501, 500), (1000, 1001))],
+)
+def test_coordinates_of_another_frame_are_put_on_the_image(
+    frame_wh: tuple[float, float], size_wh: tuple[int, int]
+) -> None:
+    box = fit(Prompt(box_xyxy=(0, 0, *frame_wh), size_wh=frame_wh), size_wh).box_xyxy
+    assert box == pytest.approx((0, 0, *size_wh))
+
+
 def test_an_assets_good_prompts_keep_their_numbers_beside_bad_ones() -> None:
     asked = [{"error": "p.jsonl:1: inverted"}, {"box_xyxy": [1, 1, 2, 2]}, {"box_xyxy": [90, 1, 99, 2]}]
     usable, wrong = fit_all(asked, (64, 48))
