@@ -29,37 +29,41 @@ def train_and_judge(folder: Path, *, seconds: float, device: str, listen: Callab
     """
     module = "workers.tuning.tune"
     command = [sys.executable, "-P", "-m", module, str(folder), "--seconds", str(seconds), "--device", device]
-    error = None
     # Threads that wait sleep. Else they spin, and on a machine that others use too a step takes ten times as long.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    with _start(command, environment) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                said = _read(line)
-                error = said.get("error", error)
-                listen(said)
-            code = process.wait()
-        except KeyboardInterrupt:  # the process has got it too, unless a program sent it to this one alone
-            _stop(process)
-            raise TuneStopped from None
-        finally:
-            if process.poll() is None:
-                _stop(process)
+    # Ctrl-C waits until both processes hear it. The new one would end with a trace while it imports torch.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        with process:
+            code, error = _follow(process, listen, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if code == _STOPPED:
         raise TuneStopped
     if code:
         raise TuneError(error or f"the process that trains ended with {code}; its last lines are above")
 
 
-def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """The process inherits that Ctrl-C is ignored, until it hears signals itself. Else it would end with a trace while
-    it imports torch. The end of its stdin stops it all the same."""
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _follow(
+    process: subprocess.Popen[str], listen: Callable[[Said], None], unblocked: set[signal.Signals | int]
+) -> tuple[int, str | None]:
+    """The exit code, and the last error that the process said."""
+    error = None
+    assert process.stdout is not None
     try:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        for line in process.stdout:
+            said = _read(line)
+            error = said.get("error", error)
+            listen(said)
+        return process.wait(), error
+    except KeyboardInterrupt:  # the process has got it too, unless a program sent it to this one alone
+        _stop(process)
+        raise TuneStopped from None
     finally:
-        signal.signal(signal.SIGINT, heard or signal.SIG_DFL)
+        if process.poll() is None:
+            _stop(process)
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

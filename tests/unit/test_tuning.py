@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -28,6 +27,7 @@ from orchestrator.tuning.lessons import planned_asset
 from orchestrator.tuning.process import train_and_judge
 from orchestrator.tuning.verdict import decide
 from tests.deployment import draw_pictures
+from tests.waiting import wait_for
 from workers.embeddings.address import EmbeddingFormat, EmbeddingOf
 from workers.embeddings.codec import encode
 from workers.embeddings.store import EmbeddingStore
@@ -453,7 +453,7 @@ except TuneStopped:
     ) as command:
         assert command.stdout is not None
         assert command.stdout.readline() == "begins\n"
-        time.sleep(0.5)
+        wait_for(Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text, "the process that trains")
         os.killpg(command.pid, signal.SIGINT)
         said, errors = command.communicate(timeout=120)
 

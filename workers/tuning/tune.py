@@ -69,6 +69,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     cv2.setNumThreads(1)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the command blocked while this was imported
         tune(asked.folder, seconds=asked.seconds, device=asked.device)
     except Stopped:
         return STOPPED
