@@ -14,7 +14,8 @@ from db.publishing import LsProject
 from db.settings import settings
 from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, print_json
 from orchestrator.cli.label_studio import connect_label_studio, project_number
-from orchestrator.export.files import replacing
+from orchestrator.cli.root import opened
+from orchestrator.export.files import alone_in, replacing
 from orchestrator.local.interrupts import INTERRUPTED
 from orchestrator.terminal.console import stdout_console
 from orchestrator.terminal.jobs import read_job
@@ -82,6 +83,8 @@ def tune(
     else:
         _require_same(plan, folder, job=job, name=name, seed=seed, project=project)
         err.print(f"going on with the tuning in {folder}", style="dim", markup=False)
+    taken = TuneError(f"{folder}: another tuning writes there now; wait for it, or name another --out")
+    opened.enter_context(alone_in(folder, taken))
     _train(plan, folder, minutes=minutes, device=device)
     judged = read_judged(folder / _STATE / JUDGED_NAME)
     verdict = decide(judged.assets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import math
@@ -45,6 +46,20 @@ def beside(out: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path, taken: Exception) -> Iterator[None]:
+    """Be the one process that writes into a folder. Raises `taken` while another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise taken from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def collect_seldom() -> None:

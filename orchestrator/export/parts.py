@@ -8,9 +8,7 @@ A part is written beside its place and renamed, then named in export.json. So a 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +21,7 @@ from typing import Any
 
 from db.results import LabeledAsset
 from orchestrator.export.errors import ExportError
+from orchestrator.export.files import alone_in
 from workers.errors import AssetError, ErrorKind
 from workers.storage.objects import open_objects
 from workers.storage.place import Objects
@@ -108,23 +107,11 @@ def open_parts(out: str, request: dict[str, Any]) -> Iterator[Parts]:
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{out}: is a file; an export in parts needs a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone_in(folder, ExportError(f"{folder}: another export writes there now")):
         parts = _begun(Parts(place, folder, request), out)
         for path in (*folder.glob(".*.partial"), *folder.glob("masks/.*.partial"), *folder.glob("assets/.*.partial")):
             _remove(path)  # of a killed writer
         yield parts
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ExportError(f"{folder}: another export writes there now") from error
-    finally:
-        os.close(descriptor)
 
 
 def _begun(parts: Parts, out: str) -> Parts:

@@ -70,12 +70,17 @@ def begin(environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
 
 
 def interrupt(environment: dict[str, str], out: Path, *words: str) -> str:
-    """Start the command, send it Ctrl-C when it encodes turned copies, and return what it said then."""
+    """Start the command, send it Ctrl-C when it encodes turned copies, and return what it said then. Before that, the
+    same command is refused.
+    """
     encoded = out / ".maskfleet" / "embeddings"
     with begin(environment, *words) as process:
         wait_for(lambda: list(encoded.glob("*-4.safetensors")), "the first turned copy", 240)
+        second = maskfleet(environment, *words)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=240)
+    assert (second.returncode, second.stdout) == (2, "")
+    assert f"{out}: another tuning writes there now" in second.stderr
     assert process.returncode == 130, said
     return said
 
