@@ -219,6 +219,7 @@ _FAILED = """outcome o CROSS JOIN LATERAL (
 
 def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
     """Delete the failed outcomes of a job (of one kind, or all), so that those assets run again. Returns how many."""
+    db.execute(text("SET LOCAL statement_timeout = 0"))  # some millions take longer than any other statement may
     values: dict[str, Any] = {"job_id": job_id, "kind": error_kind}
     # The chunks first, as workers lock them: in another order two could wait for each other. A worker that holds a
     # chunk would not read these assets again. The new token makes it lose the chunk.
@@ -241,9 +242,12 @@ def retry_failed(db: Connection, *, job_id: int, error_kind: str | None) -> int:
         text(
             """UPDATE job SET state = CASE state WHEN 'done' THEN 'running' ELSE state END,
                       finished_at = CASE state WHEN 'done' THEN NULL ELSE finished_at END,
-                      judged_assets = NULL, judged_failed = NULL WHERE id = :job_id AND deleted_at IS NULL"""
+                      -- What was judged and is not retried stays judged: the brake would pause the job for it anew.
+                      judged_assets = judged_assets - least(:again, judged_failed),
+                      judged_failed = judged_failed - least(:again, judged_failed)
+               WHERE id = :job_id AND deleted_at IS NULL"""
         ),
-        values,
+        {"job_id": job_id, "again": len(again)},
     )
     return len(again)
 
@@ -270,20 +274,24 @@ def jobs_to_match(db: Connection) -> list[Job]:
 def record_list_failure(db: Connection, *, job: Job, error: str, lasting: bool) -> None:
     """Store why a listing failed. The job fails at once on a lasting error, and after an hour of temporary ones.
 
-    After a temporary one it is listed again in 1 s, 2 s, 4 s ... (at most 300 s), and its error says so meanwhile.
+    After a temporary one it is listed again in 1 s, 2 s, 4 s ... (at most 300 s), and its error says so meanwhile. An
+    hour in which nobody tried, because no dispatcher ran, does not count.
     """
     db.execute(
         text(
             """UPDATE job SET list_failures = list_failures + 1,
-                      list_failing_since = coalesce(list_failing_since, now()),
+                      list_failing_since = coalesce(pause.since, now()),
                       list_retry_at = now() + make_interval(secs => pause.secs),
                       state = CASE WHEN pause.ends THEN 'failed' ELSE state END,
                       error = :error || CASE WHEN :lasting THEN '' WHEN pause.ends THEN
                           ' (tried ' || list_failures + 1 || ' times in an hour)' ELSE
                           ' (try ' || list_failures + 1 || '; the next is in ' || pause.secs || ' s)' END
-               FROM (SELECT least(power(2, least(list_failures, 20)), :longest) AS secs,
-                            :lasting OR list_failing_since < now() - make_interval(secs => :patience) AS ends
-                     FROM job WHERE id = :id) AS pause
+               FROM (SELECT least(power(2, least(list_failures, 20)), :longest) AS secs, since,
+                            :lasting OR since < now() - make_interval(secs => :patience) AS ends
+                     FROM job CROSS JOIN LATERAL (
+                         SELECT CASE WHEN list_retry_at > now() - make_interval(secs => :patience)
+                                THEN list_failing_since END AS since) AS tried
+                     WHERE id = :id) AS pause
                WHERE id = :id AND state = 'listing'"""
         ),
         {

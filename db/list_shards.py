@@ -26,7 +26,9 @@ class ListShard:
 def open_shards(db: Connection, *, job_id: int) -> list[ListShard]:
     """The ranges of a job that are not listed to their end. At first that is one range with all keys."""
     values = {"job_id": job_id}
-    first = "INSERT INTO list_shard (job_id, n, cursor) VALUES (:job_id, 0, '') ON CONFLICT DO NOTHING"
+    # Not VALUES: the job may be cancelled and deleted since the caller read it.
+    first = "INSERT INTO list_shard (job_id, n, cursor) SELECT id, 0, '' FROM job WHERE id = :job_id "
+    first += "ON CONFLICT DO NOTHING"
     db.execute(text(first), values)
     statement = "SELECT n, cursor, upto FROM list_shard WHERE job_id = :job_id AND NOT is_done ORDER BY n"
     return [ListShard(**row) for row in db.execute(text(statement), values).mappings()]
@@ -83,13 +85,17 @@ def split_shard(db: Connection, *, job: Job, shard: ListShard, at: str) -> tuple
 
 
 def shorten_shard(db: Connection, *, job: Job, shard: ListShard, upto: str) -> ListShard | None:
-    """Let a range end sooner, because nothing is behind that key. None when the range has changed meanwhile."""
+    """Let a range end sooner, because nothing is behind that key. None when the range has changed meanwhile.
+
+    None also when it would end later: the keys there belong to the next range.
+    """
     if _lock(db, job_id=job.id) is None:
         return None
     changed = db.execute(
         text(
             """UPDATE list_shard SET upto = :at WHERE job_id = :job_id AND n = :n AND NOT is_done
-                 AND cursor = :before AND cursor < :at AND upto IS NOT DISTINCT FROM :upto"""
+                 AND cursor = :before AND cursor < :at AND (upto IS NULL OR upto > :at)
+                 AND upto IS NOT DISTINCT FROM :upto"""
         ),
         {"at": upto, **_where(job, shard)},
     )

@@ -57,22 +57,25 @@ def chunks_by_state(db: Connection) -> Iterator[Sample]:
 
 
 def oldest_chunks(db: Connection) -> Iterator[Sample]:
+    """Of jobs that run."""
     return _samples(
         db,
         """SELECT 'sent', coalesce(extract(epoch FROM now() - min(c.sent_at)), 0)
            FROM chunk c JOIN job j ON j.id = c.job_id
            WHERE c.state = 'sent' AND j.state IN ('listing', 'running')
            UNION ALL
-           SELECT 'running', coalesce(extract(epoch FROM now() - min(claimed_at)), 0)
-           FROM chunk WHERE state = 'running'""",
+           SELECT 'running', coalesce(extract(epoch FROM now() - min(c.claimed_at)), 0)
+           FROM chunk c JOIN job j ON j.id = c.job_id
+           WHERE c.state = 'running' AND j.state IN ('listing', 'running')""",
     )
 
 
 def lease_overdue(db: Connection) -> Iterator[Sample]:
+    """Of jobs that run: without one nobody takes chunks back, and nobody needs them."""
     return _samples(
         db,
-        """SELECT extract(epoch FROM now() - min(lease_until)) FROM chunk WHERE state = 'running'
-           HAVING count(*) > 0""",
+        """SELECT extract(epoch FROM now() - min(c.lease_until)) FROM chunk c JOIN job j ON j.id = c.job_id
+           WHERE c.state = 'running' AND j.state IN ('listing', 'running') HAVING count(*) > 0""",
     )
 
 

@@ -62,9 +62,13 @@ def asset_keys(db: Connection, *, job_id: int, after: str | None, limit: int) ->
 def store_matches(db: Connection, *, job_id: int, pairs: Iterable[tuple[int, str]], matched: Mapping[str, Any]) -> bool:
     """Store which assets a job's prompts mean, as any number of (asset id, key), and the report about the matching.
 
-    False, and nothing is stored, if another dispatcher was first.
+    False, and nothing is stored, if another dispatcher was first, or if the job's deletion has begun: some of the
+    assets may be gone. While the job's row is locked, no deletion begins.
     """
-    statement = text("UPDATE job SET matched = CAST(:matched AS jsonb) WHERE id = :job_id AND matched IS NULL")
+    statement = text(
+        """UPDATE job SET matched = CAST(:matched AS jsonb)
+           WHERE id = :job_id AND matched IS NULL AND deleted_at IS NULL"""
+    )
     if db.execute(statement, {"job_id": job_id, "matched": json.dumps(dict(matched))}).rowcount != 1:
         return False
     remaining = iter(pairs)

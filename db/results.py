@@ -234,10 +234,18 @@ def labels_of(db: Connection, *, job_id: int) -> list[str]:
 
 def has_masks_without_label(db: Connection, *, job_id: int) -> bool:
     """Whether some of a job's masks have no label."""
-    labels = counters.read_masks(db, job_id=job_id, kind=MaskCount.LABEL)
-    ious = counters.read_masks(db, job_id=job_id, kind=MaskCount.IOU_PERCENT)
-    if labels is not None and ious is not None:
-        return sum(ious.values()) > sum(labels.values())
+    # One statement, so one snapshot: in two, masks that are stored in between would seem to have no label.
+    counted = text(
+        """WITH counted AS (
+               SELECT coalesce(sum(number) FILTER (WHERE kind = 'iou_percent'), 0) AS masks,
+                      coalesce(sum(number) FILTER (WHERE kind = 'label'), 0) AS labels
+               FROM mask_counter WHERE job_id = :job_id AND kind IN ('iou_percent', 'label'))
+           SELECT CASE WHEN masks = (SELECT coalesce(sum(masks), 0) FROM outcome_counter WHERE job_id = :job_id)
+                  THEN masks > labels END FROM counted"""
+    )
+    found: bool | None = db.execute(counted, {"job_id": job_id}).scalar_one()
+    if found is not None:
+        return found
     statement = text(
         """SELECT EXISTS (SELECT 1 FROM mask JOIN outcome USING (asset_id)
                           WHERE job_id = :job_id AND label IS NULL)"""

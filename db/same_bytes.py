@@ -54,7 +54,11 @@ _PAIRS = """SELECT DISTINCT ON (asked.id) asked.id, asked.etag, found.asset_id A
                 SELECT s.asset_id FROM same_bytes s
                 JOIN outcome o ON o.asset_id = s.asset_id AND o.error_kind IS NULL
                 JOIN job j ON j.id = o.job_id AND j.deleted_at IS NULL
-                WHERE s.key = asked.key AND s.asset_id <> asked.id AND (NOT :fresh OR o.job_id = :job_id)
+                WHERE s.key = asked.key AND s.asset_id <> asked.id
+                  -- Ids of the job's own range: other jobs may have a million assets with these bytes before it.
+                  AND (NOT :fresh OR (o.job_id = :job_id AND s.asset_id BETWEEN
+                      (SELECT first_asset_id FROM chunk WHERE job_id = :job_id ORDER BY first_asset_id LIMIT 1) AND
+                      (SELECT last_asset_id FROM chunk WHERE job_id = :job_id ORDER BY first_asset_id DESC LIMIT 1)))
                 ORDER BY s.asset_id LIMIT 1) found
             ORDER BY asked.id"""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,13 +41,16 @@ def listed_part(source: Source, asked: Mapping[str, Any]) -> Listable:
     return KeyList(source, asked["keys"]) if asked.get("keys") else source
 
 
-def select(source: Listable, *, asked: Mapping[str, Any], after: str | None, found: int) -> Iterator[Selection]:
+def select(
+    source: Listable, *, asked: Mapping[str, Any], after: str | None, found: int, known: Collection[str] = ()
+) -> Iterator[Selection]:
     """List a source page by page from a cursor, and keep what the job asked for.
 
-    found: how many assets the job has already; its limit counts them. Keys that are left out are counted by reason.
+    found: how many assets the job has already; its limit counts them. known: their keys, for a list of keys with a
+    limit, which counts each key once. Keys that are left out are counted by reason.
     """
     include, exclude, limit = asked.get("include") or [], asked.get("exclude") or [], asked.get("limit")
-    seen: set[str] = set()  # with a list of keys and a limit: at most as many as the limit
+    seen = set(known)  # with a list of keys and a limit: at most as many as the limit
     for page in source.list(after or ""):
         skipped = {str(reason): n for reason, n in page.skipped.items() if n}
         assets: list[NewAsset] = []
@@ -81,12 +84,12 @@ class Walks:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[tuple[str | None, int], Iterator[Selection]]] = {}
 
-    def take(self, job: Job, source: Listable) -> Iterator[Selection]:
-        """The pages behind the job's cursor."""
+    def take(self, job: Job, source: Listable, known: Callable[[], Collection[str]] = set) -> Iterator[Selection]:
+        """The pages behind the job's cursor. known: asked where a new walk begins, as in `select`."""
         place, pages = self._kept.pop(job.id, (None, None))
         if pages is not None and place == (job.list_cursor, job.asset_count):
             return pages
-        return select(source, asked=job.asked, after=job.list_cursor, found=job.asset_count)
+        return select(source, asked=job.asked, after=job.list_cursor, found=job.asset_count, known=known())
 
     def keep_only(self, job_ids: Collection[int]) -> None:
         """Forget the walks of all other jobs."""

@@ -38,7 +38,7 @@ def list_for_a_while(engine: Engine, job: Job, walks: Walks, *, seconds: float) 
         source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
         if job.asked.get("list_shards") and list_in_parallel(engine, job, source, seconds=seconds):
             return
-        pages = walks.take(job, listed_part(source, job.asked))
+        pages = walks.take(job, listed_part(source, job.asked), lambda: _known_keys(engine, job))
         current: Job | None = job
         with ThreadPoolExecutor(1, thread_name_prefix="list") as fetching:
             ahead = fetching.submit(next, pages)
@@ -88,6 +88,12 @@ def _pages(engine: Engine, job: Job, read: Callable[..., list[Key]]) -> Iterator
             return
         last: Any = page[-1]
         after = last if isinstance(last, str) else last[1]
+
+
+def _known_keys(engine: Engine, job: Job) -> set[str]:
+    """The keys that the job has, where its limit counts each key of a list once: at most as many as the limit."""
+    is_counted = job.asked.get("keys") and job.asked.get("limit") is not None and job.asset_count
+    return {key for _, key in _pages(engine, job, prompts.asset_keys)} if is_counted else set()
 
 
 def _store(engine: Engine, job: Job, page: Selection) -> Job | None:

@@ -204,8 +204,10 @@ def _shared_end(bucket: Bucket, cursor: str) -> str | None:
 def middle(low: str, high: str | None) -> str | None:
     """A short key between two keys, about half-way in the order of S3. high: None is behind all usual keys.
 
-    None when there is none of use.
+    None when there is none of use, and when `high` is not behind `low`, because the listing has passed it meanwhile.
     """
+    if high is not None and high <= low:
+        return None
     shared = 0 if high is None else len(commonprefix([low, high]))  # noqa: RUF071  keys, not paths
     behind = ord(high[shared]) if high is not None and shared < len(high) else None
     if high is not None and behind is None:

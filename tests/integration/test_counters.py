@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from alembic import command
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, event, text
 
 from db import counters, jobs, leases, metrics, progress, prompts, published, publishing, results
 from db.jobs import Job
@@ -14,6 +14,7 @@ from db.leases import NewOutcome
 from db.migrating import migrate, migration_config
 from db.publishing import Intent, LsProject
 from db.results import StoredMask
+from db.session import open_engine
 from db.states import MaskCount
 from tests.factories import chunk_ids, claim, count, delete, labeled, make_job, pending, record
 from tests.waiting import wait_for_lock
@@ -74,6 +75,28 @@ def test_what_is_counted_is_what_the_masks_say_also_of_answers_and_of_masks_of_a
         db.execute(text("DELETE FROM mask_counter WHERE job_id = :id AND slot % 2 = 0"), {"id": job.id})
         db.execute(text("DELETE FROM mask_counter WHERE job_id = :id"), {"id": answered.id})
     assert found_of(engine, job) == found_of(engine, answered) == expected
+
+
+def test_masks_that_are_stored_meanwhile_do_not_seem_to_have_no_label(engine: Engine, database_url: str) -> None:
+    job = make_job(engine, keys=9)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    left = [
+        NewOutcome(asset_id=asset.id, width=4, height=3, masks=[mask_of(asset.id, 0, iou=0.5, label="a")])
+        for asset in pending(engine, chunk)
+    ]
+    record(engine, chunk, [left.pop()])
+    looking = open_engine(database_url)
+
+    @event.listens_for(looking, "after_cursor_execute")
+    def store(_: object, __: object, statement: str, *___: object) -> None:
+        if "mask_counter" in statement:
+            record(engine, chunk, [left.pop()])
+
+    with looking.begin() as db:
+        assert not results.has_masks_without_label(db, job_id=job.id)
+    looking.dispose()
+    assert len(left) < 8
 
 
 def test_masks_are_counted_after_outcomes_by_all_so_that_no_two_wait_for_each_other(engine: Engine) -> None:

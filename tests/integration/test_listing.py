@@ -15,12 +15,14 @@ from sqlalchemy import Engine, text
 
 from db import jobs, list_shards
 from db.jobs import Job
+from db.list_shards import ListShard
 from db.settings import settings
 from db.states import JobState
 from orchestrator.jobs.dispatch import tick
 from orchestrator.jobs.listing import Walks
 from orchestrator.jobs.prepare import list_for_a_while
-from tests.factories import chunk_ids, count
+from orchestrator.jobs.shards import find_cut
+from tests.factories import chunk_ids, count, delete
 from tests.waiting import wait_for_lock
 from workers.storage.asset import PAGE_SIZE
 from workers.storage.bucket import Bucket
@@ -171,6 +173,30 @@ def test_a_dispatcher_that_cuts_a_range_and_one_that_stores_its_page_do_not_wait
         assert cutting.result() is None  # the range has changed: it is cut at another place
 
 
+def test_a_range_that_was_listed_past_the_place_of_its_cut_does_not_grow_into_the_next_one(engine: Engine) -> None:
+    fill("passed", ["photos/2022/02/B93.jpg", "photos/2022/02/B94.jpg", "photos/2022/05/A01.jpg"])
+    bucket = Bucket("passed/photos", endpoint=settings().s3_endpoint)
+    shard = ListShard(n=0, cursor="2022/02/B93.jpg", upto="2022/03")
+
+    cut = find_cut(bucket, shard, "2021/C")  # that was the place when the range was behind it
+
+    assert cut.upto is None or cut.upto <= "2022/03"
+    job = submit(engine, "s3://passed/photos", list_shards=2)
+    with engine.begin() as db:
+        [whole] = list_shards.open_shards(db, job_id=job.id)
+        shorter = list_shards.shorten_shard(db, job=job, shard=whole, upto="2022/03")
+        assert shorter is not None
+        assert list_shards.shorten_shard(db, job=job, shard=shorter, upto="2022W") is None
+
+
+def test_a_job_that_was_deleted_before_its_turn_came_stops_no_dispatcher(engine: Engine) -> None:
+    fill("deleted", ["photos/a.jpg"])
+    job = submit(engine, "s3://deleted/photos", list_shards=2)
+    delete(engine, job)
+
+    list_for_a_while(engine, job, Walks(), seconds=10)  # as the dispatcher read it before
+
+
 def test_a_small_prefix_needs_one_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill("small", ["photos/a.jpg", "photos/b.jpg"])
     requests = []
@@ -209,6 +235,17 @@ def test_a_limit_counts_each_key_of_a_list_once(engine: Engine, tmp_path: Path) 
 
     assert listed_keys(engine, job) == ["a.jpg", "b.jpg"]
     assert now(engine, job).skipped == {"duplicate_key": 1}
+
+
+def test_a_limit_counts_each_key_of_a_list_once_also_after_a_restart(engine: Engine, tmp_path: Path) -> None:
+    fill("twice", [])
+    keys = [f"{n:04}.jpg" for n in range(PAGE_SIZE + 300)]
+    (tmp_path / "keys").write_text("\n".join([*keys[:PAGE_SIZE], *keys]))
+    job = submit(engine, "s3://twice/photos", keys=str(tmp_path / "keys"), limit=PAGE_SIZE + 200)
+
+    list_all(engine, job, seconds=0)  # a page in each round, with nothing kept
+
+    assert listed_keys(engine, job) == keys[: PAGE_SIZE + 200]
 
 
 def test_a_list_of_keys_in_a_bucket_names_objects_of_another_one(engine: Engine) -> None:

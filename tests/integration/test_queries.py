@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from db import brake, jobs, leases, listing, progress, prompts, queue, results
+from db import brake, deletion, jobs, leases, listing, metrics, progress, prompts, queue, results
 from db.jobs import Job
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
 from db.session import open_engine
 from db.states import JobState
+from orchestrator.jobs.dispatch import tick
 from orchestrator.jobs.prepare import match_prompts
 from orchestrator.prompts.files import read_prompts
 from orchestrator.prompts.key_matching import Matching, Pair
 from tests.factories import (
+    LEASE_SECONDS,
     chunk_ids,
     claim,
     count,
@@ -453,6 +455,29 @@ def test_pairs_that_take_long_to_sort_hold_no_transaction_that_postgres_ends(
         assert db.execute(text("SELECT count(*) FROM prompt_match")).scalar_one() == 2
 
 
+def test_a_job_that_is_deleted_while_its_prompts_are_matched_stops_no_dispatcher(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(engine, keys=["a.jpg", "b.jpg"], asked={"prompts": {"format": "json-lines"}})
+    with engine.begin() as db:
+        prompts.store_prompts(db, job_id=job.id, rows=[("a", '[{"n": 1}]'), ("b", '[{"n": 2}]')])
+    usual = Matching.pairs
+
+    def beside_a_deletion(matching: Matching, *, exact: bool = True) -> Iterator[Pair]:
+        with engine.begin() as db:
+            assert jobs.cancel_job(db, job_id=job.id)
+            assert deletion.begin_deletion(db, job_id=job.id)
+            assert deletion.delete_chunks(db, job_id=job.id, most=1) is not None
+        yield from usual(matching, exact=exact)
+
+    monkeypatch.setattr(Matching, "pairs", beside_a_deletion)
+
+    match_prompts(engine, job)
+
+    with engine.begin() as db:
+        assert db.execute(text("SELECT count(*) FROM prompt_match")).scalar_one() == 0
+
+
 def test_a_job_whose_prompts_mean_other_assets_is_not_answered_from_stored(engine: Engine) -> None:
     asked = {"prompts": {"format": "json-lines"}}
     made = []
@@ -535,6 +560,21 @@ def test_a_listing_that_fails_for_a_passing_reason_is_tried_for_an_hour_with_gro
         assert [found.id for found in jobs.jobs_to_list(db)] == [job.id]
 
 
+def test_an_hour_without_a_dispatcher_does_not_count_as_an_hour_of_tries(engine: Engine) -> None:
+    with engine.begin() as db:
+        job = jobs.insert_job(db, name="", source="s3://b/p", model="stub", model_version="v", asked={}, fresh=False)
+        jobs.record_list_failure(db, job=job, error="the store is busy", lasting=False)
+        night = "list_failing_since = now() - interval '8 hours', list_retry_at = now() - interval '8 hours'"
+        db.execute(text(f"UPDATE job SET {night}"))
+
+        jobs.record_list_failure(db, job=job, error="the store is busy", lasting=False)
+
+        assert jobs.get_job(db, job_id=job.id).state == "listing"
+        db.execute(text("UPDATE job SET list_failing_since = now() - interval '61 minutes'"))
+        jobs.record_list_failure(db, job=job, error="the store is busy", lasting=False)
+        assert jobs.get_job(db, job_id=job.id).state == "failed"
+
+
 def test_a_job_of_which_too_many_assets_fail_is_paused_with_the_reasons_and_goes_on_when_resumed(
     engine: Engine,
 ) -> None:
@@ -589,6 +629,34 @@ def test_a_brake_that_meets_a_retry_needs_no_example(engine: Engine, monkeypatch
     assert "500 forbidden" in paused.reason
 
 
+def test_a_retry_of_one_kind_of_failures_has_the_others_not_judged_again(engine: Engine) -> None:
+    job = make_job(engine, keys=2000, chunk_size=1000)
+    first, second = chunk_ids(engine, job)
+
+    def work(chunk_id: int, *, failed: int) -> list[brake.Paused]:
+        chunk = claim(engine, chunk_id)
+        assets = pending(engine, chunk)
+        failures = [
+            NewOutcome(asset_id=asset.id, error_kind="forbidden" if n else "not_found")
+            for n, asset in enumerate(assets[:failed])
+        ]
+        record(engine, chunk, [*failures, *(labeled(asset.id, masks=0) for asset in assets[failed:])])
+        finish(engine, chunk)
+        with engine.begin() as db:
+            return brake.pause_failing_jobs(db)
+
+    assert len(work(first, failed=1000)) == 1
+    with engine.begin() as db:
+        assert jobs.resume_job(db, job_id=job.id)
+        assert jobs.retry_failed(db, job_id=job.id, error_kind="not_found") == 1
+
+    assert work(first, failed=0) == []
+    with engine.begin() as db:
+        assert jobs.retry_failed(db, job_id=job.id, error_kind=None) == 999
+    assert work(second, failed=0) == []
+    assert work(first, failed=999) == []  # of 2,000 that came after the pause
+
+
 def test_a_job_may_ask_for_its_own_brake(engine: Engine) -> None:
     for fraction in (0.0, 1.0):
         job = make_job(engine, keys=1100, chunk_size=1000, asked={"max_failed_fraction": fraction})
@@ -600,6 +668,40 @@ def test_a_job_may_ask_for_its_own_brake(engine: Engine) -> None:
         finish(engine, chunk)
         with engine.begin() as db:
             assert [paused.job_id for paused in brake.pause_failing_jobs(db)] == ([job.id] if fraction == 0 else [])
+
+
+def test_a_retry_may_take_longer_than_other_statements(engine: Engine, database_url: str) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    record(engine, chunk, [NewOutcome(asset_id=asset.id, error_kind="forbidden") for asset in pending(engine, chunk)])
+    hasty = open_engine(database_url, statement_timeout_seconds=0.2)
+
+    def retry() -> int:
+        with hasty.begin() as db:
+            return jobs.retry_failed(db, job_id=job.id, error_kind=None)
+
+    with ThreadPoolExecutor(1) as pool:
+        with engine.begin() as db:
+            leases.extend_lease(db, chunk=chunk, lease_seconds=LEASE_SECONDS)  # its row stays locked
+            retrying = pool.submit(retry)
+            time.sleep(0.6)
+        assert retrying.result() == 1
+    hasty.dispose()
+
+
+def test_a_chunk_that_died_with_a_cancelled_job_is_not_overdue(engine: Engine) -> None:
+    job = make_job(engine)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    with engine.begin() as db:
+        assert jobs.cancel_job(db, job_id=job.id)
+    expire_lease(engine, chunk)
+    assert not tick(engine)  # nothing is at work, so nothing is taken back
+
+    with engine.begin() as db:
+        assert list(metrics.lease_overdue(db)) == []
+        assert dict(metrics.oldest_chunks(db)) == {("sent",): 0, ("running",): 0}
+        assert jobs.resume_job(db, job_id=job.id)
+        assert next(iter(metrics.lease_overdue(db)))[1] > 0
 
 
 def test_the_rate_of_a_job_leaves_out_the_batch_whose_time_nobody_knows(engine: Engine) -> None:

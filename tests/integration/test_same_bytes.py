@@ -18,6 +18,7 @@ from db.listing import NewAsset
 from db.same_bytes import ReadBytes
 from db.settings import Settings
 from tests.factories import chunk_ids, claim, count, delete, expire_lease, make_job, reap
+from tests.statement_costs import PAGE, measured
 from workers.images.pixels import RgbImage
 from workers.masks import Mask
 from workers.running.chunk import ChunkReport, run_chunk
@@ -200,6 +201,34 @@ def test_a_worker_that_lost_its_chunk_copies_nothing(engine: Engine, tmp_path: P
             db, chunk=chunk, read={chunk.first_asset_id: ReadBytes(keys=keys)}, lease_seconds=60
         )
     assert count(engine, job).labeled == 0
+
+
+def test_a_fresh_job_does_not_look_through_the_same_bytes_of_other_jobs(engine: Engine) -> None:
+    other, job = make_job(engine, keys=0), make_job(engine, keys=0, fresh=True)
+    with engine.begin() as db:
+        db.execute(text("SET LOCAL session_replication_role = replica"))
+        for first, of_job, key in ((1, other, "'blank'"), (20_001, job, "md5(n::text)")):
+            ids = f"generate_series({first}, {first + 19_999}) n"
+            db.execute(
+                text(f"INSERT INTO outcome (asset_id, job_id, width, height) SELECT n, :job, 1, 1 FROM {ids}"),
+                {"job": of_job.id},
+            )
+            db.execute(text(f"INSERT INTO same_bytes (key, asset_id) SELECT {key}, n FROM {ids}"))
+        db.execute(
+            text("INSERT INTO chunk (job_id, first_asset_id, last_asset_id) VALUES (:job, 20001, 40004)"),
+            {"job": job.id},
+        )
+        db.execute(text("UPDATE job SET state = 'running'"))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        db.execute(text("ANALYZE"))
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    read = {asset_id: ReadBytes(keys=["blank"]) for asset_id in range(40_001, 40_005)}
+
+    with measured(engine) as costs, engine.begin() as db:
+        assert same_bytes.answer_same_bytes(db, chunk=chunk, read=read, lease_seconds=60) == set()
+
+    assert max(cost.pages for cost in costs) < PAGE["same_bytes.answer_same_bytes"]
 
 
 def test_only_an_etag_of_one_part_names_bytes() -> None:

@@ -103,6 +103,7 @@ def test_a_middle_lies_between_its_two_keys(seed: int) -> None:
             assert found is None or (low < found and (bound is None or found < bound)), (low, bound, found)
     assert middle("img_0001", "img_0002") == "img_0001O"
     assert middle("~" * 1024, None)
+    assert middle("2022/02/B93.jpg", "2021/C") is None  # else a key far behind both
 
 
 def test_the_model_version_changes_with_what_changes_masks_and_with_nothing_else() -> None:
