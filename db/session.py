@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, OperationalError
 
 __all__ = [
     "Connection",
@@ -19,6 +19,7 @@ __all__ = [
     "Engine",
     "OperationalError",
     "check_migrated",
+    "is_about_values",
     "is_passing",
     "migration_of",
     "newest_migration",
@@ -44,6 +45,11 @@ def is_passing(error: DBAPIError) -> bool:
     """Whether the error is temporary: Postgres is away, restarts, is read-only, or has no free resources."""
     code = getattr(error.orig, "pgcode", None) or ""
     return isinstance(error, OperationalError) or error.connection_invalidated or code[:2] in _PASSING_CLASSES
+
+
+def is_about_values(error: DBAPIError) -> bool:
+    """Whether Postgres refuses what was to be stored: a key twice, or a value that it cannot hold."""
+    return isinstance(error, IntegrityError | DataError)
 
 
 def open_engine(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from db import jobs, listing, prompts
 from db.jobs import Job
-from db.session import Engine
+from db.session import DBAPIError, Engine, is_about_values
 from db.settings import settings
 from db.states import JobState
 from db.texts import storable
@@ -32,30 +32,39 @@ Key = TypeVar("Key", str, tuple[int, str])
 
 
 def list_for_a_while(engine: Engine, job: Job, walks: Walks, *, seconds: float) -> None:
-    """Store the next pages of a job's source. While one page is stored, the next one is fetched."""
-    give_way_at = time.monotonic() + seconds
+    """Store the next pages of a job's source. An error is the job's own, and other jobs do not wait for it."""
     try:
         source = open_source(job.source, s3_endpoint=settings().s3_endpoint)
         if job.asked.get("list_shards") and list_in_parallel(engine, job, source, seconds=seconds):
             return
         pages = walks.take(job, listed_part(source, job.asked), lambda: _known_keys(engine, job))
-        current: Job | None = job
-        with ThreadPoolExecutor(1, thread_name_prefix="list") as fetching:
-            ahead = fetching.submit(next, pages)
-            while current is not None and current.state is JobState.LISTING:
-                page: Selection = ahead.result()
-                more = not page.complete and time.monotonic() < give_way_at
-                if more:
-                    ahead = fetching.submit(next, pages)
-                current = _store(engine, current, page)
-                if not more:
-                    break
+        current = _list(engine, job, pages, give_way_at=time.monotonic() + seconds)
         if current is not None and current.state is JobState.LISTING:
             walks.keep(current, pages)
     except (SourceError, AssetError) as error:
         _note_failure(engine, job, str(error), lasting=True)
     except TransientError as error:
         _note_failure(engine, job, str(error), lasting=False)
+    except DBAPIError as error:
+        if not is_about_values(error):
+            raise
+        _note_failure(engine, job, f"{job.source}: its listing cannot be stored: {error.orig}", lasting=True)
+
+
+def _list(engine: Engine, job: Job, pages: Iterator[Selection], *, give_way_at: float) -> Job | None:
+    """Store pages. While one is stored, the next one is fetched. Returns the job as it then is."""
+    current: Job | None = job
+    with ThreadPoolExecutor(1, thread_name_prefix="list") as fetching:
+        ahead = fetching.submit(next, pages)
+        while current is not None and current.state is JobState.LISTING:
+            page: Selection = ahead.result()
+            more = not page.complete and time.monotonic() < give_way_at
+            if more:
+                ahead = fetching.submit(next, pages)
+            current = _store(engine, current, page)
+            if not more:
+                break
+    return current
 
 
 def match_prompts(engine: Engine, job: Job) -> None:

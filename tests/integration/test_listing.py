@@ -197,6 +197,27 @@ def test_a_job_that_was_deleted_before_its_turn_came_stops_no_dispatcher(engine:
     list_for_a_while(engine, job, Walks(), seconds=10)  # as the dispatcher read it before
 
 
+def test_a_store_that_lists_a_key_twice_fails_its_job_and_stops_no_other(engine: Engine, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{name}.jpg").touch()
+    twice, other = (submit(engine, str(tmp_path / "photos")) for _ in range(2))
+    with engine.begin() as db:  # as after a page of a store that does not heed where the next one begins
+        db.execute(
+            text("INSERT INTO asset (job_id, key, size_bytes, etag) VALUES (:job, 'b.jpg', 0, 'x')"),
+            {"job": twice.id},
+        )
+
+    tick(engine)
+
+    failed = now(engine, twice)
+    assert failed.state is JobState.FAILED
+    assert failed.error is not None
+    assert "its listing cannot be stored" in failed.error
+    assert "b.jpg) already exists" in failed.error
+    assert listed_keys(engine, other) == ["a.jpg", "b.jpg"]
+
+
 def test_a_small_prefix_needs_one_request(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     fill("small", ["photos/a.jpg", "photos/b.jpg"])
     requests = []
