@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,20 +92,40 @@ def auto_devices(weights_bytes: int) -> str:
 
 def _cuda_ids() -> list[str]:
     """UUIDs of the CUDA devices that this process may use. A card cut into MIG slices gives the slices' UUIDs."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [part for part in visible.split(",") if part not in ("", "-1")]
+    visible = os.environ.get(PINNED_VARIABLE)
+    if visible is None:
+        return [cuda_id for _, cuda_ids in _cards() for cuda_id in cuda_ids]
+    parts = [part for part in visible.split(",") if part not in ("", "-1")]
+    if not any(part.isdecimal() for part in parts):
+        return parts
+    # Numbers do not tell cards apart: Slurm's ConstrainDevices counts each job's own cards from 0. `device_lock` must.
+    with suppress(DeviceError):
+        cards = _cards()
+        if _counts_as_cuda(cards):
+            return [cards[int(part)][1][0] if part.isdecimal() and int(part) < len(cards) else part for part in parts]
+    return parts
+
+
+def _counts_as_cuda(cards: Sequence[tuple[str, Sequence[str]]]) -> bool:
+    """Whether nvidia-smi's numbers are CUDA's. CUDA puts the fastest card first, and counts otherwise with MIG."""
+    in_order = len({name for name, _ in cards}) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    return in_order and all(len(cuda_ids) == 1 and cuda_ids[0].startswith("GPU-") for _, cuda_ids in cards)
+
+
+def _cards() -> list[tuple[str, list[str]]]:
+    """Of each card that nvidia-smi lists, its name, and its UUID or those of its MIG slices. Raises DeviceError."""
     if shutil.which("nvidia-smi") is None:
         return []
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (subprocess.SubprocessError, OSError) as error:
         raise DeviceError(f"nvidia-smi is installed but does not answer: {error}") from error
-    cards = re.split(r"(?m)^GPU ", listed)[1:]
     return [
-        i
-        for card in cards
-        for i in re.findall(r"UUID: (MIG-[^)\s]+)", card) or re.findall(r"UUID: (GPU-[^)\s]+)", card)
+        (
+            card.partition(" (UUID")[0].partition(": ")[2],
+            re.findall(r"UUID: (MIG-[^)\s]+)", card) or re.findall(r"UUID: (GPU-[^)\s]+)", card),
+        )
+        for card in re.split(r"(?m)^GPU ", listed)[1:]
     ]
 
 
@@ -125,6 +146,14 @@ def free_memory_bytes() -> int | None:
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
     with suppress(OSError, ValueError):
         limit, used = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
-        left = max(0, int(limit) - int(used))  # ValueError: "max", no limit
+        left = max(0, int(limit) - int(used) + _cache_bytes())  # ValueError: "max", no limit
         free = left if free is None else min(free, left)
     return free
+
+
+def _cache_bytes() -> int:
+    """What the container's use counts of files that were read, and the kernel gives back before anything is killed."""
+    with suppress(OSError, ValueError):
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    return 0

@@ -148,17 +148,18 @@ def _parse_number(name: str, text: str, kind: type) -> int | float:
 
 def _parse_grids(text: str) -> tuple[tuple[tuple[float, float], ...], ...]:
     try:
-        return _check_grids(json.loads(text))
-    except json.JSONDecodeError as error:
+        grids = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of ten thousand digits
         raise ParamError(
             f"point_grids: not JSON ({error}); expected one list of [x, y] in 0..1 a crop layer"
         ) from error
+    return _check_grids(grids)
 
 
 def _check_grids(grids: Any) -> tuple[tuple[tuple[float, float], ...], ...]:
     try:
         checked = tuple(tuple((float(x), float(y)) for x, y in grid) for grid in grids)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ParamError("point_grids: expected one list of [x, y] in 0..1 a crop layer") from error
     if not all(0 <= v <= 1 for grid in checked for point in grid for v in point):
         raise ParamError("point_grids: every coordinate must lie in 0..1, a fraction of the crop")

@@ -233,7 +233,9 @@ def test_a_passing_failure_of_the_store_is_tried_again(wire, status, code):
 
 
 @pytest.mark.usefixtures("no_pauses")
-@pytest.mark.parametrize(("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests"), (408, "")]
+)
 def test_a_lasting_failure_of_the_store_condemns_no_asset(wire, status, code):
     endpoint, script, requests = wire
     script.append(answer(status, code))
@@ -262,6 +264,17 @@ def test_a_body_that_always_breaks_off_condemns_no_asset(wire):
 
     with pytest.raises(TransientError, match=r"a\.jpg: the body broke off 5 times"):
         open_source("s3://bucket", s3_endpoint=endpoint).read("a.jpg", MEGABYTE)
+
+    assert len(requests) == 5
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_file_whose_body_always_breaks_off_while_it_is_copied_is_the_networks_fault(wire, tmp_path):
+    endpoint, script, requests = wire
+    script.append(answer(200, body=b"pix", **{"Content-Length": "6"}))
+
+    with (tmp_path / "copy").open("w+b") as copy, pytest.raises(TransientError, match=r"w\.pth: the body broke off"):
+        open_source("s3://bucket", s3_endpoint=endpoint).copy("w.pth", copy)
 
     assert len(requests) == 5
 
@@ -382,6 +395,35 @@ def test_check_names_the_variables_when_there_are_no_credentials(wire, monkeypat
     with pytest.raises(AssetError, match="AWS_ACCESS_KEY_ID") as caught:
         source.read("a.jpg", MEGABYTE)
     assert caught.value.kind == ErrorKind.FORBIDDEN
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("false", "retrieving credentials from custom-process"),
+        (
+            """echo '{"Version": 1, "AccessKeyId": "x", "SecretAccessKey": "y", "SessionToken": "z",
+                      "Expiration": "2020-01-01T00:00:00Z"}'""",
+            "still expired",
+        ),
+    ],
+)
+def test_credentials_that_cannot_be_renewed_condemn_no_asset(wire, monkeypatch, tmp_path, program, said):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "renew").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "renew").chmod(0o755)
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = {tmp_path / 'renew'}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    endpoint, script, _ = wire
+    script.append(answer(200, body=b"pixels"))
+    source = open_source("s3://bucket", s3_endpoint=endpoint)
+
+    with pytest.raises(TransientError, match=said):
+        source.read("a.jpg", MEGABYTE)
+    with pytest.raises(SourceError, match=said):
+        source.check()
 
 
 @pytest.mark.usefixtures("no_pauses")

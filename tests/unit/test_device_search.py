@@ -298,6 +298,7 @@ def test_a_point_that_does_not_fit_alone_is_the_devices_error() -> None:
         ("CUDA failure 2: out of memory ; GPU=0", DeviceFault.OUT_OF_MEMORY),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", DeviceFault.OUT_OF_MEMORY),
         ("CUDA error: an illegal memory access was encountered", DeviceFault.LOST),
+        ("CUDA driver error: an illegal memory access was encountered", DeviceFault.LOST),
         ("shapes do not fit", None),
     ],
 )

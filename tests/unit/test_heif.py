@@ -231,6 +231,18 @@ def test_damaged_bytes_give_pixels_or_a_verdict_and_nothing_else(sample, changes
     assert image is not None or verdict.kind in ("not_image", "truncated", "unsupported", "too_large")
 
 
+@pytest.mark.parametrize("brand", [b"heic", b"avif"])
+def test_boxes_of_nearly_64_bits_are_no_picture(brand):
+    def long_box(kind: bytes, size_bytes: int, content: bytes) -> bytes:
+        return struct.pack(">I4sQ", 1, kind, size_bytes) + content
+
+    inside = long_box(b"free", 2**63 + 5, bytes(40))
+    file = box(b"ftyp", brand + bytes(4) + b"mif1" + brand) + long_box(b"meta", 2**64 - 1, bytes(4) + inside)
+    with pytest.raises(AssetError) as caught:
+        decode(file, name="a.heic")
+    assert caught.value.kind == ErrorKind.TRUNCATED
+
+
 def test_a_codec_that_is_not_in_the_wheel_is_unsupported():
     av1_as_heic = SAMPLES["avif"].replace(b"avif", b"mif1")
 

@@ -5,6 +5,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -317,6 +318,42 @@ def test_a_file_cut_anywhere_is_truncated(sample, part):
     first, last = 40, len(whole) - 1 - IDLE_TAIL_BYTES.get(sample, 0)
 
     assert kind_of(whole[: first + int(part * (last - first))]) == ErrorKind.TRUNCATED
+
+
+@pytest.mark.parametrize(
+    "directory",
+    [
+        struct.pack("<Q", 2**64 - 1),
+        struct.pack("<QQHHQQQ", 16, 1, 258, 3, 8, 2**64 - 1, 0),  # BitsPerSample: eight values, too far away
+    ],
+)
+def test_a_bigtiff_that_leads_to_the_end_of_64_bits_is_truncated(directory):
+    with pytest.raises(AssetError) as caught:
+        decode(b"II+\0\x08\0\0\0" + directory, name="big.tif")
+    assert caught.value.kind == ErrorKind.TRUNCATED
+
+
+def test_a_jpeg_of_thousands_of_exif_segments_is_refused_at_once_and_one_of_a_few_is_read():
+    def with_segments(number: int) -> bytes:
+        jpeg, body = saved(gradient(), "JPEG"), b"Exif\0\0" + bytes(4000)
+        return jpeg[:2] + (b"\xff\xe1" + struct.pack(">H", 2 + len(body)) + body) * number + jpeg[2:]
+
+    assert decode(with_segments(20), name="a.jpg").shape[2] == 3
+    began = time.process_time()
+    with pytest.raises(AssetError) as caught:
+        decode(with_segments(8_000), name="a.jpg")
+    assert caught.value.kind == ErrorKind.DECODE_TIMEOUT
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(("alpha", "colour"), [(0, [30, 20, 10]), (255, [30, 20, 10]), (51, [210, 208, 206])])
+def test_a_bmp_whose_alpha_is_empty_everywhere_is_opaque(alpha, colour):
+    pixels = bytes([10, 20, 30, alpha]) * 4
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 2, 2, 1, 32, 3, len(pixels), 0, 0, 0, 0) + masks
+    file = b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + header.ljust(108, b"\0") + pixels
+
+    assert decode(file, name="a.bmp").tolist() == [[colour] * 2] * 2
 
 
 def test_a_tiff_cut_between_two_tags_is_truncated():

@@ -59,6 +59,9 @@ def test_values_are_read_by_the_type_of_their_parameter() -> None:
         ("point_grids", "[[1, 2]]", "one list of"),
         ("point_grids", "[[[1.5, 0]]]", "0..1"),
         ("point_grids", "{", "not JSON"),
+        pytest.param("point_grids", "[" * 100_000, "not JSON", id="brackets without end"),
+        pytest.param("point_grids", f"[[[1{'0' * 400}, 0]]]", "one list of", id="a number too large for a float"),
+        pytest.param("point_grids", f"[[[1{'0' * 5000}, 0]]]", "not JSON", id="a number too large to read"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_what_is_expected(name: str, value: str, expected: str) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from db.settings import settings
 from workers.machine import Device
 from workers.running import devices
 from workers.running.run_dir import error_file, model_file, stop_file
@@ -25,3 +26,17 @@ def test_a_worker_that_stopped_by_itself_does_not_drain_when_it_is_started_again
     devices._start(worker)
 
     assert [file.name for file in left if file.exists()] == []
+
+
+def test_a_worker_whose_weights_folder_cannot_be_read_is_still_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The system refuses so long a name, as it refuses a stale share.
+    monkeypatch.setenv("MASKFLEET_WEIGHTS_DIR", str(folder / ("w" * 300)))
+    settings.cache_clear()
+    worker = devices._worker_of(Device(name="cpu0"), folder / "cpu0")
+
+    beat = devices._beat(worker)
+
+    assert beat.name.startswith("cpu0@")
+    assert list(beat.models) == []

@@ -21,7 +21,7 @@ def device_fault(error: BaseException) -> DeviceFault | None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return DeviceFault.OUT_OF_MEMORY
-    lost = ("CUDA error", "CUDA failure", "CUBLAS_", "CUDNN_")
+    lost = ("CUDA error", "CUDA driver error", "CUDA failure", "CUBLAS_", "CUDNN_")
     from_device = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
     if from_device and any(mark in str(error) for mark in lost):
         return DeviceFault.LOST

@@ -45,7 +45,7 @@ def count_pixels(data: bytes) -> int:
         (primary,) = _items(data, start + 4, 1, wide=data[start] > 0)
         areas = _areas_of_items(data, _only(meta, b"iprp"))
         parts = _parts_of_items(data, _only(meta, b"iref")) if b"iref" in meta else {}
-    except (struct.error, IndexError) as error:
+    except (struct.error, IndexError, OverflowError) as error:  # the last one for a box of 2**63 bytes or more
         raise BoxError(f"a box ends too early ({error})") from error
     return _cost(primary, areas, parts, {}, MAX_DEPTH)
 

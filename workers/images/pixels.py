@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from pi_heif.as_plugin import HeifImageFile
 from PIL import Image, ImageCms
+from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -57,6 +58,8 @@ def _converter(image: ImageFile) -> Callable[[Image.Image], npt.NDArray[np.uint8
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), inMode="LAB", outMode="RGB"
         )
         return lambda strip: np.asarray(ImageCms.applyTransform(strip, transform))
+    if isinstance(image, BmpImageFile) and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        return lambda strip: np.asarray(strip.convert("RGB"))  # a writer left the alpha empty; browsers show it opaque
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         return _over_white
     return lambda strip: np.asarray(strip.convert("RGB"))

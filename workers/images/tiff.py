@@ -87,7 +87,7 @@ def read_entries(data: bytes, most: int) -> list[TiffEntry]:
             end = start + len(directory) if inline else offset + value_bytes
             found.append(TiffEntry(tag=tag, count=0 if field_type in _OPAQUE_TYPES else count, end=end, values=values))
         return found
-    except struct.error:
+    except (struct.error, OverflowError):  # the latter for a BigTIFF's offset of 2**63 or more
         return []
 
 

@@ -135,14 +135,16 @@ def _offer_metrics(workers: Sequence[_WorkerProcess], folder: Path, address: str
 
 def _beat(worker: _WorkerProcess) -> Beat:
     """The worker's row. Weights are looked for anew each time, because a pull may bring them at any moment."""
-    loaded = None
+    loaded, models = None, list[str]()
     with suppress(OSError):
         loaded = model_file(worker.run_dir).read_text()
+    with suppress(OSError):  # a share that is away. An error here would end the heart for good
+        models = [spec.name for spec in known_models()[0] if is_present(spec)]
     return replace(
         own_beat(ProcessKind.WORKER),
         name=_node_name(worker.device),
         device=worker.device.cuda_id or "cpu",
-        models=[spec.name for spec in known_models()[0] if is_present(spec)],
+        models=models,
         model=loaded,
         failed_starts=worker.failed_starts,
         last_error=worker.last_error if worker.failed_starts else None,

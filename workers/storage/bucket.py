@@ -11,13 +11,14 @@ from typing import IO, Any
 
 import botocore.exceptions
 import urllib3.exceptions
+from s3transfer.exceptions import RetriesExceededError
 
 from db.settings import settings
 from db.texts import is_storable_key
 from workers.errors import SourceError, TransientError, redact
 from workers.storage.asset import PAGE_SIZE, Content, Counted, Listed, Page, SkipReason, check_size
 from workers.storage.client import s3_client, store_of_settings
-from workers.storage.refusals import VENDOR_ERRORS, asset_error, no_answer, source_error
+from workers.storage.refusals import SESSION_ERRORS, VENDOR_ERRORS, asset_error, no_answer, source_error
 
 ATTEMPTS = 5  # tries of one request, with the first; pauses up to 15 s in all (botocore "standard")
 
@@ -112,6 +113,9 @@ class Bucket:
                 return
             except VENDOR_ERRORS as error:
                 raise asset_error(key, self._bucket, error) from error
+            except RetriesExceededError as error:  # boto3's own tries; its text does not say why
+                reason = redact(str(error.last_exception))
+                raise TransientError(f"{key}: the body broke off in each try: {reason}") from error
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 if attempt == ATTEMPTS:
                     raise TransientError(f"{key}: the body broke off {attempt} times: {redact(str(error))}") from error
@@ -136,7 +140,7 @@ class Bucket:
         try:
             client = s3_client(self._store, ATTEMPTS)
             answer = client.get_object(Bucket=self._bucket, Key=self._prefix + key, **self._payer)
-        except VENDOR_ERRORS as error:
+        except (*VENDOR_ERRORS, *SESSION_ERRORS) as error:
             raise asset_error(key, self._bucket, error) from error
         with answer["Body"] as body:
             expected = answer.get("ContentLength")  # a proxy that sends the body in chunks does not say it
@@ -151,7 +155,7 @@ class Bucket:
         """One call about the bucket as a whole. Raises TransientError, or SourceError with the remedy."""
         try:
             return getattr(s3_client(self._store, attempts), operation)(Bucket=self._bucket, **self._payer, **arguments)
-        except VENDOR_ERRORS as error:
+        except (*VENDOR_ERRORS, *SESSION_ERRORS) as error:
             raise source_error(self.uri(""), error, anonymous=self._store.anonymous) from error
 
 

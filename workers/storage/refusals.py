@@ -24,6 +24,14 @@ VENDOR_ERRORS = (
     ValueError,
 )
 
+# The store was not asked: this worker's credentials come from a service that fails now, or they have run out.
+SESSION_ERRORS = (
+    botocore.exceptions.CredentialRetrievalError,
+    botocore.exceptions.TokenRetrievalError,
+    botocore.exceptions.SSOError,
+    RuntimeError,  # botocore's own, when new credentials have run out too
+)
+
 _CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in this process's environment"
     " (MASKFLEET_S3_ANONYMOUS=true for a public bucket)"
@@ -52,6 +60,7 @@ _REMEDIES = {
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
     "ExpiredToken": _SESSION,
+    "ExpiredTokenException": _SESSION,
     "TokenRefreshRequired": _SESSION,
     "InvalidToken": _SESSION,
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it",
@@ -61,11 +70,12 @@ _REMEDIES = {
     "404": _BUCKET_NAME,
 }
 
-_TOO_MANY = 429  # whatever word a store has for it
+_PASSING_STATUSES = (408, 425, 429)  # whatever word a store, or a proxy before it, has for it
 # Not about the asset: the store is busy, or this worker's session has ended or its clock is wrong. Others may be fine.
 _PASSING_CODES = frozenset(
     {"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequestsException"}
-    | {"RequestTimeout", "InternalError", "ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed"}
+    | {"RequestTimeout", "InternalError", "RequestTimeTooSkewed"}
+    | {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
 )
 
 
@@ -80,11 +90,11 @@ def asset_error(key: str, bucket: str, error: Exception) -> Exception:
             storage_class = error.response["Error"].get("StorageClass", "Glacier or the like")
             message = f"{key}: archived in s3://{bucket} ({storage_class}), cannot be read until it is restored there"
             return AssetError(ErrorKind.NOT_FOUND, message)
-        if status >= 500 or status == _TOO_MANY or code in _PASSING_CODES:
+        if status >= 500 or status in _PASSING_STATUSES or code in _PASSING_CODES:
             return TransientError(f"{key}: {reason}")
         message = f"{key}: s3://{bucket} refuses it ({status}): {reason}; {_remedy(error)}"
         return AssetError(ErrorKind.FORBIDDEN, message)
-    if isinstance(error, NETWORK_ERRORS):
+    if isinstance(error, (*NETWORK_ERRORS, *SESSION_ERRORS)):
         return TransientError(f"{key}: {reason}")
     return AssetError(ErrorKind.FORBIDDEN, f"{key}: cannot ask s3://{bucket}: {reason}; {_remedy(error)}")
 
@@ -96,7 +106,7 @@ def source_error(uri: str, error: Exception, *, anonymous: bool) -> Exception:
         return TransientError(f"{uri}: {reason}")
     if isinstance(error, botocore.exceptions.ClientError):
         status, code = _status_and_code(error)
-        if status >= 500 or status == _TOO_MANY or code in _PASSING_CODES:
+        if status >= 500 or status in _PASSING_STATUSES or code in _PASSING_CODES:
             return TransientError(f"{uri}: {reason}")
         if anonymous and status in (401, 403) and _remedy(error) == _RIGHTS:
             return SourceError(f"{uri}: {reason}; {_NOT_PUBLIC}")
@@ -123,6 +133,8 @@ def _remedy(error: Exception) -> str:
         return _REMEDIES.get(code) or _REMEDIES.get(str(status), "see what the store says")
     if isinstance(error, botocore.exceptions.ParamValidationError):
         return "check the bucket's name"
+    if isinstance(error, botocore.exceptions.SSOError | RuntimeError):
+        return _SESSION
     if isinstance(error, ValueError):  # "Invalid endpoint: …"
         return "check MASKFLEET_S3_ENDPOINT, expected http(s)://host[:port]"
     return _CREDENTIALS
