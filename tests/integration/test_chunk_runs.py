@@ -170,3 +170,24 @@ def test_a_worker_in_which_no_asset_finishes_gives_itself_up(engine: Engine, tmp
     run_chunk(worker, chunk_id)
 
     assert model.was_given_up
+
+
+def test_what_nobody_foresaw_is_said_on_the_job_and_the_chunk_waits_for_a_worker_that_can(
+    engine: Engine, tmp_path: Path
+) -> None:
+    draw_pictures(tmp_path, 1)
+    job = a_job(engine, str(tmp_path), [path.name for path in tmp_path.iterdir()])
+    [chunk_id] = chunk_ids(engine, job)
+    with engine.begin() as db:
+        db.execute(text("""UPDATE job SET asked = asked || '{"params": {"of_a_newer_version": 1}}'"""))
+
+    report = run_chunk(a_worker(engine, FindsNothing()), chunk_id)
+
+    assert report is not None
+    assert (report.labeled, report.failed, report.left) == (0, 0, 1)
+    with engine.begin() as db:
+        state, waits = db.execute(text("SELECT state, ready_at > now() FROM chunk")).one()
+        [error] = db.execute(text("SELECT error FROM job")).scalars()
+    assert (state, waits) == ("new", True)
+    assert error.startswith("one: ")
+    assert "of_a_newer_version" in error

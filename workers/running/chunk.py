@@ -27,7 +27,7 @@ from workers.running.held_lease import HeldLease, log_ids
 from workers.running.keeping import Keeper, keeping, want_answered
 from workers.running.looks import Encode, Look, encode_and_look
 from workers.running.metrics import count_stored, timed
-from workers.running.outcomes import failed_outcome, judge, labeled_outcome, storable_text
+from workers.running.outcomes import ProcessUnfit, failed_outcome, judge, labeled_outcome, storable_text
 from workers.running.same_bytes import SameBytes, answer_by_etag, is_deduped
 from workers.running.worker import Draining, Worker, release, unfit
 from workers.storage.source import open_source
@@ -50,7 +50,8 @@ class ChunkReport:
 def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     """Claim a chunk and work through it. None when there is nothing to claim: the message was late or came twice.
 
-    Raises ProcessUnfit. Every other problem ends in outcomes, in the chunk's release, or in its lease running out.
+    Raises ProcessUnfit, and DBAPIError while Postgres is away. Every other problem ends in outcomes or in the chunk's
+    release.
     """
     with worker.engine.begin() as db:
         chunk = leases.claim_chunk(
@@ -65,31 +66,46 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
             assets, answered = [asset for asset in assets if asset.id not in known], answered + len(known)
     if answered:
         want_answered(worker, chunk)
-    run, about = _ChunkRun(worker, chunk), log_ids(chunk)
+    run = _ChunkRun(worker, chunk)
     try:
         run.work_through(assets)
-    except LeaseLost as lost:
-        log.warning("%s", lost, extra=about)
-        release(worker, chunk)  # has an effect only when the chunk is still ours, because its job was cancelled
-    except Draining:
-        log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id, extra=about)
-        release(worker, chunk)
-    except DecodeStuck:
-        said = "chunk %d of job %d: a decode does not end, and only the end of this process ends it"
-        log.error(said, chunk.id, chunk.job_id, extra=about)
-        release(worker, chunk)
-        worker.on_hang()
-    except TransientError as error:
-        log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(error)), extra=about)
-        release(worker, chunk, pause=True, error=str(error))
+    except (LeaseLost, Draining, DecodeStuck, TransientError) as end:
+        _end(worker, chunk, end)
     except ModelError as error:  # some parts of a model are loaded at their first use
         raise unfit(worker, chunk, chunk.model, error) from error
+    except ProcessUnfit:
+        raise
+    except Exception as error:
+        if isinstance(error, DBAPIError) and is_passing(error):
+            raise
+        # Otherwise its lease would run out without a word, and again at the next worker, for ever.
+        log.exception("chunk %d of job %d is released", chunk.id, chunk.job_id, extra=log_ids(chunk))
+        release(worker, chunk, pause=True, error=redact(f"{type(error).__name__}: {error}"))
     return ChunkReport(
         labeled=run.labeled,
         failed=run.failed,
         answered=answered + run.answered,
         left=len(assets) - run.labeled - run.failed - run.answered,
     )
+
+
+def _end(worker: Worker, chunk: ClaimedChunk, end: LeaseLost | Draining | DecodeStuck | TransientError) -> None:
+    """Release a chunk whose run ended before all was done."""
+    about = log_ids(chunk)
+    if isinstance(end, LeaseLost):
+        log.warning("%s", end, extra=about)
+        release(worker, chunk)  # has an effect only when the chunk is still ours, because its job was cancelled
+    elif isinstance(end, Draining):
+        log.info("chunk %d of job %d is released: the worker stops", chunk.id, chunk.job_id, extra=about)
+        release(worker, chunk)
+    elif isinstance(end, DecodeStuck):
+        said = "chunk %d of job %d: a decode does not end, and only the end of this process ends it"
+        log.error(said, chunk.id, chunk.job_id, extra=about)
+        release(worker, chunk)
+        worker.on_hang()
+    else:
+        log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(end)), extra=about)
+        release(worker, chunk, pause=True, error=str(end))
 
 
 class _ChunkRun:
