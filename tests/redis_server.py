@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import random
 import secrets
 import shutil
 import socket
@@ -14,6 +16,8 @@ from pathlib import Path
 import redis
 
 from tests.waiting import wait_for
+
+_given: set[int] = set()
 
 
 def redis_program() -> str | None:
@@ -47,10 +51,27 @@ def serve_redis(program: str, folder: Path) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A free port on loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port on loopback for a server that is started a moment later.
+
+    None of those that the kernel gives away by itself: such a one may be another process's before the server has it.
+    Each process of pytest-xdist has its own share of the others, and takes no port twice.
+    """
+    share = (_first_of_the_kernel() - 10_000) // 16
+    first = 10_000 + share * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16)
+    for port in random.sample(range(first, first + share), share):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
+    raise OSError(f"no free port from {first} to {first + share - 1}")
+
+
+def _first_of_the_kernel() -> int:
+    """The first port that it gives to a client, or to a server that asks for any. 16,000 where it does not say."""
+    with suppress(OSError):
+        return max(10_016, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
+    return 16_000
 
 
 def _answers(url: str) -> bool:

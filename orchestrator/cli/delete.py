@@ -12,7 +12,7 @@ from db.session import Engine
 from db.settings import settings
 from orchestrator.cli.app import JOB_HELP, app, deployment_engine, err, fail, job_to_delete
 from orchestrator.jobs.delete import JobRunsError, delete_job
-from orchestrator.terminal.console import printable
+from orchestrator.terminal.console import is_terminal, printable
 from orchestrator.terminal.jobs import one_line, read_job
 from workers.embeddings.store import open_store
 
@@ -31,7 +31,7 @@ def delete(
     if not _is_begun(engine, job):
         found, counts = read_job(engine, job)
         if not yes:
-            if not sys.stdin.isatty():
+            if not is_terminal(sys.stdin):
                 fail(f"this deletes job {job} for good: say --yes")
             err.print(printable(one_line(found, counts)), markup=False, highlight=False)
             if not typer.confirm(f"Delete job {job} and its masks for good?", err=True):

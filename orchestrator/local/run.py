@@ -39,6 +39,7 @@ from workers.models.registry import find_model
 from workers.storage.source import open_source
 
 _PAGE = 20  # tasks of Label Studio take long to write, so their masks are read in short pages
+_NEWEST_JOBS = 100  # each run cancels what was stopped before it, so it is among the newest
 _SHARED_CHUNK_SIZE = 2  # on a CPU an image takes much longer than a claim
 _STOP_SECONDS = 75  # a little more than the worker's own drain time
 
@@ -139,7 +140,10 @@ def _become_deployment(database_url: str, broker_dir: Path, embeddings: Path, *,
 
 
 def _begin(engine: Engine, request: Request) -> Job:
-    """Continue the unfinished job with the same request, or make a new one."""
+    """Continue the unfinished job with the same request, or make a new one. Any other is left where it was stopped.
+
+    Else this run's worker would also do what a person has stopped. Its own command goes on with it.
+    """
     version, asked = request.model_version(), request.asked()
     with engine.begin() as db:
         job = jobs.find_unfinished_job(
@@ -147,6 +151,10 @@ def _begin(engine: Engine, request: Request) -> Job:
         )
         # The lock shows that no other worker is alive. So there is no need to wait for a dead worker's lease.
         queue.expire_all_leases(db)
+        for other in jobs.list_jobs(db, limit=_NEWEST_JOBS):
+            is_own = job is not None and other.id == job.id
+            if other.state in (JobState.LISTING, JobState.RUNNING) and not is_own:
+                jobs.cancel_job(db, job_id=other.id)
         if job is None:
             return submit_job(db, request)
         jobs.resume_job(db, job_id=job.id)

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from pycocotools.coco import COCO
 
 from tests.deployment import Deployment, draw_pictures, terminate
+from tests.s3_server import serve_s3
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
@@ -23,19 +22,15 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def bucket(deployment: Deployment) -> Iterator[str]:
     """An S3 API on loopback, configured for the deployment's commands. Gives the name of an empty bucket."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    deployment.settings |= {
-        "MASKFLEET_S3_ENDPOINT": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
-        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    httpx.post(f"http://{host}:{port}/moto-api/reset", timeout=60).raise_for_status()  # it still has old buckets
-    store(deployment).create_bucket(Bucket="photos")
-    yield "photos"
-    server.stop()
+    with serve_s3() as address:
+        deployment.settings |= {
+            "MASKFLEET_S3_ENDPOINT": address,
+            "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+            "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        store(deployment).create_bucket(Bucket="photos")
+        yield "photos"
 
 
 def store(deployment: Deployment):  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,10 +53,17 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server_runs(out: Path) -> bool:
     """Whether the folder's server runs. It is root's copy elsewhere, so it is found by its command line."""
     state = str(state_dir_of(out).absolute())
-    note = Path("/var/tmp/maskfleet-root")
-    folders = [state, *(str(p.parent) for p in note.glob("*/belongs-to") if p.read_text() == state)]
+    folders = [state]
+    for note in Path("/var/tmp/maskfleet-root").glob("*/belongs-to"):
+        with suppress(FileNotFoundError):  # another test's run has just removed it
+            folders += [str(note.parent)] if note.read_text() == state else []
     commands = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
     return any(folder in command and "postgres" in command for folder in folders for command in commands)
+
+
+def assert_server_ends(out: Path) -> None:
+    """pg_ctl returns when the server has removed its pid file, and its process is there a moment longer."""
+    wait_for(lambda: not server_runs(out), "the end of the folder's server", seconds=60)
 
 
 def test_a_finished_run_is_shown_and_exported_by_its_folder(out: Path, tmp_path: Path) -> None:
@@ -64,7 +72,7 @@ def test_a_finished_run_is_shown_and_exported_by_its_folder(out: Path, tmp_path:
 
     assert (shown["assets"]["labeled"], shown["assets"]["failed"]) == (2, 1)
     assert sorted(p.suffix for p in (tmp_path / "yolo").rglob("*") if p.is_file() and p.suffix != ".yaml")
-    assert not server_runs(out)
+    assert_server_ends(out)
 
 
 def test_a_gallery_of_a_folder_shows_its_pictures_and_what_failed(out: Path, tmp_path: Path) -> None:
@@ -157,7 +165,7 @@ def test_several_commands_share_one_server_and_the_last_stops_it(out: Path) -> N
             assert db.exec_driver_sql("SELECT count(*) FROM outcome").scalar_one() == 3
         engine.dispose()
         assert server_runs(out)
-    assert not server_runs(out)
+    assert_server_ends(out)
 
 
 def test_a_command_that_was_killed_leaves_the_folder_usable_and_the_next_removes_its_sockets(out: Path) -> None:
@@ -177,7 +185,7 @@ def test_a_command_that_was_killed_leaves_the_folder_usable_and_the_next_removes
     assert sockets.is_dir()
 
     assert json.loads(call("show", out, "--json"))["assets"]["labeled"] == 2
-    assert not server_runs(out)
+    assert_server_ends(out)
     assert not sockets.exists()
 
 
@@ -211,7 +219,7 @@ def test_a_second_ctrl_c_hurries_and_still_leaves_nothing_behind(tmp_path: Path)
     assert "the same command goes on" in log.read_text()
     wait_for(lambda: not any(map(psutil.pid_exists, started)), "the end of its processes")
     assert "leaked" not in worker_log.read_text()
-    assert not server_runs(out)
+    assert_server_ends(out)
     summary = json.loads(run(source, "--out", out, "--model", "stub", "--json").stdout)
     assert (summary["job"], summary["assets"]["labeled"]) == (1, 6)
 

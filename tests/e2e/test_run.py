@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from db import jobs
+from db.session import open_engine
+from orchestrator.local.folder import folder_database
 from tests.deployment import STUB, draw_pictures
 from tests.json_page import documented_keys
 from tests.waiting import wait_for
@@ -138,14 +142,37 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, how: signal.Signals)
     assert summary["answered_from_stored"] == 0
 
 
+@pytest.mark.faults
+def test_a_run_of_another_request_leaves_a_stopped_one_alone_and_its_own_command_still_goes_on(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 24), tmp_path / "out"
+    settings = {"MASKFLEET_STUB_SECONDS": "0.3", "MASKFLEET_CHUNK_SIZE": "4", "MASKFLEET_BATCH_SIZE": "2"}
+    process = start(source, out, **settings)
+    wait_for(lambda: labeled_so_far(out) >= 1, "a finished chunk")
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130
+
+    other = json.loads(run(source, "--out", out, "--model", "stub", "--label", "x", "--json", **settings).stdout)
+
+    assert (other["job"], other["assets"]["labeled"]) == (2, 24)
+    with folder_database(out) as url:
+        engine = open_engine(url)
+        with engine.begin() as db:
+            assert jobs.count_job(db, job_id=1).labeled < 24
+        engine.dispose()
+    own = json.loads(run(source, "--out", out, "--model", "stub", "--json").stdout)
+    assert (own["job"], own["assets"]["labeled"]) == (1, 24)
+
+
 def test_two_runs_at_once_do_not_disturb_each_other_and_one_folder_takes_one(tmp_path: Path) -> None:
     source = draw_pictures(tmp_path / "pictures", 6)
     outs = [tmp_path / "a", tmp_path / "b"]
     slow = {"MASKFLEET_STUB_SECONDS": "0.5"}
     running = [start(source, out, **slow) for out in outs]
     wait_for(lambda: (outs[0] / ".maskfleet" / "worker.log").exists(), "the first run to hold its folder")
+    running[0].send_signal(signal.SIGSTOP)  # it must not be over when the other one asks
 
     refused = run(source, "--out", outs[0], "--model", "stub", code=2)
+    running[0].send_signal(signal.SIGCONT)
 
     assert "another run is writing" in refused.stderr
     assert [process.wait(180) for process in running] == [0, 0]
@@ -174,12 +201,18 @@ def test_a_run_leaves_no_file_in_the_temporary_folder_and_no_semaphore(tmp_path:
 
 def semaphores_of(pid: int) -> list[int]:
     """The inodes of the semaphores that the process has open."""
-    maps = Path(f"/proc/{pid}/maps").read_text()
+    maps = ""
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        maps = Path(f"/proc/{pid}/maps").read_text()
     return [int(inode) for inode in re.findall(r"(\d+) +/dev/shm/sem\.", maps)]
 
 
 def semaphores_that_are_left() -> set[int]:
-    return {path.stat().st_ino for path in Path("/dev/shm").glob("sem.mp-*")}
+    found = set()
+    for path in Path("/dev/shm").glob("sem.mp-*"):
+        with suppress(FileNotFoundError):  # another test's process has just removed its own
+            found.add(path.stat().st_ino)
+    return found
 
 
 def test_a_fast_job_is_encoded_fast_too(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ import boto3
 import pytest
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from tests.deployment import draw_pictures
 from tests.e2e.test_run import run
 from tests.heif_files import Heif, hevc_item
+from tests.s3_server import serve_s3
 
 pytestmark = pytest.mark.integration
 
@@ -35,11 +35,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serve_s3() as address:
+        yield address
 
 
 def outcome(out: Path) -> tuple[set[str], dict[str, str], dict[str, Any]]:

@@ -38,6 +38,7 @@ def test_a_slow_decode_ends_with_its_verdict_and_its_neighbours_are_labeled(
     deployment: Deployment, tmp_path: Path
 ) -> None:
     deployment.settings |= {"MASKFLEET_DECODE_SECONDS": "0.5", "MASKFLEET_CHUNK_SIZE": "100"}
+    deployment.settings["MASKFLEET_LEASE_SECONDS"] = "60"  # none ends early because the machine is busy
     source = draw_pictures(tmp_path / "pictures", 12)
     for name in ("0003-slow.bmp", "0007-slow.bmp"):
         (source / name).write_bytes(slow_bmp((3000, 3000)))

@@ -55,13 +55,18 @@ def test_a_dispatcher_killed_in_the_middle_of_a_listing_leaves_a_listing_that_go
         (source / f"{n:05}.jpg").touch()
     deployment.settings["MASKFLEET_CHUNK_SIZE"] = "5000"
     job = deployment.submit(source, "--exclude", "*7.jpg")
-    first = deployment.start("dispatch")
-    wait_for(lambda: deployment.read(job)[0].asset_count > 1000, "a first page")
-    deployment.kill_tree(first)
-    stopped_at = deployment.read(job)[0]
+    with deployment.engine.connect() as holder:
+        holder.execute(text(HOLD_THE_LISTING))
+        holder.commit()
+        first = deployment.start("dispatch")
+        wait_for(lambda: deployment.read(job)[0].asset_count > 1000, "the first pages", logs=deployment.logs)
+        deployment.kill_tree(first)
+        stopped_at = deployment.read(job)[0]
+        holder.execute(text("SELECT pg_advisory_unlock(1)"))
+        holder.commit()
 
     deployment.start("dispatch")
-    wait_for(lambda: deployment.read(job)[0].listed_at is not None, "the end of the listing")
+    wait_for(lambda: deployment.read(job)[0].listed_at is not None, "the end of the listing", logs=deployment.logs)
 
     listed = deployment.read(job)[0]
     assert stopped_at.asset_count < listed.asset_count == 18_001
@@ -72,6 +77,15 @@ def test_a_dispatcher_killed_in_the_middle_of_a_listing_leaves_a_listing_that_go
             text("SELECT count(*) FROM asset a JOIN chunk c ON a.id BETWEEN c.first_asset_id AND c.last_asset_id")
         ).scalar_one()
     assert keys == covered == 18_001
+
+
+# A listing waits here behind its first pages, and nothing else does. It takes a fraction of a second in all.
+HOLD_THE_LISTING = """
+    CREATE FUNCTION wait_to_list() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_advisory_lock_shared(1); PERFORM pg_advisory_unlock_shared(1); RETURN new; END $$;
+    CREATE TRIGGER wait_to_list BEFORE UPDATE ON job FOR EACH ROW
+        WHEN (old.asset_count > 1000 AND old.listed_at IS NULL) EXECUTE FUNCTION wait_to_list();
+    SELECT pg_advisory_lock(1)"""
 
 
 def test_a_queue_that_is_flushed_fills_again(deployment: Deployment, tmp_path: Path) -> None:
@@ -88,6 +102,7 @@ def test_a_queue_that_is_flushed_fills_again(deployment: Deployment, tmp_path: P
 
 
 def test_a_message_delivered_three_times_computes_once(deployment: Deployment, tmp_path: Path) -> None:
+    deployment.settings["MASKFLEET_LEASE_SECONDS"] = "60"  # none ends early because the machine is busy
     source = draw_pictures(tmp_path / "pictures", 8)
     dispatcher = deployment.start("dispatch")
     job = deployment.submit(source)
@@ -189,6 +204,7 @@ def test_a_frozen_worker_is_replaced_and_its_late_write_refused(deployment: Depl
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to all its processes, as Slurm does"])
 def test_sigterm_drains_a_worker_and_gives_its_chunk_back(deployment: Deployment, tmp_path: Path, to_all: bool) -> None:
     deployment.settings |= {"MASKFLEET_STUB_SECONDS": "0.3", "MASKFLEET_CHUNK_SIZE": "100"}
+    deployment.settings["MASKFLEET_LEASE_SECONDS"] = "60"  # none ends early because the machine is busy
     source = draw_pictures(tmp_path / "pictures", 60)
     dispatcher = deployment.start("dispatch")
     worker = deployment.start("worker", "--devices", "cpu")

@@ -58,7 +58,7 @@ def test_a_killed_run_leaves_nothing_behind(tmp_path: Path, killed: str) -> None
             started = tmp_path / "started"
             return [int(pid) for pid in started.read_text().split()] if started.exists() else []
 
-        worker_pid, *started = [psutil.Process(pid) for pid in wait_for(held, "the servers", 120)]
+        worker_pid, *started = [psutil.Process(pid) for pid in wait_for(held, "the servers")]
         os.kill(run.pid if killed == "the run" else worker_pid.pid, signal.SIGKILL)
 
         wait_for(lambda: not any(is_alive(process) for process in started), "the end of what was started", 120)

@@ -104,7 +104,8 @@ LABELED = """return Number([...document.querySelectorAll('#standing .tiles div')
     .find(tile => tile.querySelector('dt').innerText == 'labeled').querySelector('dd').innerText)"""
 
 
-def test_a_person_logs_in_and_sees_a_job_go_on_until_it_is_done(running: Running, browser: Browser) -> None:
+def test_a_person_logs_in_and_sees_a_job_go_on_until_it_is_done(browser: Browser, running: Running) -> None:
+    # The browser is started first: on a busy machine the job could be over before it is there.
     browser.emulate(1280, 900)
     browser.open(f"{running.url}/jobs/1")
     browser.wait("return document.activeElement.id == 'password'", what="the login", seconds=60)

@@ -12,7 +12,6 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 from sqlalchemy import Connection, Engine, text
@@ -28,6 +27,7 @@ from orchestrator.export.keys import Keys
 from orchestrator.export.selection import Selection
 from tests.integration.test_export import KEYS, finished_job
 from tests.reviewed_job import LABEL, draw_scenes, plant_review
+from tests.s3_server import serve_s3
 from workers.storage.client import s3_client, store_of_settings
 from workers.storage.objects import open_objects
 
@@ -211,18 +211,15 @@ def test_a_stopped_export_goes_on_after_its_last_part(
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIATESTTESTTESTTEST")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-test")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("MASKFLEET_S3_ENDPOINT", f"http://{host}:{port}")
-    settings.cache_clear()
-    s3_client(store_of_settings(settings().s3_endpoint), 3).create_bucket(Bucket="exports")
-    yield "s3://exports/job"
-    server.stop()
+    with serve_s3() as address:
+        monkeypatch.setenv("MASKFLEET_S3_ENDPOINT", address)
+        settings.cache_clear()
+        s3_client(store_of_settings(settings().s3_endpoint), 3).create_bucket(Bucket="exports")
+        yield "s3://exports/job"
     settings.cache_clear()
 
 
@@ -231,7 +228,6 @@ def test_parts_go_to_a_bucket_and_go_on_there(
     engine: Engine, export: Export, tmp_path: Path, bucket: str, file_format: ExportFormat
 ) -> None:
     job, _ = finished_job(engine, [f"{n}.jpg" for n in range(3)], failed=["bad.jpg"], source="/photos")
-    bucket = f"{bucket}/{file_format}"  # moto keeps what an earlier server had
     export(job, tmp_path / "here", file_format, Selection(), part_assets=2)
     with pytest.raises(Stopped):
         export(job, bucket, file_format, StopsAfterThree(), part_assets=2)

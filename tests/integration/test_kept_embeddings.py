@@ -12,7 +12,6 @@ from typing import Any
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from sqlalchemy import Engine, text
 
@@ -24,6 +23,7 @@ from db.settings import Settings, settings
 from db.states import EmbeddingState
 from orchestrator.assist.health import kept_embeddings
 from tests.factories import chunk_ids, count, delete, make_job
+from tests.s3_server import serve_s3
 from workers.embeddings.address import EmbeddingError, EmbeddingFault, EmbeddingFormat, embedding_of
 from workers.embeddings.codec import decode
 from workers.embeddings.store import EmbeddingStore
@@ -179,11 +179,8 @@ def test_no_more_assets_of_a_job_are_reserved_than_it_keeps_however_many_workers
 
 @pytest.fixture(scope="module")
 def s3_server() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serve_s3() as address:
+        yield address
 
 
 @pytest.fixture

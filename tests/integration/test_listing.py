@@ -10,7 +10,6 @@ from random import Random
 import pytest
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
-from moto.server import ThreadedMotoServer
 from sqlalchemy import Engine, text
 
 from db import jobs, list_shards
@@ -23,6 +22,7 @@ from orchestrator.jobs.listing import Walks
 from orchestrator.jobs.prepare import list_for_a_while
 from orchestrator.jobs.shards import find_cut
 from tests.factories import chunk_ids, count, delete
+from tests.s3_server import serve_s3
 from tests.waiting import wait_for_lock
 from workers.storage.asset import PAGE_SIZE
 from workers.storage.bucket import Bucket
@@ -32,11 +32,8 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serve_s3() as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

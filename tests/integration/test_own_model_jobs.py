@@ -12,7 +12,6 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from sqlalchemy import Engine
 
 from db import jobs, listing
@@ -23,6 +22,7 @@ from orchestrator.jobs.request import Request, submit_job
 from tests.deployment import draw_pictures
 from tests.e2e.test_run import environment, run
 from tests.factories import chunk_ids
+from tests.s3_server import serve_s3
 from workers.models.adding import add
 from workers.models.loading import load_model
 from workers.models.nano import load_sam_nano
@@ -52,16 +52,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def bucket(worker_id: str) -> Iterator[str]:
     """The address of an S3 server with a bucket `weights`."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
     keys = {"aws_access_key_id": "AKIATESTTESTTESTTEST", "aws_secret_access_key": "secret-of-the-test"}
-    boto3.session.Session(**keys, region_name="us-east-1").client("s3", endpoint_url=endpoint).create_bucket(
-        Bucket="weights"
-    )
-    yield endpoint
-    server.stop()
+    with serve_s3() as endpoint:
+        boto3.session.Session(**keys, region_name="us-east-1").client("s3", endpoint_url=endpoint).create_bucket(
+            Bucket="weights"
+        )
+        yield endpoint
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from db.session import open_engine
+from orchestrator.local import postgres
 from orchestrator.local.postgres import EmbeddedPostgres
 
 pytestmark = [
@@ -78,6 +81,25 @@ def test_data_of_a_deleted_folder_are_gone_at_once_for_each_of_four_runs_that_st
 
     assert [other.exitcode for other in others] == [0, 0, 0, 0]
     assert not list(deleted.parent.parent.glob(f"gone-{deleted.parent.name}*"))
+
+
+@pytest.fixture
+def strict_umask() -> Iterator[None]:
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+def test_a_strict_umask_of_root_does_not_keep_the_server_from_its_programs_and_data(
+    tmp_path: Path, strict_umask: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also not where an earlier run has made the place with such a umask."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setattr(postgres, "_ROOTS_PLACE", Path(folder) / "place")
+        (Path(folder) / "place").mkdir(mode=0o700)
+
+        assert remember(tmp_path / "out" / "postgres", "first") == []
 
 
 def start_and_look(together: Barrier, owner: Path, deleted: Path) -> None:

@@ -10,11 +10,11 @@ import boto3
 import pytest
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
-from moto.server import ThreadedMotoServer
 
 from orchestrator.prompts.entries import PromptFileError
 from orchestrator.prompts.files import read_prompts
 from tests.needs import TESTDATA
+from tests.s3_server import serve_s3
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
 from workers.models.registry import find_model
 from workers.storage.asset import PAGE_SIZE, Listed, SkipReason
@@ -28,11 +28,8 @@ MEGABYTE = 2**20
 
 @pytest.fixture(scope="module")
 def s3_server():
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serve_s3() as address:
+        yield address
 
 
 @pytest.fixture(autouse=True)

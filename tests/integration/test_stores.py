@@ -15,9 +15,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from moto.server import ThreadedMotoServer
 
 from db.settings import settings
+from tests.s3_server import serve_s3
 from workers.errors import AssetError, ErrorKind, SourceError
 from workers.storage.client import endpoint_error
 from workers.storage.source import open_source
@@ -250,11 +250,7 @@ def test_an_authority_of_ones_own_is_trusted_through_awss_variable(certificate, 
 
 
 def test_an_archived_object_is_not_found_until_it_is_restored_and_its_neighbour_is_read():
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        address = f"http://{host}:{port}"
+    with serve_s3() as address:
         client = boto3.session.Session().client("s3", endpoint_url=address, region_name="us-east-1")
         client.create_bucket(Bucket="photos")
         client.put_object(Bucket="photos", Key="cold.jpg", Body=b"x", StorageClass="GLACIER")
@@ -267,8 +263,15 @@ def test_an_archived_object_is_not_found_until_it_is_restored_and_its_neighbour_
             source.read("cold.jpg", MEGABYTE)
         assert caught.value.kind == ErrorKind.NOT_FOUND
         assert "credentials" not in str(caught.value)
-    finally:
-        server.stop()
+
+
+def test_a_server_of_a_test_has_nothing_that_an_earlier_one_in_the_same_process_had():
+    for _ in range(2):
+        with serve_s3() as address:
+            client = boto3.session.Session().client("s3", endpoint_url=address, region_name="us-east-1")
+            assert client.list_buckets()["Buckets"] == []
+            client.create_bucket(Bucket="photos")
+            client.put_object(Bucket="photos", Key="left.jpg", Body=b"x")
 
 
 # --- a remedy fits its cause

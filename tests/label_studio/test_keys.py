@@ -9,13 +9,13 @@ from urllib.parse import quote
 import boto3
 import httpx
 import pytest
-from moto.server import ThreadedMotoServer
 
 from orchestrator.label_studio.addresses import address_faults, image_address
 from orchestrator.label_studio.client import LabelStudio
 from orchestrator.label_studio.config import label_config
 from orchestrator.label_studio.setup import Wanted, make_project
 from tests.label_studio.server import Server, serve
+from tests.s3_server import serve_s3
 from workers.storage.source import open_source
 
 pytestmark = [pytest.mark.integration, pytest.mark.label_studio]
@@ -30,11 +30,8 @@ CUT_KEYS = ["a?b.png", "?", "a\tb.png", "a.png ", "a.png\u3000"]  # moto holds n
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[str]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with serve_s3() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

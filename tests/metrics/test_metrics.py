@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import urllib.parse
 import urllib.request
@@ -20,6 +19,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deployment import Deployment, draw_pictures
+from tests.redis_server import free_port
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -45,12 +45,6 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
     """The sum of the samples that have these labels. None when there is none."""
     values = [v for found, v in samples.get(name, {}).items() if labels.items() <= dict(found).items()]
     return sum(values) if values else None
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 @pytest.fixture

@@ -135,3 +135,13 @@ def test_no_terminal_obeys_what_a_foreign_key_says_in_a_message() -> None:
     error = SourceError("a\x1b]0;owned\x07.png: gone\n\tlook again")
 
     assert as_message(error) == r"a\x1b]0;owned\x07.png: gone" + "\n    look again"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_command_whose_shell_has_closed_a_stream_does_its_work(closed: str) -> None:
+    command = [sys.executable, "-P", "-m", "orchestrator.cli", "models", "list"]
+
+    done = subprocess.run(["bash", "-c", f'exec "$@" {closed}', "bash", *command], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert ("sam_nano" in done.stdout) is (closed != ">&-")
