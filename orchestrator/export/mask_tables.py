@@ -7,6 +7,7 @@ people left comes as Python values, for each of its masks is looked at. It gets 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,20 @@ def mask_tables(
 ) -> Iterator[MaskTable]:
     """The assets in groups of about so many masks. Bare ones get their masks here, as `selection` wants them, and a
     `Counted` is told how many.
+
+    While one table is used, a thread reads the next one. So until the end `db` and `assets` are for this alone.
     """
+    tables = _tables(db, job, assets, selection, rows)
+    with ThreadPoolExecutor(1, thread_name_prefix="masks") as reading:
+        ahead = reading.submit(next, tables, None)
+        while (table := ahead.result()) is not None:
+            ahead = reading.submit(next, tables, None)
+            yield table
+
+
+def _tables(
+    db: Connection, job: Job, assets: Iterable[LabeledAsset], selection: Selection, rows: int
+) -> Iterator[MaskTable]:
     source = source_of(job)
     for group in _groups(assets, rows):
         bare = [asset for asset in group if isinstance(asset, BareAsset)]
