@@ -92,7 +92,7 @@ class Question:
             written = self._write_parts(db, job, counts, out)
         else:
             assets = self._told(self.selection.assets(db, job), 0)
-            written = Written(notes=self._writer(db, job)(Path(out), assets) or [])
+            written = Written(notes=self._writer(db, job, labels=self._class_names(db, job))(Path(out), assets) or [])
         return (
             written
             if self.selection.keys is None
@@ -129,8 +129,8 @@ class Question:
                 self._write_at_once(db, job, parts, out, part_assets)
             else:
                 assets = self._told(self.selection.assets(db, job, after=parts.last_key), parts.count("assets"))
-                suffix = self.file_format.suffix
-                write_parts(parts, assets, self._writer(db, job), part_assets=part_assets, suffix=suffix)
+                writer = self._writer(db, job, labels=self._class_names(db, job))
+                write_parts(parts, assets, writer, part_assets=part_assets, suffix=self.file_format.suffix)
             self._finish(db, job, parts)
             said = f"{len(parts.finished):,} parts, {parts.count('assets'):,} assets, {parts.count('masks'):,} masks"
             return Written(notes=[said, *parts.notes()])
@@ -148,7 +148,8 @@ class Question:
             database_url=db.engine.url.render_as_string(hide_password=False),
             job=job,
             selection=self.selection,
-            make_writer=replace(self, progress=tell_nobody)._writer,  # it goes to other processes
+            # It goes to other processes.
+            make_writer=partial(replace(self, progress=tell_nobody)._writer, labels=self._class_names(db, job)),
             out=out if "://" in out else str(parts.folder),
         )
         write_parts_at_once(parts, ranges, writer, processes=self.processes, progress=self.progress)
@@ -184,10 +185,13 @@ class Question:
             "job_masks": counts.masks,
         }
 
-    def _writer(self, db: Connection, job: Job) -> WritePart:
-        """The format's writer of one file or folder."""
+    def _class_names(self, db: Connection, job: Job) -> list[str] | None:
+        """Read once for all parts, so that a class has the same number in each. None where classes have none."""
         has_numbers = self.file_format in (ExportFormat.COCO, ExportFormat.YOLO)
-        labels = self.selection.class_names(db, job) if has_numbers else None
+        return self.selection.class_names(db, job) if has_numbers else None
+
+    def _writer(self, db: Connection, job: Job, *, labels: Sequence[str] | None) -> WritePart:
+        """The format's writer of one file or folder."""
         writers: dict[ExportFormat, Callable[..., list[str] | None]] = {
             ExportFormat.COCO: partial(export_coco, db, job, labels=labels, selection=self.selection),
             ExportFormat.YOLO: partial(export_yolo, db, job, images=self.images, labels=labels),
