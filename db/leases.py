@@ -206,17 +206,28 @@ def finish_chunk(db: Connection, *, chunk: ClaimedChunk) -> None:
     _hold(db, chunk=chunk, set_="state = 'done', in_flight = '{}'", lease=0)
 
 
-def release_chunk(db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False) -> None:
-    """Release the chunk. After a transient error it becomes ready again after 10 s, 20 s, 40 s ... (at most 640 s)."""
+def release_chunk(
+    db: Connection, *, chunk: ClaimedChunk, transient_error: bool = False, most_failures: int | None = None
+) -> None:
+    """Release the chunk. After a transient error it becomes ready again after 10 s, 20 s, 40 s ... (at most 640 s).
+
+    most_failures: what its count of transient failures may reach by this one, for an error that tried no asset.
+    """
     db.execute(
         text(
             """UPDATE chunk SET state = 'new', token = token + 1, in_flight = '{}', lease_until = NULL,
-                      transient_failures = transient_failures + :failed,
+                      transient_failures =
+                          greatest(transient_failures, least(transient_failures + :failed, CAST(:most AS int))),
                       ready_at = CASE WHEN :failed > 0
                           THEN now() + make_interval(secs => 10 * power(2, least(transient_failures, 6))) END
                WHERE id = :id AND token = :token AND state = 'running'"""
         ),
-        {"id": chunk.id, "token": chunk.token, "failed": int(transient_error)},
+        {
+            "id": chunk.id,
+            "token": chunk.token,
+            "failed": int(transient_error),
+            "most": most_failures,  # least() leaves a null out
+        },
     )
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -16,10 +17,12 @@ from PIL import Image
 from sqlalchemy import Engine, text
 
 from db.jobs import Job
+from db.leases import MAX_TRANSIENT_FAILURES
 from db.settings import Settings
 from tests.deployment import draw_pictures
 from tests.factories import chunk_ids, count, make_job
 from tests.waiting import wait_for
+from workers.errors import TransientError
 from workers.images.pixels import RgbImage
 from workers.masks import Mask
 from workers.running.chunk import run_chunk
@@ -191,3 +194,24 @@ def test_what_nobody_foresaw_is_said_on_the_job_and_the_chunk_waits_for_a_worker
     assert (state, waits) == ("new", True)
     assert error.startswith("one: ")
     assert "of_a_newer_version" in error
+
+
+def test_a_place_of_weights_that_is_away_for_hours_uses_up_no_tries_of_the_assets(
+    engine: Engine, tmp_path: Path
+) -> None:
+    draw_pictures(tmp_path, 1)
+    job = a_job(engine, str(tmp_path), [path.name for path in tmp_path.iterdir()])
+    [chunk_id] = chunk_ids(engine, job)
+
+    def away(_: str) -> Any:
+        raise TransientError("s3://weights: does not answer")
+
+    worker = replace(a_worker(engine, FindsNothing()), load_model=away)
+    for _ in range(2 * MAX_TRANSIENT_FAILURES):
+        assert run_chunk(worker, chunk_id) is not None
+
+    with engine.begin() as db:
+        failures, waits = db.execute(text("SELECT transient_failures, ready_at > now() FROM chunk")).one()
+    assert 0 < failures <= MAX_TRANSIENT_FAILURES / 2
+    assert waits
+    assert count(engine, job).failed == 0

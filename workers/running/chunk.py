@@ -29,10 +29,11 @@ from workers.running.looks import Encode, Look, encode_and_look
 from workers.running.metrics import count_stored, timed
 from workers.running.outcomes import ProcessUnfit, failed_outcome, judge, labeled_outcome, storable_text
 from workers.running.same_bytes import SameBytes, answer_by_etag, is_deduped
-from workers.running.worker import Draining, Worker, release, unfit
+from workers.running.worker import Draining, ModelAway, Worker, release, unfit
 from workers.storage.source import open_source
 
 _LOOKAHEAD = 2  # batches marked and decoded ahead of the one on the device, so that the device waits for no commit
+_MODEL_AWAY_FAILURES = 3  # of MAX_TRANSIENT_FAILURES: a mirror that is away for hours leaves some tries to each asset
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,8 @@ def _end(worker: Worker, chunk: ClaimedChunk, end: LeaseLost | Draining | Decode
         worker.on_hang()
     else:
         log.warning("chunk %d of job %d is released: %s", chunk.id, chunk.job_id, redact(str(end)), extra=about)
-        release(worker, chunk, pause=True, error=str(end))
+        most = _MODEL_AWAY_FAILURES if isinstance(end, ModelAway) else None
+        release(worker, chunk, pause=True, error=str(end), most_failures=most)
 
 
 class _ChunkRun:

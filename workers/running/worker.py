@@ -20,6 +20,10 @@ class Draining(Exception):
     """The worker was asked to stop. The rest of the chunk is released."""
 
 
+class ModelAway(TransientError):
+    """The place of the model's weights does not answer. No asset was tried."""
+
+
 LoadModel = Callable[[str], Model]
 LoadDetector = Callable[[AskedDetector], Detector | PhraseDetector]
 
@@ -37,9 +41,17 @@ class Worker:
     on_hang: Callable[[], None]
 
 
-def release(worker: Worker, chunk: ClaimedChunk, *, pause: bool = False, error: str | None = None) -> None:
+def release(
+    worker: Worker,
+    chunk: ClaimedChunk,
+    *,
+    pause: bool = False,
+    error: str | None = None,
+    most_failures: int | None = None,
+) -> None:
+    """Release the chunk, and store the error on its job. most_failures: as `release_chunk` takes it."""
     with worker.engine.begin() as db:
-        leases.release_chunk(db, chunk=chunk, transient_error=pause)
+        leases.release_chunk(db, chunk=chunk, transient_error=pause, most_failures=most_failures)
         if error is not None:
             jobs.note_error(db, job_id=chunk.job_id, error=storable_text(f"{worker.name}: {error}"))
 
@@ -49,8 +61,10 @@ def loading(worker: Worker, chunk: ClaimedChunk, name: str) -> Iterator[None]:
     """Turn a failed load into `unfit`. The model may load elsewhere, so this is no verdict on the job or its assets."""
     try:
         yield
-    except (LeaseLost, Draining, TransientError):
+    except (LeaseLost, Draining):
         raise  # about this run of the chunk, not about the model
+    except TransientError as error:
+        raise ModelAway(str(error)) from error
     except Exception as error:
         raise unfit(worker, chunk, name, error) from error
 
