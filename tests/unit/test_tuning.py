@@ -10,8 +10,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import cv2
