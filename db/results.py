@@ -75,7 +75,7 @@ class FailedAsset:
 
 
 def require_job(db: Connection, *, job_id: int) -> None:
-    """Call it after masks were read. Raises LookupError when the job is deleted: then some may have been gone."""
+    """Call it after assets or masks were read. Raises LookupError when the job is deleted: some may have been gone."""
     statement = text("SELECT EXISTS (SELECT 1 FROM job WHERE id = :job_id AND deleted_at IS NULL)")
     if not db.execute(statement, {"job_id": job_id}).scalar_one():
         raise LookupError(f"job {job_id} was deleted while its masks were read: what was read is not complete")
@@ -92,8 +92,9 @@ def labeled_assets(db: Connection, *, job_id: int, after: str = "", page: int = 
 
 
 def bare_assets(db: Connection, *, job_id: int, after: str = "", page: int = 2000) -> Iterator[BareAsset]:
-    """The assets of `labeled_assets` without their masks."""
+    """The assets of `labeled_assets` without their masks. Raises LookupError when the job is deleted."""
     for rows in _labeled_rows(db, job_id=job_id, after=after, page=page):
+        require_job(db, job_id=job_id)  # a page of a deleted job is short, and would seem to be the last one
         yield from map(_bare, rows)
 
 
@@ -130,8 +131,10 @@ def labeled_of_keys(db: Connection, *, job_id: int, keys: Sequence[str]) -> list
 
 
 def bare_of_keys(db: Connection, *, job_id: int, keys: Sequence[str]) -> list[BareAsset]:
-    """The assets of `labeled_of_keys` without their masks."""
-    return [_bare(row) for row in _rows_of_keys(db, job_id, keys)]
+    """The assets of `labeled_of_keys` without their masks. Raises LookupError when the job is deleted."""
+    rows = _rows_of_keys(db, job_id, keys)
+    require_job(db, job_id=job_id)
+    return [_bare(row) for row in rows]
 
 
 def _rows_of_keys(db: Connection, job_id: int, keys: Sequence[str]) -> Sequence[Any]:

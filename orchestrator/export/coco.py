@@ -112,9 +112,9 @@ def _annotations(masks: Any, category_ids: dict[str, int], first_id: int) -> lis
         *zip((',"bbox":[', ",", ",", ","), box_xywh, strict=True),
         # 1 would make it a crowd, which evaluation ignores and training code drops. It does not mean "this is RLE":
         # readers see that from the dict (pycocotools, and supervision 0.31 with both values).
-        ('],"iscrowd":0,"score":', masks["score"]),
-        (',"predicted_iou":', masks["predicted_iou"]),
-        (',"stability_score":', masks["stability_score"]),
+        ('],"iscrowd":0,"score":', _decimal(masks["score"])),
+        (',"predicted_iou":', _decimal(masks["predicted_iou"])),
+        (',"stability_score":', _decimal(masks["stability_score"])),
     ]
     texts = [part for name, values in members for part in (name, pc.fill_null(pc.cast(values, pa.string()), "null"))]
     # predicted_iou is still the model's value where a person left the mask
@@ -122,6 +122,13 @@ def _annotations(masks: Any, category_ids: dict[str, int], first_id: int) -> lis
     prompt = _or_nothing(',"prompt":', masks["prompt"])
     lines: list[str] = pc.binary_join_element_wise(*texts, verdict, prompt, "}", "").to_pylist()
     return lines
+
+
+def _decimal(scores: Any) -> Any:
+    """Scores as JSON numbers. Arrow writes 1.0 as 1, which a strict reader takes for another type."""
+    texts = pc.cast(scores, pa.string())
+    is_whole = pc.invert(pc.match_substring_regex(texts, "[.e]"))
+    return pc.if_else(is_whole, pc.binary_join_element_wise(texts, "0", "."), texts)
 
 
 def _or_nothing(before: str, values: Any, after: str = "") -> Any:

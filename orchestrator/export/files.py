@@ -16,8 +16,6 @@ from typing import IO, Any
 import orjson
 
 from db.jobs import Job
-from db.results import StoredMask
-from db.reviewed_masks import ReviewedMask
 from db.settings import settings
 from workers.storage.asset import Source
 from workers.storage.source import open_source
@@ -78,14 +76,6 @@ def source_of(job: Job) -> Source:
 def round_score(value: float | None) -> float | None:
     """The rounded score. None for NaN, which a model may give and JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def mask_score(mask: StoredMask) -> float:
-    """0..1. 1 for a mask that a person confirmed; else the predicted IoU, SAM's estimate, which may exceed 1."""
-    if isinstance(mask, ReviewedMask):
-        return 1.0
-    iou = mask.predicted_iou
-    return iou if 0.0 < iou <= 1.0 else float(1.0 < iou < math.inf)
 
 
 def json_text(value: Any) -> str:

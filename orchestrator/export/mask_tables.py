@@ -49,6 +49,7 @@ MASKS = pa.schema(
 GROUP_ROWS = 20_000
 _GROUP_CHARS = 1 << 24
 _CHARS_A_COLUMN = 3  # of a mask's counts: an object has two runs in most columns of pixels, of one or two characters
+_MOST_BLOCK_BYTES = 2**31 - 1  # of Arrow's CSV reader, which has 32 bits for it
 _TYPES = {field.name: field.type for field in MASKS}
 _CSV_TYPES = {name: _TYPES.get(name, pa.int32()) for name in MASK_CSV_COLUMNS}  # the box is in four columns there
 _FOUND = pa.schema([("place", pa.int32()), *(MASKS.field(name) for name in MASKS.names[5:9] + MASKS.names[10:15])])
@@ -130,9 +131,11 @@ def _read(db: Connection, job: Job, assets: Sequence[BareAsset]) -> Any:
     content = masks_csv(db, job_id=job.id, asset_ids=ids)
     if not content:
         return _FOUND.empty_table()
+    # One block: a row of more than two blocks would be an error, and counts have no limit.
+    block_size = min(len(content), _MOST_BLOCK_BYTES)
     rows = csv.read_csv(
         pa.BufferReader(content),
-        read_options=csv.ReadOptions(column_names=list(MASK_CSV_COLUMNS), block_size=_GROUP_CHARS),
+        read_options=csv.ReadOptions(column_names=list(MASK_CSV_COLUMNS), block_size=block_size),
         parse_options=csv.ParseOptions(newlines_in_values=True),
         convert_options=csv.ConvertOptions(
             column_types=_CSV_TYPES, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False

@@ -25,7 +25,9 @@ from tests.waiting import wait_for
 from workers.errors import TransientError
 from workers.images.pixels import RgbImage
 from workers.masks import Mask
+from workers.running import chunk
 from workers.running.chunk import run_chunk
+from workers.running.outcomes import ProcessUnfit
 from workers.running.worker import Worker
 
 pytestmark = pytest.mark.integration
@@ -215,3 +217,18 @@ def test_a_place_of_weights_that_is_away_for_hours_uses_up_no_tries_of_the_asset
     assert 0 < failures <= MAX_TRANSIENT_FAILURES / 2
     assert waits
     assert count(engine, job).failed == 0
+
+
+def test_a_device_that_is_lost_outside_of_an_assets_look_ends_the_process_too(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    draw_pictures(tmp_path, 1)
+    job = a_job(engine, str(tmp_path), [path.name for path in tmp_path.iterdir()])
+    [chunk_id] = chunk_ids(engine, job)
+    monkeypatch.setattr(chunk, "from_store", lost)
+
+    with pytest.raises(ProcessUnfit, match="illegal memory access"):
+        run_chunk(a_worker(engine, FindsNothing()), chunk_id)

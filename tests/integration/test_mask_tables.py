@@ -79,6 +79,7 @@ def test_coco_is_json_whatever_labels_and_scores_there_are(engine: Engine, tmp_p
         assert (annotation["bbox"], annotation["area"]) == ([*mask.bbox_xywh], mask.area_px)
         assert annotation["predicted_iou"] == (mask.predicted_iou if math.isfinite(mask.predicted_iou) else None)
         assert (annotation["stability_score"], annotation["prompt"]) == (mask.stability_score, mask.prompt)
+        assert isinstance(annotation["score"], float)
 
 
 def test_masks_are_in_the_order_of_keys_though_ids_are_not(engine: Engine) -> None:
@@ -141,3 +142,31 @@ def test_masks_of_a_job_that_was_deleted_meanwhile_are_an_error(engine: Engine) 
 
         with pytest.raises(LookupError, match=f"job {job.id} was deleted while its masks were read"):
             list(mask_tables(db, job, assets, Selection()))
+
+
+def test_a_job_that_is_deleted_between_two_pages_is_an_error_and_no_short_export(engine: Engine) -> None:
+    job = job_with(engine, keys=["a.jpg", "b.jpg", "c.jpg"])
+    with engine.connect() as db:
+        assets = results.bare_assets(db, job_id=job.id, page=1)
+        assert next(assets).key == "a.jpg"
+        db.rollback()
+        delete(engine, job)
+
+        with pytest.raises(LookupError, match=f"job {job.id} was deleted"):
+            list(assets)
+        with pytest.raises(LookupError, match=f"job {job.id} was deleted"):
+            results.bare_of_keys(db, job_id=job.id, keys=["b.jpg"])
+
+
+def test_a_mask_of_more_bytes_than_a_table_usually_has_is_read(engine: Engine) -> None:
+    job = make_job(engine, keys=["a.jpg"])
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    assert chunk is not None
+    outcome = labeled(chunk.first_asset_id, masks=2)
+    counts = "0" * (40 << 20)
+    record(engine, chunk, [replace(outcome, masks=[replace(outcome.masks[0], counts=counts), outcome.masks[1]])])
+
+    with engine.connect() as db:
+        [table] = mask_tables(db, job, results.bare_assets(db, job_id=job.id), Selection())
+
+    assert table.masks["counts"].to_pylist() == [counts, outcome.masks[1].counts]

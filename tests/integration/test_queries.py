@@ -35,6 +35,7 @@ from tests.factories import (
     reap,
     record,
 )
+from tests.waiting import wait_for_lock
 from workers.models.registry import find_model
 
 pytestmark = pytest.mark.integration
@@ -675,7 +676,7 @@ def test_a_retry_may_take_longer_than_other_statements(engine: Engine, database_
     job = make_job(engine, keys=1)
     chunk = claim(engine, chunk_ids(engine, job)[0])
     record(engine, chunk, [NewOutcome(asset_id=asset.id, error_kind="forbidden") for asset in pending(engine, chunk)])
-    hasty = open_engine(database_url, statement_timeout_seconds=0.2)
+    hasty = open_engine(database_url, statement_timeout_seconds=1)  # a small statement may take long on a busy machine
 
     def retry() -> int:
         with hasty.begin() as db:
@@ -685,7 +686,8 @@ def test_a_retry_may_take_longer_than_other_statements(engine: Engine, database_
         with engine.begin() as db:
             leases.extend_lease(db, chunk=chunk, lease_seconds=LEASE_SECONDS)  # its row stays locked
             retrying = pool.submit(retry)
-            time.sleep(0.6)
+            wait_for_lock(engine)
+            time.sleep(2)
         assert retrying.result() == 1
     hasty.dispose()
 

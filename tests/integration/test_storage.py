@@ -11,6 +11,7 @@ import pytest
 from moto.backends import get_backend
 from moto.core import DEFAULT_ACCOUNT_ID
 
+from db.leases import LeaseLost
 from orchestrator.prompts.entries import PromptFileError
 from orchestrator.prompts.files import read_prompts
 from tests.needs import TESTDATA
@@ -265,6 +266,17 @@ def test_a_body_that_always_breaks_off_condemns_no_asset(wire):
     assert len(requests) == 5
 
 
+def test_what_ends_a_copy_from_outside_is_not_taken_for_the_stores_fault(wire, tmp_path):
+    endpoint, script, _ = wire
+    script.append(answer(200, body=b"pixels"))
+
+    def lost(_: int) -> None:
+        raise LeaseLost("chunk 1 is no longer held")
+
+    with (tmp_path / "copy").open("w+b") as copy, pytest.raises(LeaseLost, match="chunk 1"):
+        open_source("s3://bucket", s3_endpoint=endpoint).copy("w.pth", copy, progress=lost)
+
+
 @pytest.mark.usefixtures("no_pauses")
 def test_a_file_whose_body_always_breaks_off_while_it_is_copied_is_the_networks_fault(wire, tmp_path):
     endpoint, script, requests = wire
@@ -405,7 +417,7 @@ def test_check_names_the_variables_when_there_are_no_credentials(wire, monkeypat
         ),
     ],
 )
-def test_credentials_that_cannot_be_renewed_condemn_no_asset(wire, monkeypatch, tmp_path, program, said):
+def test_credentials_that_cannot_be_renewed_condemn_no_asset_and_no_listing(wire, monkeypatch, tmp_path, program, said):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "renew").write_text(f"#!/bin/sh\n{program}\n")
@@ -419,8 +431,13 @@ def test_credentials_that_cannot_be_renewed_condemn_no_asset(wire, monkeypatch, 
 
     with pytest.raises(TransientError, match=said):
         source.read("a.jpg", MEGABYTE)
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(TransientError, match=said):
+        next(source.list())
+    with (tmp_path / "copy").open("w+b") as copy, pytest.raises(TransientError, match=said):
+        source.copy("a.jpg", copy)
+    with pytest.raises(SourceError, match=said) as caught:
         source.check()
+    assert "MASKFLEET_S3_ENDPOINT" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("no_pauses")

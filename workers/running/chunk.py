@@ -79,6 +79,7 @@ def run_chunk(worker: Worker, chunk_id: int) -> ChunkReport | None:
     except Exception as error:
         if isinstance(error, DBAPIError) and is_passing(error):
             raise
+        judge(error)  # ends the process when the device is lost
         # Otherwise its lease would run out without a word, and again at the next worker, for ever.
         log.exception("chunk %d of job %d is released", chunk.id, chunk.job_id, extra=log_ids(chunk))
         release(worker, chunk, pause=True, error=redact(f"{type(error).__name__}: {error}"))

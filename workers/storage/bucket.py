@@ -111,7 +111,9 @@ class Bucket:
                 counted = Counted(key, into, max_bytes, progress)
                 client.download_fileobj(self._bucket, self._prefix + key, counted, ExtraArgs=self._payer)
                 return
-            except VENDOR_ERRORS as error:
+            except (*VENDOR_ERRORS, *SESSION_ERRORS) as error:
+                if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+                    raise  # of `progress`, such as a lease that is lost
                 raise asset_error(key, self._bucket, error) from error
             except RetriesExceededError as error:  # boto3's own tries; its text does not say why
                 reason = redact(str(error.last_exception))

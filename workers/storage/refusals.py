@@ -102,7 +102,7 @@ def asset_error(key: str, bucket: str, error: Exception) -> Exception:
 def source_error(uri: str, error: Exception, *, anonymous: bool) -> Exception:
     """What a failed request about the bucket means for the whole source: it may pass, or what to do."""
     reason = redact(str(error))
-    if isinstance(error, NETWORK_ERRORS):
+    if isinstance(error, (*NETWORK_ERRORS, *SESSION_ERRORS)):
         return TransientError(f"{uri}: {reason}")
     if isinstance(error, botocore.exceptions.ClientError):
         status, code = _status_and_code(error)
@@ -120,6 +120,8 @@ def no_answer(uri: str, where: str, error: TransientError) -> SourceError:
         _, code = _status_and_code(cause)
         if not code.isdigit():  # stores give a word; if there is none, botocore gives a number
             return SourceError(f"{error}; {_REMEDIES.get(code, _BUSY)}")
+    if isinstance(cause, SESSION_ERRORS):
+        return SourceError(f"{error}; {_remedy(cause)}")
     if isinstance(cause, botocore.exceptions.SSLError):
         remedy = "set AWS_CA_BUNDLE to the certificates of the store's own authority"
         return SourceError(f"{uri}: {where} is not trusted ({error}); {remedy}")
