@@ -99,12 +99,11 @@ class Deployment:
 
     def pool_children(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """The processes that run tasks, below the supervisor and Celery's main process."""
-        return [
-            child
-            for main in self.celery_mains(worker)
-            for child in main.children()
-            if "spawn_main" in command_line(child)
-        ]
+        found: list[psutil.Process] = []
+        for main in self.celery_mains(worker):
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                found += [child for child in main.children() if "spawn_main" in command_line(child)]
+        return found
 
     def celery_mains(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Celery's main processes below a supervisor, one for each device."""
@@ -144,6 +143,6 @@ def draw_pictures(folder: Path, count: int, *, special: dict[str, tuple[int, int
     return folder
 
 
-def terminate(process: subprocess.Popen[bytes], seconds: float = 60) -> int:
+def terminate(process: subprocess.Popen[bytes], seconds: float = 120) -> int:
     process.send_signal(signal.SIGTERM)
     return process.wait(seconds)

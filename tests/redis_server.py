@@ -44,7 +44,7 @@ def serve_redis(program: str, folder: Path) -> Iterator[str]:
             assert server.stdin is not None
             server.stdin.write(f"requirepass {password}\n".encode())
             server.stdin.close()
-            wait_for(lambda: _answers(url), f"Redis, see {folder}/log", seconds=30)
+            wait_for(lambda: _answers(url), f"Redis, see {folder}/log")
             yield url
         finally:
             server.terminate()

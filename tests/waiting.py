@@ -27,4 +27,4 @@ def wait_for_lock(engine: Engine) -> None:
     """Return when a connection waits for a lock of another one, in this database."""
     waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-        wait_for(lambda: db.execute(text(waiting)).scalars().first(), "a connection that waits for a lock", seconds=60)
+        wait_for(lambda: db.execute(text(waiting)).scalars().first(), "a connection that waits for a lock")

@@ -71,7 +71,7 @@ def test_a_run_keeps_embeddings_and_a_click_is_answered_from_them_as_from_the_im
         with encoding(postgres.url, kept) as process:
             wait_for(lambda: states(engine) == ["stored"] * 3, "the third embedding")
             process.stdin.close()  # type: ignore[union-attr]
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
         assert_click_is_answered(engine, kept, source)
         engine.dispose()
 
@@ -156,18 +156,20 @@ def test_wanted_embeddings_overtake_the_chunks_that_wait(deployment: Deployment,
 def test_an_encoder_killed_between_file_and_row_loses_nothing(
     engine: Engine, database_url: str, tmp_path: Path
 ) -> None:
-    """The row is locked, so that the process waits after it wrote the file. There it is killed."""
+    """The process waits to note that it wrote the file. There it is killed."""
     job = make_nano_job(engine, draw(tmp_path / "pictures", 1))
     [address] = addresses_of(engine, job).values()
     want(engine, addresses_of(engine, job))
     kept = tmp_path / "kept"
-    with encoding(database_url, kept) as process:
-        wait_for(lambda: rows(engine)[address]["claimed_until"], "a claim")
-        with engine.connect() as lock, lock.begin():
-            lock.execute(text("SELECT 1 FROM embedding FOR UPDATE"))
+    with engine.connect() as holder:
+        holder.execute(text(HOLD_THE_NOTES))
+        holder.commit()
+        with encoding(database_url, kept) as process:
             wait_for((kept / address).exists, "the file")
             process.send_signal(signal.SIGKILL)
             process.wait()
+        holder.execute(text("SELECT pg_advisory_unlock(1)"))
+        holder.commit()
     assert states(engine) == ["wanted"]
     with engine.begin() as db:
         db.execute(text("UPDATE embedding SET claimed_until = now() - interval '1 s'"))
@@ -177,6 +179,15 @@ def test_an_encoder_killed_between_file_and_row_loses_nothing(
 
     assert rows(engine)[address]["attempts"] == 2
     assert [path for path in kept.rglob("*") if path.is_file()] == [kept / address]
+
+
+# A write that says that an embedding is stored waits here, and nothing else does.
+HOLD_THE_NOTES = """
+    CREATE FUNCTION wait_to_note() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_advisory_lock_shared(1); PERFORM pg_advisory_unlock_shared(1); RETURN new; END $$;
+    CREATE TRIGGER wait_to_note BEFORE UPDATE ON embedding FOR EACH ROW
+        WHEN (new.state = 'stored') EXECUTE FUNCTION wait_to_note();
+    SELECT pg_advisory_lock(1)"""
 
 
 def test_the_loop_says_what_it_needs() -> None:

@@ -102,7 +102,7 @@ class Shell:
             ) as process,
         ):
             try:
-                wait_for(lambda: "answers at" in log.read_text(), f"{command}: {log.read_text()}", seconds=180)
+                wait_for(lambda: "answers at" in log.read_text(), f"{command}: {log.read_text()}", seconds=300)
                 yield
             finally:
                 process.terminate()

@@ -44,15 +44,19 @@ def test_every_metric_of_the_runbook_is_one_that_the_code_exports_and_the_other_
 
 @pytest.mark.integration
 def test_a_dump_of_a_job_half_done_goes_on_where_it_was_restored(deployment: Deployment, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
     deployment.settings |= {"MASKFLEET_STUB_SECONDS": "0.1", "MASKFLEET_LOG_FORMAT": "json"}
+    deployment.settings["MASKFLEET_STUB_HOLD"] = str(hold)
     source = draw_pictures(tmp_path / "pictures", 60, special={"x\nERROR forged.png": BROKEN})
     dispatcher, worker = deployment.start("dispatch"), deployment.start("worker", "--devices", "cpu")
     job = deployment.submit(source)
     deployment.wait_for_outcomes(job, 10)
+    hold.touch()  # it must not be over when the dump begins
 
     programs = _wheel() / "pginstall18" / "bin"
     dump = tmp_path / "maskfleet.dump"
     subprocess.run([programs / "pg_dump", "--format=custom", f"--file={dump}", libpq(deployment)], check=True)
+    hold.unlink()
     assert terminate(worker) == terminate(dispatcher) == 0
     done_in_the_old = deployment.read(job)[1].labeled
     restored = create_beside(deployment.database_url)

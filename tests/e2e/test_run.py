@@ -129,8 +129,8 @@ def labeled_so_far(out: Path) -> int:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, how: signal.Signals) -> None:
     source, out = draw_pictures(tmp_path / "pictures", 24), tmp_path / "out"
-    settings = {"MASKFLEET_STUB_SECONDS": "0.3", "MASKFLEET_CHUNK_SIZE": "4", "MASKFLEET_BATCH_SIZE": "2"}
-    process = start(source, out, **settings)
+    settings = {"MASKFLEET_CHUNK_SIZE": "4", "MASKFLEET_BATCH_SIZE": "2"}
+    process = start(source, out, **settings, MASKFLEET_STUB_SECONDS="1")  # four chunks are left when it is stopped
     wait_for(lambda: labeled_so_far(out) >= 2, "two finished chunks")
     os.kill(process.pid, how)
     assert process.wait(120) == (130 if how is signal.SIGINT else -signal.SIGKILL)
@@ -145,8 +145,8 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, how: signal.Signals)
 @pytest.mark.faults
 def test_a_run_of_another_request_leaves_a_stopped_one_alone_and_its_own_command_still_goes_on(tmp_path: Path) -> None:
     source, out = draw_pictures(tmp_path / "pictures", 24), tmp_path / "out"
-    settings = {"MASKFLEET_STUB_SECONDS": "0.3", "MASKFLEET_CHUNK_SIZE": "4", "MASKFLEET_BATCH_SIZE": "2"}
-    process = start(source, out, **settings)
+    settings = {"MASKFLEET_CHUNK_SIZE": "4", "MASKFLEET_BATCH_SIZE": "2"}
+    process = start(source, out, **settings, MASKFLEET_STUB_SECONDS="1")
     wait_for(lambda: labeled_so_far(out) >= 1, "a finished chunk")
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(120) == 130
@@ -184,19 +184,23 @@ def test_a_run_leaves_no_file_in_the_temporary_folder_and_no_semaphore(tmp_path:
     temporary, log = tmp_path / "temporary", tmp_path / "out" / ".maskfleet" / "worker.log"
     temporary.mkdir()
     source = draw_pictures(tmp_path / "pictures", 1)
-    settings = {"TMPDIR": str(temporary), "MASKFLEET_STUB_SECONDS": "2"}
+    hold = tmp_path / "hold"
+    hold.touch()
+    settings = {"TMPDIR": str(temporary), "MASKFLEET_STUB_HOLD": str(hold)}
     command = [*RUN, str(source), "--out", str(tmp_path / "out"), "--model", "stub"]
 
     with subprocess.Popen(command, env=environment(**settings), stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: log.exists() and "received" in log.read_text(), "a chunk at work")
         children = psutil.Process(process.pid).children(recursive=True)
         semaphores = {inode for child in children for inode in semaphores_of(child.pid)}
-        assert semaphores & semaphores_that_are_left()
+        left = semaphores & semaphores_that_are_left()
+        hold.unlink()
+        assert left
 
     assert process.returncode == 0
     assert list(temporary.iterdir()) == []
     # billiard's tracker removes them after its last process has ended, and nobody waits for it.
-    wait_for(lambda: not semaphores & semaphores_that_are_left(), "the end of the semaphores", seconds=30)
+    wait_for(lambda: not semaphores & semaphores_that_are_left(), "the end of the semaphores")
 
 
 def semaphores_of(pid: int) -> list[int]:

@@ -136,7 +136,7 @@ def assist_under_faults(
     service = service_of(database_url, server, folder / "kept", project_id)
     try:
         wait_for(lambda: service.decoders() == DECODERS, "the decoders", seconds=300)
-        right = [service.answer(click) for click in wanted]
+        right = [click_until_answered(service, click, [0] * clicks, n) for n, click in enumerate(wanted)]
         asked, answers = [0] * clicks, list[tuple[Any, ...] | None]()
         with ThreadPoolExecutor(REVIEWERS + 1) as people:
             killing = people.submit(kill, engine, service, chance, kills)

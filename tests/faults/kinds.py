@@ -29,12 +29,14 @@ Fault = Callable[[Fleet], None]
 
 def kill_a_child(fleet: Fleet) -> None:
     if child := fleet.child():
-        child.kill()
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            child.kill()
 
 
 def kill_a_celery_main(fleet: Fleet) -> None:
     if main := fleet.celery_main():
-        main.kill()
+        with suppress(psutil.NoSuchProcess):
+            main.kill()
 
 
 def kill_a_supervisor(fleet: Fleet) -> None:
@@ -51,14 +53,15 @@ def ask_a_worker_to_end(fleet: Fleet) -> None:
 
 def quit_a_celery_main(fleet: Fleet) -> None:
     if main := fleet.celery_main():
-        main.send_signal(signal.SIGQUIT)
+        with suppress(psutil.NoSuchProcess):
+            main.send_signal(signal.SIGQUIT)
 
 
 def freeze_a_child_past_its_lease(fleet: Fleet) -> None:
     if child := fleet.child():
-        child.send_signal(signal.SIGSTOP)
-        time.sleep(5)  # the lease is 3 s
         with suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGSTOP)
+            time.sleep(5)  # the lease is 3 s
             child.send_signal(signal.SIGCONT)
 
 
@@ -156,14 +159,14 @@ def fill_the_disk_of_redis(fleet: Fleet) -> None:
     file.mkdir()
     broker.config_set("save", "3600 1")
     broker.bgsave()
-    wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save", 60)
+    wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "err", "a failed save")
     try:
         time.sleep(4)
     finally:
         file.rmdir()
         broker.config_set("save", "")
         broker.bgsave()
-        wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "ok", "a save", 60)
+        wait_for(lambda: broker.info("persistence")["rdb_last_bgsave_status"] == "ok", "a save")
 
 
 def forbid_all_objects(fleet: Fleet) -> None:
@@ -171,7 +174,7 @@ def forbid_all_objects(fleet: Fleet) -> None:
     refused = fleet.store.refused
     fleet.store.forbids = True
     try:
-        wait_for(lambda: fleet.store.refused > refused or fleet.is_over(), "a refused read", 120)
+        wait_for(lambda: fleet.store.refused > refused or fleet.is_over(), "a refused read", 600)
         time.sleep(2)
     finally:
         fleet.store.forbids = False

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +76,9 @@ def review_under_faults(
         people.start()
         for _ in range(kills):
             proxy.spoil = [chance.choice(["", "", *SPOILS]) for _ in range(20)]
-            kill_one(engine, [*words, "--follow", "--every", "1"], environment, chance, people)
+            asked = len(proxy.requests)
+            follow = [*words, "--follow", "--every", "1"]
+            kill_one(engine, follow, environment, chance, people, has_asked=lambda n=asked: len(proxy.requests) > n)
         people.join()
         proxy.spoil = []
         subprocess.run([*MASKFLEET, *words, "--json"], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -129,11 +132,22 @@ def expected(deeds: list[str]) -> dict[str, int]:
 
 
 def kill_one(
-    engine: Engine, words: list[str], environment: dict[str, str], chance: random.Random, still: threading.Thread
+    engine: Engine,
+    words: list[str],
+    environment: dict[str, str],
+    chance: random.Random,
+    still: threading.Thread,
+    *,
+    has_asked: Callable[[], bool],
 ) -> None:
-    """A reviewer, killed when it has read some annotations more, or after a while. Its connections may end before."""
-    wanted, give_up_at = annotations(engine) + chance.randrange(1, 20), time.monotonic() + chance.uniform(3, 9)
+    """A reviewer, killed when it has read some annotations more, or after a while. Its connections may end before.
+
+    has_asked: whether it has sent a request. On a busy machine it takes long to start, and would be killed before.
+    """
+    wanted, patience = annotations(engine) + chance.randrange(1, 20), chance.uniform(3, 9)
     reviewer = start(words, environment)
+    wait_for(lambda: has_asked() or reviewer.poll() is not None, "a reviewer's first request")
+    give_up_at = time.monotonic() + patience
     wait_for(
         lambda: annotations(engine) >= wanted or time.monotonic() > give_up_at or not still.is_alive(),
         "a reviewer's progress",

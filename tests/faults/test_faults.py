@@ -170,17 +170,20 @@ def test_a_worker_in_which_nothing_moves_gives_up_its_lease_and_its_process(
 
 
 def test_a_frozen_worker_is_replaced_and_its_late_write_refused(deployment: Deployment, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
     deployment.settings["MASKFLEET_STUB_SECONDS"] = "0.3"
     source = draw_pictures(tmp_path / "pictures", 64)
     deployment.start("dispatch")
-    frozen = deployment.start("worker", "--devices", "cpu")
+    frozen = deployment.start("worker", "--devices", "cpu", MASKFLEET_STUB_HOLD=str(hold))
     job = deployment.submit(source)
     deployment.wait_for_outcomes(job, 2)
+    hold.touch()  # it stays in one chunk until it is frozen
+    wait_for(lambda: running_chunks(deployment), "a chunk in its hands", logs=deployment.logs)
     children = deployment.pool_children(frozen)
+    [chunk_id] = running_chunks(deployment)
     for child in children:
         child.send_signal(signal.SIGSTOP)
-    with deployment.engine.begin() as db:
-        [chunk_id] = db.execute(text("SELECT id FROM chunk WHERE state = 'running'")).scalars()
+    hold.unlink()
 
     deployment.start("worker", "--devices", "cpu")
 
@@ -201,16 +204,27 @@ def test_a_frozen_worker_is_replaced_and_its_late_write_refused(deployment: Depl
     assert deployment.executions() == 64
 
 
+def running_chunks(deployment: Deployment) -> list[int]:
+    with deployment.engine.begin() as db:
+        return list(db.execute(text("SELECT id FROM chunk WHERE state = 'running'")).scalars())
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the command", "to all its processes, as Slurm does"])
 def test_sigterm_drains_a_worker_and_gives_its_chunk_back(deployment: Deployment, tmp_path: Path, to_all: bool) -> None:
+    hold = tmp_path / "hold"
     deployment.settings |= {"MASKFLEET_STUB_SECONDS": "0.3", "MASKFLEET_CHUNK_SIZE": "100"}
-    deployment.settings["MASKFLEET_LEASE_SECONDS"] = "60"  # none ends early because the machine is busy
+    deployment.settings |= {
+        "MASKFLEET_LEASE_SECONDS": "60",
+        "MASKFLEET_STUB_HOLD": str(hold),
+    }  # the machine may be busy
     source = draw_pictures(tmp_path / "pictures", 60)
     dispatcher = deployment.start("dispatch")
     worker = deployment.start("worker", "--devices", "cpu")
     job = deployment.submit(source)
     deployment.wait_for_outcomes(job, 4)
+    hold.touch()
     terminate(dispatcher)
+    hold.unlink()
 
     if to_all:
         for process in psutil.Process(worker.pid).children(recursive=True):
@@ -225,15 +239,18 @@ def test_sigterm_drains_a_worker_and_gives_its_chunk_back(deployment: Deployment
 
 
 def test_a_job_cancelled_while_it_runs_stops_and_goes_on_when_resumed(deployment: Deployment, tmp_path: Path) -> None:
-    deployment.settings["MASKFLEET_STUB_SECONDS"] = "0.2"
+    hold = tmp_path / "hold"
+    deployment.settings |= {"MASKFLEET_STUB_SECONDS": "0.2", "MASKFLEET_STUB_HOLD": str(hold)}
     source = draw_pictures(tmp_path / "pictures", 40)
     deployment.start("dispatch")
     deployment.start("worker", "--devices", "cpu")
     job = deployment.submit(source)
     deployment.wait_for_outcomes(job, 3)
+    hold.touch()  # the command takes seconds to start on a busy machine
 
     deployment.call("cancel", str(job))
     deployment.call("cancel", str(job), code=2)
+    hold.unlink()
 
     def nothing_runs() -> bool:
         with deployment.engine.begin() as db:

@@ -251,7 +251,7 @@ def served(answer: Callable[[bytes], dict[str, Any]]) -> Iterator[str]:
     settings = {"host": "127.0.0.1", "port": 0, "threads": 4, "started": say}
     thread = threading.Thread(target=serve, args=(answer, credential, stop), kwargs=settings)
     thread.start()
-    assert started.wait(30)
+    assert started.wait(120)
     try:
         yield f"http://127.0.0.1:{ports[0]}"
     finally:
@@ -267,20 +267,20 @@ PATHS = [("GET", "/health"), ("POST", "/setup"), ("GET", "/versions"), ("POST", 
 def test_every_path_wants_the_password(method: str, path: str, auth: tuple[str, str] | None):
     asked: list[bytes] = []
     with served(lambda body: asked.append(body) or NOTHING) as url:  # type: ignore[func-returns-value]
-        answer = httpx.request(method, url + path, auth=auth, content=b"{}" if method == "POST" else None)
+        answer = httpx.request(method, url + path, auth=auth, content=b"{}" if method == "POST" else None, timeout=60)
     assert answer.status_code == 401
     assert asked == []
 
 
 def test_a_refused_request_is_answered_before_its_body_is_read():
     def endless() -> Iterator[bytes]:
-        give_up_at = time.monotonic() + 60
+        give_up_at = time.monotonic() + 120
         while time.monotonic() < give_up_at:
             yield b"x" * 65536
 
     with served(lambda body: NOTHING) as url:
         try:
-            answer = httpx.post(f"{url}/predict", content=endless(), timeout=30)
+            answer = httpx.post(f"{url}/predict", content=endless(), timeout=60)
             assert answer.status_code == 401
         except httpx.WriteError:
             pass  # the service closed the connection while we were still sending
@@ -288,7 +288,8 @@ def test_a_refused_request_is_answered_before_its_body_is_read():
 
 def test_the_protocols_paths_answer_and_others_are_unknown():
     answer = {"results": [{"result": []}]}
-    with served(lambda body: answer) as url, httpx.Client(auth=("maskfleet", PASSWORD), base_url=url) as http:
+    login = ("maskfleet", PASSWORD)
+    with served(lambda body: answer) as url, httpx.Client(auth=login, base_url=url, timeout=60) as http:
         assert http.get("/health").json()["status"] == "UP"
         assert http.post("/setup", json={"access_token": "secret"}).json() == {"model_version": "maskfleet"}
         assert http.get("/versions?project=3").json() == {"versions": ["maskfleet"]}
@@ -319,9 +320,9 @@ def test_health_is_answered_while_a_click_is_under_way():
         return NOTHING
 
     with served(slow) as url, httpx.Client(auth=("maskfleet", PASSWORD), base_url=url) as http:
-        clicking = threading.Thread(target=http.post, args=("/predict",))
+        clicking = threading.Thread(target=http.post, args=("/predict",), kwargs={"timeout": 120})
         clicking.start()
-        assert begun.wait(30)
+        assert begun.wait(60)
         with httpx.Client(auth=("maskfleet", PASSWORD), base_url=url) as other:
             assert other.get("/health", timeout=30).json()["status"] == "UP"
         go_on.set()

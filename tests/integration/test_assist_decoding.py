@@ -56,7 +56,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddingStore]:
 @pytest.fixture(scope="module")
 def children(store: EmbeddingStore) -> Iterator[Children]:
     started = Children(("-P", "-m", "workers.clicks.child"), 2, seconds=60, models=lambda: ["sam_nano"])
-    wait_for(lambda: started.ready() == 2, "the decoder children", seconds=120)
+    wait_for(lambda: started.ready() == 2, "the decoder children")
     yield started
     started.close()
 

@@ -109,11 +109,11 @@ def test_no_asset_is_read_before_it_is_marked_as_in_flight(engine: Engine, monke
         holder.execute(text(HOLD_THE_MARKS))
         holder.commit()
         running = pool.submit(run_chunk, worker, chunk_id)
-        wait_for(lambda: is_waiting_to_mark(engine), "the worker to mark its first batch", seconds=60)
+        wait_for(lambda: is_waiting_to_mark(engine), "the worker to mark its first batch")
         was_read = asked.wait(1)
         holder.execute(text("SELECT pg_advisory_unlock(1)"))
         holder.commit()
-        running.result(60)
+        running.result(300)
 
     assert not was_read
     assert at_first_image.is_set()
@@ -145,7 +145,7 @@ def test_a_worker_that_lost_its_lease_starts_no_further_asset(engine: Engine, tm
         def at_image(self) -> None:
             with engine.begin() as db:
                 db.execute(text("UPDATE chunk SET token = token + 1, state = 'new', lease_until = NULL"))
-            wait_for(lambda: not heartbeats(), "the heartbeat to end", seconds=60)
+            wait_for(lambda: not heartbeats(), "the heartbeat to end")
 
     model = LosesItsLease()
 
@@ -167,7 +167,7 @@ def test_a_worker_in_which_no_asset_finishes_gives_itself_up(engine: Engine, tmp
 
     class Hangs(FindsNothing):
         def at_image(self) -> None:
-            self.was_given_up = given_up.wait(30)
+            self.was_given_up = given_up.wait(120)
 
     model = Hangs()
     worker = a_worker(engine, model, on_hang=given_up.set, lease_seconds=0.8, hang_seconds=0.3)

@@ -87,7 +87,8 @@ def flower(deployment: Deployment, port: int) -> subprocess.Popen[bytes]:
 
 
 def test_planted_secrets_are_in_no_argv_log_row_message_or_page(deployment: Deployment, tmp_path: Path) -> None:
-    deployment.settings |= {**PLANTED, "MASKFLEET_STUB_SECONDS": "0.1"}
+    hold = tmp_path / "hold"
+    deployment.settings |= {**PLANTED, "MASKFLEET_STUB_SECONDS": "0.1", "MASKFLEET_STUB_HOLD": str(hold)}
     deployment.database_url = with_password(deployment.database_url)
     secrets = [*PLANTED.values(), FLOWER_LOGIN[1], str(urlsplit(deployment.broker_url).password)]
     port = free_port()
@@ -96,11 +97,15 @@ def test_planted_secrets_are_in_no_argv_log_row_message_or_page(deployment: Depl
     (source / "text.png").write_text("not a picture")
     job = deployment.submit(source)
     deployment.wait_for_outcomes(job, 4)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=FLOWER_LOGIN, timeout=30) as pages:
+    hold.touch()  # so that tasks are left of which Flower hears
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", auth=FLOWER_LOGIN, timeout=120) as pages:
         wait_for(lambda: answers(pages), "Flower", logs=deployment.logs)
+        wait_for(lambda: pages.get("/workers?json=1").json()["data"], "Flower to hear", logs=deployment.logs)
         found = {"argv": " ".join(map(words_of, family(started)))}
         found |= {page: pages.get(page).text for page in ("/", "/workers", "/tasks", "/broker", "/api/workers")}
+        hold.unlink()
         deployment.wait_until_done(job)
+        wait_for(lambda: "segment_chunk" in pages.get("/api/tasks").text, "a task in Flower", logs=deployment.logs)
         found["/api/tasks"] = pages.get("/api/tasks").text
     deployment.call("export", str(job), "--format", "coco", "--out", str(tmp_path / "coco.json"))
     for words in (("show", str(job), "--failed"), ("jobs",)):

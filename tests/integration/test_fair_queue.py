@@ -156,6 +156,6 @@ def test_an_embedding_that_somebody_waits_for_comes_before_chunks(
     ):
         consumer.qos(prefetch_count=1)  # as a worker's
         while EMBED_QUEUE not in handed_out:
-            connection.drain_events(timeout=10)
+            connection.drain_events(timeout=60)
 
     assert handed_out.index(EMBED_QUEUE) <= most

@@ -43,7 +43,7 @@ def flower(redis_url, tmp_path_factory):
     with (
         _celery(worker, environment, folder / "worker.log"),
         _celery(flower, environment, folder / "flower.log"),
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
     ):
         wait_for(lambda: _answers(lambda: client.get("/healthcheck").is_success), f"Flower, see {folder}/*.log")
         wait_for(
@@ -110,7 +110,7 @@ def _celery(arguments: list[str], environment: dict[str, str], log_path: Path):
         finally:
             process.terminate()
             try:
-                process.wait(20)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 

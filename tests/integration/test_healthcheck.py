@@ -37,9 +37,9 @@ def beat_before(engine: Engine, pid: int, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("age_seconds", "said", "lives"),
     [
-        (OLD_SECONDS - 30, [], True),
-        (OLD_SECONDS + 5, ["the last heartbeat of the dispatcher is 65 s old"], True),
-        (RESTART_SECONDS + 5, ["the last heartbeat of the dispatcher is 185 s old"], False),
+        (OLD_SECONDS - 50, "", True),
+        (OLD_SECONDS + 5, "the last heartbeat of the dispatcher is {} s old", True),
+        (RESTART_SECONDS + 5, "the last heartbeat of the dispatcher is {} s old", False),
     ],
 )
 def test_a_command_is_well_while_its_heartbeat_is_young_and_killed_when_it_is_very_old(
@@ -48,18 +48,20 @@ def test_a_command_is_well_while_its_heartbeat_is_young_and_killed_when_it_is_ve
     command: subprocess.Popen[bytes],
     monkeypatch: pytest.MonkeyPatch,
     age_seconds: float,
-    said: list[str],
+    said: str,
     lives: bool,
 ) -> None:
     monkeypatch.setenv("MASKFLEET_DATABASE_URL", database_url)
     beat_before(engine, command.pid, age_seconds)
 
-    assert stopped(ProcessKind.DISPATCHER) == said
+    found = stopped(ProcessKind.DISPATCHER)
+    later = range(int(age_seconds), int(age_seconds) + 100)  # a busy machine takes a while to ask
+    assert found in ([[said.format(seconds)] for seconds in later] if said else [[]])
 
     if lives:
         assert command.poll() is None
     else:
-        assert command.wait(10) != 0
+        assert command.wait(60) != 0
 
 
 def test_a_command_that_never_beat_and_a_database_that_is_away_are_said(

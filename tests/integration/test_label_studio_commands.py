@@ -30,7 +30,7 @@ def maskfleet(database_url: str, server: str, *arguments: object) -> subprocess.
         "COLUMNS": "200",
     }
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def mask_of(asset_id: int, n: int, label: str | None) -> StoredMask:

@@ -65,4 +65,4 @@ def test_a_second_migrate_waits_for_the_first_however_long_that_takes(database_u
             wait_for(lambda: second.done() or db.execute(text(waiting)).scalars().first(), "the second migrate")
         assert not second.done()
         first.execute(text("SELECT pg_advisory_unlock_all()"))
-        second.result(timeout=60)
+        second.result(timeout=300)

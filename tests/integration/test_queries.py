@@ -676,7 +676,7 @@ def test_a_retry_may_take_longer_than_other_statements(engine: Engine, database_
     job = make_job(engine, keys=1)
     chunk = claim(engine, chunk_ids(engine, job)[0])
     record(engine, chunk, [NewOutcome(asset_id=asset.id, error_kind="forbidden") for asset in pending(engine, chunk)])
-    hasty = open_engine(database_url, statement_timeout_seconds=1)  # a small statement may take long on a busy machine
+    hasty = open_engine(database_url, statement_timeout_seconds=3)  # no shorter: see above
 
     def retry() -> int:
         with hasty.begin() as db:
@@ -687,7 +687,7 @@ def test_a_retry_may_take_longer_than_other_statements(engine: Engine, database_
             leases.extend_lease(db, chunk=chunk, lease_seconds=LEASE_SECONDS)  # its row stays locked
             retrying = pool.submit(retry)
             wait_for_lock(engine)
-            time.sleep(2)
+            time.sleep(3.5)
         assert retrying.result() == 1
     hasty.dispose()
 

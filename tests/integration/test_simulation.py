@@ -12,7 +12,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.mark.slow
 def test_twelve_workers_claim_beat_and_record_and_each_asset_has_one_outcome(engine: Engine, database_url: str) -> None:
-    levels = simulate(database_url, [Load(workers=n, rate=20.0, masks=3, seconds=1.5) for n in (2, 12)])
+    levels = simulate(database_url, [Load(workers=n, rate=20.0, masks=3, seconds=4) for n in (2, 12)])
 
     assert [level.workers for level in levels] == [2, 12]
     assert all(level.reached > 0 and level.commits > 0 for level in levels)

@@ -39,7 +39,7 @@ class Browser:
         """Run JavaScript in the page; `return` gives the answer, arguments come as `arguments`."""
         return self._send("execute/sync", {"script": script, "args": list(arguments)})
 
-    def wait(self, script: str, *arguments: Any, what: str, seconds: float = 120) -> Any:
+    def wait(self, script: str, *arguments: Any, what: str, seconds: float = 300) -> Any:
         """Wait until the script returns something that is true, and return it."""
         found: list[Any] = []
 
@@ -106,13 +106,13 @@ def open_browser(folder: Path) -> Iterator[Browser]:
     ):
         try:
             base = f"http://127.0.0.1:{port}"
-            wait_for(lambda: _answers(base), f"chromedriver, see {log.name}", seconds=60)
+            wait_for(lambda: _answers(base), f"chromedriver, see {log.name}")
             options = {"binary": chromium, "args": _arguments(folder)}
             wanted = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
-            made = httpx.post(f"{base}/session", json={"capabilities": wanted}, timeout=180)
+            made = httpx.post(f"{base}/session", json={"capabilities": wanted}, timeout=300)
             assert made.is_success, made.text[:2000]
             session = f"{base}/session/{made.json()['value']['sessionId']}/"
-            with httpx.Client(base_url=session, timeout=180) as http:
+            with httpx.Client(base_url=session, timeout=300) as http:
                 yield Browser(http=http)
                 http.delete("")
         finally:
@@ -138,6 +138,6 @@ def _arguments(folder: Path) -> list[str]:
 
 def _answers(base: str) -> bool:
     try:
-        return bool(httpx.get(f"{base}/status", timeout=5).json()["value"]["ready"])
+        return bool(httpx.get(f"{base}/status", timeout=30).json()["value"]["ready"])
     except httpx.TransportError:
         return False

@@ -88,7 +88,7 @@ class Editor:
             found.append(self.browser.run(_SUGGESTIONS))
             return found[-1] is not None and found[-1] == found[-2]
 
-        wait_for(answered, "the answer", seconds=120)
+        wait_for(answered, "the answer")
         assert found[-1] is not None
         return found[-1]
 

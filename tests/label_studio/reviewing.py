@@ -140,7 +140,7 @@ class Project:
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         headers = {"Authorization": f"Token {self.server.token}"}
-        answer = httpx.request(method, self.server.url + path, json=body, headers=headers, timeout=60)
+        answer = httpx.request(method, self.server.url + path, json=body, headers=headers, timeout=300)
         assert answer.is_success, answer.text
         return answer
 

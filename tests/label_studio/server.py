@@ -169,7 +169,7 @@ def _answers(server: Server) -> bool:
     if server.process.poll() is not None:
         raise AssertionError(f"Label Studio ended with {server.process.returncode}:\n{server.log()}")
     try:
-        return httpx.get(f"{server.url}/health", timeout=5).is_success
+        return httpx.get(f"{server.url}/health", timeout=30).is_success
     except httpx.TransportError:
         time.sleep(0.2)
         return False

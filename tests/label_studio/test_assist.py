@@ -105,10 +105,10 @@ def assisting(server: Server, log: Path, *words: str | Path) -> Iterator[str]:
         return lines[0].partition("answers at ")[2].split()[0] if lines else None
 
     try:
-        yield wait_for(address, "the assist service", seconds=120)
+        yield wait_for(address, "the assist service")
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def _reviewing(server: Server, client: LabelStudio, out: Path, names: Sequence[s
 
 
 def decoders(url: str) -> int:
-    return int(httpx.get(f"{url}/health", auth=("maskfleet", PASSWORD), timeout=30).json()["decoders"])
+    return int(httpx.get(f"{url}/health", auth=("maskfleet", PASSWORD), timeout=120).json()["decoders"])
 
 
 def masks_of(out: Path) -> dict[str, list[dict[str, Any]]]:

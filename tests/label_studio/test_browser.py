@@ -168,7 +168,7 @@ def open_task(browser: Browser, server: Server, project_id: int, task_id: int, r
     """Open a task, wait until its photo and regions are there."""
     browser.open(f"{server.url}/projects/{project_id}/data?task={task_id}")
     what = f"task {task_id} with {regions} regions in the editor"
-    left, top, width, height = browser.wait(PLACE, task_id, regions, what=what, seconds=180)
+    left, top, width, height = browser.wait(PLACE, task_id, regions, what=what, seconds=300)
     return Place(left=left, top=top, width=width, height=height)
 
 
@@ -186,7 +186,7 @@ def look(browser: Browser, place: Place, *, other_than: NDArray[np.int16] | None
         is_new = other_than is None or not np.array_equal(seen[-1], other_than)
         return is_new and np.array_equal(seen[-1], seen[-2])
 
-    wait_for(is_settled, "the photo to stand still", seconds=60)
+    wait_for(is_settled, "the photo to stand still")
     return seen[-1]
 
 
@@ -261,5 +261,5 @@ def test_a_person_sees_regions_on_the_objects_moves_a_vertex_and_review_says_so(
 def submit(browser: Browser, client: LabelStudio, task_id: int) -> dict[str, Any]:
     """Press Submit, and return the annotation that the server then has."""
     assert browser.run(SUBMIT)
-    (annotation,) = wait_for(lambda: client.get_task(task_id)["annotations"], "the annotation", seconds=60)
+    (annotation,) = wait_for(lambda: client.get_task(task_id)["annotations"], "the annotation")
     return annotation

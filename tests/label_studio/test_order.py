@@ -78,7 +78,7 @@ def test_a_second_publisher_waits_until_the_first_is_through(
 
     def hold() -> None:
         at_request.set()
-        go_on.wait(60)
+        go_on.wait(300)
 
     proxy.before_import = hold
     token = label_studio.token
@@ -88,11 +88,11 @@ def test_a_second_publisher_waits_until_the_first_is_through(
         ThreadPoolExecutor(2) as pool,
     ):
         first = pool.submit(publish_job, engine, of_first, job, project_id, Options())
-        at_request.wait(60)
+        assert at_request.wait(300)
         second = pool.submit(publish_job, engine, of_second, job, project_id, Options(), waiting=second_waits.set)
-        wait_for(lambda: second_waits.is_set() or second.done(), "the second publisher", seconds=60)
+        wait_for(lambda: second_waits.is_set() or second.done(), "the second publisher", seconds=200)
         go_on.set()
-        reports = [first.result(60), second.result(60)]
+        reports = [first.result(300), second.result(300)]
 
     assert second_waits.is_set()
     assert [report.created for report in reports] == [20, 0]
@@ -107,7 +107,7 @@ def test_a_gateway_that_hands_a_request_on_after_its_504_doubles_nothing(
 
     report = publish_job(engine, through_proxy, job, project_id, Options(settle_seconds=60))
 
-    wait_for(lambda: proxy.handed_on_late == 1, "the late request", seconds=60)
+    wait_for(lambda: proxy.handed_on_late == 1, "the late request")
     assert (report.created, report.adopted) == (20, 50)
     assert tasks_an_asset(client, project_id) == {1: 70}
 

@@ -237,7 +237,7 @@ def test_a_webhook_wakes_a_review_that_follows(
             assert process.stdout is not None
             before = json.loads(process.stdout.readline())
             project.submit(project.tasks()["a.jpg"], [])
-            httpx.post(f"http://{address}/", headers={SECRET_HEADER: "a secret"}, json={}, timeout=10)
+            httpx.post(f"http://{address}/", headers={SECRET_HEADER: "a secret"}, json={}, timeout=60)
             after = json.loads(process.stdout.readline())
         finally:
             process.terminate()
@@ -259,7 +259,7 @@ def maskfleet_environment(database_url: str, server: Server) -> dict[str, str]:
 def run_maskfleet(database_url: str, server: Server, *arguments: object) -> str:
     environment = maskfleet_environment(database_url, server)
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -50,6 +50,7 @@ def value(samples: Samples, name: str, **labels: str) -> float | None:
 @pytest.fixture
 def scraped(deployment: Deployment, tmp_path: Path) -> tuple[int, int]:
     """The ports of a dispatcher and of a worker that have done a job of 20 pictures and a broken one."""
+    deployment.settings["MASKFLEET_LEASE_SECONDS"] = "60"  # none ends early: each step is counted once
     ports = free_port(), free_port()
     deployment.start("dispatch", "--metrics-port", str(ports[0]))
     deployment.start("worker", "--devices", "cpu", "--metrics-port", str(ports[1]))

@@ -207,7 +207,7 @@ def test_prompts_that_mean_no_asset_are_no_success(reports: Path, tmp_path: Path
 def say(deployment: Deployment, *words: str | Path, code: int) -> str:
     """What a command of the deployment says on stderr."""
     command = [*MASKFLEET, *map(str, words)]
-    done = subprocess.run(command, env=deployment.environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=deployment.environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
     return " ".join(done.stderr.split())
 

@@ -2,7 +2,8 @@
 
 The colour of the first pixel, exact in a PNG: POISON kills the process, HANG never ends, FULL does not fit in memory,
 BROKEN raises. MASKFLEET_STUB_MASKS says how many masks an image gets, one more where it was encoded fast, and
-MASKFLEET_STUB_SECONDS how long it takes.
+MASKFLEET_STUB_SECONDS how long it takes. While the file MASKFLEET_STUB_HOLD is there, no image is finished: a test
+may then take its time to look at a job that is at work.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -28,6 +30,7 @@ class StubModel:
     def __init__(self) -> None:
         self._masks = int(os.environ.get("MASKFLEET_STUB_MASKS", "2"))
         self._seconds = float(os.environ.get("MASKFLEET_STUB_SECONDS", "0"))
+        self._hold = os.environ.get("MASKFLEET_STUB_HOLD")
 
     def embed(self, images: Sequence[RgbImage], *, fast: bool = False) -> list[Embedding]:
         if len(images) > 1 and any(tuple(image[0, 0]) == FULL for image in images):
@@ -36,6 +39,8 @@ class StubModel:
 
     def automatic(self, image: RgbImage, embedding: Embedding, params: AutomaticParams) -> list[Mask]:
         time.sleep(self._seconds)
+        while self._hold and Path(self._hold).exists():
+            time.sleep(0.05)
         match tuple(int(v) for v in image[0, 0]):
             case colour if colour == POISON:
                 os.kill(os.getpid(), signal.SIGKILL)

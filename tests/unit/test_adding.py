@@ -165,7 +165,7 @@ try:
 except WeightsError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert f"mine: cannot write {folder / 'mine.safetensors'}" in done.stdout
     assert "File too large" in done.stdout
 

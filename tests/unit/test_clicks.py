@@ -358,7 +358,7 @@ def test_what_a_library_prints_does_not_reach_the_protocol(tmp_path: Path) -> No
         "from workers.clicks import child; import os; answers = child._take_stdout();"
         "print('printed', flush=True); os.system('echo shell'); answers.write(b'answer'); answers.flush()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=300)
     assert done.stdout == b"answer"
     assert b"printed" in done.stderr
     assert b"shell" in done.stderr

@@ -184,7 +184,7 @@ try:
 except EmbeddingError as error:
     print(error.fault, error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
 
     assert done.stdout.startswith("away ")
     assert "cannot be written (File too large)" in done.stdout

@@ -322,7 +322,7 @@ def test_bombs_are_refused_without_memory_or_time(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=300,
     )
 
     outcomes = {name: (kind, int(mb)) for name, kind, mb in map(str.split, done.stdout.splitlines())}

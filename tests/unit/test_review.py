@@ -422,7 +422,7 @@ def test_a_webhook_that_is_none_or_breaks_off_wakes_nobody_and_prints_nothing(
     head = f"POST / HTTP/1.1\r\n{SECRET_HEADER}: open sesame\r\nContent-Length: "
     with wake_on_webhook("127.0.0.1", 0, secret="open sesame", event=event) as (host, port):
         for length in ("abc", "9"):
-            with socket.create_connection((host, port), timeout=10) as broken:
+            with socket.create_connection((host, port), timeout=60) as broken:
                 broken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a close is a reset
                 broken.sendall(f"{head}{length}\r\n\r\nx".encode())
         assert post(host, port, {SECRET_HEADER: "close sesame"}) == 403
@@ -431,7 +431,7 @@ def test_a_webhook_that_is_none_or_breaks_off_wakes_nobody_and_prints_nothing(
 
 
 def post(host: str, port: int, headers: dict[str, str]) -> int:
-    connection = http.client.HTTPConnection(host, port, timeout=10)
+    connection = http.client.HTTPConnection(host, port, timeout=60)
     try:
         connection.request("POST", "/", body=b"{}" * 100_000, headers=headers)
         return connection.getresponse().status

@@ -16,8 +16,8 @@ from tests.waiting import wait_for
 SCRIPT = Path(__file__).parents[2] / "infra" / "slurm" / "maskfleet.sbatch"
 # It drains for a moment after SIGTERM, as a worker does, and says that it did.
 WORKER = """#!/bin/bash
-echo "$@" > started
 trap 'sleep 0.2; echo drained > ended; exit 0' TERM
+echo "$@" > started
 while true; do sleep 0.05; done
 """
 # The script waits only when the worker is gone and the shell has taken note of it: then /proc has it no more.
