@@ -34,8 +34,8 @@ def mask_of(size_hw: tuple[int, int]) -> Mask:
     return mask_from_pixels(pixels, predicted_iou=0.9)
 
 
-def published_job(engine: Engine, version: str, size_hw: tuple[int, int], etag: str) -> tuple[Job, int]:
-    """A job over one picture of this size that is in the project, and its asset."""
+def labeled_job(engine: Engine, version: str, size_hw: tuple[int, int], etag: str) -> tuple[Job, int]:
+    """A job over one picture of this size, and its asset."""
     job = make_job(engine, keys=["a.jpg"], model_version=version)
     chunk = claim(engine, chunk_ids(engine, job)[0])
     assert chunk is not None
@@ -56,21 +56,31 @@ def published_job(engine: Engine, version: str, size_hw: tuple[int, int], etag: 
     seen = NewOutcome(asset_id=asset.id, width=size_hw[1], height=size_hw[0], segment_ms=1, masks=[stored], etag=etag)
     record(engine, chunk, [seen])
     finish(engine, chunk)
-    intent = Intent(asset_uid="a", uri="a", asset_id=asset.id, mask_count=1, left_out=0, iou_sum=1, iou_min=1)
-    with engine.begin() as db:
-        tasks = publishing.write_intents(db, ls_project=PROJECT, job_id=job.id, model_version=version, intents=[intent])
-        publishing.mark_done(db, ls_project=PROJECT, model_version=version, task_ids={tasks["a"]: 41})
     return job, asset.id
 
 
-def read(engine: Engine, version: str, asset_id: int, size_hw: tuple[int, int]) -> AnnotationRow:
-    """Store an annotation that began from this version: its region was moved by a tenth of the picture."""
+def published_job(engine: Engine, version: str, size_hw: tuple[int, int], etag: str) -> tuple[Job, int]:
+    """A job over one picture of this size that is in the project, and its asset."""
+    job, asset_id = labeled_job(engine, version, size_hw, etag)
+    intent = Intent(asset_uid="a", uri="a", asset_id=asset_id, mask_count=1, left_out=0, iou_sum=1, iou_min=1)
+    with engine.begin() as db:
+        tasks = publishing.write_intents(db, ls_project=PROJECT, job_id=job.id, model_version=version, intents=[intent])
+        publishing.mark_done(db, ls_project=PROJECT, model_version=version, task_ids={tasks["a"]: 41})
+    return job, asset_id
+
+
+def read(engine: Engine, version: str | None, asset_id: int, size_hw: tuple[int, int]) -> AnnotationRow:
+    """Store an annotation that began from this version: its region was moved by a tenth of the picture.
+
+    version: None for one that began from nothing.
+    """
     shown = regions_for([mask_of(size_hw)], asset_id=asset_id).result
     moved: list[dict[str, Any]] = [
         {**r, "value": {**r["value"], "points": [[x + 10, y] for x, y in r["value"]["points"]]}} for r in shown
     ]
     annotation = {"id": 1, "completed_by": 1, "updated_at": "2026-11-26T00:00:00Z", "result": moved}
-    task = {"annotations": [annotation], "predictions": [{"id": 9, "model_version": version, "result": shown}]}
+    predictions = [{"id": 9, "model_version": version, "result": shown}] if version else []
+    task = {"annotations": [annotation], "predictions": predictions}
     with engine.begin() as db:
         known = annotations.known_tasks(db, ls_project=PROJECT, asset_uids=["a"])["a"]
         [row] = judge_task(task, known)
@@ -98,6 +108,17 @@ def test_an_annotation_of_the_picture_before_is_not_exported_for_the_one_that_re
         jobs = (before, after, same)
         assert [reviewed_masks.annotated_assets(db, job_id=job.id) for job in jobs] == [1, 0, 1]
         assert [len(corrections.corrected_assets(db, job_id=job.id, ls_project=PROJECT)) for job in jobs] == [1, 0, 1]
+
+
+def test_an_annotation_from_nothing_counts_for_the_bytes_that_were_published(engine: Engine) -> None:
+    before, asset_id = published_job(engine, "one", WIDE_HW, "etag-before")
+    after, _ = labeled_job(engine, "one", WIDE_HW, "etag-after")
+    same, _ = labeled_job(engine, "one", WIDE_HW, "etag-before")
+    read(engine, None, asset_id, WIDE_HW)
+
+    with engine.begin() as db:
+        jobs = (before, after, same)
+        assert [reviewed_masks.annotated_assets(db, job_id=job.id) for job in jobs] == [1, 0, 1]
 
 
 def test_what_was_kept_of_a_deleted_jobs_masks_is_not_exported_as_nothing(engine: Engine) -> None:

@@ -16,7 +16,7 @@ _FENCING = "tests/integration/test_fencing.py"
 _CHUNKS = "tests/integration/test_chunk_runs.py"
 _PUBLISH = "tests/label_studio/test_publish.py"
 _ORDER = "tests/label_studio/test_order.py"
-_TUNED = "tests/integration/test_tuned_models.py"
+_REPLACED = "tests/integration/test_replaced_pictures.py"
 _KEPT = "tests/integration/test_kept_embeddings.py"
 _FOLDER = "tests/e2e/test_folder.py"
 _DELETION = "tests/integration/test_deletion.py"
@@ -68,10 +68,8 @@ MUTATIONS = (
     Mutation(
         name="the token check of a release",
         file="db/leases.py",
-        before='WHERE id = :id AND token = :token AND state = \'running\'"""\n        ),\n'
-        '        {"id": chunk.id, "token": chunk.token, "failed"',
-        after='WHERE id = :id AND state = \'running\'"""\n        ),\n'
-        '        {"id": chunk.id, "token": chunk.token, "failed"',
+        before='WHERE id = :id AND token = :token AND state = \'running\'"""\n        ),\n        {\n',
+        after='WHERE id = :id AND state = \'running\'"""\n        ),\n        {\n',
         tests=(f"{_FENCING}::test_a_worker_that_lost_its_chunk_does_not_release_it_for_its_heir",),
     ),
     Mutation(
@@ -335,13 +333,48 @@ MUTATIONS = (
         after="with nullcontext():",
         tests=(f"{_PUBLISH}::test_a_job_that_cannot_be_published_keeps_no_other_from_it",),
     ),
+    # what a deletion or a lost device must not hide
+    Mutation(
+        name="a page of a deleted job is no last page of an export",
+        file="db/results.py",
+        before="        require_job(db, job_id=job_id)  # a page of",
+        after="        # a page of",
+        tests=(
+            "tests/integration/test_mask_tables.py"
+            "::test_a_job_that_is_deleted_between_two_pages_is_an_error_and_no_short_export",
+        ),
+    ),
+    Mutation(
+        name="a device that is lost in what nobody foresaw ends the process",
+        file="workers/running/chunk.py",
+        before="        judge(error)  # ends the process when the device is lost\n        # Otherwise",
+        after="        # Otherwise",
+        tests=(f"{_CHUNKS}::test_a_device_that_is_lost_outside_of_an_assets_look_ends_the_process_too",),
+    ),
+    Mutation(
+        name="the sweep deletes embeddings alone",
+        file="workers/embeddings/sweep.py",
+        before="found.changed_at < before and is_ours(found.name)",
+        after="found.changed_at < before",
+        tests=(
+            "tests/integration/test_kept_embeddings.py::test_files_that_are_no_embeddings_are_left_alone_however_old",
+        ),
+    ),
     # what people left
     Mutation(
-        name="annotations count for the bytes that people saw",
+        name="annotations count for the bytes that were published",
         file="db/reviewed_masks.py",
         before="\n                 AND coalesce(theirs.etag, a.etag) = coalesce(mine.etag, my.etag)",
         after="",
-        tests=(f"{_TUNED}::test_annotations_of_a_picture_that_was_replaced_are_not_those_of_the_new_one",),
+        tests=(f"{_REPLACED}::test_an_annotation_from_nothing_counts_for_the_bytes_that_were_published",),
+    ),
+    Mutation(
+        name="annotations count for the bytes that people saw",
+        file="db/reviewed_masks.py",
+        before="(n.asset_id IS NULL OR coalesce(seen.etag, began.etag) = coalesce(mine.etag, my.etag))\n"
+        "               AND ",
+        after="",
+        tests=(f"{_REPLACED}::test_an_annotation_of_the_picture_before_is_not_exported_for_the_one_that_replaced_it",),
     ),
     Mutation(
         name="the hash of an image alone says whether it judges a tuning",
