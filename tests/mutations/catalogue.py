@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 _QUERIES = "tests/integration/test_queries.py"
 _FAIR = "tests/integration/test_fair_queue.py"
 _FENCING = "tests/integration/test_fencing.py"
+_TABLES = "tests/integration/test_mask_tables.py"
 _CHUNKS = "tests/integration/test_chunk_runs.py"
 _PUBLISH = "tests/label_studio/test_publish.py"
 _ORDER = "tests/label_studio/test_order.py"
@@ -339,10 +340,7 @@ MUTATIONS = (
         file="db/results.py",
         before="        require_job(db, job_id=job_id)  # a page of",
         after="        # a page of",
-        tests=(
-            "tests/integration/test_mask_tables.py"
-            "::test_a_job_that_is_deleted_between_two_pages_is_an_error_and_no_short_export",
-        ),
+        tests=(f"{_TABLES}::test_a_job_that_is_deleted_between_two_pages_is_an_error_and_no_short_export",),
     ),
     Mutation(
         name="a device that is lost in what nobody foresaw ends the process",
