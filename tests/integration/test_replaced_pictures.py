@@ -78,9 +78,9 @@ def read(engine: Engine, version: str | None, asset_id: int, size_hw: tuple[int,
     moved: list[dict[str, Any]] = [
         {**r, "value": {**r["value"], "points": [[x + 10, y] for x, y in r["value"]["points"]]}} for r in shown
     ]
-    annotation = {"id": 1, "completed_by": 1, "updated_at": "2026-11-26T00:00:00Z", "result": moved}
     if version is None:
         moved = [{**region, "id": f"drawn{n}"} for n, region in enumerate(moved)]
+    annotation = {"id": 1, "completed_by": 1, "updated_at": "2026-11-26T00:00:00Z", "result": moved}
     predictions = [{"id": 9, "model_version": version, "result": shown}] if version else []
     task = {"annotations": [annotation], "predictions": predictions}
     with engine.begin() as db:
