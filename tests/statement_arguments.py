@@ -58,6 +58,7 @@ def _of_chunks(db: Connection, filled: Filled, middle: int) -> Given:
             NewOutcome(asset_id=last, error_kind="truncated"),
         ],
         "transient_error": False,
+        "most_failures": None,
         "queue_is_empty": True,
         "resend_seconds": 60.0,
         "window": 64,
