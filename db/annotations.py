@@ -7,7 +7,7 @@ the same version. Then the task and the masks are that job's, and the counts are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -21,21 +21,26 @@ from db.states import AnnotationStatus, Verdict
 class KnownTask:
     """A task of ours as the outbox knows it.
 
-    asset_ids: by model version, the asset that owns the masks of that prediction. size_hw: of the picture, None where
-    the asset was not looked at, or where its predictions are of pictures of several sizes. sizes_hw: then that of each
-    asset. is_whole: no prediction of the task is in flight or in doubt.
+    asset_ids: by model version, the asset that owns the masks of that prediction. sizes_hw: of the picture that each of
+    these assets had, if it was looked at; a picture that was replaced under its key may have another size. is_whole: no
+    prediction of the task is in flight or in doubt.
     """
 
     ls_task_id: int
     task_id: int | None
-    size_hw: tuple[int, int] | None
     asset_ids: Mapping[str, int]
+    sizes_hw: Mapping[int, tuple[int, int]]
     is_whole: bool = True
-    sizes_hw: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def size_of(self, asset_id: int | None) -> tuple[int, int] | None:
-        """The size of the picture under this asset's masks. asset_id: None for an annotation from no prediction."""
-        return self.size_hw if asset_id is None else self.sizes_hw.get(asset_id, self.size_hw)
+        """The size of the picture under this asset's masks. asset_id: None for an annotation from no prediction.
+
+        Where that is not known, the one size of all others, and None if they have several or none.
+        """
+        if asset_id is not None and asset_id in self.sizes_hw:
+            return self.sizes_hw[asset_id]
+        sizes = set(self.sizes_hw.values())
+        return sizes.pop() if len(sizes) == 1 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,16 +115,12 @@ def known_tasks(db: Connection, *, ls_project: LsProject, asset_uids: Sequence[s
 
 
 def _known_task(row: Row[Any]) -> KnownTask:
-    # A picture that was replaced under its key may have another size in a later job.
-    sizes_hw = {int(asset_id): (height, width) for asset_id, (height, width) in (row.sizes_hw or {}).items()}
-    sizes = set(sizes_hw.values())
     return KnownTask(
         ls_task_id=row.id,
         task_id=row.task_id,
-        size_hw=sizes.pop() if len(sizes) == 1 else None,
         asset_ids=row.asset_ids,
+        sizes_hw={int(asset_id): (height, width) for asset_id, (height, width) in (row.sizes_hw or {}).items()},
         is_whole=row.is_whole,
-        sizes_hw=sizes_hw,
     )
 
 

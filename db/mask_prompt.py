@@ -1,8 +1,8 @@
 """A mask's prompt as the column `mask.prompt` has it.
 
-Automatic masks have one point each, {"points": [[x, y, 1]]}, and there are billions of them. As jsonb that takes 77
-bytes, a fifth of the row and its index. So a lone point is stored as the JSON string "x,y", which takes about 25. All
-other prompts are stored as they are, and so are lone points from before migration 0016.
+Automatic masks have one point each, {"points": [[x, y, 1]]}, and there are billions of them. As jsonb that takes 81
+bytes on average, a fifth of the row and its index. So a lone point is stored as the JSON string "x,y", which takes 34.
+All other prompts are stored as they are, and so are lone points from before migration 0016.
 """
 
 from __future__ import annotations

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from db.publishing import Intent, LsProject
 from db.results import StoredMask
 from db.states import AnnotationStatus, Verdict
 from orchestrator.label_studio.config import label_config
+from tests.answering import server_of
 from tests.factories import chunk_ids, claim, finish, pending, record
 from workers.masks import BoolMask, Mask, mask_from_pixels
 from workers.storage.source import open_source
@@ -101,28 +100,12 @@ def label_studio_of(labels: list[str], project: int) -> Iterator[str]:
         },
     }
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            known = answers.get(self.path.partition("?")[0])
-            content = json.dumps(known or {}).encode()
-            self.send_response(200 if known else 404)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        known = answers.get(path.partition("?")[0])
+        return 200 if known else 404, json.dumps(known or {}).encode()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with server_of(answer) as url:
+        yield url
 
 
 def _insert_job(engine: Engine, source: Path, *, model: str, model_version: str) -> Job:

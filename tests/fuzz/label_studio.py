@@ -60,7 +60,7 @@ def _judge(data: bytes) -> None:
     prediction = {"id": 7, "model_version": VERSION, "result": _regions()}
     annotation = {"id": 3, "updated_at": "2026-01-01T00:00:00Z", "parent_prediction": 7, "was_cancelled": False}
     annotation |= {"result": result if isinstance(result, list) else [result], "completed_by": 1, "lead_time": 1.5}
-    known = KnownTask(ls_task_id=1, task_id=1, size_hw=SIZE_HW, asset_ids={VERSION: 5})
+    known = KnownTask(ls_task_id=1, task_id=1, asset_ids={VERSION: 5}, sizes_hw={5: SIZE_HW})
     judge_task({"annotations": [annotation], "predictions": [prediction]}, known)
 
 

@@ -355,7 +355,7 @@ def test_an_annotation_began_from_the_prediction_it_names_or_the_one_it_shares_r
 
 
 def test_an_annotation_of_a_strangers_prediction_is_drawn_from_nothing_of_ours() -> None:
-    known = KnownTask(ls_task_id=1, task_id=1, size_hw=SIZE_HW, asset_ids={"ours": 7})
+    known = KnownTask(ls_task_id=1, task_id=1, asset_ids={"ours": 7}, sizes_hw={7: SIZE_HW})
     strange = {"id": 9, "model_version": "theirs", "result": shown(disc(30, 30, 20))}
     task = {
         "annotations": [annotation(1, 5, 1, result=strange["result"], parent_prediction=9)],
@@ -370,7 +370,7 @@ def test_an_annotation_of_a_strangers_prediction_is_drawn_from_nothing_of_ours()
 
 def test_an_annotation_of_another_jobs_prediction_of_the_version_is_read_as_it_was_drawn() -> None:
     """Its regions carry that job's asset ids: which of our masks they are is not known."""
-    known = KnownTask(ls_task_id=1, task_id=1, size_hw=SIZE_HW, asset_ids={"ours": 8})
+    known = KnownTask(ls_task_id=1, task_id=1, asset_ids={"ours": 8}, sizes_hw={8: SIZE_HW})
     imported = {"id": 9, "model_version": "ours", "result": shown(disc(30, 30, 20))}
     task = {
         "annotations": [annotation(1, 5, 1, result=imported["result"], parent_prediction=9)],
@@ -384,7 +384,7 @@ def test_an_annotation_of_another_jobs_prediction_of_the_version_is_read_as_it_w
 
 
 def test_an_asset_nobody_looked_at_takes_each_regions_word_for_its_frame() -> None:
-    known = KnownTask(ls_task_id=1, task_id=1, size_hw=None, asset_ids={"ours": 7})
+    known = KnownTask(ls_task_id=1, task_id=1, asset_ids={"ours": 7}, sizes_hw={})
     empty = {"id": 9, "model_version": "ours", "result": []}
     regions = [drawn(10, 10, 10), {**drawn(10, 10, 10, id="y"), "original_width": None}]
     task = {"annotations": [annotation(1, 5, 1, result=regions, parent_prediction=9)], "predictions": [empty]}
