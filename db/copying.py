@@ -20,12 +20,35 @@ def copy_rows(db: Connection, into: str, rows: Iterable[Sequence[Any]]) -> None:
     """COPY rows into a table. Measured with mask rows, this is 6 times as fast as INSERT."""
     lines = "".join(["\t".join(map(_copy_field, row)) + "\n" for row in rows])
     if lines:
-        copy_in(db, f"COPY {into} FROM STDIN", lines.encode())
+        copy_in(db, f"COPY {into} FROM STDIN", [lines.encode()])
 
 
-def copy_in(db: Connection, statement: str, content: bytes) -> None:
-    """Run a COPY FROM STDIN. Raises DBAPIError like every other statement."""
-    _copy(db, statement, io.BytesIO(content))
+def copy_in(db: Connection, statement: str, parts: Iterable[bytes]) -> None:
+    """Run a COPY FROM STDIN. parts: none is empty. The server stores one while the next one is made.
+
+    Raises DBAPIError like every other statement, and what making the parts raises.
+    """
+    source = _Parts(parts)
+    try:
+        _copy(db, statement, source)
+    except DBAPIError as error:
+        # psycopg2 hides it behind an error of the kind that Postgres has when it is stopped, which is tried again.
+        raise source.error or error from None
+
+
+class _Parts:
+    """What psycopg2 reads as a file."""
+
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        self._parts = iter(parts)
+        self.error: Exception | None = None
+
+    def read(self, _size: int) -> bytes:
+        try:
+            return next(self._parts, b"")
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def copy_out(db: Connection, statement: str) -> bytes:
@@ -35,7 +58,7 @@ def copy_out(db: Connection, statement: str) -> bytes:
     return found.getvalue()
 
 
-def _copy(db: Connection, statement: str, file: io.BytesIO) -> None:
+def _copy(db: Connection, statement: str, file: io.BytesIO | _Parts) -> None:
     cursor: Any = db.connection.cursor()
     driver_error = db.dialect.loaded_dbapi.Error
     try:

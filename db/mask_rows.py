@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain, islice
 from struct import Struct
 
 from sqlalchemy import Connection
@@ -24,6 +25,7 @@ _END = b"\xff\xff"
 _LENGTH = Struct(">i").pack
 _NULL = _LENGTH(-1)
 _COLUMNS = 12
+_ROWS_A_PART = 25  # about what a connection sends at once
 _FIRST = Struct(">h iq ii i").pack  # the number of columns, asset_id, n, and the length of counts
 _NUMBERS = Struct(">ii ii ii ii ii if").pack  # bbox_x, bbox_y, bbox_w, bbox_h, area_px, predicted_iou
 _REAL = Struct(">if").pack
@@ -32,9 +34,11 @@ _JSONB_VERSION = b"\x01"
 
 def copy_masks(db: Connection, *, masks: Iterable[StoredMask]) -> None:
     """COPY masks. Call it in the transaction that writes their outcomes."""
-    rows = b"".join(map(_row, masks))
-    if rows:
-        copy_in(db, f"COPY mask ({MASK_COLUMNS}) FROM STDIN (FORMAT binary)", _SIGNATURE + rows + _END)
+    rows = map(_row, masks)
+    parts = iter(lambda: b"".join(islice(rows, _ROWS_A_PART)), b"")
+    if first := next(parts, None):
+        statement = f"COPY mask ({MASK_COLUMNS}) FROM STDIN (FORMAT binary)"
+        copy_in(db, statement, chain((_SIGNATURE, first), parts, (_END,)))
 
 
 def _row(mask: StoredMask) -> bytes:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -67,6 +68,21 @@ def test_an_outcome_is_stored_with_its_masks_exactly_as_given(engine: Engine) ->
     assert stored.key == "a\tb\\n\n.jpg"
     assert stored.size_hw == (3, 4)
     assert stored.masks == list(given.masks)
+
+
+def test_a_mask_that_cannot_be_a_row_is_named_as_such_and_nothing_is_stored(engine: Engine) -> None:
+    job = make_job(engine, keys=1)
+    chunk = claim(engine, chunk_ids(engine, job)[0])
+    [asset] = pending(engine, chunk)
+    given = labeled(asset.id, masks=200)  # so that some are on their way before the row of the last is made
+    too_large = replace(given.masks[-1], area_px=2**31)
+
+    with pytest.raises(struct.error, match="2147483647"):  # not an error of Postgres, which would be tried again
+        record(engine, chunk, [replace(given, masks=[*given.masks[:-1], too_large])])
+
+    assert count(engine, job).labeled == 0
+    record(engine, chunk, [given])
+    assert count(engine, job).masks == 200
 
 
 def test_recording_the_same_outcome_twice_keeps_the_first(engine: Engine) -> None:

@@ -52,6 +52,13 @@ MUTATIONS = (
         tests=(f"{_QUERIES}::test_a_worker_that_woke_after_its_lease_expired_writes_nothing",),
     ),
     Mutation(
+        name="a mask that cannot be a row is no outage of Postgres",
+        file="db/copying.py",
+        before="raise source.error or error from None",
+        after="raise",
+        tests=(f"{_QUERIES}::test_a_mask_that_cannot_be_a_row_is_named_as_such_and_nothing_is_stored",),
+    ),
+    Mutation(
         name="the state check of a worker's writes",
         file="db/leases.py",
         before="id = :id AND token = :token AND state = 'running'\n              AND EXISTS",
