@@ -12,12 +12,14 @@ import time
 from db import brake, embeddings, jobs
 from db.session import DBAPIError, Engine, is_passing
 from orchestrator.jobs.listing import Walks
+from orchestrator.jobs.matching import Matchings
 from orchestrator.jobs.prepare import list_for_a_while, match_prompts
 from workers.errors import redact
 from workers.running.tasks import top_up
 
 _LONGEST_PAUSE_SECONDS = 5.0
 _LIST_SECONDS = 2.0  # then the other jobs and the queue get their turn
+_MATCH_SECONDS = 2.0  # then a matching goes on beside the rounds
 _JUDGE_SECONDS = 5.0  # between two looks at the jobs' failed assets
 
 log = logging.getLogger(__name__)
@@ -25,10 +27,15 @@ log = logging.getLogger(__name__)
 
 def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0) -> None:
     """Run until `stop` is set. While Postgres is away it waits, with growing pauses."""
+    with Matchings(engine) as matchings:
+        _rounds(engine, stop, matchings, idle_seconds)
+
+
+def _rounds(engine: Engine, stop: threading.Event, matchings: Matchings, idle_seconds: float) -> None:
     pause, judge_at, walks = idle_seconds, 0.0, Walks()
     while not stop.is_set():
         try:
-            busy = tick(engine, walks)
+            busy = tick(engine, walks, matchings)
             if time.monotonic() >= judge_at:
                 pause_failing(engine)
                 judge_at = time.monotonic() + _JUDGE_SECONDS
@@ -41,8 +48,8 @@ def dispatch(engine: Engine, stop: threading.Event, *, idle_seconds: float = 1.0
         stop.wait(pause)
 
 
-def tick(engine: Engine, walks: Walks | None = None) -> bool:
-    """One round over all jobs; True while a listing goes on. walks: of the rounds before."""
+def tick(engine: Engine, walks: Walks | None = None, matchings: Matchings | None = None) -> bool:
+    """One round over all jobs; True while a listing goes on. walks, matchings: of the rounds before."""
     with engine.begin() as db:
         if jobs.is_idle(db) and not embeddings.has_wanted(db):
             return False
@@ -53,8 +60,11 @@ def tick(engine: Engine, walks: Walks | None = None) -> bool:
         list_for_a_while(engine, job, walks, seconds=_LIST_SECONDS)
     with engine.begin() as db:
         to_match = jobs.jobs_to_match(db)
-    for job in to_match:
-        match_prompts(engine, job)
+    if matchings is not None:
+        matchings.go_on(to_match, seconds=_MATCH_SECONDS)
+    else:
+        for job in to_match:
+            match_prompts(engine, job)
     top_up(engine)
     return bool(to_list)
 

@@ -6,6 +6,7 @@ Two dispatchers may do this at the same time. The second one stores nothing.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,12 +68,16 @@ def _list(engine: Engine, job: Job, pages: Iterator[Selection], *, give_way_at: 
     return current
 
 
-def match_prompts(engine: Engine, job: Job) -> None:
-    """Find which assets a listed job's prompts mean, and store the result. The job's chunks wait for it."""
+def match_prompts(engine: Engine, job: Job, *, stop: threading.Event | None = None) -> bool:
+    """Find which assets a listed job's prompts mean, and store the result. The job's chunks wait for it.
+
+    False: the disk had no room, and the job's error says so. stop: gives up soon after it is set.
+    """
+    stop = stop or threading.Event()
     keys = _pages(engine, job, prompts.prompt_keys)
     assets = _pages(engine, job, prompts.asset_keys)
     try:
-        with match(keys, assets, source=job.source) as matching:
+        with match(keys, assets, source=job.source, stop=stop) as matching:
             # A prompt whose key equals the asset's key needs no row.
             pairs = ((pair.asset, pair.key) for pair in matching.pairs(exact=False))
             # The first one comes when all are sorted, which takes minutes for ten million. Postgres ends a transaction
@@ -81,9 +86,13 @@ def match_prompts(engine: Engine, job: Job) -> None:
             with engine.begin() as db:
                 prompts.store_matches(db, job_id=job.id, pairs=chain(first, pairs), matched=report)
     except MatchingError as error:
+        if stop.is_set():
+            return True
         log.error("job %d: %s", job.id, error, extra={"job": job.id})
         with engine.begin() as db:
             jobs.note_error(db, job_id=job.id, error=str(error))
+        return False
+    return True
 
 
 def _pages(engine: Engine, job: Job, read: Callable[..., list[Key]]) -> Iterator[Key]:

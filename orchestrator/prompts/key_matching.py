@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 from orchestrator.prompts import key_forms
 
 _ROWS = 10_000
+_STEPS = 10_000  # of SQLite's machine, between two looks at `stop`: some milliseconds
 _NAMED = 5
 _ENDINGS = (4, 3, 2, 1)
 
@@ -129,13 +131,18 @@ class Matching:
 
 
 @contextmanager
-def match(keys: Iterable[str], assets: Iterable[tuple[int, str]], *, source: str) -> Iterator[Matching]:
+def match(
+    keys: Iterable[str], assets: Iterable[tuple[int, str]], *, source: str, stop: threading.Event | None = None
+) -> Iterator[Matching]:
     """Match a prompt file's keys with (id, key) of a job's assets. Both may be of any number and are read once.
 
-    source: the job's source; a key may begin with its last folders. Raises MatchingError if the disk is full.
+    source: the job's source; a key may begin with its last folders. stop: ends the matching soon after it is set.
+    Raises MatchingError if the disk is full, or when it is stopped.
     """
     with tempfile.TemporaryDirectory(prefix="maskfleet-match-") as folder:
         db = sqlite3.connect(Path(folder) / "match.sqlite", isolation_level=None)
+        if stop is not None:
+            db.set_progress_handler(lambda: int(stop.is_set()), _STEPS)
         try:
             _fill(db, keys, assets)
             _match_own_words(db)
