@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from db.settings import Settings
 from tests.waiting import wait_for
+from workers.machine import Device
+from workers.running import devices
 
 SCRIPT = Path(__file__).parents[2] / "infra" / "slurm" / "maskfleet.sbatch"
 # It drains for a moment after SIGTERM, as a worker does, and says that it did.
@@ -118,3 +121,15 @@ def test_slurm_warns_earlier_than_a_worker_needs_to_drain() -> None:
     assert all(text.index(option) < first_command for option in options), "Slurm reads no option behind a command"
     for name in re.findall(r"MASKFLEET_([A-Z_]+)", text):
         assert name == "DIR" or name.removesuffix("_FILE").lower() in Settings.model_fields
+
+
+def test_the_workers_of_two_jobs_on_one_machine_have_different_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, names = Device(name="gpu0", cuda_id="GPU-1"), set()
+    for job in ("17", "18"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        names.add(devices._node_name(device))
+    monkeypatch.delenv("SLURM_JOB_ID")
+
+    host = socket.gethostname()
+    assert names == {f"gpu0-17@{host}", f"gpu0-18@{host}"}
+    assert devices._node_name(device) == f"gpu0@{host}"

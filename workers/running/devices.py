@@ -153,7 +153,13 @@ def _beat(worker: _WorkerProcess) -> Beat:
 
 def _node_name(device: Device) -> str:
     """What Celery calls the worker, and what `chunk.worker` holds."""
-    return f"{device.name}@{socket.gethostname()}"
+    return f"{_own_name(device)}@{socket.gethostname()}"
+
+
+def _own_name(device: Device) -> str:
+    """The worker's name on this machine. Two jobs of Slurm on one machine may both count their devices from 0."""
+    slurm_job = os.environ.get("SLURM_JOB_ID")
+    return f"{device.name}-{slurm_job}" if slurm_job else device.name
 
 
 def _in_background(action: Callable[[], object], before: threading.Thread | None) -> threading.Thread:
@@ -208,7 +214,7 @@ def _said(worker: _WorkerProcess) -> str:
 
 
 def _start(worker: _WorkerProcess) -> None:
-    name = worker.device.name
+    name = _own_name(worker.device)
     # -P: a folder named `db` or `workers` in the current folder must not be imported.
     # --quiet: without Celery's banner, which is no log line.
     command = [sys.executable, "-P", "-m", "celery", "--quiet", "--app", "workers.running.app", "worker"]
