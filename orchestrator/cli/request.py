@@ -111,7 +111,7 @@ def _list_shards(options: JobOptions, source: str) -> int | None:
 
 
 def require_source(request: Request) -> None:
-    """Try to list the source. Raises SourceError, AssetError or TransientError, which say what to fix."""
+    """Try to list the source. Raises SourceError or TransientError, which say what to fix."""
     source = open_source(request.source, s3_endpoint=settings().s3_endpoint)
     source.check()
     if request.keys is not None:

@@ -38,13 +38,13 @@ class Parts:
     """What export.json holds. request: the question; another one does not go on in this place.
 
     folder: where parts are written. For a bucket it is a folder of this machine that `store` empties into the bucket.
-    goes_on: a stopped export was here before.
+    bucket: its address, None for a folder. goes_on: a stopped export was here before.
     """
 
     place: Objects
     folder: Path
     request: dict[str, Any]
-    uploads: bool = False
+    bucket: str | None = None
     finished: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = False
     goes_on: bool = False
@@ -56,17 +56,15 @@ class Parts:
 
     def store(self) -> None:
         """Name the finished parts in export.json. Their files go to the place before it."""
-        if self.uploads:
-            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-                self.place.write_file(path.relative_to(self.folder).as_posix(), path)
-                path.unlink()
+        if self.bucket is not None:
+            upload(self.folder, self.bucket)
         document = {"request": self.request, "complete": self.complete, "parts": self.finished}
         self.place.write(_NAME, f"{json.dumps(document, ensure_ascii=False, indent=1)}\n".encode())
 
     def finish(self) -> None:
         """Say that all is there. Parts that nobody named go: with other --processes an export may have more of them."""
         names = {part["name"] for part in self.finished}
-        if self.goes_on and self.uploads:
+        if self.goes_on and self.bucket is not None:
             for name in [stored.name for stored in self.place.stored()]:
                 part = name.removeprefix("masks/").removeprefix("assets/").partition("/")[0]
                 if _PART.fullmatch(part) and part not in names:
@@ -101,7 +99,7 @@ def open_parts(out: str, request: dict[str, Any]) -> Iterator[Parts]:
     place = open_objects(out)
     if "://" in out:
         with TemporaryDirectory(prefix="maskfleet-export-") as staging:
-            yield _begun(Parts(place, Path(staging), request, uploads=True), out)
+            yield _begun(Parts(place, Path(staging), request, bucket=out), out)
         return
     folder = Path(out).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
@@ -139,6 +137,24 @@ def _begun(parts: Parts, out: str) -> Parts:
         found = ", ".join(f"{name} was {request.get(name)!r}, is {parts.request.get(name)!r}" for name in differ)
         raise ExportError(f"{out}: holds another export ({found}): name another place")
     return parts
+
+
+def upload(folder: Path, out: str) -> None:
+    """Move the parts in a folder of this machine to s3://bucket/prefix.
+
+    A part that is a folder has no other files there afterwards. A stopped export with other --processes may have left
+    a part of this name, with other assets.
+    """
+    place = open_objects(out)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        place.write_file(path.relative_to(folder).as_posix(), path)
+    for part in [part for part in folder.glob("part-*") if part.is_dir()]:
+        below = open_objects(f"{out.rstrip('/')}/{part.name}")
+        for name in [stored.name for stored in below.stored()]:
+            if not (part / name).is_file():
+                below.delete(name)
+    for path in list(folder.iterdir()):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

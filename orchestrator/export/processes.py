@@ -24,9 +24,8 @@ from db.session import Connection, open_engine
 from db.settings import settings
 from orchestrator.export.errors import ExportError
 from orchestrator.export.files import collect_seldom
-from orchestrator.export.parts import Parts, WritePart, write_part
+from orchestrator.export.parts import Parts, WritePart, upload, write_part
 from orchestrator.export.selection import Selection
-from workers.storage.objects import open_objects
 
 MakeWriter = Callable[[Connection, Job], WritePart]
 
@@ -59,9 +58,7 @@ class PartWriter:
                     return self._write_into(db, Path(self.out), part)
                 with TemporaryDirectory(prefix="maskfleet-export-") as staging:
                     entry = self._write_into(db, Path(staging), part)
-                    place = open_objects(self.out)
-                    for path in sorted(path for path in Path(staging).rglob("*") if path.is_file()):
-                        place.write_file(path.relative_to(staging).as_posix(), path)
+                    upload(Path(staging), self.out)
                     return entry
         finally:
             engine.dispose()

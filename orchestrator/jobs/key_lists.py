@@ -15,14 +15,20 @@ from tempfile import TemporaryFile
 from typing import IO
 
 from orchestrator.jobs.inventory import MOST_MANIFEST_BYTES, parse_inventory, read_inventory
-from orchestrator.jobs.named_keys import MOST_KEY_BYTES, NamedKey, checked_key
-from workers.errors import SourceError
+from orchestrator.jobs.named_keys import MOST_KEY_BYTES, NamedKey, own_key
+from workers.errors import AssetError, SourceError
 from workers.storage.asset import PAGE_SIZE, Listed, Page, SkipReason, Source
 from workers.storage.objects import open_objects
 
 _MOST_BYTES = 16 << 30  # of a list that is copied from a bucket
 _BLOCK_BYTES = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_OTHER_KINDS = {
+    b"\x1f\x8b": "compressed with gzip: unpack it",
+    b"\xff\xfe": "text in UTF-16: save it in UTF-8",
+    b"\xfe\xff": "text in UTF-16: save it in UTF-8",
+    b"PK\3\4": "a zip archive, as spreadsheets are: save it as text",
+}
 
 
 class KeyList:
@@ -35,7 +41,7 @@ class KeyList:
         self._bucket = bucket if self._uri.startswith("s3://") else None
 
     def check(self) -> None:
-        """Return if the list can be read. Raises SourceError, AssetError or TransientError if not."""
+        """Return if the list can be read. Raises SourceError or TransientError if not."""
         with self._opened(self._address) as file:
             next(self._entries(file, 0), None)
 
@@ -79,6 +85,8 @@ class KeyList:
             return read_key_table(
                 file, start, name=self._address, bucket=self._bucket, prefix=self._prefix, uri=self._uri
             )
+        if kind := next((kind for first, kind in _OTHER_KINDS.items() if head.startswith(first)), None):
+            raise SourceError(f"{self._address}: is {kind}. Expected keys in UTF-8, Parquet or a manifest.json")
         if head.lstrip(_BYTE_ORDER_MARK + b" \t\r\n").startswith(b"{"):
             return self._inventory(file, start)
         return _read_lines(file, start, self._uri)
@@ -124,7 +132,10 @@ class KeyList:
         if place in ("s3:", "s3:/") or not name:
             raise SourceError(f"{address}: expected s3://bucket/key of a list of keys")
         with TemporaryFile() as file:
-            open_objects(place).copy(name, file, _MOST_BYTES)
+            try:
+                open_objects(place).copy(name, file, _MOST_BYTES)
+            except AssetError as error:
+                raise SourceError(f"{address}: this list of keys cannot be read: {error}") from error
             file.seek(0)
             yield file
 
@@ -140,7 +151,7 @@ def _digest(file: IO[bytes]) -> str:
 def _read_lines(file: IO[bytes], start: int, uri: str) -> Iterator[NamedKey]:
     """A text file. Positions are bytes. A line may end in a carriage return and a line feed; empty ones are ignored."""
     file.seek(start)
-    position, most = start, MOST_KEY_BYTES + len(uri.encode()) + len(_BYTE_ORDER_MARK) + 2
+    position, most = start, 3 * MOST_KEY_BYTES + len(uri.encode()) + len(_BYTE_ORDER_MARK) + 2  # a URL has %C3
     while piece := file.readline(most):
         is_first, position = position == 0, position + len(piece)
         is_too_long = len(piece) == most and not piece.endswith(b"\n")
@@ -154,5 +165,5 @@ def _read_lines(file: IO[bytes], start: int, uri: str) -> Iterator[NamedKey]:
             text = line.decode()
         except UnicodeDecodeError:
             text = "\0"
-        key = SkipReason.NOT_A_KEY if is_too_long else checked_key(text, uri if text.startswith(uri) else "")
+        key = SkipReason.NOT_A_KEY if is_too_long else own_key(text, uri)
         yield NamedKey(position=position, key=key)

@@ -8,7 +8,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from orchestrator.jobs.named_keys import NamedKey, checked_etag, checked_key
+from orchestrator.jobs.named_keys import NamedKey, checked_etag, checked_key, own_key
 from workers.errors import SourceError
 from workers.storage.asset import SkipReason
 
@@ -30,7 +30,7 @@ def read_key_table(
     """The rows from number `start` on, in order. Positions are numbers of rows.
 
     A file with a column `bucket` holds whole keys, which begin with `prefix`. In any other file a key is relative to
-    the source, or an address that begins with `uri`. Raises SourceError, which names the file.
+    the source, or an address there, as `own_key` takes it. Raises SourceError, which names the file.
     """
     try:
         table = pq.ParquetFile(file)
@@ -92,7 +92,7 @@ def _named(position: int, row: dict[str, Any], *, bucket: str | None, prefix: st
     if "bucket" in row:
         key = checked_key(row["key"], prefix) if row["bucket"] == bucket else SkipReason.OUTSIDE_SOURCE
     else:
-        key = checked_key(row["key"], uri if isinstance(row["key"], str) and row["key"].startswith(uri) else "")
+        key = own_key(row["key"], uri)
     size = row.get("size")
     return NamedKey(
         position=position,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from db.texts import is_storable
 from workers.storage.asset import SkipReason
@@ -30,6 +31,18 @@ def checked_key(key: object, prefix: str) -> str | SkipReason:
     if not key.startswith(prefix):
         return SkipReason.OUTSIDE_SOURCE
     return key.removeprefix(prefix) or SkipReason.NOT_A_KEY
+
+
+def own_key(key: object, uri: str) -> str | SkipReason:
+    """A key of a list that people made: relative to the source at `uri`, or an address in the source.
+
+    A file's address is a path, as `find` prints it, or a URL as exports write it.
+    """
+    if not isinstance(key, str) or not uri.startswith("file://"):
+        return checked_key(key.removeprefix(uri) if isinstance(key, str) else key, "")
+    if key.startswith(uri):
+        return checked_key(unquote(key.removeprefix(uri)), "")
+    return checked_key(key.removeprefix(unquote(uri.removeprefix("file://"))).removeprefix("./"), "")
 
 
 def checked_etag(etag: object) -> str | None:

@@ -310,6 +310,29 @@ def rows_of(out: Path, file_format: ExportFormat) -> list[object]:
     return [[image for part in parts for image in part["images"]], [{**mask, "id": 0} for mask in masks]]
 
 
+@pytest.mark.slow
+def test_a_part_in_a_bucket_has_no_file_of_a_part_of_this_name_that_was_not_named(
+    engine: Engine, export: Export, tmp_path: Path, bucket: str
+) -> None:
+    failed = [f"{n}b.jpg" for n in range(4)]
+    job, _ = finished_job(engine, [f"{n}.jpg" for n in range(4)], failed=failed, source="/photos")
+    export(job, tmp_path / "one", ExportFormat.PNG, Selection(), part_assets=2)
+    whole = sorted(p.relative_to(tmp_path / "one").as_posix() for p in (tmp_path / "one").rglob("*") if p.is_file())
+    for others in (2, 1):
+        out = f"{bucket}/{others}"
+        export(job, out, ExportFormat.PNG, Selection(), part_assets=2, processes=others)
+        # As after a kill: parts are written, and none is named. The same command goes on in another way.
+        document = json.loads(open_objects(out).read("export.json", 10**6))
+        open_objects(out).write("export.json", json.dumps(document | {"parts": [], "complete": False}).encode())
+
+        export(job, out, ExportFormat.PNG, Selection(), part_assets=2, processes=3 - others)
+
+        names = sorted(stored.name for stored in open_objects(out).stored())
+        assert len(names) == len(set(names))
+        of_assets = [name.partition("/")[2] for name in names if not name.endswith("json")]
+        assert sorted(of_assets) == sorted(name.partition("/")[2] for name in whole if not name.endswith("json"))
+
+
 def test_parts_do_not_go_into_a_place_of_other_files(engine: Engine, export: Export, tmp_path: Path) -> None:
     job, _ = finished_job(engine, ["a.jpg"])
     (tmp_path / "photo.jpg").touch()

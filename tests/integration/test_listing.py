@@ -18,14 +18,17 @@ from db.list_shards import ListShard
 from db.settings import settings
 from db.states import JobState
 from orchestrator.jobs.dispatch import tick
+from orchestrator.jobs.key_lists import KeyList
 from orchestrator.jobs.listing import Walks
 from orchestrator.jobs.prepare import list_for_a_while
 from orchestrator.jobs.shards import find_cut
 from tests.factories import chunk_ids, count, delete
 from tests.s3_server import serve_s3
 from tests.waiting import wait_for_lock
+from workers.errors import SourceError
 from workers.storage.asset import PAGE_SIZE
 from workers.storage.bucket import Bucket
+from workers.storage.source import open_source
 
 pytestmark = pytest.mark.integration
 
@@ -276,6 +279,18 @@ def test_a_list_of_keys_in_a_bucket_names_objects_of_another_one(engine: Engine)
     list_all(engine, job)
 
     assert listed_keys(engine, job) == ["a.jpg", "b c.jpg"]
+
+
+def test_a_list_that_its_bucket_does_not_have_is_refused_by_its_address(engine: Engine) -> None:
+    fill("has-no-list", ["a.jpg"])
+
+    with pytest.raises(SourceError, match=r"s3://has-no-list/keys\.txt: this list of keys cannot be read"):
+        KeyList(open_source("s3://has-no-list"), "s3://has-no-list/keys.txt").check()
+
+    job = submit(engine, "s3://has-no-list", keys="s3://has-no-list/keys.txt")
+    tick(engine)
+    assert now(engine, job).state is JobState.FAILED
+    assert "s3://has-no-list/keys.txt: this list of keys" in (now(engine, job).error or "")
 
 
 def test_a_list_that_is_gone_fails_the_job_by_name_and_it_can_be_resumed(engine: Engine, tmp_path: Path) -> None:

@@ -180,9 +180,34 @@ def test_keys_of_a_folder_are_looked_at_and_none_leads_out_of_it(tmp_path: Path)
     assert skipped == {"not_found": 1, "not_a_file": 1, "not_a_key": 3, "link_out_of_source": 1}
 
 
+def test_a_folders_addresses_are_taken_as_exports_write_them_and_as_paths(tmp_path: Path) -> None:
+    root = tmp_path / "my photos"
+    (root / "sub").mkdir(parents=True)
+    names = ["a b.jpg", "é.jpg", "sub/50%25.jpg"]
+    for name in names:
+        (root / name).touch()
+    source, text = open_source(str(root)), tmp_path / "keys"
+    addresses = [source.uri(name) for name in names]
+    assert addresses[0].endswith("/my%20photos/a%20b.jpg")
+
+    text.write_text("\n".join(addresses))
+    assert keys(text, source) == names
+    assert keys(write_table(tmp_path / "table", key=addresses), source) == names
+    text.write_text("\n".join([*(str(root / name) for name in names), f"{root}2/a b.jpg", f"{root}/../secret.jpg"]))
+    assert read(text, source)[1] == {"not_a_key": 2}
+    assert keys(text, source) == names
+    text.write_text("\n".join(f"./{name}" for name in names))  # of `find .`
+    assert keys(text, source) == names
+    text.write_text(source.uri("é" * 1200 + ".jpg"))
+    assert read(text, source)[1] == {"not_a_file": 1}  # of 7,200 characters, but a key of 2,404 bytes
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        (gzip.compress(b"a.jpg\nb.jpg\n"), "is compressed with gzip: unpack it"),
+        ("a.jpg\n".encode("utf-16"), "is text in UTF-16: save it in UTF-8"),
+        (b"PK\3\4 and what else a spreadsheet has", "is a zip archive"),
         (b"PAR1 and nothing of Parquet", "cannot be read as Parquet"),
         (b'{"files": 3}', "is no manifest.json of S3 Inventory"),
         (b"{" * 100_000, "is no manifest.json of S3 Inventory"),
