@@ -29,7 +29,7 @@ from workers.params import PromptParams, automatic_params
 from workers.prompts import Prompt
 from workers.tuning.batch import draw_batch
 from workers.tuning.gathering import Embeddings, frame_of, gather, lesson_of
-from workers.tuning.judging import judge, searched
+from workers.tuning.judging import FOUND_IOU, judge, searched
 from workers.tuning.lessons import Lesson, target_of
 from workers.tuning.outcome import Judgement
 from workers.tuning.plan import Plan, PlannedAsset, PlannedMask, PlannedWrong
@@ -151,7 +151,7 @@ def tuned_rows(
     print(f"{name}{run.step} steps", {key: round(found.gain, 3) for key, found in measured.items()}, file=sys.stderr)
     print(f"{name}thresholds", json.dumps(choice.as_json()), file=sys.stderr)
     cost = row(f"{name}CPU s before the verdict, of {cpu_seconds:.0f}", spent, None)
-    return [cost, *rows_of(name, measured, bars)]
+    return [cost, *rows_of(name, measured, bars), row_with_crops(name, run, judging, automatic)]
 
 
 def plan_of(assets: Sequence[tuple[Path, PlannedAsset]], seed: int) -> Plan:
@@ -173,12 +173,34 @@ def with_deleted(one, model, embeddings):
     asset = one.asset
     blank = np.zeros((*asset.size_hw, 3), np.uint8)
     found = automatic_masks(model, blank, USUAL, embedding=embeddings.of(one.number))
-    truth = [{"size": list(asset.size_hw), "counts": mask.counts.encode()} for mask in asset.masks]
-    made = [{"size": list(asset.size_hw), "counts": mask.counts.encode()} for mask in found]
-    best = coco_mask.iou(made, truth, [0] * len(truth)).max(axis=1) if made and truth else []
+    best = ious_of(found, asset).max(axis=1, initial=0)
     points = [mask.prompt["points"][0] for mask, iou in zip(found, best, strict=True) if iou < WRONG_IOU]
     wrong = [PlannedWrong(point_xy=(x, y)) for x, y, _ in points]
     return replace(one, asset=asset.model_copy(update={"wrong": wrong}))
+
+
+def ious_of(found, asset):
+    """IoUs (masks, objects) of automatic masks with an asset's true ones."""
+    made, truth = (
+        [{"size": list(asset.size_hw), "counts": mask.counts.encode()} for mask in masks]
+        for masks in (found, asset.masks)
+    )
+    return np.asarray(coco_mask.iou(made, truth, [0] * len(truth))).reshape(len(made), len(truth))
+
+
+def row_with_crops(name, run, judging, automatic):
+    """Times as many objects found, when both look at the four overlapping quarters of an image too."""
+    found, objects = [0, 0], sum(len(asset.masks) for _, asset in judging)
+    for when, (weights, params) in enumerate(zip((run.start, run.kept()), automatic, strict=True)):
+        run.sam.mask_decoder.load_state_dict(weights)
+        model = promptable(run.sam, fold_from_dim=0)
+        for folder, asset in judging:
+            image = cv2.cvtColor(cv2.imread(str(folder / asset.key)), cv2.COLOR_BGR2RGB)
+            masks = automatic_masks(model, image, replace(params, crop_n_layers=1))
+            found[when] += int((ious_of(masks, asset).max(axis=0, initial=0) >= FOUND_IOU).sum())
+    before, after = found
+    said = f"with crop_n_layers 1, times: {before} to {after} of {objects}"
+    return row(f"{name}automatic recall {said}", after / max(before, 1), None)
 
 
 def judge_both(run, one, embeddings, automatic):
