@@ -38,11 +38,16 @@ def own_key(key: object, uri: str) -> str | SkipReason:
 
     A file's address is a path, as `find` prints it, or a URL as exports write it.
     """
-    if not isinstance(key, str) or not uri.startswith("file://"):
-        return checked_key(key.removeprefix(uri) if isinstance(key, str) else key, "")
+    if not isinstance(key, str):
+        return SkipReason.NOT_A_KEY
+    is_folder = uri.startswith("file://")
     if key.startswith(uri):
-        return checked_key(unquote(key.removeprefix(uri)), "")
-    return checked_key(key.removeprefix(unquote(uri.removeprefix("file://"))).removeprefix("./"), "")
+        key = unquote(key.removeprefix(uri)) if is_folder else key.removeprefix(uri)
+    elif key.startswith(("s3://", "file://")):
+        return SkipReason.OUTSIDE_SOURCE
+    elif is_folder:
+        key = key.removeprefix(unquote(uri.removeprefix("file://"))).removeprefix("./")
+    return checked_key(key, "")
 
 
 def checked_etag(etag: object) -> str | None:

@@ -196,6 +196,8 @@ def test_a_folders_addresses_are_taken_as_exports_write_them_and_as_paths(tmp_pa
     text.write_text("\n".join([*(str(root / name) for name in names), f"{root}2/a b.jpg", f"{root}/../secret.jpg"]))
     assert read(text, source)[1] == {"not_a_key": 2}
     assert keys(text, source) == names
+    text.write_text(f"file://{tmp_path}/other.jpg\ns3://bucket/other.jpg")
+    assert read(text, source)[1] == {"outside_source": 2}
     text.write_text("\n".join(f"./{name}" for name in names))  # of `find .`
     assert keys(text, source) == names
     text.write_text(source.uri("é" * 1200 + ".jpg"))

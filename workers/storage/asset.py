@@ -23,7 +23,7 @@ class SkipReason(StrEnum):
     NOT_A_KEY = "not_a_key"  # of a list of keys: a line that can be no key of the source
     NOT_FOUND = "not_found"  # of a list of keys: a folder has no such file; a bucket is not asked
     DUPLICATE_KEY = "duplicate_key"  # of a list of keys: it is in the job already
-    OUTSIDE_SOURCE = "outside_source"  # of an inventory: another bucket, or a key without the source's prefix
+    OUTSIDE_SOURCE = "outside_source"  # of a list: an address elsewhere; of an inventory: without the prefix
     NOT_NEWEST = "not_newest_version"  # of an inventory: an older version, or a mark that the object is deleted
 
 
