@@ -34,7 +34,7 @@ from orchestrator.tuning.verdict import (
     said_of_defaults,
 )
 from workers.tuning.outcome import JUDGED_NAME
-from workers.tuning.plan import Plan, TuneError, read_plan, write_plan
+from workers.tuning.plan import Plan, TuneError, forget_untrained, read_plan, write_plan
 
 _STATE = ".maskfleet"
 _DECODER = "decoder.safetensors"
@@ -120,6 +120,9 @@ def _train(plan: Plan, folder: Path, *, minutes: float, device: str) -> None:
             markup=False,
         )
         raise typer.Exit(INTERRUPTED) from None
+    except TuneError:
+        forget_untrained(folder / _STATE)  # what was wrong with it is put right by other annotations, or another job
+        raise
 
 
 def _listener(bars: Bars) -> Callable[[Said], None]:

@@ -132,3 +132,25 @@ def test_a_reviewed_job_teaches_a_decoder_that_becomes_a_model_though_it_was_sto
     again = maskfleet(environment, *words)
     assert again.returncode == 2
     assert "ours is a model already" in again.stderr
+
+
+def test_a_tuning_that_was_refused_before_its_first_step_reads_the_annotations_again(
+    engine: Engine, environment: dict[str, str], label_studio: str, tmp_path: Path
+) -> None:
+    out, ls_project = tmp_path / "out", LsProject(server_key(label_studio), PROJECT)
+
+    def tune(source: Path, *, changed: bool) -> subprocess.CompletedProcess[str]:
+        scenes = draw_scenes(source, 10)
+        job = plant_review(engine, source, scenes, model="sam_nano", model_version=VERSION, ls_project=ls_project)
+        if changed:
+            (source / "000.png").write_bytes(b"another image")
+        words = ["--name", "ours", "--out", str(out), "--device", "cpu", "--minutes", "0.1", "--keep-anyway"]
+        return maskfleet(environment, "tune", str(job.id), *words)
+
+    refused = tune(tmp_path / "first", changed=True)
+    done = tune(tmp_path / "second", changed=False)
+
+    assert refused.returncode == 2
+    assert "9 of 10 annotated assets can be used (000.png: its image was changed" in refused.stderr
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "tune.json").read_text())["taught"]["assets"] > 0

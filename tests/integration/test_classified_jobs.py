@@ -9,6 +9,7 @@ import pytest
 
 from tests.deployment import draw_pictures
 from tests.e2e.test_run import run
+from tests.reviewed_job import draw_scenes
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -41,6 +42,20 @@ def test_masks_are_named_or_stay_objects_and_the_export_follows(tmp_path: Path) 
     coco = json.loads((tmp_path / "out" / "coco.json").read_text())
     assert [category["name"] for category in coco["categories"]] == ["object"]
     assert len(coco["annotations"]) == 6
+
+
+def test_a_named_mask_still_says_at_which_point_it_was_found(tmp_path: Path) -> None:
+    from tests.tiny_checkpoints import save_classifier
+
+    draw_scenes(tmp_path / "scenes", 1)
+    checkpoint = save_classifier("clip", tmp_path / "clip")
+    words = [tmp_path / "scenes", "--model", "sam_nano", "--devices", "cpu", "--out", tmp_path / "out"]
+
+    run(*words, "--classify", "cat,dog", "--classifier", checkpoint)
+
+    annotations = json.loads((tmp_path / "out" / "coco.json").read_text())["annotations"]
+    assert annotations
+    assert {frozenset(annotation["prompt"]) for annotation in annotations} == {frozenset(("points", "class", "score"))}
 
 
 @pytest.mark.parametrize(

@@ -75,11 +75,15 @@ def test_the_same_tensors_give_the_same_model_from_every_kind_of_file(
     torch.save({"model_state": prefixed("sam.", state)}, tmp_path / "micro.pt")
     torch.save({"state_dict": prefixed("sam.module.", state)}, tmp_path / "both.ckpt")
     save_file(prefixed("module.", state), tmp_path / "kept.safetensors")
+    save_file(state, tmp_path / "misnamed.pth")
+    save_file(state, tmp_path / "bare")
 
-    for name in ("plain.pth", "old.pth", "micro.pt", "both.ckpt", "kept.safetensors"):
-        bring(tmp_path / name, name.partition(".")[0])
+    files = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert len(files) == 7
+    for path in files:
+        bring(path, path.stem)
 
-    assert len({find_model(name).sha256 for name in ("plain", "old", "micro", "both", "kept")}) == 1
+    assert len({find_model(path.stem).sha256 for path in files}) == 1
 
 
 class Harm:
@@ -93,7 +97,7 @@ def test_a_file_that_is_no_checkpoint_of_the_architecture_is_a_named_error_and_s
 ) -> None:
     weight, other = "mask_decoder.iou_token.weight", "mask_decoder.mask_tokens.weight"
     ten = ", ".join(f"extra{n}" for n in range(10))
-    files: dict[str, tuple[object, str]] = {
+    checkpoints: dict[str, tuple[object, str]] = {
         "code": (Harm(), "could run code; save its state dict alone"),
         "number": (7, "holds a int, expected tensors by name"),
         "empty": ({}, "holds entries , expected tensors by name"),
@@ -111,7 +115,7 @@ def test_a_file_that_is_no_checkpoint_of_the_architecture_is_a_named_error_and_s
         "meta": (state | {weight: state[weight].to("meta")}, f"holds other things than plain tensors: {weight}"),
         "complex": (state | {weight: state[weight].cfloat()}, f"holds other things than plain tensors: {weight}"),
     }
-    for name, (content, said) in files.items():
+    for name, (content, said) in checkpoints.items():
         torch.save(content, tmp_path / f"{name}.pth")
         with pytest.raises(WeightsError) as raised:
             bring(tmp_path / f"{name}.pth")
@@ -119,9 +123,16 @@ def test_a_file_that_is_no_checkpoint_of_the_architecture_is_a_named_error_and_s
         assert str(tmp_path / f"{name}.pth") in str(raised.value)
 
     whole = (tmp_path / "nan.pth").read_bytes()
-    for name, content in {"cut.pth": whole[: len(whole) // 2], "none.pth": b"", "page.pth": b"<html>"}.items():
+    damaged: dict[str, tuple[bytes, str]] = {
+        "cut.pth": (whole[: len(whole) // 2], "cut off or damaged"),
+        "none.pth": (b"", "it is a file of unknown format"),
+        "page.pth": (b"<html>", "it is an HTML page, expected what torch.save or safetensors writes"),
+        "swapped.safetensors": (whole, "it is a torch archive, expected what safetensors writes"),
+        "pointer.safetensors": (b"version https://git-lfs.github.com/spec/v1", "it is a Git LFS pointer"),
+    }
+    for name, (content, said) in damaged.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(WeightsError, match=r"cannot be read as a checkpoint|could run code"):
+        with pytest.raises(WeightsError, match=f"{name}: cannot be read as a checkpoint.*{said}"):
             bring(tmp_path / name)
     (tmp_path / "bare.pth").write_bytes(pickle.dumps(Harm(), protocol=2))
     with pytest.raises(WeightsError):

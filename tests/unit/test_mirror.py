@@ -364,6 +364,9 @@ def test_a_checkpoint_comes_from_an_address_with_its_sha256(node: Callable[..., 
             bring(f"{site.url}/{url}", **changes)  # type: ignore[arg-type]
     with pytest.raises(WeightsError, match="attempts failed"):
         bring(f"{address}/a.pth")
+    for url in ("s3://", "s3://bucket", "s3://bucket/", "https://host/models/"):
+        with pytest.raises(WeightsError, match=f"^{url}: names no file, expected s3://bucket/key or https://host/path"):
+            bring(url)
 
 
 def test_an_address_of_another_kind_is_refused() -> None:

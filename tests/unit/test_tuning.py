@@ -44,7 +44,7 @@ from workers.params import automatic_params
 from workers.storage.objects import open_objects
 from workers.training.scenes import draw_scene
 from workers.tuning import batch, thresholds
-from workers.tuning.checkpoint import FILE_NAME, load_run, save_run
+from workers.tuning.checkpoint import load_run, save_run
 from workers.tuning.decoding import Asked, decode
 from workers.tuning.gathering import Embeddings, Gathered, hold_out
 from workers.tuning.held_out import judge_held_out
@@ -52,7 +52,7 @@ from workers.tuning.judging import searched
 from workers.tuning.lessons import NEAR_SIDE, Frame, Lesson, Target, WrongPrompt, target_of, turned
 from workers.tuning.loss import best_of_three, focal_and_dice, look_near, near_ious, near_loss
 from workers.tuning.outcome import Counted, FewAssets, Judgement, Pair, require_enough
-from workers.tuning.plan import Plan, PlannedAsset, PlannedMask, TuneError, read_plan, write_plan
+from workers.tuning.plan import CHECKPOINT_NAME, Plan, PlannedAsset, PlannedMask, TuneError, read_plan, write_plan
 from workers.tuning.prompts import draw_box, draw_click, draw_correction, middle_of
 from workers.tuning.thresholds import choose_thresholds
 from workers.tuning.training import begin, train
@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_seed_or_with_damage_is_refused(sam: Sam, tmp_pa
     save_run(run, tmp_path)
     with pytest.raises(TuneError, match="of seed 3 at step 0, expected seed 4"):
         load_run(replace(run, seed=4), tmp_path)
-    (tmp_path / FILE_NAME).write_bytes(b"no tensors")
+    (tmp_path / CHECKPOINT_NAME).write_bytes(b"no tensors")
     with pytest.raises(TuneError, match="cannot be read"):
         load_run(run, tmp_path)
     (tmp_path / "plan.json").write_text("{}")

@@ -30,6 +30,7 @@ from workers.models.registry import architecture_of, require_free_name
 from workers.models.sam2 import image_tensors, known_architectures
 from workers.models.spec import ModelError, WeightsError
 from workers.models.state_dicts import DAMAGED, differences, fitting_model, read_tensors, shapes_of, some, state_on_meta
+from workers.models.weights import BARE_PICKLE, SAFETENSORS, TORCH_ARCHIVE, file_kind
 
 _WRAPPERS = ("model", "model_state", "model_state_dict", "state_dict")
 _PREFIXES = ("module.", "sam.")
@@ -75,6 +76,7 @@ def add(name: str, file: Path, architecture: str, *, origin: str, licence: str) 
 def _image_state(file: Path) -> dict[str, Tensor]:
     """The file's tensors by name, without wrappers, prefixes and what only videos need."""
     try:
+        _require_kind(file)
         found = read_tensors(file, may_be_old=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
@@ -92,6 +94,16 @@ def _image_state(file: Path) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return image_tensors(state)
+
+
+def _require_kind(file: Path) -> None:
+    """Say what else the file is, such as a web page: torch would take it for pickled code."""
+    kind = file_kind(file)
+    by_torch = file.suffix != ".safetensors"  # by this suffix torch refuses what it wrote itself
+    known = (SAFETENSORS, TORCH_ARCHIVE, BARE_PICKLE) if by_torch else (SAFETENSORS,)  # a pickle: before torch 1.6
+    if kind not in known:
+        expected = "torch.save or safetensors" if by_torch else "safetensors"
+        raise WeightsError(f"{file}: cannot be read as a checkpoint: it is {kind}, expected what {expected} writes")
 
 
 def _unwrapped(found: object) -> object:

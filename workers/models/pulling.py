@@ -107,6 +107,8 @@ def fetched(
     not answer.
     """
     prefix, _, file = address.rpartition("/")
+    if not file or prefix.endswith(":/"):
+        raise WeightsError(f"{address}: names no file, expected s3://bucket/key or https://host/path")
     suffix = ".safetensors" if file.partition("?")[0].endswith(".safetensors") else ".pth"
     path = weights_dir() / f".{name}.adding{suffix}"
     remedy = "run the same command again to continue, or download it yourself and give its path"

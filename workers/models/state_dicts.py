@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from workers.models.weights import SAFETENSORS, file_kind
+
 Architecture = Callable[[], Any]  # Sam, or a module with its own state dict
 Shapes = dict[str, tuple[int, ...]]
 # What `read_tensors` raises for damaged files, beside pickle.UnpicklingError: torch calls what the file names, with
@@ -25,12 +27,12 @@ DAMAGED = (
 
 
 def read_tensors(path: Path, *, may_be_old: bool = False) -> object:
-    """What a safetensors file or a file of torch.save holds, memory-mapped.
+    """What a safetensors file or a file of torch.save holds, memory-mapped. Its content says which, not its name.
 
     may_be_old: also read what torch wrote before 1.6, a bare pickle, which cannot be mapped.
     Raises pickle.UnpicklingError for objects other than tensors, and DAMAGED.
     """
-    if path.suffix == ".safetensors":
+    if file_kind(path) == SAFETENSORS:
         return load_file(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=not may_be_old or zipfile.is_zipfile(path))
 

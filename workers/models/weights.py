@@ -17,6 +17,9 @@ from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.models.registry import MODELS
 from workers.models.spec import ModelSpec, WeightsError
 
+SAFETENSORS, TORCH_ARCHIVE = "a safetensors file", "a torch archive"  # kinds of files that hold weights
+BARE_PICKLE = "a bare pickle, which is not loaded because it could run code"
+
 log = logging.getLogger(__name__)
 
 
@@ -75,10 +78,10 @@ def kind_of(head: bytes) -> str:
     """Name a file's format from its first 512 bytes, as a phrase for people. Compare it with `expected_kind`."""
     text = head.lstrip().lower()
     if head.startswith(b"PK\x03\x04"):
-        return "a torch archive"
+        return TORCH_ARCHIVE
     # A safetensors file begins with the length of its header, in 8 bytes. The upper bytes are always zero.
     if head[4:9] == b"\0\0\0\0{":
-        return "a safetensors file"
+        return SAFETENSORS
     if text.startswith((b"<!doctype html", b"<html")):
         return "an HTML page"
     if text.startswith(b"<"):
@@ -86,13 +89,19 @@ def kind_of(head: bytes) -> str:
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself"
     if head.startswith(b"\x80"):
-        return "a bare pickle, which is not loaded because it could run code"
+        return BARE_PICKLE
     return f"a file of unknown format (starts {head[:16]!r})"
+
+
+def file_kind(path: Path) -> str:
+    """`kind_of` a file. Raises OSError."""
+    with path.open("rb") as file:
+        return kind_of(file.read(512))
 
 
 def expected_kind(path: Path) -> str:
     """What `kind_of` should return for a file with this suffix."""
-    return "a safetensors file" if path.suffix == ".safetensors" else "a torch archive"
+    return SAFETENSORS if path.suffix == ".safetensors" else TORCH_ARCHIVE
 
 
 def _verify_folder(spec: ModelSpec, folder: Path) -> Verified:

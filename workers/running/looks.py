@@ -121,7 +121,8 @@ def _classified(worker: Worker, chunk: ClaimedChunk, go_on: Callable[[], None], 
             replace(
                 mask,
                 label=best.word if best.word != BACKGROUND and best.score >= asked.threshold else None,
-                prompt={"class": best.word, "score": round(best.score, 4)},
+                # Its point stays: a person's deletion teaches that the point is wrong (`maskfleet tune`).
+                prompt={**(mask.prompt or {}), "class": best.word, "score": round(best.score, 4)},
             )
             for mask, best in classifier.classify(image, found.masks, go_on)
         ]

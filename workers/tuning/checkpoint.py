@@ -10,10 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.tuning.plan import TuneError
+from workers.tuning.plan import CHECKPOINT_NAME, TuneError
 from workers.tuning.training import Run
 
-FILE_NAME = "checkpoint.safetensors"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, beside its number of steps
 
 
@@ -26,9 +25,9 @@ def save_run(run: Run, folder: Path) -> None:
         state = run.optimizer.state.get(value, {})
         tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS if moment in state}
     state_json = json.dumps({"step": run.step, "seconds": run.seconds, "seed": run.seed})
-    part = folder / f".{FILE_NAME}.part"
+    part = folder / f".{CHECKPOINT_NAME}.part"
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, part, {"state": state_json})
-    part.replace(folder / FILE_NAME)
+    part.replace(folder / CHECKPOINT_NAME)
 
 
 def load_run(run: Run, folder: Path) -> bool:
@@ -36,7 +35,7 @@ def load_run(run: Run, folder: Path) -> bool:
 
     Raises TuneError for a file that is damaged, or of another seed or another decoder.
     """
-    path = folder / FILE_NAME
+    path = folder / CHECKPOINT_NAME
     if not path.is_file():
         return False
     try:

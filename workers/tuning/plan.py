@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from workers.models.spec import ModelError
 
 FILE_NAME = "plan.json"
+CHECKPOINT_NAME = "checkpoint.safetensors"  # beside it from the first step on
 _MOST_BYTES = 4 << 30
 
 Point = tuple[float, float]
@@ -87,3 +88,9 @@ def read_plan(folder: Path) -> Plan | None:
         return None
     except (ValidationError, OSError) as error:
         raise TuneError(f"{path}: cannot be read ({error}); remove the folder and start again") from error
+
+
+def forget_untrained(folder: Path) -> None:
+    """Remove the plan of a tuning that took no step. So the next try reads the annotations again."""
+    if not (folder / CHECKPOINT_NAME).exists():
+        (folder / FILE_NAME).unlink(missing_ok=True)
