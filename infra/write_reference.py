@@ -24,8 +24,8 @@ COMMANDS_HEAD = f"""# Commands
 `maskfleet COMMAND --help` says the same. Commands with `--json` print one document on stdout: [its fields](json.md).
 JOB is a job's number, or the folder that `maskfleet run` wrote: its database runs as long as the command needs it.
 
-The exit code is 0 when all went well, 1 when some assets failed or there was nothing to do, 2 for wrong usage or a
-missing part of the environment, 130 after Ctrl-C.
+The exit code is 0 when all went well, 1 when some assets failed, when `maskfleet cancel` stopped a `run`, or when there
+was nothing to do, 2 for wrong usage or a missing part of the environment, 130 after Ctrl-C.
 
 """
 SETTINGS_HEAD = f"""# Settings
@@ -89,6 +89,8 @@ def _row(parameter: Any) -> str:
 
 
 def _metavar(parameter: Any) -> str:
+    if parameter.metavar:
+        return str(parameter.metavar)
     kind = parameter.type_descriptor.annotation
     if isinstance(kind, EnumType):
         return "\\|".join(str(choice.value) for choice in kind)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
+import sys
 import threading
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -19,6 +20,7 @@ from orchestrator.cli.root import app, label_studio_app, models_app, opened
 from orchestrator.local.folder import folder_database, is_folder, state_dir_of
 from orchestrator.terminal.console import stderr_console
 from workers.errors import redact
+from workers.paths import own_path
 
 __all__ = ["app", "label_studio_app", "models_app"]
 
@@ -28,6 +30,8 @@ USAGE = 2  # the exit code of wrong usage or a missing environment; typer uses i
 err = stderr_console()
 log = logging.getLogger(__name__)
 
+_folders: dict[int, str] = {}  # the jobs that this command was given as folders
+
 
 def job_number(job: str) -> int:
     """A JOB argument: a job's number, or the folder of a `maskfleet run`, which means its newest job.
@@ -35,16 +39,20 @@ def job_number(job: str) -> int:
     A folder's own database then runs until the command ends, and takes the place of MASKFLEET_DATABASE_URL. Its kept
     embeddings are used unless MASKFLEET_EMBEDDINGS names others.
     """
+    if not job:
+        fail("JOB is empty: expected a job's number, or the folder that `maskfleet run` wrote")
     if not is_folder(job):
         return int(job)
-    url = opened.enter_context(folder_database(Path(job)))
+    folder = own_path(job)
+    url = opened.enter_context(folder_database(folder))
     os.environ["MASKFLEET_DATABASE_URL"] = url
-    os.environ.setdefault("MASKFLEET_EMBEDDINGS", str(state_dir_of(Path(job)) / "embeddings"))
+    os.environ.setdefault("MASKFLEET_EMBEDDINGS", str(state_dir_of(folder) / "embeddings"))
     settings.cache_clear()
     with deployment_engine().begin() as db:
         found = [newest.id for newest in jobs.list_jobs(db, limit=1)] or deletion.begun_deletions(db)
     if not found:
         fail(f"{job}: its `maskfleet run` has not made a job yet, or the job was deleted")
+    _folders[found[-1]] = job
     return found[-1]
 
 
@@ -55,6 +63,16 @@ def job_to_delete(job: str) -> int:
         return newest
     with deployment_engine().begin() as db:
         return next(iter(deletion.begun_deletions(db)), newest)
+
+
+def named_by_folder(job: int) -> bool:
+    """Whether this command was given the job as the folder of a `maskfleet run`. Then only that command works on it."""
+    return job in _folders
+
+
+def called(job: int) -> str:
+    """How the next command is to name a job: as this one did, in a shell's quotes."""
+    return shlex.quote(_folders[job]) if job in _folders else str(job)
 
 
 JOB_HELP = "The job's number, as `maskfleet jobs` shows it, or the folder that `maskfleet run` wrote."
@@ -107,7 +125,10 @@ def engine_once_postgres_answers(stop: threading.Event) -> Engine:
 def database_url() -> str:
     url = settings().database_url
     if url is None:
-        fail("MASKFLEET_DATABASE_URL is not set: name the deployment's PostgreSQL, or use `maskfleet run`")
+        fail(
+            "MASKFLEET_DATABASE_URL is not set: name the deployment's PostgreSQL, or use `maskfleet run`, whose jobs "
+            "are named by their folder, not by a number"
+        )
     return url.get_secret_value()
 
 
@@ -117,7 +138,9 @@ def require_broker() -> None:
 
 
 def print_json(document: object) -> None:
-    print(json.dumps(document, ensure_ascii=False, indent=2))
+    # An encoding other than UTF-8 cannot hold every key, and an escape of Python's is not JSON.
+    is_utf_8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(document, ensure_ascii=not is_utf_8, indent=2))
 
 
 def fail(message: str) -> NoReturn:

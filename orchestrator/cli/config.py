@@ -20,7 +20,8 @@ def config() -> None:
     """Show every setting with its value here and where it came from. Secrets are hidden."""
     table = Table(box=None, pad_edge=False)
     for column in ("setting", "value", "from", "meaning"):
-        table.add_column(column)
+        # In a narrow terminal a cell would be cut, and these are copied from here.
+        table.add_column(column, overflow="fold", no_wrap=column == "setting")
     found = settings()
     for name, field in type(found).model_fields.items():
         variable, value = f"MASKFLEET_{name.upper()}", getattr(found, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from orchestrator.cli.app import USAGE, JsonOption, app, print_json
@@ -25,7 +25,7 @@ def doctor(
     if as_json:
         print_json([{"what": f.what, "ok": f.ok, "found": f.found, "remedy": f.remedy} for f in findings])
     else:
-        table = Table(box=None, pad_edge=False, show_header=False)
+        table = Table("", "", Column(overflow="fold"), box=None, pad_edge=False, show_header=False)  # paths are not cut
         for finding in findings:
             mark = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]not set[/dim]"}[finding.ok]
             table.add_row(mark, f"[bold]{finding.what}[/bold]", Text(finding.found))

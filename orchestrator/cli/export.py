@@ -12,7 +12,7 @@ import typer
 
 from db import reviewed_masks
 from db.session import Connection
-from orchestrator.cli.app import JobArgument, app, deployment_engine, err, fail
+from orchestrator.cli.app import JobArgument, app, called, deployment_engine, err, fail
 from orchestrator.cli.options import LocalFilesOption
 from orchestrator.cli.request import document_root
 from orchestrator.cli.root import opened
@@ -22,6 +22,7 @@ from orchestrator.export.selection import Selection
 from orchestrator.terminal.console import printable
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.progress import bars_on
+from workers.paths import own_path
 
 _MOST_IN_A_PART = 1_000_000_000
 
@@ -113,15 +114,18 @@ def _check(file_format: ExportFormat, *, images: bool, local_files: Path | None)
 
 def _read_keys(path: Path) -> Keys:
     try:
-        return opened.enter_context(closing(Keys(path)))
+        keys = opened.enter_context(closing(Keys(own_path(path))))
     except OSError as error:
         fail(f"--keys {path}: cannot be read ({error.strerror})")
+    if next(iter(keys), None) is None:
+        fail(f"--keys {path}: no line of it is a key, expected a text file in UTF-8 with a key a line")
+    return keys
 
 
 def _say_reviewed(db: Connection, job: int, *, others: bool) -> None:
     count = reviewed_masks.annotated_assets(db, job_id=job)
     if count == 0 and not others:
-        fail(f"no annotation of job {job} has been read: `maskfleet review {job} --project ID` reads them")
+        fail(f"no annotation of job {job} has been read: `maskfleet review {called(job)} --project ID` reads them")
     err.print(f"{count:,} assets as people left them")
 
 

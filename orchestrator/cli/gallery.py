@@ -13,6 +13,7 @@ from orchestrator.pages.choice import MAX_CARDS, Choice, Order
 from orchestrator.pages.gallery import write_gallery
 from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.progress import bars_on
+from workers.paths import own_path
 
 
 @app.command(epilog="Example: `maskfleet gallery 12 --out look --sample 40 --order worst`")
@@ -34,6 +35,7 @@ def gallery(
 
     It is one file below 5 MB, whatever the job's size: a large job is sampled, never read as a whole.
     """
+    out = own_path(out)
     engine = deployment_engine()
     found, _ = read_job(engine, job)
     choice = Choice(limit=sample, label=label, order=order, only_failed=failed)

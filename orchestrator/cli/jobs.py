@@ -9,7 +9,17 @@ import typer
 from db import jobs, progress, queue
 from db.queue import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from db.states import JobState
-from orchestrator.cli.app import JobArgument, JsonOption, app, deployment_engine, err, fail, print_json
+from orchestrator.cli.app import (
+    JobArgument,
+    JsonOption,
+    app,
+    called,
+    deployment_engine,
+    err,
+    fail,
+    named_by_folder,
+    print_json,
+)
 from orchestrator.cli.options import PRIORITY_HELP
 from orchestrator.jobs.findings import matching_rows, nothing_found
 from orchestrator.jobs.reports import read_report
@@ -26,6 +36,7 @@ from orchestrator.terminal.jobs import (
 from workers.errors import ErrorKind
 
 _MOST_JOBS = 100_000
+_THE_SAME_RUN = "the same `maskfleet run`"  # nothing else works on a folder's job
 
 
 @app.command(epilog="Example: `maskfleet watch 12`")
@@ -53,7 +64,8 @@ def watch(
     if why:
         err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
     if found.state is JobState.DONE and counts.labeled and not once:
-        err.print(f"maskfleet gallery {job} --out look    shows its pictures", style="dim", highlight=False)
+        look = printable(f"maskfleet gallery {called(job)} --out look    shows its pictures")
+        err.print(look, style="dim", markup=False, highlight=False)
     if found.state is JobState.PAUSED:
         err.print(f"paused: {printable(found.error or '')}", style="red", markup=False)
     if why or counts.failed or found.state in (JobState.FAILED, JobState.PAUSED):
@@ -91,7 +103,7 @@ def show(
     if as_json:
         print_json(report_as_json(report))
     else:
-        print_job(stdout_console(), report)
+        print_job(stdout_console(), report, called=called(job), by_folder=named_by_folder(job))
 
 
 @app.command("priority", epilog="Example: `maskfleet priority 12 8`")
@@ -118,7 +130,8 @@ def cancel(job: JobArgument) -> None:
     found, _ = read_job(engine, job)
     if not done:
         fail(f"job {job} is {found.state}: only a listing or running job can be cancelled")
-    err.print(f"job {job} is cancelled; maskfleet resume {job} goes on")
+    goes_on = _THE_SAME_RUN if named_by_folder(job) else f"maskfleet resume {job}"
+    err.print(f"job {job} is cancelled; {goes_on} goes on")
 
 
 @app.command(epilog="Example: `maskfleet resume 12`")
@@ -130,7 +143,10 @@ def resume(job: JobArgument) -> None:
     found, _ = read_job(engine, job)
     if not done:
         fail(f"job {job} is {found.state}: only a cancelled, paused or failed job can be resumed")
-    err.print(f"job {job} goes on; maskfleet watch {job} follows it")
+    if named_by_folder(job):
+        err.print(f"job {job} goes on with {_THE_SAME_RUN}")
+    else:
+        err.print(f"job {job} goes on; maskfleet watch {job} follows it")
 
 
 @app.command(epilog="Example: `maskfleet retry 12 --kind not_found`")
@@ -143,4 +159,5 @@ def retry(
     read_job(engine, job)
     with engine.begin() as db:
         count = jobs.retry_failed(db, job_id=job, error_kind=kind)
-    err.print(f"{count} assets of job {job} run again" if count else f"job {job} has no such failed assets")
+    by_what = f" with {_THE_SAME_RUN}" if named_by_folder(job) else ""
+    err.print(f"{count} assets of job {job} run again{by_what}" if count else f"job {job} has no such failed assets")

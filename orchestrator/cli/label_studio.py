@@ -38,6 +38,7 @@ from orchestrator.terminal.progress import bars_on
 from orchestrator.terminal.publish import print_report, report_as_json
 from workers.allocator import keep_freed_memory
 from workers.logs import log_to_stderr
+from workers.paths import own_path
 from workers.running.heart import Heart, own_beat
 
 
@@ -85,7 +86,7 @@ def publish(
     engine = deployment_engine()
     counts = read_job(engine, job)[1] if job is not None else None
     total = counts.labeled - counts.without_prompts if counts is not None else None
-    root = str(local_files.expanduser().absolute()) if local_files else None
+    root = str(own_path(local_files).absolute()) if local_files else None
     options = Options(as_=as_.value, max_masks=max_masks, local_files=root, order=order.value)
     documents: dict[int, dict[str, Any]] = {}
     with connect_label_studio() as client, bars_on(err) as bars:

@@ -6,6 +6,7 @@ Results go to stdout, progress and logs to stderr. Exit 0: done. 1: some assets 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import NoReturn
@@ -21,6 +22,9 @@ __all__ = ["app", "main"]
 def main() -> None:
     # pydantic would read the entry points of every installed package at its first model, for plugins. We have none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    # A key may have any letter. Where the terminal's encoding has none for it, an escape is better than a traceback.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for word in sys.argv:
         if not is_storable(word):
             _leave(f"{printable(word)}: expected UTF-8; rename it")

@@ -20,6 +20,7 @@ from orchestrator.terminal.progress import BYTES, bars_on
 from workers.models.files import is_present, weights_path
 from workers.models.loading import ONNX_LIBRARIES, missing_libraries, require_decoder, require_libraries
 from workers.models.registry import find_model, known_models, with_base
+from workers.paths import own_path
 
 
 @models_app.command("list", epilog="Example: `maskfleet models list`")
@@ -51,7 +52,7 @@ def models_list(as_json: JsonOption = False) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for column in ("name", "family", "parameters", "prompts", "licence", "weights"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "name")  # names are copied from here: the others are cut first
     for spec in specs:
         weights = "present" if is_present(spec) else "absent"
         if missing := missing_libraries(spec.libraries):
@@ -126,6 +127,7 @@ def models_export_onnx(
     require_libraries("export-onnx", ONNX_LIBRARIES)
     require_weights(spec)
     # In a process of its own: it needs torch, which no command loads.
-    command = [sys.executable, "-P", "-m", "workers.models.onnx_export", name, *([] if out is None else [str(out)])]
+    where = [] if out is None else [str(own_path(out))]
+    command = [sys.executable, "-P", "-m", "workers.models.onnx_export", name, *where]
     if subprocess.run(command, check=False).returncode:
         raise typer.Exit(USAGE)

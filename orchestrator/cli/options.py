@@ -97,7 +97,13 @@ DecoderOption = Annotated[
     typer.Option("--decoder", help="What runs SAM's decoder: torch (the default) or onnx, with onnxruntime."),
 ]
 
-LabelOption = Annotated[str | None, typer.Option("--label", help="The class of every mask, for jobs with one class.")]
+LabelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--label",
+        help="The class of every mask, for jobs with one class; with --prompts, of prompts without a label.",
+    ),
+]
 
 IncludeOption = Annotated[
     list[str] | None, typer.Option("--include", help="Take keys that match this glob, whatever their suffix.")

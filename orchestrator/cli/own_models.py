@@ -20,6 +20,7 @@ from workers.models.loading import require_libraries
 from workers.models.own import is_own, remove_own
 from workers.models.registry import MODELS, architecture_of, find_model, known_models, require_free_name
 from workers.models.spec import ModelError, ModelSpec
+from workers.paths import own_path
 
 _TIMES_THE_WEIGHTS = 4  # a training script's file has an optimiser's state beside the weights
 
@@ -63,7 +64,7 @@ def models_add(
 def _here(name: str, file: str, sha256: str | None, built: ModelSpec) -> Iterator[Path]:
     """The checkpoint as a file of this machine, with the stated sha256. What was downloaded is removed at the end."""
     if "://" not in file:
-        path = Path(file).expanduser().absolute()
+        path = own_path(file).absolute()
         if not path.is_file():
             fail(f"{path}: no such file")
         if sha256 is not None:

@@ -33,6 +33,7 @@ from workers.models.loading import require_decoder, require_libraries
 from workers.models.registry import with_base
 from workers.models.spec import ModelSpec
 from workers.params import ParamError, parse_params, parse_prompt_params
+from workers.paths import own_path
 from workers.prompts import Prompt, PromptKind
 from workers.storage.source import open_source
 
@@ -43,7 +44,7 @@ def document_root(local_files: Path | None, source: str) -> str | None:
     """Label Studio's document root, absolute. Raises PublishError if a folder's images are not below it."""
     if local_files is None:
         return None
-    root = str(local_files.expanduser().absolute())
+    root = str(own_path(local_files).absolute())
     image_address(open_source(source).uri(""), root)
     return root
 
@@ -54,11 +55,13 @@ def job_request(source: str, spec: ModelSpec, options: JobOptions) -> Request:
     detector = _asked_detector(options)
     text = read_phrases(options.text or [])
     _require_one_way(spec, options, detector, text)
+    if not source:
+        fail("SOURCE is empty: expected a folder, or s3://bucket/prefix; this folder is `.`")
     if source.startswith("s3:") and not source.startswith("s3://"):
         fail(
             f"{source}: did you mean s3://{source.removeprefix('s3:').lstrip('/')}? A folder of that name is ./{source}"
         )
-    where = source if "://" in source else str(Path(source).expanduser().absolute())
+    where = source if "://" in source else str(own_path(source).absolute())
     if not is_storable(where):
         fail(f"{printable(where)}: expected a path in UTF-8; rename its folders")
     if options.label is not None and not options.label.strip():
@@ -97,7 +100,7 @@ def _dedupe(options: JobOptions) -> Literal["content"] | None:
 
 
 def _keys(given: str | None) -> str | None:
-    return str(Path(given).expanduser().absolute()) if given and "://" not in given else given
+    return str(own_path(given).absolute()) if given and "://" not in given else given
 
 
 def _list_shards(options: JobOptions, source: str) -> int | None:

@@ -24,6 +24,7 @@ from orchestrator.terminal.jobs import read_job
 from orchestrator.terminal.progress import bars_on
 from orchestrator.terminal.review import print_review
 from workers.errors import redact
+from workers.paths import own_path
 from workers.running.heart import Heart, own_beat
 
 
@@ -99,7 +100,7 @@ def _review_once(
     else:
         print_review(stdout_console(), read)
     if html is not None:
-        write_review(engine, read, html)
+        write_review(engine, read, own_path(html))
         err.print(f"wrote {html}", markup=False, highlight=False)
 
 

@@ -11,6 +11,7 @@ import typer
 from db import processes
 from db.queue import USUAL_PRIORITY
 from db.settings import settings
+from db.states import JobState
 from orchestrator.cli.app import JsonOption, app, deployment_engine, err, fail, print_json
 from orchestrator.cli.options import (
     DevicesOption,
@@ -42,6 +43,7 @@ from orchestrator.terminal.rows import detector_rows, prompt_rows, text_rows
 from workers.detectors.files import require_library
 from workers.models.loading import ONNX_LIBRARIES, require_libraries
 from workers.models.registry import MODELS, find_model, largest_present
+from workers.paths import own_path
 
 _SURVEY_SECONDS = 10.0  # for so long `submit` lists its source, to print what it found
 
@@ -92,10 +94,7 @@ def run(
     summary = _run_and_report(request, out, devices, as_json, notice=notice, local_files=root)
     for note in summary["notes"]:
         err.print(printable(note), style="dim", markup=False)
-    why = nothing_found(request.source, summary["assets"]["listed"], summary["skipped"], _matched(summary))
-    if why:
-        err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
-    if why or summary["assets"]["failed"]:
+    if not _is_all_done(summary, request.source):
         raise typer.Exit(1)
 
 
@@ -138,6 +137,7 @@ def submit(
 def _run_and_report(
     request: Request, out: Path, devices: str, as_json: bool, *, notice: str | None, local_files: str | None = None
 ) -> dict[str, Any]:
+    out = own_path(out)
     try:
         outputs = run_embedded(request, out=out, devices=devices, console=err, notice=notice, local_files=local_files)
     except KeyboardInterrupt:
@@ -155,13 +155,26 @@ def _run_and_report(
     if as_json:
         print_json(outputs.summary)
     else:
+        left = f", {outputs.summary['pending']} left" if outputs.summary["pending"] else ""
         print(
             f"{assets['listed']} assets: {assets['labeled']} labeled with {outputs.summary['masks']} masks, "
-            f"{assets['failed']} failed, in {outputs.summary['seconds']:.1f} s"
+            f"{assets['failed']} failed{left}, in {outputs.summary['seconds']:.1f} s"
         )
         print(f"gallery: {outputs.gallery}")
         print(f"with it in {out}: coco.json, label-studio.json, summary.json")
     return outputs.summary
+
+
+def _is_all_done(summary: dict[str, Any], source: str) -> bool:
+    """Whether there was something to do, and nothing failed or is left. If not, print what is left or was missing."""
+    if summary["state"] == JobState.CANCELLED:
+        left = f"{summary['pending']:,} assets are left"
+        err.print(f"the job was cancelled, and {left}; the same command goes on where it was", style="red")
+        return False
+    why = nothing_found(source, summary["assets"]["listed"], summary["skipped"], _matched(summary))
+    if why:
+        err.print(f"nothing to do: {printable(why)}", style="red", markup=False)
+    return not (why or summary["assets"]["failed"])
 
 
 def _matched(summary: dict[str, Any]) -> dict[str, Any] | None:

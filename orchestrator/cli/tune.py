@@ -33,6 +33,7 @@ from orchestrator.tuning.verdict import (
     read_judged,
     said_of_defaults,
 )
+from workers.paths import own_path
 from workers.tuning.outcome import JUDGED_NAME
 from workers.tuning.plan import Plan, TuneError, forget_untrained, read_plan, write_plan
 
@@ -69,7 +70,7 @@ def tune(
     About a fifth of the annotated images is not used to teach. On it the decoder is judged before and after. NAME
     becomes a model only when it is better. Exits 1 when it is not. After Ctrl-C the same command goes on.
     """
-    folder = out or Path(f"tune-{name}")
+    folder = own_path(out or f"tune-{name}")
     engine = deployment_engine(statement_timeout_seconds=0)
     found, _ = read_job(engine, job)
     require_free_name(name)

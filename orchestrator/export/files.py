@@ -34,9 +34,9 @@ def beside(out: Path) -> Iterator[Path]:
 
     A reader sees the old file or the complete new one. Raises FileExistsError when `out` is a folder or a device.
     """
-    target = out.resolve()
-    if target.exists() and not target.is_file():
+    if out.exists() and not out.is_file():  # asked before links are followed: that of /dev/stdout leads to no name
         raise FileExistsError(f"{out}: expected the name of a file")
+    target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{os.getpid()}.{target.name[-200:]}.partial")
     try:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from db.jobs import Counts, Job
@@ -24,6 +23,7 @@ from orchestrator.export.processes import PartWriter, part_ranges, write_parts_a
 from orchestrator.export.selection import Selection
 from orchestrator.export.yolo import export_yolo
 from workers.errors import AssetError
+from workers.paths import own_path
 
 _PART_ASSETS = 100_000  # of Parquet, which always comes in parts
 
@@ -92,7 +92,8 @@ class Question:
             written = self._write_parts(db, job, counts, out)
         else:
             assets = self._told(self.selection.assets(db, job), 0)
-            written = Written(notes=self._writer(db, job, labels=self._class_names(db, job))(Path(out), assets) or [])
+            write = self._writer(db, job, labels=self._class_names(db, job))
+            written = Written(notes=write(own_path(out), assets) or [])
         return (
             written
             if self.selection.keys is None

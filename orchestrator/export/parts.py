@@ -23,6 +23,7 @@ from db.results import LabeledAsset
 from orchestrator.export.errors import ExportError
 from orchestrator.export.files import alone_in
 from workers.errors import AssetError, ErrorKind
+from workers.paths import own_path
 from workers.storage.objects import open_objects
 from workers.storage.place import Objects
 
@@ -101,7 +102,7 @@ def open_parts(out: str, request: dict[str, Any]) -> Iterator[Parts]:
         with TemporaryDirectory(prefix="maskfleet-export-") as staging:
             yield _begun(Parts(place, Path(staging), request, bucket=out), out)
         return
-    folder = Path(out).expanduser().absolute()
+    folder = own_path(out).absolute()
     if folder.exists() and not folder.is_dir():
         raise ExportError(f"{out}: is a file; an export in parts needs a folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from importlib.util import find_spec
-from pathlib import Path
 
 from db import jobs, processes
 from db.processes import Process
@@ -22,6 +21,7 @@ from orchestrator.terminal.console import printable
 from workers.errors import SourceError, TransientError, redact
 from workers.models.files import is_present, weights_dir
 from workers.models.registry import find_model, known_models
+from workers.paths import own_path
 from workers.storage.client import endpoint_error, has_credentials
 from workers.storage.source import open_source
 
@@ -188,7 +188,7 @@ def _source(given: str | None, fleet: _Fleet | None) -> Finding:
     if source is None:
         remedy = "`maskfleet doctor s3://bucket/prefix` tries one"
         return Finding(what="source", ok=None, found="no bucket is known to try the credentials on", remedy=remedy)
-    where = source if "://" in source else str(Path(source).expanduser().absolute())
+    where = source if "://" in source else str(own_path(source).absolute())
     said = printable(redact(where))
     try:
         open_source(where, s3_endpoint=settings().s3_endpoint).check()

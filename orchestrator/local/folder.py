@@ -16,6 +16,7 @@ from typing import IO
 from db.session import migration_of, newest_migration, open_engine
 from db.settings import settings
 from orchestrator.local.postgres import EmbeddedPostgres, remove_sockets
+from workers.paths import own_path
 
 
 class NoFolderError(RuntimeError):
@@ -24,7 +25,7 @@ class NoFolderError(RuntimeError):
 
 def state_dir_of(out: Path) -> Path:
     """Where `run` keeps the state of an OUT folder."""
-    return settings().state_dir or out / ".maskfleet"
+    return own_path(settings().state_dir or out / ".maskfleet")
 
 
 def is_folder(job: str) -> bool:

@@ -13,6 +13,7 @@ from workers.class_names import decode_text, shallow
 from workers.detectors.detector import AskedDetector
 from workers.detectors.files import examine, require_classes
 from workers.detectors.kinds import DetectorError, DetectorKind
+from workers.paths import own_path
 from workers.prompts import Prompt, PromptError, parse_prompt
 
 # A phrase's boxes score lower than a class's. Grounding DINO's and OWLv2's authors ask for 0.25 to 0.4 and 0.1 to 0.3.
@@ -70,7 +71,7 @@ def read_label_map(path: Path) -> dict[str, str | None]:
     Raises DetectorError with the first bad entry.
     """
     try:
-        text = shallow(decode_text(path.read_bytes()))
+        text = shallow(decode_text(own_path(path).read_bytes()))
         value = yaml.load(text, Loader=_WordsOrNull)  # noqa: S506  it makes text and null
     except OSError as error:
         raise DetectorError(f"{path}: cannot be read ({error.strerror}); expected a label map") from error

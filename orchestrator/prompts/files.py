@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from db.texts import is_storable_key, storable
@@ -26,6 +25,7 @@ from orchestrator.prompts.entries import BadEntry, Entry, PassedOver, PromptFile
 from orchestrator.prompts.json_items import items
 from workers.errors import AssetError, ErrorKind, redact
 from workers.models.spec import ModelSpec
+from workers.paths import own_path
 from workers.prompts import Prompt, PromptError, PromptKind, parse_prompt, takes
 from workers.storage.source import open_source
 
@@ -172,7 +172,7 @@ def _open(address: str, s3_endpoint: str | None) -> Iterator[IO[bytes] | None]:
         with tempfile.TemporaryFile() as copy:
             yield copy if _download(address, copy, s3_endpoint) else None
         return
-    path = Path(address).expanduser()
+    path = own_path(address)
     try:
         if path.is_dir():
             yield None
@@ -183,7 +183,13 @@ def _open(address: str, s3_endpoint: str | None) -> Iterator[IO[bytes] | None]:
             f"{address}: cannot be read ({error.strerror}); expected a prompt file or folder"
         ) from error
     with file:
-        yield file
+        if file.seekable():
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:  # of a pipe, such as a shell's <(…): readers go back to the start
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            yield copy
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.prompts.entries import BadEntry, Entry, PassedOver, PromptFileError, Reader, shown
@@ -25,6 +24,7 @@ from orchestrator.prompts.yolo_names import (
 )
 from workers.class_names import decode_text
 from workers.errors import AssetError, TransientError
+from workers.paths import own_path
 from workers.prompts import PromptError
 from workers.storage.asset import Source
 from workers.storage.source import open_source
@@ -39,7 +39,7 @@ def read(address: str, *, source: str, s3_endpoint: str | None) -> Reader:
 
     Raises PromptFileError if there is no label file below, SourceError if the folder cannot be listed.
     """
-    folder = address if "://" in address else str(Path(address).expanduser().absolute())
+    folder = address if "://" in address else str(own_path(address).absolute())
     labels = open_source(folder, s3_endpoint=s3_endpoint)
     data_sets = read_data_sets(folder.rstrip("/"), labels, s3_endpoint)
     entries = _entries(labels, folder.rstrip("/"), source.rstrip("/"), data_sets)

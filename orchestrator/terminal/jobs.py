@@ -142,19 +142,22 @@ def report_as_json(report: JobReport) -> dict[str, Any]:
     return document
 
 
-def print_job(console: Console, report: JobReport) -> None:
-    """One job's page: its progress, what was left out, what went wrong, and how to fix it."""
+def print_job(console: Console, report: JobReport, *, called: str, by_folder: bool) -> None:
+    """One job's page: its progress, what was left out, what went wrong, and how to fix it.
+
+    called: the job as the next command is to name it. by_folder: it is the job of a `maskfleet run`.
+    """
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")  # a long address goes on in the next line; by default it would be cut
     for name, value in _job_rows(report).items():
         if value:
             table.add_row(name, Text(printable(value)))
     console.print(table)
     if report.failed:
         console.print(failed_table(report.failed))
-    for line in _what_to_do(report.job, report.counts, shown_failed=bool(report.failed)):
-        console.print(line, style="dim", highlight=False)
+    for line in _what_to_do(report, called, by_folder=by_folder):
+        console.print(printable(line), style="dim", markup=False, highlight=False)
 
 
 def _job_rows(report: JobReport) -> dict[str, str]:
@@ -203,12 +206,14 @@ def _note(job: Job, counts: Counts) -> str:
     return ", ".join(parts)
 
 
-def _what_to_do(job: Job, counts: Counts, *, shown_failed: bool) -> list[str]:
-    lines = []
-    if counts.failed and not shown_failed:
-        lines.append(f"maskfleet show {job.id} --failed    lists the failed assets with their reasons")
+def _what_to_do(report: JobReport, called: str, *, by_folder: bool) -> list[str]:
+    job, counts, lines = report.job, report.counts, []
+    if counts.failed and not report.failed:
+        lines.append(f"maskfleet show {called} --failed    lists the failed assets with their reasons")
     if counts.failed and job.state in (JobState.DONE, JobState.PAUSED):
-        lines.append(f"maskfleet retry {job.id}    tries the failed assets again")
+        with_what = ", with the same `maskfleet run`" if by_folder else ""
+        lines.append(f"maskfleet retry {called}    tries the failed assets again{with_what}")
     if job.state in (JobState.CANCELLED, JobState.FAILED, JobState.PAUSED):
-        lines.append(f"maskfleet resume {job.id}    goes on where it stopped")
+        goes_on = "the same `maskfleet run`" if by_folder else f"maskfleet resume {called}"
+        lines.append(f"{goes_on}    goes on where it stopped")
     return lines

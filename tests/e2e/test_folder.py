@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -21,15 +22,17 @@ from db.session import open_engine
 from orchestrator.local.folder import folder_database, state_dir_of
 from tests.deployment import draw_pictures
 from tests.e2e.test_run import MASKFLEET, RUN, environment, run
+from tests.narrow_terminal import shown_in_a_terminal
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.integration
 
 
-def call(*words: str | Path, code: int = 0) -> str:
+def call(*words: str | Path, code: int = 0, both: bool = False, **settings: str) -> str:
+    """What a command printed: on stdout, if anything, else on stderr. both: on stdout and then on stderr."""
     done = subprocess.run(
         [*MASKFLEET, *map(str, words)],
-        env=environment(),
+        env=environment(**settings),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -37,7 +40,7 @@ def call(*words: str | Path, code: int = 0) -> str:
         check=False,
     )
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
-    return done.stdout or done.stderr
+    return done.stdout + done.stderr if both else done.stdout or done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,74 @@ def test_a_finished_run_is_shown_and_exported_by_its_folder(out: Path, tmp_path:
     assert_server_ends(out)
 
 
+def test_the_commands_that_are_named_for_a_folders_job_name_its_folder(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 1), tmp_path / "my out"
+    (source / "half.jpg").write_bytes(b"a text")
+    run(source, "--out", out, "--model", "stub", code=1)
+
+    shown = call("show", out)
+    watched = call("watch", out, code=1, both=True)
+    call("retry", out)
+    cancelled = call("cancel", out)
+    stopped = call("show", out)
+    resumed = call("resume", out)
+
+    assert f"maskfleet show '{out}' --failed " in shown
+    assert f"maskfleet retry '{out}'    tries the failed assets again, with the same `maskfleet run`" in shown
+    assert f"maskfleet gallery '{out}' --out look " in watched
+    assert cancelled.strip() == "job 1 is cancelled; the same `maskfleet run` goes on"
+    assert "the same `maskfleet run`    goes on where it stopped" in stopped
+    assert resumed.strip() == "job 1 goes on with the same `maskfleet run`"
+
+
+def test_a_long_source_is_shown_whole_in_a_terminal(tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / ("long" * 30), 1)
+    run(source, "--out", tmp_path / "out", "--model", "stub")
+
+    assert str(source) in shown_in_a_terminal("show", tmp_path / "out", environment=environment())
+
+
+def test_a_number_without_a_deployment_is_answered_with_how_a_run_is_named() -> None:
+    assert "`maskfleet run`, whose jobs are named by their folder, not by a number" in call("show", "1", code=2)
+
+
+def test_an_empty_job_is_not_this_folder(out: Path) -> None:
+    done = subprocess.run(
+        [*MASKFLEET, "delete", "", "--yes"], env=environment(), capture_output=True, text=True, cwd=out, check=False
+    )
+
+    assert (done.returncode, "JOB is empty" in done.stderr) == (2, True)
+
+
+def test_a_terminal_without_a_keys_letters_shows_escapes_and_json_stays_json(tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / "übung", 1)
+    run(source, "--out", tmp_path / "out", "--model", "stub")
+
+    page = call("show", tmp_path / "out", PYTHONIOENCODING="ascii")
+    document = json.loads(call("show", tmp_path / "out", "--json", PYTHONIOENCODING="ascii"))
+
+    assert "\\xfcbung" in page
+    assert document["source"] == str(source)
+
+
+def test_an_export_into_a_pipe_is_refused_in_a_line(out: Path) -> None:
+    said = call("export", out, "--format", "coco", "--out", "/dev/stdout", code=2)
+
+    assert said.strip() == "maskfleet: /dev/stdout: expected the name of a file"
+
+
+def test_a_home_that_no_shell_put_in_is_meant_everywhere(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text("gone.jpg")
+    home = {"HOME": str(tmp_path)}
+
+    run(out.parent / "pictures", "--out=~/again", "--model", "stub", code=1, cwd=tmp_path, **home)
+    call("export", "~/again", "--format", "coco", "--out=~/coco.json", "--keys=~/keys.txt", **home)
+    call("gallery", out, "--out=~/look", **home)
+
+    assert {path.name for path in tmp_path.iterdir()} == {"keys.txt", "again", "coco.json", "look"}
+    assert (tmp_path / "again" / "coco.json").is_file()
+
+
 def test_a_gallery_of_a_folder_shows_its_pictures_and_what_failed(out: Path, tmp_path: Path) -> None:
     told = call("gallery", out, "--out", tmp_path / "look", "--sample", "1")
     typo = call("gallery", out, "--out", tmp_path / "typo", "--label", "dgo", code=2)
@@ -110,9 +181,14 @@ def test_the_options_of_export_choose_what_is_written(out: Path, tmp_path: Path)
 
     told = call("export", out, "--format", "parquet", "--out", tmp_path / "parquet", *options)
     typo = call("export", out, "--format", "parquet", "--out", tmp_path / "typo", "--label", "dgo", code=2)
+    (tmp_path / "keys.gz").write_bytes(gzip.compress(b"half.jpg", mtime=0))
+    packed = call(
+        "export", out, "--format", "coco", "--out", tmp_path / "coco.json", "--keys", tmp_path / "keys.gz", code=2
+    )
 
     assert "2 keys are no labeled asset" in told
     assert "has object" in typo
+    assert "keys.gz: no line of it is a key" in packed
     masks = pq.read_table(tmp_path / "parquet" / "masks").to_pylist()
     assert {mask["key"] for mask in masks} == {key}
     assets = pq.read_table(tmp_path / "parquet" / "assets").to_pylist()
@@ -126,7 +202,7 @@ def test_failed_assets_of_a_folder_run_again_with_the_next_run(tmp_path: Path) -
     draw_pictures(tmp_path / "other", 1)
     (source / "half.png").write_bytes((tmp_path / "other" / "0000.png").read_bytes())
 
-    assert "1 assets of job 1 run again" in call("retry", tmp_path / "out")
+    assert "1 assets of job 1 run again with the same `maskfleet run`" in call("retry", tmp_path / "out")
     run(source, "--out", tmp_path / "out", "--model", "stub")
 
 

@@ -163,6 +163,25 @@ def test_a_run_of_another_request_leaves_a_stopped_one_alone_and_its_own_command
     assert (own["job"], own["assets"]["labeled"]) == (1, 24)
 
 
+def test_a_run_that_is_cancelled_says_what_is_left_and_is_no_success(tmp_path: Path) -> None:
+    source, out = draw_pictures(tmp_path / "pictures", 12), tmp_path / "out"
+    settings = {"MASKFLEET_CHUNK_SIZE": "2", "MASKFLEET_BATCH_SIZE": "2"}
+    command = [*RUN, source, "--out", out, "--model", "stub"]
+    slow = environment(**settings, MASKFLEET_STUB_SECONDS="1")
+    with subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        wait_for(lambda: labeled_so_far(out) >= 1, "a finished chunk")
+        subprocess.run([*MASKFLEET, "cancel", out], env=environment(), check=True)
+        printed, said = running.communicate(timeout=120)
+
+    left = json.loads((out / "summary.json").read_text())["pending"]
+    assert left > 0
+    assert running.returncode == 1
+    assert f"0 failed, {left} left, in " in printed
+    assert f"the job was cancelled, and {left} assets are left; the same command goes on" in said
+    again = json.loads(run(source, "--out", out, "--model", "stub", "--json", **settings).stdout)
+    assert (again["job"], again["pending"], again["assets"]["labeled"]) == (1, 0, 12)
+
+
 def test_two_runs_at_once_do_not_disturb_each_other_and_one_folder_takes_one(tmp_path: Path) -> None:
     source = draw_pictures(tmp_path / "pictures", 6)
     outs = [tmp_path / "a", tmp_path / "b"]
@@ -228,6 +247,14 @@ def test_a_fast_job_is_encoded_fast_too(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["masks"] == 2 * 3
 
 
+def test_a_folder_whose_name_looks_like_a_users_home_is_that_folder(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "~old", 1)
+
+    dry = run("~old", "--out", "~out", "--model", "stub", "--dry-run", cwd=tmp_path)
+
+    assert dry.stdout.startswith("1 assets")
+
+
 def test_a_dry_run_says_what_would_be_taken_and_leaves_nothing(tmp_path: Path) -> None:
     source, out = draw_pictures(tmp_path / "pictures", 3), tmp_path / "out"
     (source / "notes.txt").touch()
@@ -248,6 +275,7 @@ def test_a_dry_run_says_what_would_be_taken_and_leaves_nothing(tmp_path: Path) -
         ([".", "--param", "points_per_side"], "name=value"),
         (["ftp://somewhere"], "s3://bucket/prefix"),
         ([".", "--label", " "], "--label: it is empty"),
+        ([""], "SOURCE is empty"),
     ],
 )
 def test_wrong_usage_is_said_in_a_line_before_anything_starts(tmp_path: Path, words: list[str], said: str) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,17 @@ def stored(found: PromptFile) -> list[tuple[str, list[dict[str, Any]]]]:
 
 
 BOX = {"box_xyxy": [1.0, 2.0, 3.0, 4.0]}
+
+
+def test_a_pipe_is_read_as_a_file_is(tmp_path: Path) -> None:
+    written = write(tmp_path / "p.jsonl", {"key": "a.jpg", "prompts": [BOX]})
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(written.read_bytes()))
+    writer.start()
+
+    assert stored(read(pipe)) == stored(read(written))
+    writer.join()
 
 
 def test_bad_lines_are_reported_with_file_and_line_and_stop_nothing_else(tmp_path: Path) -> None:

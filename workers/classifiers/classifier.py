@@ -15,6 +15,7 @@ from workers.classifiers.asked import AskedClassifier, Classified, ClassifierErr
 from workers.models.files import weights_dir
 from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.models.loading import require_libraries
+from workers.paths import own_path
 
 if TYPE_CHECKING:  # NumPy and Pillow, for commands that never see a pixel
     from workers.images.pixels import RgbImage
@@ -43,7 +44,7 @@ def examine(name: str) -> tuple[str, str]:
 
     Local files are read completely. Raises ClassifierError, which says what was found and what to do.
     """
-    path = Path(name).expanduser()
+    path = own_path(name)
     if path.exists():
         return str(path.absolute()), _identity(name, path)
     kept = weights_dir() / name

@@ -16,6 +16,7 @@ from workers.detectors.onnx_names import classes_file, onnx_classes
 from workers.models.files import weights_dir
 from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.models.loading import require_libraries
+from workers.paths import own_path
 
 _NAMED = 12  # class names in a message
 
@@ -43,7 +44,7 @@ def examine(name: str) -> DetectorFiles:
 
     Local files are read completely, for their identity. Raises DetectorError, which says what was found and what to do.
     """
-    path = Path(name).expanduser()
+    path = own_path(name)
     if path.exists():
         return _examine_local(str(path.absolute()), path)
     kept = weights_dir() / name

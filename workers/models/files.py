@@ -12,6 +12,7 @@ from typing import Any
 from db.settings import settings
 from workers.models.folders import checkpoint_files, has_weights, identity
 from workers.models.spec import ModelSpec, WeightsError
+from workers.paths import own_path
 
 
 def weights_path(spec: ModelSpec) -> Path:
@@ -30,7 +31,7 @@ def weights_dir() -> Path:
     """The folder of pulled weights: MASKFLEET_WEIGHTS_DIR, else maskfleet/weights in the user's cache folder."""
     configured = settings().weights_dir
     if configured is not None:
-        return configured.expanduser()
+        return own_path(configured)
     # By the XDG rules a relative or empty XDG_CACHE_HOME is ignored.
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = xdg if xdg.is_absolute() else Path.home() / ".cache"

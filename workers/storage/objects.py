@@ -15,6 +15,7 @@ from typing import IO
 
 from db.settings import settings
 from workers.errors import AssetError, ErrorKind, SourceError, TransientError
+from workers.paths import own_path
 from workers.storage.asset import Counted
 from workers.storage.folder import Folder, file_error
 from workers.storage.place import Objects, StoredObject
@@ -29,7 +30,7 @@ def open_objects(place: str) -> Objects:
     """
     scheme, separator, rest = place.partition("://")
     if not separator:
-        return FolderObjects(Path(place).expanduser().absolute())
+        return FolderObjects(own_path(place).absolute())
     if scheme == "s3":
         from workers.storage.bucket_objects import BucketObjects  # here, because it loads boto3
 
