@@ -157,17 +157,34 @@ def judgeable(db: Connection, *, ls_project: LsProject) -> dict[int, str]:
     return {row.task_id: row.asset_uid for row in rows}
 
 
-def replace_annotations(db: Connection, *, annotations: Mapping[int, Sequence[AnnotationRow]]) -> None:
+def replace_annotations(
+    db: Connection, *, annotations: Mapping[int, Sequence[AnnotationRow]], changed_at: Mapping[int, datetime]
+) -> None:
     """Replace the annotations of these tasks (by ls_task id). An empty list removes all annotations of a task.
 
-    The tasks are locked first. When two readers write at once, the result is all from one of them, never a mixture.
+    changed_at: when Label Studio had last changed each task as it was read. When two readers write at once, the result
+    for a task is all from the one that read its newer state, for a slow one may write last.
     """
-    ids = sorted(annotations)
-    db.execute(text("SELECT 1 FROM ls_task WHERE id = ANY(:ids) ORDER BY id FOR UPDATE"), {"ids": ids})
+    ids = _lock_older(db, changed_at={ls_task_id: changed_at[ls_task_id] for ls_task_id in sorted(annotations)})
     db.execute(text("DELETE FROM ls_annotation WHERE ls_task_id = ANY(:ids)"), {"ids": ids})
     for ls_task_id in ids:
         for annotation in annotations[ls_task_id]:
             _insert_annotation(db, ls_task_id, annotation)
+
+
+def _lock_older(db: Connection, *, changed_at: Mapping[int, datetime]) -> list[int]:
+    """Lock these tasks, and note the state that each was read in. Returns those of which no newer state is stored."""
+    values = {"ids": list(changed_at), "moments": list(changed_at.values())}
+    db.execute(text("SELECT 1 FROM ls_task WHERE id = ANY(:ids) ORDER BY id FOR UPDATE"), values)
+    older = db.execute(
+        text(
+            """UPDATE ls_task SET changed_at = n.moment
+               FROM unnest(CAST(:ids AS bigint[]), CAST(:moments AS timestamptz[])) AS n (id, moment)
+               WHERE ls_task.id = n.id AND (changed_at IS NULL OR changed_at <= n.moment) RETURNING ls_task.id"""
+        ),
+        values,
+    )
+    return sorted(older.scalars())
 
 
 def _insert_annotation(db: Connection, ls_task_id: int, annotation: AnnotationRow) -> None:

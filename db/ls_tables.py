@@ -27,6 +27,8 @@ class LsTask(Base):
     asset_uid: Mapped[str]  # data.asset_id there: the first 16 hexadecimal digits of the sha256 of `uri`
     uri: Mapped[str]  # source and key as one address
     task_id: Mapped[int | None]  # Label Studio's; null until it is known
+    # When Label Studio had last changed the task, on its clock, as its annotations were read. Null: they were not.
+    changed_at: Mapped[datetime | None]
 
 
 class LsPrediction(Base):

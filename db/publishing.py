@@ -228,8 +228,8 @@ def set_task_ids(db: Connection, *, ls_project: LsProject, task_ids: dict[int, i
         ),
         values,
     )
-    # In two steps, because two of these rows may exchange their ids.
-    db.execute(text("UPDATE ls_task SET task_id = NULL WHERE id = ANY(:ids)"), values)
+    # In two steps, because two of these rows may exchange their ids. When another task had changed says nothing here.
+    db.execute(text("UPDATE ls_task SET task_id = NULL, changed_at = NULL WHERE id = ANY(:ids)"), values)
     db.execute(
         text(
             """UPDATE ls_task SET task_id = n.task_id

@@ -29,6 +29,7 @@ from workers.training.scenes import draw_scene
 
 LABEL = "thing"
 SCENE_HW = (192, 256)
+READ_AT = datetime(2026, 11, 26, tzinfo=UTC)
 
 
 def draw_scenes(folder: Path, count: int) -> list[list[BoolMask]]:
@@ -77,7 +78,7 @@ def plant_review(
             tasks[asset.key]: [_annotation(n, asset.id, model_version, masks, label)]
             for n, (asset, masks) in enumerate(zip(assets, scenes, strict=True))
         }
-        annotations.replace_annotations(db, annotations=rows)
+        annotations.replace_annotations(db, annotations=rows, changed_at=dict.fromkeys(rows, READ_AT))
         found = jobs.get_job(db, job_id=job.id)
     assert found is not None
     return found
@@ -166,7 +167,7 @@ def _annotation(n: int, asset_id: int, version: str, masks: list[BoolMask], labe
         standing=AnnotationStatus.CHOSEN,
         ground_truth=False,
         lead_seconds=10.0,
-        updated_at=datetime(2026, 11, 26, tzinfo=UTC),
+        updated_at=READ_AT,
         model_version=version,
         asset_id=asset_id,
         regions=regions,

@@ -136,6 +136,7 @@ def _of_tasks(db: Connection, filled: Filled, middle: int) -> Given:
         "asset_uid": one.asset_uid,
         "asset_uids": [row.asset_uid for row in rows],
         "annotations": {one.id: [annotation]},
+        "changed_at": {one.id: now},
         "watermark": now,
         "click": click,
         "x": 5,

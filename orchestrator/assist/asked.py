@@ -69,7 +69,7 @@ def read_asked(body: bytes) -> Asked | None:
     try:
         document = orjson.loads(body)
         return _asked(document)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError):
         return None
 
 
@@ -154,6 +154,8 @@ def _ids(made: Iterable[Region]) -> Iterable[str]:
 
 
 def _percent(value: float) -> float:
+    if math.isnan(value):  # of numbers so large that they were computed to infinity
+        raise ValueError("not a number")
     return min(max(value, 0.0), 100.0)
 
 

@@ -19,14 +19,13 @@ def pick_mask(db: Connection, *, asset_id: int, prompt: Prompt, size_hw: Hw) -> 
     """The smallest stored mask that holds all inside points and no outside point. A box alone: the mask that fits it.
 
     If no mask holds all points, the newest inside point decides: the smallest mask that holds it, else the smallest
-    whose box holds it. With a box and points, only the points count. prompt: in pixels. None: no mask is there.
+    whose box holds it. With a box and points inside, only the points count; with points outside alone, only the box: no
+    answer would take the box's own from the reviewer's screen. prompt: in pixels. None: no mask is there.
     """
-    if not prompt.points:
-        return None if prompt.box_xyxy is None else clicks.mask_of_box(db, asset_id=asset_id, box_xyxy=prompt.box_xyxy)
     inside = [point for point in prompt.points if point[2]]
     outside = [point for point in prompt.points if not point[2]]
     if not inside:
-        return None
+        return None if prompt.box_xyxy is None else clicks.mask_of_box(db, asset_id=asset_id, box_xyxy=prompt.box_xyxy)
     row, column = _pixel(inside[-1], size_hw)
     around = clicks.masks_around(db, asset_id=asset_id, x=column, y=row)
     boxed = holding = None

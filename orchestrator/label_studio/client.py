@@ -166,31 +166,40 @@ class LabelStudio:
         project_id: int,
         filters: Sequence[Mapping[str, Any]] = (),
         *,
-        any_of: bool = False,
         include: Sequence[str] = ("id", "data"),
         whole: bool = False,
-        ordering: Sequence[str] = ("tasks:id",),
+        ordering: Sequence[str] = (),
         page_size: int = _PAGE_SIZE,
     ) -> Iterator[dict[str, Any]]:
-        """Stream the tasks that pass all (or any) of the Data Manager's filters, with addresses as stored.
+        """Stream the tasks that pass all of the Data Manager's filters, with addresses as stored.
 
-        whole: with annotations, drafts and predictions. This is slow and large: a hundred tasks of 50 brushes are
-        12 MB. If a task stops passing the filter while pages are fetched, a later task is skipped.
+        They come in the order of their ids, and each page begins behind the last id. So no task is skipped when others
+        are deleted, or stop passing the filters, while pages are fetched. With another `ordering` a task may be.
+        include: fields, `id` among them. whole: with annotations, drafts and predictions. This is slow and large: a
+        hundred tasks of 50 brushes are 12 MB.
         """
-        query = {
-            "filters": {"conjunction": "or" if any_of else "and", "items": [dict(item) for item in filters]},
-            "ordering": list(ordering),
-        }
-        params = {
+        params: dict[str, Any] = {
             "project": project_id,
-            "query": json.dumps(query, separators=(",", ":"), ensure_ascii=False),
             "fields": "all" if whole else "task_only",
             "resolve_uri": "false",
             "page_size": page_size,
         }
         if include and not whole:
             params["include"] = ",".join(include)
-        return self._http.pages("/api/tasks/", params, key="tasks")
+        if ordering:
+            return self._http.pages("/api/tasks/", params | {"query": _query(filters, ordering)}, key="tasks")
+        return self._tasks_by_id(params, filters)
+
+    def _tasks_by_id(self, params: dict[str, Any], filters: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        behind: list[Mapping[str, Any]] = []
+        while True:
+            query = _query([*filters, *behind], ["tasks:id"])
+            found = self._http.read("GET", "/api/tasks/", params=params | {"query": query, "page": 1})
+            yield from found["tasks"]
+            if not found["tasks"] or len(found["tasks"]) >= found["total"]:
+                return
+            last = found["tasks"][-1]["id"]
+            behind = [{"filter": "filter:tasks:id", "operator": "greater", "type": "Number", "value": last}]
 
     def get_task(self, task_id: int) -> dict[str, Any]:
         """One task, whole, addresses as stored."""
@@ -293,6 +302,12 @@ def pause_seconds(attempt: int, error: Unavailable) -> float:
 def has_asset_id(asset_ids: Sequence[str]) -> dict[str, Any]:
     """The Data Manager's filter for tasks of these data.asset_id."""
     return {"filter": _ASSET_ID, "operator": "in_list", "type": "List", "value": list(asset_ids)}
+
+
+def _query(filters: Sequence[Mapping[str, Any]], ordering: Sequence[str]) -> str:
+    items = [dict(item) for item in filters]
+    query = {"filters": {"conjunction": "and", "items": items}, "ordering": list(ordering)}
+    return json.dumps(query, separators=(",", ":"), ensure_ascii=False)
 
 
 def _has_version(model_version: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.label_studio.config_xml import read_config, write_config
 from orchestrator.label_studio.errors import LabelStudioError
 from orchestrator.label_studio.names import (
     BRUSH_CONTROL,
@@ -154,7 +155,7 @@ def faults(controls: Controls, prediction: Mapping[str, Any]) -> list[str]:
 
 def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[str]) -> str:
     """Add the lines of `missing_lines` to a config, and change nothing else."""
-    root = ElementTree.fromstring(label_config)  # noqa: S314  as above
+    root = read_config(label_config)
     controls = find_controls(label_config)
     for kind in kinds:
         control = controls.by_kind.get(kind)
@@ -166,8 +167,7 @@ def merge_config(label_config: str, *, kinds: Iterable[str], labels: Sequence[st
         for label in labels:
             if control is None or label not in control.labels:
                 ElementTree.SubElement(element, "Label", {"value": label, "background": label_colour(label)})
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode")
+    return write_config(root, label_config)
 
 
 def _region_faults(controls: Controls, region: Mapping[str, Any]) -> Iterable[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 
+from orchestrator.label_studio.config_xml import read_config, write_config
 from orchestrator.label_studio.names import BOX_CONTROL, CLICK_CONTROL, PICK_CONTROL, PROMPT_LABELS
 from orchestrator.shapes.colours import label_colour
 
@@ -41,7 +42,7 @@ def add_prompt_controls(label_config: str, labels: Sequence[str], *, image_name:
     Other controls are no longer smart: in Label Studio each is, unless its tag says otherwise. Raises ValueError if
     another tag has one of the names.
     """
-    root = ElementTree.fromstring(label_config)  # noqa: S314  as above
+    root = read_config(label_config)
     before = ElementTree.tostring(root)
     for element in root.iter():
         if element.tag in _RESULT_TAGS:
@@ -61,8 +62,7 @@ def add_prompt_controls(label_config: str, labels: Sequence[str], *, image_name:
             ElementTree.SubElement(root, tag, attributes)
     if ElementTree.tostring(root) == before:
         return label_config
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode")
+    return write_config(root, label_config)
 
 
 def _insert_before_results(root: ElementTree.Element, row: ElementTree.Element) -> None:

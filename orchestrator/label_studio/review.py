@@ -37,6 +37,7 @@ from db.publishing import LsProject
 from db.results import StoredMask
 from db.session import Engine
 from db.states import AnnotationStatus
+from db.texts import is_storable
 from orchestrator.label_studio.client import LabelStudio, has_asset_id
 from orchestrator.label_studio.names import RegionKind
 from orchestrator.label_studio.prompt_controls import prompt_controls
@@ -45,9 +46,10 @@ from orchestrator.label_studio.verdicts import annotator, base_prediction, choos
 from workers.stored_masks import mask_of_row
 
 _PAGE = 20  # whole tasks; one with 150 brush masks is 2 MB
+_MOST_SECONDS = 1e9  # thirty years
 # A change may be committed after another change with a later time.
 _OVERLAP = timedelta(minutes=1)
-_KINDS: Mapping[str, RegionKind] = {"brushlabels": "brush", "rectanglelabels": "rectangle"}
+_KINDS: Mapping[str, RegionKind] = {"polygon": "polygon", "brush": "brush", "rectangle": "rectangle"}
 
 
 def pull(
@@ -55,15 +57,12 @@ def pull(
 ) -> int:
     """Read what changed in a project since the last time. Returns how many tasks were read.
 
-    One page is read at a time, so memory does not grow with the project. Tasks come in the order of their ids, and no
-    task stops passing the filter while people work on it. So no task is skipped between two pages, unless one was
-    deleted meanwhile: then the next time begins where this one did. Reading again does no harm. If an annotated task's
-    prediction is not known yet (still `sending`, or imported by hand), the task is stored, and read again when the
-    prediction is known.
+    One page is read at a time, so memory does not grow with the project. No task is skipped between two pages, also
+    when tasks are added or deleted meanwhile. Reading again does no harm. If an annotated task's prediction is not
+    known yet (still `sending`, or imported by hand), the task is stored, and read again when the prediction is known.
     """
     ls_project = LsProject(client.url, project_id)
-    project = client.get_project(project_id)
-    prompts = prompt_controls(project.label_config)
+    prompts = prompt_controls(client.get_project(project_id).label_config)
     last = next(
         iter(client.list_tasks(project_id, include=("id", "updated_at"), ordering=("-tasks:updated_at",), page_size=1)),
         None,
@@ -73,20 +72,18 @@ def pull(
     newest = datetime.fromisoformat(last["updated_at"])
     with engine.begin() as db:
         seen = watermark(db, ls_project=ls_project)
-    filters = _changed_since(newest) if seen is None else _changed_since(seen - _OVERLAP)[:1]
     count = 0
-    page: list[dict[str, Any]] = []
-    for task in client.list_tasks(project_id, filters, any_of=True, whole=True, page_size=_PAGE):
-        page.append(task)
-        if len(page) == _PAGE:
-            count += _store(engine, ls_project, page, prompts)
-            progress(count)
-            page = []
-    count += _store(engine, ls_project, page, prompts)
+    for filters in _passes(seen, newest):
+        page: list[dict[str, Any]] = []
+        for task in client.list_tasks(project_id, filters, whole=True, page_size=_PAGE):
+            page.append(task)
+            if len(page) == _PAGE:
+                count += _store(engine, ls_project, page, prompts)
+                progress(count)
+                page = []
+        count += _store(engine, ls_project, page, prompts)
     count += _read_again(engine, client, ls_project, prompts)
     progress(count)
-    if client.get_project(project_id).task_count < project.task_count:
-        return count
     with engine.begin() as db:
         set_watermark(db, ls_project=ls_project, watermark=newest)
     return count
@@ -131,7 +128,7 @@ def judge_task(
                 annotator=annotator(annotation),
                 standing=status,
                 ground_truth=bool(annotation.get("ground_truth")),
-                lead_seconds=annotation.get("lead_time"),
+                lead_seconds=_lead_seconds(annotation),
                 updated_at=datetime.fromisoformat(annotation["updated_at"]),
                 model_version=version if asset_id is not None else None,
                 asset_id=asset_id,
@@ -140,6 +137,12 @@ def judge_task(
             )
         )
     return rows
+
+
+def _lead_seconds(annotation: Mapping[str, Any]) -> float | None:
+    """How long it took. None where it is not known: Label Studio takes any number that a script sends."""
+    seconds = annotation.get("lead_time")
+    return seconds if seconds is not None and 0 <= seconds <= _MOST_SECONDS else None
 
 
 def _version_of_picks(annotation: Mapping[str, Any], known: KnownTask) -> tuple[str | None, int | None]:
@@ -161,8 +164,9 @@ def _picked(
     for region in after:
         own, kind = (str(region.get(name)) for name in ("id", "type")) if isinstance(region, Mapping) else ("", "")
         n = mask_ordinal(own, asset_id)
-        if n is not None and own not in shown and own == f"m{asset_id}-{n}":
-            kinds[n] = _KINDS.get(kind, "polygon")
+        drawn_as = _KINDS.get(kind.removesuffix("labels"))  # not in a result about the region, such as a choice
+        if n is not None and drawn_as is not None and own not in shown and own == f"m{asset_id}-{n}":
+            kinds[n] = drawn_as
     size_hw = known.size_of(asset_id)
     if not kinds or size_hw is None:
         return []
@@ -209,17 +213,18 @@ def _read_again(engine: Engine, client: LabelStudio, ls_project: LsProject, prom
 def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, Any]], prompts: Collection[str]) -> int:
     """Judge a page of tasks and replace their stored annotations. Tasks of others are left out."""
     named = [(str(task["data"]["asset_id"]), task) for task in tasks if "asset_id" in task["data"]]
+    named = [(uid, task) for uid, task in named if is_storable(uid)]
     with engine.begin() as db:
         known = known_tasks(db, ls_project=ls_project, asset_uids=[uid for uid, _ in named])
+        ours = [(known[uid], task) for uid, task in named if uid in known and known[uid].task_id == task["id"]]
         judged = {
-            known[uid].ls_task_id: judge_task(
+            one.ls_task_id: judge_task(
                 task,
-                known[uid],
+                one,
                 prompts=prompts,
                 stored_masks=lambda asset_id, numbers: masks_by_number(db, asset_id=asset_id, numbers=numbers),
             )
-            for uid, task in named
-            if uid in known and known[uid].task_id == task["id"]
+            for one, task in ours
         }
     waiting = {
         task["id"]: uid
@@ -227,18 +232,23 @@ def _store(engine: Engine, ls_project: LsProject, tasks: Sequence[Mapping[str, A
         if task.get("annotations") and not (uid in known and known[uid].is_whole and known[uid].task_id == task["id"])
     }
     with engine.begin() as db:
-        replace_annotations(db, annotations=judged)
+        changed_at = {one.ls_task_id: datetime.fromisoformat(task["updated_at"]) for one, task in ours}
+        replace_annotations(db, annotations=judged, changed_at=changed_at)
         remember_unjudged(db, ls_project=ls_project, asset_uids=waiting)
         forget_unjudged(db, ls_project=ls_project, task_ids=[t["id"] for _, t in named if t["id"] not in waiting])
     return len(judged)
 
 
-def _changed_since(moment: datetime) -> list[dict[str, Any]]:
-    """Filters; a task passes if any matches: changed at or after the moment, annotated, skipped."""
+def _passes(seen: datetime | None, newest: datetime) -> list[list[dict[str, Any]]]:
+    """Filters for each pass over the project: what changed since it was read, at first whatever anybody worked on."""
+    if seen is not None:
+        return [[_changed_since(seen - _OVERLAP)]]
+    annotated = {"filter": "filter:tasks:total_annotations", "operator": "greater", "type": "Number", "value": 0}
+    skipped = {**annotated, "filter": "filter:tasks:cancelled_annotations"}
+    return [[annotated], [skipped, {**annotated, "operator": "equal"}], [_changed_since(newest)]]
+
+
+def _changed_since(moment: datetime) -> dict[str, Any]:
+    """The filter for tasks that were changed at or after the moment."""
     written = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the only form that Label Studio reads
-    worked_on = {"operator": "greater", "type": "Number", "value": 0}
-    return [
-        {"filter": "filter:tasks:updated_at", "operator": "greater_or_equal", "type": "Datetime", "value": written},
-        {"filter": "filter:tasks:total_annotations", **worked_on},
-        {"filter": "filter:tasks:cancelled_annotations", **worked_on},
-    ]
+    return {"filter": "filter:tasks:updated_at", "operator": "greater_or_equal", "type": "Datetime", "value": written}

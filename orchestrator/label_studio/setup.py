@@ -67,6 +67,7 @@ class SetUp:
 
 def make_project(client: LabelStudio, title: str, wanted: Wanted) -> SetUp:
     """Make a project with this title, or take the existing one."""
+    title = title.strip()  # as Label Studio stores it
     found = client.find_projects(title)
     if len(found) > 1:
         numbers = ", ".join(str(project.id) for project in found)

@@ -116,6 +116,19 @@ def test_without_an_embedding_points_and_boxes_are_answered_from_stored_masks(en
     assert iou(pixels_of(regions_of(by_box)), SMALL) > 0.95
 
 
+def test_without_an_embedding_a_click_with_alt_after_a_box_leaves_the_boxs_answer(
+    engine: Engine, asset: PublishedAsset
+):
+    """Without an answer, the suggestion would go from the reviewer's screen."""
+    service = assistant(engine)
+    of_box = service.answer(asset.body(asset.box(25, 45, 175, 195)))
+
+    of_both = service.answer(asset.body(asset.point(35, 120, own="o", inside=False)))
+
+    assert [region["id"] for region in regions_of(of_both)] == [f"m{asset.asset_id}-0"]
+    assert regions_of(of_both) == regions_of(of_box)
+
+
 @pytest.mark.parametrize("as_", ["auto", "polygon", "brush", "rectangle", "all"])
 def test_answers_have_the_wanted_kinds_and_fit_the_projects_config(
     engine: Engine, asset: PublishedAsset, as_: AnswerKind

@@ -86,7 +86,9 @@ def read(engine: Engine, version: str | None, asset_id: int, size_hw: tuple[int,
     with engine.begin() as db:
         known = annotations.known_tasks(db, ls_project=PROJECT, asset_uids=["a"])["a"]
         [row] = judge_task(task, known)
-        annotations.replace_annotations(db, annotations={known.ls_task_id: [row]})
+        annotations.replace_annotations(
+            db, annotations={known.ls_task_id: [row]}, changed_at={known.ls_task_id: row.updated_at}
+        )
     return row
 
 
@@ -132,7 +134,9 @@ def test_what_was_kept_of_a_deleted_jobs_masks_is_not_exported_as_nothing(engine
         kept = [replace(row.regions[0], verdict=Verdict.KEPT, iou=None, counts=None, bbox_xywh=None, area_px=None)]
         stamp = datetime(2026, 11, 26, tzinfo=UTC)
         annotations.replace_annotations(
-            db, annotations={known.ls_task_id: [replace(row, updated_at=stamp, regions=kept)]}
+            db,
+            annotations={known.ls_task_id: [replace(row, updated_at=stamp, regions=kept)]},
+            changed_at={known.ls_task_id: stamp},
         )
         assert len(reviewed_masks.chosen_masks(db, job_id=after.id, asset_ids=[its_asset])[its_asset]) == 1
     delete(engine, before)

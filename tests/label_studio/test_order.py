@@ -156,20 +156,18 @@ def test_a_reader_that_is_stopped_between_two_pages_reads_the_rest_the_next_time
     assert read_review(engine, job, LsProject(client.url, project.id)).assets.untouched == len(KEYS)
 
 
-def test_a_task_that_moved_to_a_page_already_read_because_another_was_deleted_is_read_the_next_time(
+def test_no_task_is_skipped_when_one_is_deleted_and_another_added_between_two_pages(
     engine: Engine, client: LabelStudio, label_studio: Server
 ) -> None:
     project, job = an_annotated_project(engine, client, label_studio)
     first = project.tasks()[KEYS[0]]["id"]
 
-    def delete(count: int) -> None:
+    def change(count: int) -> None:
         if count == 20:
             client.delete_task(first)
+            client.import_tasks(project.id, b'[{"data": {"image": "s3://bucket/by-hand.jpg"}}]')
 
-    pull(engine, client, project.id, progress=delete)
-    with engine.begin() as db:  # long after, when no overlap helps
-        db.execute(text("UPDATE ls_pull SET watermark = watermark + interval '5 minutes'"))
-    pull(engine, client, project.id)
+    pull(engine, client, project.id, progress=change)
 
     assert read_review(engine, job, LsProject(client.url, project.id)).assets.waiting == 0
 

@@ -16,6 +16,7 @@ _FENCING = "tests/integration/test_fencing.py"
 _TABLES = "tests/integration/test_mask_tables.py"
 _CHUNKS = "tests/integration/test_chunk_runs.py"
 _PUBLISH = "tests/label_studio/test_publish.py"
+_PULL = "tests/integration/test_pull.py"
 _ORDER = "tests/label_studio/test_order.py"
 _REPLACED = "tests/integration/test_replaced_pictures.py"
 _KEPT = "tests/integration/test_kept_embeddings.py"
@@ -321,10 +322,10 @@ MUTATIONS = (
     Mutation(
         name="the watermark moves after the pages are stored",
         file="orchestrator/label_studio/review.py",
-        before="    count = 0\n    page: list[dict[str, Any]] = []\n",
+        before="    count = 0\n    for filters in",
         after="    with engine.begin() as db:\n"
         "        set_watermark(db, ls_project=ls_project, watermark=newest)\n"
-        "    count = 0\n    page: list[dict[str, Any]] = []\n",
+        "    count = 0\n    for filters in",
         tests=(f"{_ORDER}::test_a_reader_that_is_stopped_between_two_pages_reads_the_rest_the_next_time",),
     ),
     Mutation(
@@ -333,6 +334,20 @@ MUTATIONS = (
         before="_changed_since(seen - _OVERLAP)",
         after="_changed_since(seen)",
         tests=(f"{_ORDER}::test_a_change_that_was_committed_late_with_an_earlier_time_is_read",),
+    ),
+    Mutation(
+        name="a page of tasks begins behind the last id",
+        file="orchestrator/label_studio/client.py",
+        before="        if ordering:\n",
+        after="        if True:\n",
+        tests=(f"{_ORDER}::test_no_task_is_skipped_when_one_is_deleted_and_another_added_between_two_pages",),
+    ),
+    Mutation(
+        name="no older state of a task is put over a newer one",
+        file="db/annotations.py",
+        before=" AND (changed_at IS NULL OR changed_at <= n.moment)",
+        after="",
+        tests=(f"{_PULL}::test_a_slow_review_does_not_put_an_older_state_of_a_task_over_a_newer_one",),
     ),
     Mutation(
         name="a following publisher goes on with the other jobs",

@@ -69,6 +69,16 @@ def test_a_rectangle_is_turned_in_pixels_and_not_in_percents():
     assert found.box_xyxy == pytest.approx((40, 50, 50, 70))
 
 
+@pytest.mark.parametrize(
+    ("place", "frame_wh"),
+    [((5, 5, 10, 10), (1e-320, 1e308)), ((5, 5, 10, 10), (1e308, 1e-320)), ((5, 5, 1e308, 1e308), (640, 480))],
+)
+def test_a_turned_rectangle_of_numbers_that_no_picture_has_asks_nothing_or_a_box(place: Any, frame_wh: Any):
+    turned = box("r", *place, rotation=30) | dict(zip(("original_width", "original_height"), frame_wh, strict=True))
+    found = read_asked(body(turned))
+    assert found is None or (found.box is not None and all(0 <= side <= 100 for side in found.box.box_xyxy))
+
+
 def test_points_and_boxes_outside_the_image_are_moved_to_its_border():
     assert asked(body(*point("a", -5, 140))).points[0] == PointPrompt(id="a", control="click", x=0, y=100, inside=True)
     found = asked(body(box("r", -10, 90, 30, 30))).box

@@ -20,6 +20,7 @@ from orchestrator.label_studio.config import (
     missing_lines,
     require_controls,
 )
+from orchestrator.label_studio.prompt_controls import add_prompt_controls
 from orchestrator.label_studio.regions import prediction_task, regions_for
 from workers.masks import mask_from_pixels
 
@@ -104,6 +105,21 @@ def test_what_is_missing_comes_as_lines_to_add():
     with pytest.raises(ConfigError, match="--update-config"):
         require_controls(find_controls(THEIRS), as_="auto", labels=["car"])
     require_controls(find_controls(THEIRS), as_="polygon", labels=["car", "猫"])
+
+
+def test_comments_of_people_and_of_label_studios_templates_stay_when_a_config_is_changed() -> None:
+    before, behind = "<!-- of the river team -->\n", '\n<!-- {"data": {"picture": "/static/sample.jpg"}} -->\n'
+    config = before + THEIRS.replace("  <Poly", "  <!-- every car, also parked ones -->\n  <Poly") + behind
+
+    merged = merge_config(config, kinds=ALL_KINDS, labels=["car"])
+    smart = add_prompt_controls(merged, [], image_name="photo")
+
+    for changed in (merged, smart):
+        assert changed.startswith(f"{before}<View>")
+        assert changed.endswith(f"</View>{behind}")
+        assert "<!-- every car, also parked ones -->" in changed
+    assert find_controls(smart) == find_controls(merged)
+    assert add_prompt_controls(smart, [], image_name="photo") == smart
 
 
 def test_merging_adds_what_is_missing_and_changes_nothing_else():

@@ -207,7 +207,7 @@ def test_a_folders_addresses_are_taken_as_exports_write_them_and_as_paths(tmp_pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"a.jpg\nb.jpg\n"), "is compressed with gzip: unpack it"),
+        (gzip.compress(b"a.jpg\nb.jpg\n", mtime=0), "is compressed with gzip: unpack it"),
         ("a.jpg\n".encode("utf-16"), "is text in UTF-16: save it in UTF-8"),
         (b"PK\3\4 and what else a spreadsheet has", "is a zip archive"),
         (b"PAR1 and nothing of Parquet", "cannot be read as Parquet"),

@@ -15,23 +15,46 @@ from tests.answering import server_of
 WEB_TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJ0b2tlbiI6InNlY3JldCJ9.c2lnbmF0dXJl"
 
 
+class Tasks:
+    """A project's tasks, answered as Label Studio does: those that pass the filter of ids, a page at a time.
+
+    most: its setting TASK_API_PAGE_SIZE_MAX.
+    """
+
+    def __init__(self, count: int, most: int) -> None:
+        self.tasks = [{"id": n + 1, "data": {"asset_id": f"{n:016x}"}, "total_predictions": 1} for n in range(count)]
+        self.most = most
+
+    def answer(self, _: str, address: str, __: bytes) -> tuple[int, bytes]:
+        asked = parse_qs(urlsplit(address).query)
+        items = json.loads(asked["query"][0])["filters"]["items"]
+        behind = max([item["value"] for item in items if item["filter"] == "filter:tasks:id"], default=0)
+        left = [task for task in self.tasks if task["id"] > behind]
+        page, size = int(asked["page"][0]), min(self.most, int(asked["page_size"][0]))
+        found = left[(page - 1) * size : page * size]
+        if not found and page > 1:
+            return 404, b'{"detail": "Invalid page."}'
+        return 200, json.dumps({"tasks": found, "total": len(left)}).encode()
+
+
 @pytest.mark.parametrize("most", [1, 30, 50, 100])
 def test_every_task_is_found_on_a_server_that_caps_its_pages(most: int) -> None:
-    """Label Studio's setting TASK_API_PAGE_SIZE_MAX. A task that is not found would be sent a second time."""
-    tasks = [{"id": n, "data": {"asset_id": f"{n:016x}"}, "total_predictions": 1} for n in range(100)]
-
-    def answer(_: str, address: str, __: bytes) -> tuple[int, bytes]:
-        asked = parse_qs(urlsplit(address).query)
-        page, size = int(asked["page"][0]), min(most, int(asked["page_size"][0]))
-        found = tasks[(page - 1) * size : page * size]
-        if not found:
-            return 404, b'{"detail": "Invalid page."}'
-        return 200, json.dumps({"tasks": found, "total": len(tasks)}).encode()
-
-    with server_of(answer) as url, LabelStudio(url, "token") as client:
+    """A task that is not found would be sent a second time."""
+    with server_of(Tasks(100, most).answer) as url, LabelStudio(url, "token") as client:
         found = client.find_tasks(3, [f"{n:016x}" for n in range(100)])
 
-    assert [task.id for tasks_of_one in found.values() for task in tasks_of_one] == list(range(100))
+    assert [task.id for tasks_of_one in found.values() for task in tasks_of_one] == list(range(1, 101))
+
+
+def test_no_task_is_skipped_when_as_many_are_deleted_as_added_between_two_pages() -> None:
+    server = Tasks(10, 4)
+    with server_of(server.answer) as url, LabelStudio(url, "token") as client:
+        tasks = client.list_tasks(3)
+        before = [next(tasks)["id"] for _ in range(4)]
+        server.tasks = [*server.tasks[2:], {"id": 11}, {"id": 12}]
+        after = [task["id"] for task in tasks]
+
+    assert (before, after) == ([1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11, 12])
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 from db.annotations import KnownTask
+from db.results import StoredMask
 from db.states import AnnotationStatus, Verdict
 from orchestrator.label_studio.drawn import mask_from_region
-from orchestrator.label_studio.regions import mask_ordinal, regions_for
+from orchestrator.label_studio.regions import mask_ordinal, regions_for, regions_of_mask
 from orchestrator.label_studio.review import judge_task
 from orchestrator.label_studio.review_numbers import accepted_above
 from orchestrator.label_studio.verdicts import Comparison, base_prediction, choose, compare, without_prompts
 from orchestrator.label_studio.wake import SECRET_HEADER, wake_on_webhook
 from tests.pixels import decode_counts
-from workers.masks import BoolMask, mask_from_pixels
+from workers.masks import BoolMask, Mask, mask_from_pixels
 
 SIZE_HW = (100, 140)
 ROWS, COLUMNS = np.mgrid[: SIZE_HW[0], : SIZE_HW[1]]
@@ -392,6 +393,45 @@ def test_an_asset_nobody_looked_at_takes_each_regions_word_for_its_frame() -> No
     (row,) = judge_task(task, known)
 
     assert ([region.verdict for region in row.regions], row.unread) == ([Verdict.ADDED], 1)
+
+
+@pytest.mark.parametrize("about", [{"type": "choices", "choices": ["blurred"]}, {"type": "labels", "labels": ["car"]}])
+@pytest.mark.parametrize("as_", ["polygon", "brush", "rectangle"])
+def test_a_picked_mask_is_kept_also_with_a_result_about_its_region(as_: Any, about: dict[str, Any]) -> None:
+    mask = mask_from_pixels(disc(30, 30, 20), predicted_iou=0.9, label="car")
+    answer = regions_of_mask(mask, region_id="m7-3", as_=as_)
+    said = {**answer[0], "type": about["type"], "value": about}
+    task = {"annotations": [annotation(1, 5, 1, result=[*answer, said], parent_prediction=9)], "predictions": [EMPTY]}
+
+    (row,) = judge_task(task, KNOWN, stored_masks=lambda asset_id, numbers: [stored_mask(mask, n) for n in numbers])
+
+    assert [(region.verdict, region.mask_n) for region in row.regions] == [(Verdict.KEPT, 3)]
+
+
+@pytest.mark.parametrize(("given", "stored"), [(3.5, 3.5), (0, 0), (None, None), (1e39, None), (-1, None)])
+def test_a_time_that_cannot_be_one_is_not_known(given: float | None, stored: float | None) -> None:
+    """Any number that a script sends is stored by Label Studio. Postgres has no room for the larger ones."""
+    task = {"annotations": [annotation(1, 5, 1, lead_time=given)], "predictions": [EMPTY]}
+    assert [row.lead_seconds for row in judge_task(task, KNOWN)] == [stored]
+
+
+KNOWN = KnownTask(ls_task_id=1, task_id=1, asset_ids={"ours": 7}, sizes_hw={7: SIZE_HW})
+EMPTY = {"id": 9, "model_version": "ours", "result": []}
+
+
+def stored_mask(mask: Mask, n: int) -> StoredMask:
+    x, y, w, h = (int(side) for side in mask.bbox_xywh)
+    return StoredMask(
+        asset_id=7,
+        n=n,
+        counts=mask.counts,
+        bbox_xywh=(x, y, w, h),
+        area_px=mask.area_px,
+        predicted_iou=mask.predicted_iou,
+        stability_score=None,
+        label=mask.label,
+        prompt=None,
+    )
 
 
 # ------------------------------------------------------------------------------------------ numbers
