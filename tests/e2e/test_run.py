@@ -164,14 +164,16 @@ def test_a_run_of_another_request_leaves_a_stopped_one_alone_and_its_own_command
 
 
 def test_a_run_that_is_cancelled_says_what_is_left_and_is_no_success(tmp_path: Path) -> None:
-    source, out = draw_pictures(tmp_path / "pictures", 12), tmp_path / "out"
+    source, out, hold = draw_pictures(tmp_path / "pictures", 12), tmp_path / "out", tmp_path / "hold"
     settings = {"MASKFLEET_CHUNK_SIZE": "2", "MASKFLEET_BATCH_SIZE": "2"}
-    command = [*RUN, source, "--out", out, "--model", "stub"]
-    slow = environment(**settings, MASKFLEET_STUB_SECONDS="1")
-    with subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        wait_for(lambda: labeled_so_far(out) >= 1, "a finished chunk")
+    command, log = [*RUN, source, "--out", out, "--model", "stub"], out / ".maskfleet" / "worker.log"
+    hold.touch()
+    held = environment(**settings, MASKFLEET_STUB_HOLD=str(hold))
+    with subprocess.Popen(command, env=held, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        wait_for(lambda: log.exists() and " received" in log.read_text(), "a chunk at work")
         subprocess.run([*MASKFLEET, "cancel", out], env=environment(), check=True)
-        printed, said = running.communicate(timeout=120)
+        hold.unlink()
+        printed, said = running.communicate(timeout=300)
 
     left = json.loads((out / "summary.json").read_text())["pending"]
     assert left > 0
