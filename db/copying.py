@@ -41,12 +41,12 @@ class _Parts:
 
     def __init__(self, parts: Iterable[bytes]) -> None:
         self._parts = iter(parts)
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def read(self, _size: int) -> bytes:
         try:
             return next(self._parts, b"")
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too comes while a part is made
             self.error = error
             raise
 

@@ -40,9 +40,10 @@ class Matchings:
 
         Raises what ended one of them; it begins again in a later round.
         """
+        idle = [job for job in jobs if job.id not in self._running]  # one that ended since they were read is matched
         self._judge()
         free = _AT_ONCE - len(self._running)
-        waiting = [job for job in jobs if job.id not in self._running and self._may_begin(job.id)]
+        waiting = [job for job in idle if self._may_begin(job.id)]
         begun = sorted(waiting, key=lambda job: (job.asset_count, job.id))[:free]
         for job in begun:
             self._running[job.id] = self._begin(job)

@@ -129,6 +129,30 @@ def test_what_ends_a_matching_is_raised_in_the_dispatchers_round_and_it_begins_a
     assert not unmatched(engine)
 
 
+def test_a_matching_that_ended_after_the_jobs_were_read_is_not_made_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For ten million it would take minutes, and store nothing."""
+    job = prompted(engine, keys=2)
+    begun: list[int] = []
+    may_go_on = threading.Event()
+
+    def wait_there(_: object) -> None:
+        begun.append(1)
+        may_go_on.wait()
+
+    before_pairs(monkeypatch, wait_there)
+    with Matchings(engine) as matchings:
+        matchings.go_on(unmatched(engine), seconds=0)
+        [thread] = [one for one in threading.enumerate() if one.name == f"match {job.id}"]
+        read_before = unmatched(engine)
+        may_go_on.set()
+        thread.join(300)
+        matchings.go_on(read_before, seconds=300)
+
+    assert (begun, unmatched(engine)) == ([1], [])
+
+
 def test_a_stop_is_heeded_between_two_steps() -> None:
     stop = threading.Event()
 

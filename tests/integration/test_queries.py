@@ -17,6 +17,8 @@ from db import brake, deletion, jobs, leases, listing, metrics, progress, prompt
 from db.jobs import Job
 from db.leases import LeaseLost, NewOutcome
 from db.listing import NewAsset
+from db.mask_rows import copy_masks
+from db.results import StoredMask
 from db.session import open_engine
 from db.states import JobState
 from orchestrator.jobs.dispatch import tick
@@ -83,6 +85,25 @@ def test_a_mask_that_cannot_be_a_row_is_named_as_such_and_nothing_is_stored(engi
     assert count(engine, job).labeled == 0
     record(engine, chunk, [given])
     assert count(engine, job).masks == 200
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_masks_are_on_their_way_is_no_error_of_postgres(
+    engine: Engine, kind: type[BaseException]
+) -> None:
+    """That would be tried again, and the interrupt would be lost."""
+    job = make_job(engine, keys=1)
+    [asset] = pending(engine, claim(engine, chunk_ids(engine, job)[0]))
+
+    def interrupted() -> Iterator[StoredMask]:
+        yield from labeled(asset.id, masks=100).masks
+        raise kind
+
+    with pytest.raises(kind), engine.begin() as db:
+        copy_masks(db, masks=interrupted())
+
+    with engine.begin() as db:
+        assert db.execute(text("SELECT count(*) FROM mask")).scalar_one() == 0
 
 
 def test_recording_the_same_outcome_twice_keeps_the_first(engine: Engine) -> None:

@@ -194,7 +194,7 @@ def _keep_alive(worker: _WorkerProcess, most_quick_deaths: int) -> None:
     worker.last_error = f"exit code {code}{_said(worker)}"
     what = "is given up" if worker.given_up else f"starts again in {pause:g} s"
     about = {"worker": _node_name(worker.device)}
-    log.error("worker %s ended with %s and %s", worker.device.name, worker.last_error, what, extra=about)
+    log.error("worker %s ended with %s and %s", _own_name(worker.device), worker.last_error, what, extra=about)
 
 
 def _end_stuck(worker: _WorkerProcess, process: subprocess.Popen[bytes]) -> None:
